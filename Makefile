@@ -1,0 +1,66 @@
+# Two commands do everything on a fresh machine with Python >= 3.11 and a C++17 compiler:
+#   make sds PROMPT="a green armchair"
+#   make test
+# Set-up runs once: deps are keyed on pyproject.toml, the extension on its sources.
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= a green armchair
+ARGS ?=
+BIN := $(VENV)/bin
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: sds test test-all bench lint format build sanitize clean
+
+sds: $(VENV)/.built
+	$(BIN)/python -m mvdream_fast.sds --prompt "$(PROMPT)" $(ARGS)
+
+test: $(VENV)/.built-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.built-test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.built-test
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+build: $(VENV)/.built
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mvdream_fast needs Python >= 3.11; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
+	touch $@
+
+# Dependencies first, by the closed ranges of pyproject.toml; the project itself is built without an isolated copy of them.
+$(VENV)/.deps: pyproject.toml | $(VENV)/.venv
+	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/requirements.py)
+	touch $@
+
+$(VENV)/.deps-test: $(VENV)/.deps
+	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/requirements.py test)
+	touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.venv
+	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/requirements.py --only lint)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.built-test: $(VENV)/.built $(VENV)/.deps-test
+	touch $@
+
+clean:
+	rm -rf build mvdream_fast/_C*.so $(VENV)

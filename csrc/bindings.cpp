@@ -1,0 +1,27 @@
+// pybind11 glue of mvdream_fast._C: raw pointers and sizes come in, nothing else knows Python.
+// Only mvdream_fast/ops may call it, after checking device, dtype, contiguity and shape.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native ops of mvdream_fast";
+  m.def("build_info", [] {
+    std::map<std::string, std::string> info;
+    info["compiler"] = MVDREAM_FAST_COMPILER;
+#ifdef _OPENMP
+    info["openmp"] = std::to_string(_OPENMP);
+#else
+    info["openmp"] = "no";
+#endif
+    return info;
+  });
+}

@@ -1,0 +1,65 @@
+"""What every `python -m mvdream_fast.<verb>` shares: parsing a dataclass before torch is imported, and exit codes.
+
+A verb is thin: a dataclass of its flags and a function that takes it. The work lives in the library modules.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from mvdream_fast.errors import OutOfMemoryError, OutputError, UserError
+
+Args = TypeVar("Args")
+
+EXIT_CODES = """exit codes: 0 done; 2 wrong arguments or prompt; 3 model missing, unreadable or of another configuration;
+4 out of memory; 5 another input file missing or unreadable; 6 diverged; 7 output cannot be written or exists; 130 / 143 interrupted"""
+
+
+def set_threads(threads: int | None) -> int:
+    """Limits torch and the native ops to `threads` (default: the cores this process may use, cgroup quota included)."""
+    import torch
+
+    n = threads or available_cores()
+    torch.set_num_threads(n)
+    os.environ["OMP_NUM_THREADS"] = str(n)
+    return n
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity mask, cut by the cgroup's CPU quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = open("/sys/fs/cgroup/cpu.max").read().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: list[str] | None = None) -> None:
+    """Parses `argv` into `flags`, calls `main`, and leaves with the documented exit code; never shows a traceback for a user's mistake."""
+    import tyro
+
+    args = tyro.cli(
+        flags, args=argv, prog=f"python -m mvdream_fast.{prog}", description=(flags.__doc__ or "") + "\n\n" + EXIT_CODES
+    )
+    try:
+        main(args)
+    except UserError as error:
+        fail(prog, str(error), error.exit_code)
+    except MemoryError as error:
+        fail(prog, f"out of memory: {error}", OutOfMemoryError.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(OutputError.exit_code)
+    except KeyboardInterrupt:
+        fail(prog, "interrupted", 128 + signal.SIGINT)
+
+
+def fail(prog: str, message: str, code: int) -> None:
+    """Prints one sentence to stderr and exits with `code`."""
+    print(f"{prog}: {message}", file=sys.stderr)
+    sys.exit(code)

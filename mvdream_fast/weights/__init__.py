@@ -1,0 +1,1 @@
+"""The embedded model and its evaluator, as package data; no code lives here."""
