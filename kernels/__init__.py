@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op: formula, forward, backward, launchers. Imported as `mvdream_fast.kernels`; knows no autograd."""
+"""Triton kernels, one file per op (formula, forward, backward, launchers), imported as `mvdream_fast.kernels`."""
 
 if __name__ != "mvdream_fast.kernels":
     # From the repository root a bare `import kernels` would find this folder, which is another package's name on PyPI.

@@ -7,14 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from mvdream_fast.errors import OutOfMemoryError, OutputError, UserError
 
 Args = TypeVar("Args")
 
-EXIT_CODES = """exit codes: 0 done; 2 wrong arguments or prompt; 3 model missing, unreadable or of another configuration;
-4 out of memory; 5 another input file missing or unreadable; 6 diverged; 7 output cannot be written or exists; 130 / 143 interrupted"""
+EXIT_CODES = """exit codes: 0 done; 2 wrong arguments or prompt; 3 model missing, unreadable or of another
+configuration; 4 out of memory; 5 another input file missing or unreadable; 6 diverged; 7 output cannot be written or
+exists; 130 / 143 interrupted"""
 
 
 def set_threads(threads: int | None) -> int:
@@ -31,7 +33,7 @@ def available_cores() -> int:
     """Cores this process may use: its affinity mask, cut by the cgroup's CPU quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = open("/sys/fs/cgroup/cpu.max").read().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
@@ -40,12 +42,11 @@ def available_cores() -> int:
 
 
 def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: list[str] | None = None) -> None:
-    """Parses `argv` into `flags`, calls `main`, and leaves with the documented exit code; never shows a traceback for a user's mistake."""
+    """Parses `argv` into `flags`, calls `main` and leaves with the documented exit code; a user's mistake is one line."""
     import tyro
 
-    args = tyro.cli(
-        flags, args=argv, prog=f"python -m mvdream_fast.{prog}", description=(flags.__doc__ or "") + "\n\n" + EXIT_CODES
-    )
+    description = f"{flags.__doc__ or ''}\n\n{EXIT_CODES}"
+    args = tyro.cli(flags, args=argv, prog=f"python -m mvdream_fast.{prog}", description=description)
     try:
         main(args)
     except UserError as error:

@@ -1,6 +1,7 @@
 """The errors a user can cause, each with the exit code that the commands return for it.
 
-Programming errors (a wrong shape or dtype given to an op) are plain ValueError, TypeError and RuntimeError and do not live here.
+Programming errors (a wrong shape or dtype given to an op) are plain ValueError, TypeError and RuntimeError; they do
+not live here.
 """
 
 

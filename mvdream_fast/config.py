@@ -1,0 +1,202 @@
+"""Model configurations as plain dataclasses and their JSON form; no torch here.
+
+Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are those of the released MVDream models.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mvdream_fast.errors import ModelError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The multi-view UNet (`models/unet.py`). `attention_resolutions` are down-sampling factors, as in LDM."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    num_heads: int | None = None  # heads at every level; exactly one of this and num_head_channels is set
+    num_head_channels: int | None = 64  # width of a head at every level
+    context_dim: int = 1024
+    use_linear_in_transformer: bool = True
+    camera_dim: int = 16
+    norm_groups: int = 32
+    camera_in: Literal["time", "attention", "text", "none"] = "time"
+    view_mixing: Literal["3d", "2d", "temporal"] = "3d"
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.model_channels
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    scale_factor: float = 0.18215
+    image_size: int = 256
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image per latent cell along a side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """transformers' CLIPTextModel. `skip_last` layers at the top are not run (1 = penultimate layer + final norm)."""
+
+    width: int = 1024
+    n_layers: int = 24
+    n_heads: int = 16
+    mlp_width: int = 4096
+    skip_last: int = 1
+    context_length: int = 77
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    vocabulary: Literal["clip", "subset"] = "clip"  # subset: only the BPE rows that were seen in training, plus unknown
+    vocabulary_size: int = 49408
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Noise schedule; `linear` in LDM's sense: evenly spaced square roots of beta."""
+
+    n_timesteps: int = 1000
+    linear_start: float = 0.00085
+    linear_end: float = 0.012
+    prediction: Literal["eps", "v"] = "eps"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole text-to-views model: what `config.json` of a model folder holds."""
+
+    name: str = "sd21-4view"
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    @property
+    def latent_size(self) -> int:
+        return self.vae.image_size // self.vae.downsampling
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "model", "format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, source: str = "config.json") -> "ModelConfig":
+        """Raises ModelError that names the key when the text is no model configuration of this version."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ModelError(f"{source} is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("kind", None) != "model":
+            raise ModelError(f'{source} does not describe a model: it must be an object with "kind": "model"')
+        if data.pop("format", None) != FORMAT_VERSION:
+            raise ModelError(f'{source} must have "format": {FORMAT_VERSION}; convert the model again')
+        return from_dict(ModelConfig, data, source)
+
+    @staticmethod
+    def load(path: Path) -> "ModelConfig":
+        try:
+            return ModelConfig.from_json(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from error
+
+
+def from_dict(cls: type, data: Any, source: str) -> Any:
+    """Builds the dataclass `cls` from plain JSON data; raises ModelError naming the key that is unknown or mistyped."""
+    if not isinstance(data, dict):
+        raise ModelError(f"{source}: {cls.__name__} must be an object, got {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ModelError(f"{source}: unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {', '.join(fields)}")
+    values = {}
+    for name, value in data.items():
+        hint = fields[name].type
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{source}: {name}")
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            if not _fits(value, hint):
+                raise ModelError(f"{source}: {name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type: the handful of forms that configurations use."""
+    from types import NoneType, UnionType
+    from typing import get_args, get_origin
+
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is UnionType:
+        return any(_fits(value, a) for a in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if hint is NoneType:
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+SD21 = ModelConfig()
+SD15 = ModelConfig(
+    name="sd15-4view",
+    unet=UNetConfig(num_heads=8, num_head_channels=None, context_dim=768, use_linear_in_transformer=False),
+    text=TextConfig(width=768, n_layers=12, n_heads=12, mlp_width=3072, skip_last=0, activation="quick_gelu"),
+)
+MINI = ModelConfig(
+    name="mini",
+    unet=UNetConfig(
+        in_channels=16,
+        out_channels=16,
+        model_channels=128,
+        channel_mult=(1, 2),
+        num_res_blocks=2,
+        attention_resolutions=(1, 2),
+        context_dim=256,
+    ),
+    vae=VAEConfig(
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=16,
+        mid_block_add_attention=False,
+        scale_factor=1.0,
+        image_size=64,
+    ),
+    text=TextConfig(
+        width=256,
+        n_layers=4,
+        n_heads=4,
+        mlp_width=1024,
+        skip_last=0,
+        context_length=24,
+        vocabulary="subset",
+        vocabulary_size=2048,
+    ),
+    schedule=ScheduleConfig(prediction="v"),
+)
+NAMED = {config.name: config for config in (SD21, SD15, MINI)}
