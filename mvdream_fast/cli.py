@@ -42,7 +42,7 @@ def available_cores() -> int:
 
 
 def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: list[str] | None = None) -> None:
-    """Parses `argv` into `flags`, calls `main` and leaves with the documented exit code; a user's mistake is one line."""
+    """Parses `argv` into `flags`, calls `main`, leaves with the documented exit code; a user's mistake is one line."""
     import tyro
 
     description = f"{flags.__doc__ or ''}\n\n{EXIT_CODES}"
