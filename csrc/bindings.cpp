@@ -6,6 +6,8 @@
 #include <map>
 #include <string>
 
+#include "cpu/dispatch.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -22,6 +24,12 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["openmp"] = "no";
 #endif
+    using namespace mvdream_fast;
+    info["isa"] = isa_name(current_isa());
+    for (Isa isa : built_isas()) {
+      std::string& list = info[cpu_has(isa) ? "isa_usable" : "isa_untested"];
+      list += std::string(list.empty() ? "" : ", ") + isa_name(isa);
+    }
     return info;
   });
 }
