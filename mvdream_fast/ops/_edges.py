@@ -1,0 +1,47 @@
+"""What the public edges of the ops share: autocast, vmap and device checks. No maths here."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether any tensor is being vmapped over (torch.func.vmap); cheap when no transform is active."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(x is not None and torch._C._functorch.is_batchedtensor(x) for x in tensors)
+
+
+def vmap_error(op: str) -> RuntimeError:
+    return RuntimeError(f"{op}: arguments must be plain tensors, got a vmapped one; put the extra axis into the batch")
+
+
+def check_float(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it first")
+
+
+def check_like(op: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """`x` must sit on the device of `like` and have its dtype or float32 (parameters kept in full precision)."""
+    if x.device != like.device:
+        raise RuntimeError(f"{op}: {name} must be on the device of {other}, got {x.device} and {like.device}; move one")
+    if x.dtype != like.dtype and x.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be {like.dtype} (as {other}) or float32, got {x.dtype}; convert it first")
+
+
+def load_kernels(op: str, name: str, x: Tensor):
+    """The module `mvdream_fast.kernels.<op>`, for a CUDA tensor `x`; says what to install where Triton is missing."""
+    if x.dtype == torch.float64:
+        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16 on CUDA, got {x.dtype}; convert it first")
+    from importlib import import_module
+
+    try:
+        return import_module(f"mvdream_fast.kernels.{op}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"{op}: {name} must be a CPU tensor where Triton is not installed, got one on {x.device}; "
+            "install mvdream_fast[gpu]"
+        ) from error

@@ -1,0 +1,57 @@
+"""The gated GELU of the UNet's feed-forward layers, value * gelu(gate). The linear layers around it live in models/.
+
+Source: Shazeer 2020, "GLU Variants Improve Transformer", with the exact (erf) GELU of Hendrycks and Gimpel 2016.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvdream_fast.ops._edges import check_float, is_batched, vmap_error
+
+
+def geglu(x: Tensor) -> Tensor:
+    """value * gelu(gate) of a tensor whose last axis is [value | gate]; the exact GELU, computed in float32.
+
+    Any strides and zero-size inputs are taken; where the leading axes cannot be flattened to one, CUDA makes a copy.
+    Autocast does not change the dtype: it is the input's.
+
+    Args:
+        x: [..., 2C], float32, float16 or bfloat16 (float64 on the CPU).
+
+    Returns:
+        [..., C], contiguous.
+
+    Raises:
+        ValueError: the last axis is missing or odd.
+        TypeError: x is not of a floating dtype.
+        RuntimeError: under vmap, or a CUDA tensor without Triton.
+
+    Source: Shazeer 2020, equation 6.
+    """
+    _check(x)
+    if is_batched(x):
+        raise vmap_error("geglu")
+    return _geglu_cpu(x)
+
+
+def geglu_ref(x: Tensor) -> Tensor:
+    """geglu in plain torch, at least in float32; any device, differentiable."""
+    value, gate = x.to(_wide(x)).chunk(2, dim=-1)
+    gelu = 0.5 * gate * (1 + torch.erf(gate / 2**0.5))
+    return (value * gelu).to(x.dtype)
+
+
+def _check(x: Tensor) -> None:
+    check_float("geglu", "x", x)
+    if x.ndim == 0 or x.shape[-1] % 2:
+        raise ValueError(f"geglu: x must be [..., 2C], got {tuple(x.shape)}; its last axis holds value, then gate")
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _geglu_cpu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)

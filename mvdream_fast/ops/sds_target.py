@@ -1,0 +1,154 @@
+"""Score distillation's target and gradient on the latents from the two noise predictions, in one pass.
+
+Drawing the step and the noise, and the UNet call, live in guidance.py.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvdream_fast.ops._edges import check_float, is_batched, vmap_error
+
+OP = "sds_target"
+STD_FLOOR = 1e-8
+
+
+class SDSTarget(NamedTuple):
+    """`gradient` = (z - target) / (B*V), so that sum((z - target)^2) / (2 B*V) has it as its derivative."""
+
+    target: Tensor  # [B*V, C, h, w]
+    gradient: Tensor  # [B*V, C, h, w]
+
+
+def sds_target(
+    z: Tensor,
+    z_t: Tensor,
+    noise_pred_cond: Tensor,
+    noise_pred_uncond: Tensor,
+    noise: Tensor | None,
+    alphas_cumprod_t: Tensor,
+    guidance_scale: float,
+    prediction: Literal["eps", "v"] = "eps",
+    rescale: float = 0.5,
+    mode: Literal["x0", "sds"] = "x0",
+    n_views: int = 4,
+) -> SDSTarget:
+    """Guidance, reconstruction, rescaling of its standard deviation, and the gradient of the distillation loss.
+
+    With m = u + guidance_scale (c - u), abar = alphas_cumprod_t and x0(.) the reconstruction from a prediction:
+    "x0":  target = rescale * f * x0(m) + (1 - rescale) * x0(m), f = (std x0(c) + 1e-8) / (std x0(m) + 1e-8), the
+    unbiased standard deviation over all values of a scene's views; gradient = (z - target) / (B*V).
+    "sds": gradient = (1 - abar) (eps(m) - noise) / (B*V), target = z - B*V * gradient; rescale is not used.
+    Nothing is differentiable: both results are constants of the loss. Computed in float32, returned in z's dtype.
+
+    Args:
+        z, z_t: clean and noised latents [B*V, C, h, w], views fastest.
+        noise_pred_cond, noise_pred_uncond: the model's raw outputs, [B*V, C, h, w].
+        noise: the noise in z_t, [B*V, C, h, w]; may be None in mode "x0".
+        alphas_cumprod_t: abar of the step: one element, or [B*V].
+        guidance_scale: 1 is the conditional prediction alone.
+        prediction: what the model's outputs are.
+        rescale: from 0 (off) to 1.
+        mode: "x0" (the reconstruction loss of MVDream) or "sds" (DreamFusion's).
+        n_views: V, must divide the batch.
+
+    Returns:
+        SDSTarget(target, gradient), each [B*V, C, h, w].
+
+    Raises:
+        ValueError, TypeError: shapes, ranges, dtypes, unknown names.
+        RuntimeError: tensors on two devices, under vmap, or a CUDA tensor without Triton.
+
+    Source: Shi et al. 2023, "MVDream", section 3.3 and appendix; Poole et al. 2022, "DreamFusion", equation 3; Lin et
+    al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4; Salimans and Ho 2022 for v.
+    """
+    tensors = (z, z_t, noise_pred_cond, noise_pred_uncond, noise, alphas_cumprod_t)
+    _check(*tensors, prediction, rescale, mode, n_views)
+    if is_batched(*tensors):
+        raise vmap_error(OP)
+    with torch.no_grad():
+        return sds_target_ref(*tensors, guidance_scale, prediction, rescale, mode, n_views)
+
+
+def sds_target_ref(
+    z: Tensor,
+    z_t: Tensor,
+    noise_pred_cond: Tensor,
+    noise_pred_uncond: Tensor,
+    noise: Tensor | None,
+    alphas_cumprod_t: Tensor,
+    guidance_scale: float,
+    prediction: str = "eps",
+    rescale: float = 0.5,
+    mode: str = "x0",
+    n_views: int = 4,
+) -> SDSTarget:
+    """sds_target in plain torch, at least in float32; any device."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    n_images = z.shape[0]
+    abar = alphas_cumprod_t.detach().to(wide).expand(n_images)[:, None, None, None]
+    x, x_t, cond, uncond = (a.detach().to(wide) for a in (z, z_t, noise_pred_cond, noise_pred_uncond))
+    mixed = uncond + guidance_scale * (cond - uncond)
+    if mode == "sds":
+        eps = mixed if prediction == "eps" else abar.sqrt() * mixed + (1 - abar).sqrt() * x_t
+        step = (1 - abar) * (eps - noise.detach().to(wide))
+        target = x - step
+    else:
+        x0_mixed = _to_x0(x_t, mixed, abar, prediction)
+        x0_cond = _to_x0(x_t, cond, abar, prediction)
+        factor = (_scene_std(x0_cond, n_views) + STD_FLOOR) / (_scene_std(x0_mixed, n_views) + STD_FLOOR)
+        target = x0_mixed * (rescale * factor + (1 - rescale))
+        step = x - target
+    return SDSTarget(target.to(z.dtype), (step / max(n_images, 1)).to(z.dtype))
+
+
+def _to_x0(x_t: Tensor, out: Tensor, abar: Tensor, prediction: str) -> Tensor:
+    if prediction == "eps":
+        return x_t / abar.sqrt() - (1 / abar - 1).sqrt() * out
+    return abar.sqrt() * x_t - (1 - abar).sqrt() * out
+
+
+def _scene_std(x: Tensor, n_views: int) -> Tensor:
+    """[B*V, C, h, w] -> [B*V, 1, 1, 1]: unbiased, over all values of the image's scene."""
+    std = x.reshape(x.shape[0] // n_views, n_views * x[0].numel() if len(x) else 0).std(dim=1)
+    return std.repeat_interleave(n_views)[:, None, None, None]
+
+
+def _check(
+    z: Tensor,
+    z_t: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    noise: Tensor | None,
+    abar: Tensor,
+    prediction: str,
+    rescale: float,
+    mode: str,
+    n_views: int,
+) -> None:
+    if prediction not in ("eps", "v"):
+        raise ValueError(f'{OP}: prediction must be "eps" or "v", got {prediction!r}; see the model\'s configuration')
+    if mode not in ("x0", "sds"):
+        raise ValueError(f'{OP}: mode must be "x0" or "sds", got {mode!r}; "x0" is MVDream\'s')
+    if mode == "sds" and noise is None:
+        raise ValueError(f'{OP}: noise must be given in mode "sds", got None; pass the noise that is in z_t')
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"{OP}: rescale must be from 0 to 1, got {rescale}; MVDream uses 0.5")
+    check_float(OP, "z", z)
+    if z.ndim != 4:
+        raise ValueError(f"{OP}: z must be [B*V, C, h, w], got {tuple(z.shape)}; views are the fastest batch index")
+    if n_views < 1 or z.shape[0] % n_views:
+        raise ValueError(f"{OP}: n_views must divide the batch of {z.shape[0]} images, got {n_views}; check the batch")
+    if abar.numel() != 1 and abar.shape != z.shape[:1]:
+        raise ValueError(f"{OP}: alphas_cumprod_t must be one element or [B*V], got {tuple(abar.shape)}; index by t")
+    named = (("z_t", z_t), ("noise_pred_cond", cond), ("noise_pred_uncond", uncond), ("noise", noise))
+    for name, x in named:
+        if x is not None and x.shape != z.shape:
+            raise ValueError(f"{OP}: {name} must be {tuple(z.shape)} as z, got {tuple(x.shape)}; one latent per image")
+    for name, x in (*named, ("alphas_cumprod_t", abar)):
+        if x is None:
+            continue
+        check_float(OP, name, x)
+        if x.device != z.device:
+            raise RuntimeError(f"{OP}: {name} must be on the device of z, got {x.device} and {z.device}; move one")
