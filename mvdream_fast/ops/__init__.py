@@ -3,8 +3,10 @@
 # Imported eagerly: a lazily loaded submodule would shadow the function of the same name. Triton and the native
 # extension are loaded inside the ops, on first use.
 from mvdream_fast.ops.cross_view_attention import cross_view_attention, cross_view_attention_ref
+from mvdream_fast.ops.field import FieldSpec, field, field_density, field_density_ref, field_ref
 from mvdream_fast.ops.geglu import geglu, geglu_ref
 from mvdream_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from mvdream_fast.ops.hash_encode import HashGrid, hash_encode, hash_encode_ref
 from mvdream_fast.ops.sds_target import SDSTarget, sds_target, sds_target_ref
 from mvdream_fast.ops.time_camera_embedding import (
     MLP,
@@ -15,14 +17,22 @@ from mvdream_fast.ops.time_camera_embedding import (
 
 __all__ = [
     "MLP",
+    "FieldSpec",
+    "HashGrid",
     "SDSTarget",
     "camera_embedding",
     "cross_view_attention",
     "cross_view_attention_ref",
+    "field",
+    "field_density",
+    "field_density_ref",
+    "field_ref",
     "geglu",
     "geglu_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
+    "hash_encode",
+    "hash_encode_ref",
     "sds_target",
     "sds_target_ref",
     "time_camera_embedding",
