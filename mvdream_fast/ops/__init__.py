@@ -2,11 +2,14 @@
 
 # Imported eagerly: a lazily loaded submodule would shadow the function of the same name. Triton and the native
 # extension are loaded inside the ops, on first use.
+from mvdream_fast.ops.composite import Rendered, composite, composite_ref
 from mvdream_fast.ops.cross_view_attention import cross_view_attention, cross_view_attention_ref
 from mvdream_fast.ops.field import FieldSpec, field, field_density, field_density_ref, field_ref
 from mvdream_fast.ops.geglu import geglu, geglu_ref
 from mvdream_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from mvdream_fast.ops.hash_encode import HashGrid, hash_encode, hash_encode_ref
+from mvdream_fast.ops.march_rays import Samples, march_rays, march_rays_ref, prune_samples, prune_samples_ref
+from mvdream_fast.ops.render import render, render_ref
 from mvdream_fast.ops.sds_target import SDSTarget, sds_target, sds_target_ref
 from mvdream_fast.ops.time_camera_embedding import (
     MLP,
@@ -14,13 +17,18 @@ from mvdream_fast.ops.time_camera_embedding import (
     time_camera_embedding,
     time_camera_embedding_ref,
 )
+from mvdream_fast.ops.update_occupancy import update_occupancy, update_occupancy_ref
 
 __all__ = [
     "MLP",
     "FieldSpec",
     "HashGrid",
+    "Rendered",
     "SDSTarget",
+    "Samples",
     "camera_embedding",
+    "composite",
+    "composite_ref",
     "cross_view_attention",
     "cross_view_attention_ref",
     "field",
@@ -33,8 +41,16 @@ __all__ = [
     "group_norm_silu_ref",
     "hash_encode",
     "hash_encode_ref",
+    "march_rays",
+    "march_rays_ref",
+    "prune_samples",
+    "prune_samples_ref",
+    "render",
+    "render_ref",
     "sds_target",
     "sds_target_ref",
     "time_camera_embedding",
     "time_camera_embedding_ref",
+    "update_occupancy",
+    "update_occupancy_ref",
 ]

@@ -1,0 +1,53 @@
+"""The moving maximum that an occupancy grid keeps, and the bits made of it; choosing the cells lives in field."""
+
+import torch
+
+from mvdream_fast.ops._checks import check_float, check_same_device, require
+from mvdream_fast.ops.march_rays import pack_bits
+
+
+def update_occupancy(
+    ema: torch.Tensor,
+    values: torch.Tensor,
+    cells: torch.Tensor | None = None,
+    decay: float = 0.95,
+    threshold: float = 0.01,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ema' = max(decay * ema, value) at the given cells, and the bits of ema' > min(mean(ema'), threshold).
+
+    Cells that are not given keep their value. A cell given twice takes the larger value, in any order. A negative
+    entry marks a cell that no camera sees: it stays as it is, is never occupied, and does not count in the mean.
+    Not differentiable; nothing is changed in place.
+
+    ema: [cells] float32. values: [P] float32, density times step at the cells. cells: [P] int64, None for all in order.
+
+    Returns: (ema' [cells], bits [ceil(cells / 8)] uint8, see `march_rays`).
+    Raises: ValueError, TypeError, RuntimeError for unfitting arguments or an index outside.
+    Source: Müller et al., arXiv 2201.05989, appendix C; thresholds of nerfacc 0.5.3.
+    """
+    op = "update_occupancy"
+    check_float(op, "ema", ema, (None,))
+    check_float(op, "values", values, (ema.shape[0],) if cells is None else tuple(cells.shape))
+    check_same_device(op, ema=ema, values=values, cells=cells)
+    require(0 <= decay <= 1, op, "decay", "in [0, 1]", decay, "pass a fraction")
+    if cells is not None:
+        require(cells.dtype == torch.int64, op, "cells", "int64", cells.dtype, "convert with .long()", TypeError)
+        within = cells.numel() == 0 or (int(cells.min()) >= 0 and int(cells.max()) < ema.shape[0])
+        require(within, op, "cells", f"in [0, {ema.shape[0]})", "an index outside", "pass flat cell indices")
+    return update_occupancy_ref(ema, values, cells, decay, threshold)
+
+
+@torch.no_grad()
+def update_occupancy_ref(ema, values, cells=None, decay=0.95, threshold=0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain torch."""
+    if cells is None:
+        new = torch.maximum(ema * decay, values)
+    else:
+        decayed = ema.clone()
+        decayed[cells] = ema[cells] * decay
+        new = decayed.scatter_reduce(0, cells, values.to(ema.dtype), "amax")
+    seen = ema >= 0
+    new = torch.where(seen, new, ema)
+    total = torch.where(seen, new, 0).double().sum()
+    limit = torch.clamp((total / seen.sum()).to(ema.dtype), max=threshold)
+    return new, pack_bits(seen & (new > limit))
