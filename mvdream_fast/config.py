@@ -1,4 +1,4 @@
-"""Model configurations as plain dataclasses and their JSON form; no torch here.
+"""Configurations of models and of text-to-3D runs as plain dataclasses, and their JSON form; no torch here.
 
 Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are those of the released MVDream models.
 """
@@ -200,3 +200,88 @@ MINI = ModelConfig(
     schedule=ScheduleConfig(prediction="v"),
 )
 NAMED = {config.name: config for config in (SD21, SD15, MINI)}
+
+
+Ramp = tuple[float, float, float, float]  # (start step, value there, value at the end, end step), linear and clamped
+
+# MVDream-threestudio's, for the paper's recipe; the embedded model was trained with an empty one.
+PAPER_NEGATIVE_PROMPT = (
+    "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
+    "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, bad proportions"
+)
+
+
+@dataclass(frozen=True)
+class SDSConfig:
+    """A text-to-3D run (`text_to_3d.py`). The defaults are the paper's recipe, MVDream-threestudio's mvdream-sd21.
+
+    Tuples with one entry a stage (`render_size`, `n_groups`) switch at `milestones`. The loss weights and the range
+    of timesteps are ramps over the steps.
+    """
+
+    preset: Literal["paper", "mini", "fast"] = "paper"
+    method: Literal["sds", "reconstruct"] = "sds"
+    steps: int = 10_000
+    n_views: int = 4
+    n_groups: tuple[int, ...] = (2, 1)
+    render_size: tuple[int, ...] = (64, 256)
+    milestones: tuple[int, ...] = (5000,)
+    samples_per_ray: int = 512
+    elevation_range_deg: tuple[float, float] = (0.0, 30.0)
+    fovy_range_deg: tuple[float, float] = (15.0, 60.0)
+    distance_range: tuple[float, float] = (0.8, 1.0)
+    relative_distance: Literal["tan", "sin", "none"] = "tan"
+    elevations: Literal["uniform", "upstream"] = "uniform"
+    loss: Literal["x0", "sds"] = "x0"
+    guidance_scale: float = 50.0
+    rescale: float = 0.5
+    min_step: Ramp = (0.0, 0.98, 0.02, 8000.0)
+    max_step: Ramp = (0.0, 0.98, 0.50, 8000.0)
+    negative_prompt: str = PAPER_NEGATIVE_PROMPT
+    suffix: str = ""
+    volume: Literal["paper", "mini"] = "paper"
+    background: Literal["learned", "grey", "white"] = "learned"
+    background_aug_prob: float = 0.5
+    shading: bool = False
+    lambda_orient: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_sparsity: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_opaque: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_z_variance: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lr_encoding: float = 0.01
+    lr_mlp: float = 0.001
+    lr_background: float = 0.001
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    adam_eps: float = 1e-15
+    max_samples: int = 1 << 23
+
+    def stage(self, step: int) -> int:
+        """Index of the stage that `step` belongs to."""
+        return sum(step >= milestone for milestone in self.milestones)
+
+
+SDS_PRESETS = {
+    "paper": SDSConfig(),
+    "mini": SDSConfig(
+        preset="mini",
+        steps=600,
+        n_groups=(1,),
+        render_size=(64,),
+        milestones=(),
+        samples_per_ray=128,
+        fovy_range_deg=(30.0, 50.0),
+        distance_range=(1.0, 1.05),
+        relative_distance="sin",
+        guidance_scale=7.5,
+        min_step=(0.0, 0.98, 0.02, 480.0),
+        max_step=(0.0, 0.98, 0.50, 480.0),
+        negative_prompt="",
+        volume="mini",
+        background="grey",
+    ),
+}
+
+
+def shaded(config: SDSConfig) -> SDSConfig:
+    """The shading variant of a recipe: a point light after step 5000, and an orientation loss of 10 to 1000."""
+    return dataclasses.replace(config, shading=True, lambda_orient=(0.0, 10.0, 1000.0, 5000.0))

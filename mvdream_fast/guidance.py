@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import normalize_camera
+from mvdream_fast.config import Ramp
 from mvdream_fast.ops.sds_target import sds_target
 from mvdream_fast.rng import Stream
 from mvdream_fast.schedule import NoiseSchedule
-
-Ramp = tuple[float, float, float, float]  # (start step, value there, value at the end, end step), linear and clamped
 
 
 def ramp(schedule: Ramp, step: int) -> float:
