@@ -207,7 +207,8 @@ Ramp = tuple[float, float, float, float]  # (start step, value there, value at t
 # MVDream-threestudio's, for the paper's recipe; the embedded model was trained with an empty one.
 PAPER_NEGATIVE_PROMPT = (
     "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
-    "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, bad proportions"
+    "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
+    "bad proportions"
 )
 
 
