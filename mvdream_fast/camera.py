@@ -1,0 +1,240 @@
+"""Cameras: where the views of an object stand, what of them the UNet is told, and the rays through their pixels.
+
+World: Blender's, z up, right-handed; an object's front looks to -Y. A camera is a camera-to-world matrix with OpenGL
+axes (x right, y up, looking along -z). Azimuth 0 stands at -Y, in front of the object; azimuths grow towards +X,
+counter-clockwise seen from above. No pixel is shaded here. docs/cameras.md has the picture.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mvdream_fast.rng import Stream
+
+# (x, y, z) -> (x, -z, y): from a y-up world whose front is +Z (glTF, OpenGL) to the z-up world whose front is -Y.
+Y_UP_TO_Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Poses and vertical fields of view of V views.
+
+    Raises:
+        ValueError: another shape.
+    """
+
+    c2w: Tensor  # [V, 4, 4]
+    fovy: Tensor  # [V], radians
+
+    def __post_init__(self):
+        if self.c2w.ndim != 3 or self.c2w.shape[1:] != (4, 4):
+            raise ValueError(f"Cameras: c2w must be [V, 4, 4], got {list(self.c2w.shape)}; one matrix a view")
+        if self.fovy.shape != self.c2w.shape[:1]:
+            raise ValueError(f"Cameras: fovy must be [{len(self.c2w)}], got {list(self.fovy.shape)}; one angle a view")
+
+    def __len__(self) -> int:
+        return len(self.c2w)
+
+    def to(self, device: torch.device | str) -> "Cameras":
+        return Cameras(self.c2w.to(device), self.fovy.to(device))
+
+
+@dataclass(frozen=True)
+class Rays:
+    """R = V*Hp*Wp rays, row-major within a view, views slowest; directions have unit length."""
+
+    rays_o: Tensor  # [R, 3]
+    rays_d: Tensor  # [R, 3]
+
+
+def get_camera(
+    n_views: int,
+    elevation_deg: float = 15.0,
+    azimuth_start_deg: float = 0.0,
+    azimuth_span_deg: float = 360.0,
+    blender_coord: bool = True,
+) -> Tensor:
+    """What the UNet is told of `n_views` cameras around the unit sphere, looking at its centre.
+
+    View k has azimuth start + k*span/n_views: the end of the span is left out, and unlike upstream's floating-point
+    range, awkward spans give no extra view. `blender_coord=False` gives the same poses in a y-up world (front +Z).
+
+    Returns: [V, 16] float32, row-major camera-to-world matrices.
+    Raises: ValueError if n_views < 1 or an angle isn't finite.
+    Source: MVDream, camera_utils.get_camera.
+    """
+    azimuths = _spread(n_views, azimuth_start_deg, azimuth_span_deg)
+    c2w = _look_at_origin(azimuths, torch.full_like(azimuths, math.radians(elevation_deg)), torch.ones_like(azimuths))
+    if not blender_coord:
+        c2w = Y_UP_TO_Z_UP.T @ c2w
+    return _finite("get_camera", c2w).reshape(n_views, 16).float()
+
+
+def orbit_cameras(
+    n_views: int,
+    elevation_deg: float = 15.0,
+    azimuth_start_deg: float = 0.0,
+    azimuth_span_deg: float = 360.0,
+    distance: float = 3.0,
+    fovy_deg: float = 40.0,
+) -> Cameras:
+    """The poses of `get_camera` at `distance` from the origin, with a field of view to render with.
+
+    Returns: Cameras of V views.
+    Raises: ValueError if n_views < 1, the distance isn't positive or the field of view isn't within 0..180 degrees.
+    """
+    if not distance > 0:
+        raise ValueError(f"orbit_cameras: distance must be positive, got {distance}; 3 frames a unit sphere at 40 deg")
+    if not 0 < fovy_deg < 180:
+        raise ValueError(f"orbit_cameras: fovy_deg must be within 0 and 180, got {fovy_deg}; it is in degrees")
+    azimuths = _spread(n_views, azimuth_start_deg, azimuth_span_deg)
+    elevations = torch.full_like(azimuths, math.radians(elevation_deg))
+    c2w = _look_at_origin(azimuths, elevations, torch.full_like(azimuths, distance))
+    return Cameras(_finite("orbit_cameras", c2w).float(), torch.full((n_views,), math.radians(fovy_deg)))
+
+
+def normalize_camera(c2w: Tensor) -> Tensor:
+    """Moves cameras onto the unit sphere, which is how the UNet is told of them: only their rotation counts.
+
+    A new tensor: the argument is left as it is (upstream writes into it). A camera at the origin stays there.
+
+    Args: c2w [V, 4, 4] or [V, 16].
+    Returns: [V, 16], dtype of the argument.
+    Raises: ValueError for another shape.
+    Source: MVDream, camera_utils.normalize_camera.
+    """
+    if c2w.ndim < 2 or tuple(c2w.shape[1:]) not in ((4, 4), (16,)):
+        raise ValueError(f"normalize_camera: c2w must be [V, 4, 4] or [V, 16], got {list(c2w.shape)}; one pose a view")
+    c2w = c2w.reshape(-1, 4, 4)
+    position = c2w[:, :3, 3:]  # [V, 3, 1]
+    unit = position / (position.norm(dim=1, keepdim=True) + 1e-8)
+    return torch.cat([torch.cat([c2w[:, :3, :3], unit], dim=2), c2w[:, 3:]], dim=1).reshape(-1, 16)
+
+
+def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
+    """A ray through the centre of every pixel; pixel (0, 0) is the upper left one.
+
+    The direction in the camera's axes is ((i + 0.5 - W/2)/f, -(j + 0.5 - H/2)/f, -1) with f = 0.5 H / tan(fovy/2), then
+    rotated and normalised. Differentiable in the poses. An image of no pixels gives no rays.
+
+    Returns: Rays of R = V*Hp*Wp, row-major, views slowest.
+    Source: threestudio, get_ray_directions and get_rays.
+    """
+    c2w, device = cameras.c2w, cameras.c2w.device
+    focal = 0.5 * height / torch.tan(0.5 * cameras.fovy.to(c2w.dtype))  # [V]
+    x = (torch.arange(width, device=device, dtype=c2w.dtype) + 0.5 - width / 2)[None, None, :] / focal[:, None, None]
+    y = (torch.arange(height, device=device, dtype=c2w.dtype) + 0.5 - height / 2)[None, :, None] / focal[:, None, None]
+    shape = (len(cameras), height, width)
+    towards = torch.stack([x.expand(shape), -y.expand(shape), -torch.ones(shape, device=device, dtype=c2w.dtype)], -1)
+    rays_d = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], towards)
+    rays_d = rays_d / rays_d.norm(dim=-1, keepdim=True)
+    rays_o = c2w[:, None, None, :3, 3].expand(*shape, 3)
+    return Rays(rays_o.reshape(-1, 3), rays_d.reshape(-1, 3))
+
+
+@dataclass(frozen=True)
+class CameraSampling:
+    """How SDS draws its cameras; the defaults are MVDream's (`paper`).
+
+    `distance_range` is multiplied by 1/tan(fovy/2) ("tan": the same size in the image for every field of view), by
+    1/sin(fovy/2) ("sin": 1 just frames the unit sphere), or taken as it is ("none"). `elevations="upstream"` copies
+    MVDream-threestudio: half of its draws are uniform on the sphere but reach 19.47 degrees only, whatever the range.
+    """
+
+    n_views: int = 4
+    elevation_range_deg: tuple[float, float] = (0.0, 30.0)
+    azimuth_start_deg: float = -180.0
+    fovy_range_deg: tuple[float, float] = (15.0, 60.0)
+    distance_range: tuple[float, float] = (0.8, 1.0)
+    relative_distance: Literal["tan", "sin", "none"] = "tan"
+    elevations: Literal["uniform", "upstream"] = "uniform"
+
+    def __post_init__(self):
+        for name in ("elevation_range_deg", "fovy_range_deg", "distance_range"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise ValueError(f"CameraSampling: {name} must be low..high, got {low}..{high}; swap the two numbers")
+        if not 0 < self.fovy_range_deg[0] <= self.fovy_range_deg[1] < 180:
+            raise ValueError(
+                f"CameraSampling: fovy_range_deg must be within 0 and 180, got {self.fovy_range_deg}; it is in degrees"
+            )
+        if not self.distance_range[0] > 0:
+            raise ValueError(
+                f"CameraSampling: distance_range must be positive, got {self.distance_range}; 1 frames the object"
+            )
+
+    @staticmethod
+    def paper() -> "CameraSampling":
+        """Elevation 0..30, fovy 15..60 degrees, distance U(0.8, 1)/tan(fovy/2)."""
+        return CameraSampling()
+
+    @staticmethod
+    def mini() -> "CameraSampling":
+        """The cameras that the embedded model was trained with: the unit sphere just fits the image."""
+        return CameraSampling(fovy_range_deg=(30.0, 50.0), distance_range=(1.0, 1.05), relative_distance="sin")
+
+
+def sample_cameras(config: CameraSampling, stream: Stream, n_groups: int = 1) -> Cameras:
+    """Draws groups of views around the object: azimuths exactly 360/V degrees apart, one elevation, distance and
+    field of view a group.
+
+    Returns: Cameras of n_groups*V views, the views of a group next to each other.
+    Raises: ValueError if a count is below 1.
+    Source: MVDream-threestudio, RandomMultiviewCameraIterableDataset.
+    """
+    if config.n_views < 1 or n_groups < 1:
+        raise ValueError(
+            f"sample_cameras: n_views and n_groups must be at least 1, got {config.n_views} and {n_groups}; ask for 1"
+        )
+    groups = [_sample_group(config, *stream.uniform(5).tolist()) for _ in range(n_groups)]
+    return Cameras(torch.cat([g.c2w for g in groups]), torch.cat([g.fovy for g in groups]))
+
+
+def _sample_group(config: CameraSampling, branch: float, u_el: float, u_az: float, u_fov: float, u_d: float) -> Cameras:
+    """One group from five uniform numbers in [0, 1)."""
+    elevation = _elevation_deg(config, branch, u_el)
+    fovy = math.radians(_between(config.fovy_range_deg, u_fov))
+    scale = {"tan": math.tan(fovy / 2), "sin": math.sin(fovy / 2), "none": 1.0}[config.relative_distance]
+    distance = _between(config.distance_range, u_d) / scale
+    start = config.azimuth_start_deg + u_az * 360 / config.n_views
+    return orbit_cameras(config.n_views, elevation, start, 360.0, distance, math.degrees(fovy))
+
+
+def _elevation_deg(config: CameraSampling, branch: float, u: float) -> float:
+    if config.elevations == "uniform" or branch < 0.5:
+        return _between(config.elevation_range_deg, u)
+    # As coded upstream: (elevation + 90)/180 taken for the area fraction of a sphere, so 0..30 degrees become 0..19.47.
+    low, high = ((angle + 90) / 180 for angle in config.elevation_range_deg)
+    return math.degrees(math.asin(2 * _between((low, high), u) - 1))
+
+
+def _between(limits: tuple[float, float], u: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * u
+
+
+def _spread(n_views: int, start_deg: float, span_deg: float) -> Tensor:
+    """n_views azimuths in radians, float64, the end of the span excluded."""
+    if n_views < 1:
+        raise ValueError(f"camera: n_views must be at least 1, got {n_views}; 4 is what the models were trained with")
+    return torch.deg2rad(start_deg + span_deg * torch.arange(n_views, dtype=torch.float64) / n_views)
+
+
+def _look_at_origin(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
+    """Poses [V, 4, 4] of cameras that look at the origin with z upwards; defined at the poles too."""
+    sin_a, cos_a, sin_e, cos_e = azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()
+    zero = torch.zeros_like(azimuth)
+    right = torch.stack([cos_a, sin_a, zero], -1)
+    up = torch.stack([-sin_e * sin_a, sin_e * cos_a, cos_e], -1)
+    backward = torch.stack([cos_e * sin_a, -cos_e * cos_a, sin_e], -1)
+    top = torch.stack([right, up, backward, distance[:, None] * backward], -1)  # [V, 3, 4]
+    bottom = torch.tensor([0.0, 0, 0, 1], dtype=top.dtype).expand(len(top), 1, 4)
+    return torch.cat([top, bottom], dim=1)
+
+
+def _finite(op: str, c2w: Tensor) -> Tensor:
+    if not c2w.isfinite().all():
+        raise ValueError(f"{op}: angles must be finite, got a camera that isn't; check elevation, azimuth and span")
+    return c2w
