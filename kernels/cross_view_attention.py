@@ -1,0 +1,359 @@
+"""Flash attention over the tokens of all views of a scene, camera vectors added as the tiles are loaded; Triton.
+
+Formula, with i and j running over the V*N tokens of a scene and cam(i) the camera row of i's view:
+    q'_i = q_i + cam_q(i), k'_j = k_j + cam_k(j), v'_j = v_j + cam_v(j)
+    P_ij = exp(scale q'_i k'_j - L_i), L_i = log sum_j exp(scale q'_i k'_j), out_i = sum_j P_ij v'_j
+    delta_i = sum_d out_id d_out_id, dS_ij = P_ij (d_out_i v'_j - delta_i)
+    d_q = scale dS k', d_k = scale dS^T q', d_v = P^T d_out; a camera row's gradient is the sum over its view's tokens
+Logarithms are to the base 2 inside. Every sum has a fixed order (no atomics), so repeats are bit-equal.
+Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Multiply-add contraction is chosen here, not by Triton's default, which differs between versions.
+OPTIONS = {"enable_fp_fusion": True}
+LOG2_E = math.log2(math.e)
+SUM_ROWS = 64
+
+
+@triton.jit
+def token_offsets(scene, rows, views, tokens, strides, FLAT: tl.constexpr):
+    """int64 offsets of the rows (token numbers within a scene) of a [B*V, N, H, D] tensor, head and width apart."""
+    first = scene * views
+    if FLAT:  # the batch stride is N token strides: the views of a scene follow each other
+        return first * strides[0] + rows.to(tl.int64) * strides[1]
+    return (first + rows // tokens) * strides[0] + (rows % tokens).to(tl.int64) * strides[1]
+
+
+@triton.jit
+def load_tile(
+    x, camera, scene, head, rows, views, tokens, strides, camera_strides,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, CAMERA: tl.constexpr,
+):  # fmt: skip
+    """[rows, BLOCK_D] of one head, zero outside, with each row's camera vector added and rounded as torch would."""
+    cols = tl.arange(0, BLOCK_D)
+    inside = (rows < views * tokens)[:, None] & (cols < D)[None, :]
+    pointers = x + token_offsets(scene, rows, views, tokens, strides, FLAT)[:, None] + head * strides[2]
+    pointers += cols[None, :] * strides[3]
+    if EVEN:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    if CAMERA:
+        image = scene * views + rows // tokens
+        vectors = camera + image[:, None] * camera_strides[0] + head * camera_strides[1] + cols[None, :] * camera_strides[2]
+        tile = (tile.to(tl.float32) + tl.load(vectors, mask=inside, other=0.0).to(tl.float32)).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    x, tile, scene, head, rows, views, tokens, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Writes [rows, BLOCK_D] of one head into a contiguous [B*V, N, H, D]."""
+    cols = tl.arange(0, BLOCK_D)
+    offsets = ((scene * views * tokens + rows) * heads + head) * D
+    pointers = x + offsets[:, None] + cols[None, :]
+    if EVEN:
+        tl.store(pointers, tile.to(x.dtype.element_ty))
+    else:
+        inside = (rows < views * tokens)[:, None] & (cols < D)[None, :]
+        tl.store(pointers, tile.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, camera_q, camera_k, camera_v, out, lse,
+    q_strides, k_strides, v_strides, camera_q_strides, camera_k_strides, camera_v_strides,
+    views, tokens, heads, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
+    EVEN: tl.constexpr, CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head of one scene against all its keys."""
+    length = views * tokens
+    n_blocks = tl.cdiv(length, BLOCK_M)
+    pair = tl.program_id(0) // n_blocks
+    scene, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    rows = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = load_tile(
+        q, camera_q, scene, head, rows, views, tokens, q_strides, camera_q_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_Q
+    )
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, length, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        keys = load_tile(
+            k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_K
+        )
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        if not EVEN:
+            scores = tl.where((cols < length)[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        values = load_tile(
+            v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_V
+        )
+        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        peak = new_peak
+    store_tile(out, acc / total[:, None], scene, head, rows, views, tokens, heads, D, BLOCK_D, EVEN)
+    at = lse + (scene * heads + head) * length + rows
+    tl.store(at, peak + tl.log2(total), mask=rows < length)
+
+
+@triton.jit
+def attention_delta(
+    out, d_out, delta, out_strides, d_out_strides, views, tokens, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """delta_i = sum_d out_id d_out_id for BLOCK_M rows."""
+    length = views * tokens
+    n_blocks = tl.cdiv(length, BLOCK_M)
+    pair = tl.program_id(0) // n_blocks
+    scene, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    rows = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x = load_tile(
+        out, out, scene, head, rows, views, tokens, out_strides, out_strides, D, BLOCK_D, False, EVEN, False
+    )
+    y = load_tile(
+        d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides, D, BLOCK_D, False, EVEN, False
+    )
+    sums = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+    tl.store(delta + (scene * heads + head) * length + rows, sums, mask=rows < length)
+
+
+@triton.jit
+def attention_backward_kv(
+    q, k, v, camera_q, camera_k, camera_v, d_out, lse, delta, d_k, d_v,
+    q_strides, k_strides, v_strides, d_out_strides, camera_q_strides, camera_k_strides, camera_v_strides,
+    views, tokens, heads, scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
+    FLAT_D_OUT: tl.constexpr, EVEN: tl.constexpr,
+    CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: d_k and d_v of BLOCK_N keys of one head of one scene, over all its queries; scores transposed."""
+    length = views * tokens
+    n_blocks = tl.cdiv(length, BLOCK_N)
+    pair = tl.program_id(0) // n_blocks
+    scene, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = load_tile(
+        k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_K
+    )
+    values = load_tile(
+        v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_V
+    )
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    line = (scene * heads + head) * length
+    for start in range(0, length, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        queries = load_tile(
+            q, camera_q, scene, head, rows, views, tokens, q_strides, camera_q_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_Q
+        )
+        # A row past the end has an infinite log-sum-exp, hence weight zero.
+        row_lse = tl.load(lse + line + rows, mask=rows < length, other=float("inf"))
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale_log2
+        weights = tl.exp2(scores - row_lse[None, :])
+        cotangent = load_tile(
+            d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides, D, BLOCK_D, FLAT_D_OUT, EVEN,
+            False,
+        )  # fmt: skip
+        acc_v = tl.dot(weights.to(cotangent.dtype), cotangent, acc_v, input_precision=PRECISION)
+        d_weights = tl.dot(values, tl.trans(cotangent), input_precision=PRECISION)
+        row_delta = tl.load(delta + line + rows, mask=rows < length, other=0.0)
+        d_scores = weights * (d_weights - row_delta[None, :])
+        acc_k = tl.dot(d_scores.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+    store_tile(d_k, acc_k * scale, scene, head, cols, views, tokens, heads, D, BLOCK_D, EVEN)
+    store_tile(d_v, acc_v, scene, head, cols, views, tokens, heads, D, BLOCK_D, EVEN)
+
+
+@triton.jit
+def attention_backward_q(
+    q, k, v, camera_q, camera_k, camera_v, d_out, lse, delta, d_q,
+    q_strides, k_strides, v_strides, d_out_strides, camera_q_strides, camera_k_strides, camera_v_strides,
+    views, tokens, heads, scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
+    FLAT_D_OUT: tl.constexpr, EVEN: tl.constexpr,
+    CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: d_q of BLOCK_M queries of one head of one scene, over all its keys."""
+    length = views * tokens
+    n_blocks = tl.cdiv(length, BLOCK_M)
+    pair = tl.program_id(0) // n_blocks
+    scene, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    rows = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = load_tile(
+        q, camera_q, scene, head, rows, views, tokens, q_strides, camera_q_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_Q
+    )
+    cotangent = load_tile(
+        d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides, D, BLOCK_D, FLAT_D_OUT, EVEN, False
+    )
+    line = (scene * heads + head) * length
+    row_lse = tl.load(lse + line + rows, mask=rows < length, other=float("inf"))
+    row_delta = tl.load(delta + line + rows, mask=rows < length, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, length, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        keys = load_tile(
+            k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_K
+        )
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        if not EVEN:
+            scores = tl.where((cols < length)[None, :], scores, float("-inf"))
+        weights = tl.exp2(scores - row_lse[:, None])
+        values = load_tile(
+            v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_V
+        )
+        d_weights = tl.dot(cotangent, tl.trans(values), input_precision=PRECISION)
+        d_scores = weights * (d_weights - row_delta[:, None])
+        acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    store_tile(d_q, acc * scale, scene, head, rows, views, tokens, heads, D, BLOCK_D, EVEN)
+
+
+@triton.jit
+def sum_tokens(x, out, tokens, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[B*V, N, H, D] contiguous -> [B*V, H, D], one head of one image a program, in the order of the tokens."""
+    image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    cols = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        offsets = ((image * tokens + rows) * heads + head)[:, None] * D + cols[None, :]
+        inside = (rows < tokens)[:, None] & (cols < D)[None, :]
+        acc += tl.sum(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), 0)
+    tl.store(out + (image * heads + head) * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)
+
+
+def block_width(width: int) -> int:
+    """The head width padded to what a tensor core takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def forward_tile(block_d: int, itemsize: int) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward kernel: the whole list, each compiled by report.py."""
+    if itemsize == 4:
+        small = block_d > 64
+        return {"BLOCK_M": 32 if small else 64, "BLOCK_N": 32, "num_warps": 4 if block_d <= 128 else 8, "num_stages": 2}
+    if block_d <= 64:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    if block_d == 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+
+
+def backward_tile(block_d: int, itemsize: int) -> dict[str, int]:
+    """The same for both backward kernels; they hold two accumulators, so their tiles are smaller."""
+    if itemsize == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 1}
+    if block_d <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    if block_d == 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, views: int,
+    camera_q: Tensor | None, camera_k: Tensor | None, camera_v: Tensor | None,
+    scale: float, allow_tf32: bool = False, tile: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[B*V, N, H, D] and the base-2 log-sum-exp [B, H, V*N] float32; `views` = 1 attends within a view.
+
+    `tile` overrides the tile sizes (for tests).
+    """
+    images, tokens, heads, width = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((images // views, heads, views * tokens), dtype=torch.float32, device=q.device)
+    tile = tile or forward_tile(block_width(width), q.element_size())
+    cameras = (camera_q, camera_k, camera_v)
+    grid = (triton.cdiv(views * tokens, tile["BLOCK_M"]) * (images // views) * heads,)
+    if q.numel():
+        attention_forward[grid](
+            q, k, v, *_pointers(cameras, q), out, lse, *_strides(q, k, v), *_camera_strides(cameras),
+            views, tokens, heads, scale * LOG2_E,
+            **_constants(views, tokens, width, cameras, allow_tf32, tile, FLAT=_flat(views, q, k, v)), **tile, **OPTIONS,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, views: int,
+    camera_q: Tensor | None, camera_k: Tensor | None, camera_v: Tensor | None,
+    scale: float, allow_tf32: bool = False, tile: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """d_q, d_k, d_v [B*V, N, H, D] contiguous, and the camera rows' gradients [B*V, H, D] (None where none came)."""
+    images, tokens, heads, width = q.shape
+    length, pairs = views * tokens, (images // views) * heads
+    tile = tile or backward_tile(block_width(width), q.element_size())
+    cameras = (camera_q, camera_k, camera_v)
+    d_q, d_k, d_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    if q.numel():
+        delta = torch.empty_like(lse)
+        constants = _constants(views, tokens, width, cameras, allow_tf32, tile)
+        attention_delta[(triton.cdiv(length, tile["BLOCK_M"]) * pairs,)](
+            out, d_out, delta, out.stride(), d_out.stride(), views, tokens, heads,
+            D=width, BLOCK_D=constants["BLOCK_D"], BLOCK_M=tile["BLOCK_M"], EVEN=constants["EVEN"], **OPTIONS,
+        )  # fmt: skip
+        inputs = (q, k, v, *_pointers(cameras, q), d_out, lse, delta)
+        layout = (*_strides(q, k, v, d_out), *_camera_strides(cameras), views, tokens, heads, scale, scale * LOG2_E)
+        constants |= {"FLAT": _flat(views, q, k, v), "FLAT_D_OUT": _flat(views, d_out)}
+        grid = (triton.cdiv(length, tile["BLOCK_N"]) * pairs,)
+        attention_backward_kv[grid](*inputs, d_k, d_v, *layout, **constants, **tile, **OPTIONS)
+        grid = (triton.cdiv(length, tile["BLOCK_M"]) * pairs,)
+        attention_backward_q[grid](*inputs, d_q, *layout, **constants, **tile, **OPTIONS)
+    d_cameras = (None if c is None else _sum_tokens(d, c) for c, d in zip(cameras, (d_q, d_k, d_v)))
+    return d_q, d_k, d_v, *d_cameras
+
+
+def _sum_tokens(d_x: Tensor, camera: Tensor) -> Tensor:
+    images, tokens, heads, width = d_x.shape
+    out = torch.empty((images, heads, width), dtype=camera.dtype, device=camera.device)
+    if out.numel():
+        grid = (images * heads,)
+        sum_tokens[grid](d_x, out, tokens, heads, D=width, BLOCK_D=block_width(width), BLOCK_N=SUM_ROWS, **OPTIONS)
+    return out
+
+
+def _flat(views: int, *tensors: Tensor) -> bool:
+    return views == 1 or all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+
+
+def _constants(
+    views: int, tokens: int, width: int, cameras: tuple[Tensor | None, ...], allow_tf32: bool, tile: dict[str, int],
+    **more: bool,
+) -> dict[str, object]:  # fmt: skip
+    block_d = block_width(width)
+    length = views * tokens
+    return {
+        "D": width,
+        "BLOCK_D": block_d,
+        "EVEN": length % tile["BLOCK_M"] == 0 and length % tile["BLOCK_N"] == 0 and width == block_d,
+        "CAMERA_Q": cameras[0] is not None,
+        "CAMERA_K": cameras[1] is not None,
+        "CAMERA_V": cameras[2] is not None,
+        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        **more,
+    }
+
+
+def _pointers(cameras: tuple[Tensor | None, ...], other: Tensor) -> list[Tensor]:
+    """A pointer that is never read stands for a camera that is not there."""
+    return [other if c is None else c for c in cameras]
+
+
+def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    return [x.stride() for x in tensors]
+
+
+def _camera_strides(cameras: tuple[Tensor | None, ...]) -> list[tuple[int, ...]]:
+    return [(0, 0, 1) if c is None else c.stride() for c in cameras]
