@@ -146,25 +146,10 @@ class CameraSampling:
 
     n_views: int = 4
     elevation_range_deg: tuple[float, float] = (0.0, 30.0)
-    azimuth_start_deg: float = -180.0
     fovy_range_deg: tuple[float, float] = (15.0, 60.0)
     distance_range: tuple[float, float] = (0.8, 1.0)
     relative_distance: Literal["tan", "sin", "none"] = "tan"
     elevations: Literal["uniform", "upstream"] = "uniform"
-
-    def __post_init__(self):
-        for name in ("elevation_range_deg", "fovy_range_deg", "distance_range"):
-            low, high = getattr(self, name)
-            if not low <= high:
-                raise ValueError(f"CameraSampling: {name} must be low..high, got {low}..{high}; swap the two numbers")
-        if not 0 < self.fovy_range_deg[0] <= self.fovy_range_deg[1] < 180:
-            raise ValueError(
-                f"CameraSampling: fovy_range_deg must be within 0 and 180, got {self.fovy_range_deg}; it is in degrees"
-            )
-        if not self.distance_range[0] > 0:
-            raise ValueError(
-                f"CameraSampling: distance_range must be positive, got {self.distance_range}; 1 frames the object"
-            )
 
     @staticmethod
     def paper() -> "CameraSampling":
@@ -177,30 +162,51 @@ class CameraSampling:
         return CameraSampling(fovy_range_deg=(30.0, 50.0), distance_range=(1.0, 1.05), relative_distance="sin")
 
 
-def sample_cameras(config: CameraSampling, stream: Stream, n_groups: int = 1) -> Cameras:
+def sample_cameras(
+    config: CameraSampling, stream: Stream, n_groups: int = 1, azimuth_start_deg: float = -180.0
+) -> Cameras:
     """Draws groups of views around the object: azimuths exactly 360/V degrees apart, one elevation, distance and
-    field of view a group.
+    field of view a group. The first view of a group lies in the first 360/V degrees from `azimuth_start_deg`.
+
+    `config` may be any object with the fields of CameraSampling, such as SDSConfig.
 
     Returns: Cameras of n_groups*V views, the views of a group next to each other.
-    Raises: ValueError if a count is below 1.
+    Raises: ValueError if a count is below 1 or a range cannot be.
     Source: MVDream-threestudio, RandomMultiviewCameraIterableDataset.
     """
     if config.n_views < 1 or n_groups < 1:
         raise ValueError(
             f"sample_cameras: n_views and n_groups must be at least 1, got {config.n_views} and {n_groups}; ask for 1"
         )
-    groups = [_sample_group(config, *stream.uniform(5).tolist()) for _ in range(n_groups)]
+    _check_ranges(config)
+    groups = [_sample_group(config, azimuth_start_deg, *stream.uniform(5).tolist()) for _ in range(n_groups)]
     return Cameras(torch.cat([g.c2w for g in groups]), torch.cat([g.fovy for g in groups]))
 
 
-def _sample_group(config: CameraSampling, branch: float, u_el: float, u_az: float, u_fov: float, u_d: float) -> Cameras:
+def _check_ranges(config: CameraSampling) -> None:
+    for name in ("elevation_range_deg", "fovy_range_deg", "distance_range"):
+        low, high = getattr(config, name)
+        if not low <= high:
+            raise ValueError(f"sample_cameras: {name} must be low..high, got {low}..{high}; swap the two numbers")
+    if not (config.fovy_range_deg[0] > 0 and config.fovy_range_deg[1] < 180):
+        raise ValueError(f"sample_cameras: fovy_range_deg must be within 0 and 180, got {config.fovy_range_deg}; "
+                         "it is in degrees")  # fmt: skip
+    if not config.distance_range[0] > 0:
+        raise ValueError(f"sample_cameras: distance_range must be positive, got {config.distance_range}; "
+                         "1 frames the object")  # fmt: skip
+
+
+def _sample_group(
+    config: CameraSampling, start_deg: float, branch: float, u_elevation: float, u_azimuth: float, u_fovy: float,
+    u_distance: float,
+) -> Cameras:  # fmt: skip
     """One group from five uniform numbers in [0, 1)."""
-    elevation = _elevation_deg(config, branch, u_el)
-    fovy = math.radians(_between(config.fovy_range_deg, u_fov))
-    scale = {"tan": math.tan(fovy / 2), "sin": math.sin(fovy / 2), "none": 1.0}[config.relative_distance]
-    distance = _between(config.distance_range, u_d) / scale
-    start = config.azimuth_start_deg + u_az * 360 / config.n_views
-    return orbit_cameras(config.n_views, elevation, start, 360.0, distance, math.degrees(fovy))
+    fovy_deg = _between(config.fovy_range_deg, u_fovy)
+    half = math.radians(fovy_deg) / 2
+    scale = {"tan": math.tan(half), "sin": math.sin(half), "none": 1.0}[config.relative_distance]
+    distance = _between(config.distance_range, u_distance) / scale
+    start = start_deg + u_azimuth * 360 / config.n_views
+    return orbit_cameras(config.n_views, _elevation_deg(config, branch, u_elevation), start, 360.0, distance, fovy_deg)
 
 
 def _elevation_deg(config: CameraSampling, branch: float, u: float) -> float:

@@ -17,6 +17,7 @@ from mvdream_fast.camera import (
     orbit_cameras,
     sample_cameras,
 )
+from mvdream_fast.config import SDSConfig
 from mvdream_fast.rng import Stream
 
 S, C = 0.258819, 0.965926  # sine and cosine of 15 degrees
@@ -236,6 +237,17 @@ def test_sampling_is_a_function_of_its_stream():
     assert not torch.equal(one.c2w, other.c2w)
 
 
+def test_the_paper_preset_of_the_sds_run_is_the_paper_sampling():
+    one = sample_cameras(SDSConfig(), Stream(1, 2, "cameras"), n_groups=2)
+    two = sample_cameras(CameraSampling.paper(), Stream(1, 2, "cameras"), n_groups=2)
+    assert torch.equal(one.c2w, two.c2w)
+    assert torch.equal(one.fovy, two.fovy)
+
+
+def sampled(**changes) -> Cameras:
+    return sample_cameras(CameraSampling(**changes), Stream(0, 0, "cameras"))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -248,9 +260,10 @@ def test_sampling_is_a_function_of_its_stream():
         (lambda: normalize_camera(torch.zeros(2, 3, 4)), r"got \[2, 3, 4\]"),
         (lambda: Cameras(torch.eye(4), torch.ones(1)), r"c2w must be \[V, 4, 4\], got \[4, 4\]"),
         (lambda: Cameras(torch.eye(4)[None], torch.ones(2)), r"fovy must be \[1\], got \[2\]"),
-        (lambda: CameraSampling(fovy_range_deg=(60, 15)), r"fovy_range_deg must be low..high, got 60..15"),
-        (lambda: CameraSampling(fovy_range_deg=(0, 15)), "fovy_range_deg must be within 0 and 180"),
-        (lambda: CameraSampling(distance_range=(0, 1)), "distance_range must be positive"),
+        (lambda: sampled(fovy_range_deg=(60, 15)), r"fovy_range_deg must be low..high, got 60..15"),
+        (lambda: sampled(fovy_range_deg=(0, 15)), "fovy_range_deg must be within 0 and 180"),
+        (lambda: sampled(distance_range=(0, 1)), "distance_range must be positive"),
+        (lambda: sampled(elevation_range_deg=(0, math.nan)), "elevation_range_deg must be low..high"),
         (lambda: sample_cameras(CameraSampling(), Stream(0, 0, ""), 0), "must be at least 1, got 4 and 0"),
     ],
 )
