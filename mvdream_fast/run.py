@@ -1,10 +1,9 @@
 """Run folders, atomic files and checkpoints, JSONL logs, and signals: what makes a long run safe to interrupt.
 
-A file appears whole or not at all (temporary file, fsync, rename, fsync of the folder). No model or loop lives here.
+Files appear whole or not at all (files.py). No model or loop lives here.
 """
 
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvdream_fast.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.files import atomic_write, remove_stale, replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -86,52 +86,6 @@ def resolve_resume(resume: str, root: Path | str) -> Path:
     return folder.resolve()
 
 
-def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Writes a file whole or not at all. Raises OutputError with the bytes needed; an older file stays as it was."""
-    data = data.encode() if isinstance(data, str) else data
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    _replace(Path(path), write, len(data))
-
-
-def _replace(path: Path, write, n_bytes: int) -> None:
-    """Runs `write(temporary)`, flushes it to the disk and renames it to `path`; cleans up when anything fails."""
-    if path.exists() and not path.is_file():
-        raise OutputError(f"cannot write {path}: it is not a regular file")
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        if not _is_io_error(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"cannot write {path} ({n_bytes} bytes): {reason}; the file it would replace is kept"
-        ) from error
-
-
-def _is_io_error(error: Exception) -> bool:
-    """OSError, and safetensors' own error, which wraps one as text."""
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, "torch.Tensor"], meta: dict, keep: int = 2) -> Path:
     """Writes `folder/<step>.safetensors` atomically, then LATEST, then deletes all but the newest `keep`.
 
@@ -145,7 +99,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, "torch.Tensor"],
     header = {"meta": json.dumps({**meta, "step": step}, sort_keys=True)}
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
-    _replace(path, lambda temporary: save_file(plain, temporary, metadata=header), n_bytes)
+    replace_file(path, lambda temporary: save_file(plain, temporary, metadata=header), n_bytes)
     atomic_write(folder / LATEST, path.name + "\n")
     for old in sorted(folder.glob("[0-9]*.safetensors"))[:-keep]:
         if old != path:
@@ -182,14 +136,6 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, "torch.Tensor"], dict]:
             f"write '{others[-1]}' into {path.parent / LATEST} to go on from there" if others else "no other is there"
         )
         raise ModelError(f"cannot read the checkpoint {path}: {error}; {hint}") from error
-
-
-def remove_stale(folder: Path) -> None:
-    """Deletes temporary files left behind by processes that are gone."""
-    for path in folder.glob("*.tmp-*"):
-        pid = path.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
-            path.unlink(missing_ok=True)
 
 
 class JsonlLog:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mvdream_fast.errors import ArgumentError
 from mvdream_fast.field.mesh import Mesh
+from mvdream_fast.files import atomic_write
 
 Y_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)  # (x, y, z) -> (x, z, -y)
 
@@ -63,7 +64,5 @@ def mesh_bytes(mesh: Mesh, file_type: Literal["glb", "obj", "ply"], up: Literal[
 
 def save_mesh(mesh: Mesh, path: Path | str, up: Literal["y", "z"] = "y") -> None:
     """Writes the mesh in the format of the file's ending, whole or not at all. Raises ArgumentError, OutputError."""
-    from mvdream_fast.run import atomic_write
-
     path = Path(path)
     atomic_write(path, mesh_bytes(mesh, path.suffix.lstrip(".").lower(), up))
