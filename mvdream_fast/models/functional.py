@@ -1,0 +1,145 @@
+"""Layers of the UNet as functions of its modules: with autograd the plain torch call, without it the leaner way to do the same.
+
+A module that is not exactly the torch class (a LoRA wrapper, for one) is called as it is. No weights live here, and
+nothing is cached: packed weights are the parameters' own storage, so they cannot go stale.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvdream_fast.ops.geglu import geglu
+from mvdream_fast.ops.group_norm_silu import group_norm_silu
+
+# Hidden rows of a feed-forward that are alive at a time. The next stage then finds them in the cache, and the
+# allocation stays under glibc's largest mmap threshold (32 MB), above which every call pays for fresh pages.
+_FEED_FORWARD_ROWS = 1024
+# From this many weights on, a convolution whose rows are fewer than its output channels is faster as a matrix product:
+# oneDNN would copy the weights into its own layout on every call.
+_GEMM_WEIGHTS = 2_000_000
+
+
+def lean(x: Tensor) -> bool:
+    """Whether nothing records or rewrites the calls on x: in-place updates and shared weight storage are then safe."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not recorded and not torch.is_autocast_enabled(x.device.type) and type(x) is Tensor
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor, emb: Tensor | None = None, silu: bool = True) -> Tensor:
+    """silu(norm(x + emb)), [B*V, C, h, w] with emb [B*V, C]; statistics in float32."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, emb, silu)
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """A Linear, or a 1x1 convolution applied to tokens: [..., C] -> [..., C_out]."""
+    if isinstance(module, nn.Conv2d):
+        return F.linear(x, module.weight.flatten(1), module.bias)
+    return module(x)
+
+
+def add_linear(h: Tensor, module: nn.Module, x: Tensor) -> Tensor:
+    """h + module(x); without autograd h [..., C_out] is overwritten, so it must be the caller's own and contiguous."""
+    if not (lean(x) and type(module) in (nn.Linear, nn.Conv2d)):
+        return h + linear(module, x)
+    rows = h.view(-1, h.shape[-1])
+    if module.bias is not None:
+        rows.add_(module.bias)
+    rows.addmm_(x.reshape(-1, x.shape[-1]), module.weight.flatten(1).t())
+    return h
+
+
+def add(h: Tensor, x: Tensor) -> Tensor:
+    """h + x; without autograd h is overwritten."""
+    return h.add_(x) if lean(x) else h + x
+
+
+def packed(tensors: list[Tensor]) -> Tensor:
+    """Tensors of equal width joined along dim 0, as a view of their common storage when nothing is recorded.
+
+    On first use without autograd the parameters move into one allocation (same names, same values); a later load,
+    optimiser step or swap of weights is seen, as the view reads the parameters themselves.
+    """
+    plain = all(type(t) in (nn.Parameter, Tensor) and t.device.type != "meta" for t in tensors)
+    if not plain or not lean(tensors[0].detach()):
+        return torch.cat(tensors)
+    ends = [t.data_ptr() + t.nbytes for t in tensors]
+    adjacent = all(t.data_ptr() == end for t, end in zip(tensors[1:], ends[:-1], strict=True))
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    if not (adjacent and len(storages) == 1 and all(t.is_contiguous() for t in tensors)):
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained afterwards
+            joined = torch.cat([t.detach() for t in tensors])
+        for t, part in zip(tensors, joined.split([len(t) for t in tensors]), strict=True):
+            t.data = part
+    first = tensors[0].detach()
+    return first.as_strided((sum(len(t) for t in tensors), *first.shape[1:]), first.stride())
+
+
+def linears(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """Several Linears of one input as one product: [..., C] -> one [..., C_i] for each, views of one tensor."""
+    if not all(type(m) is nn.Linear for m in modules):
+        return tuple(m(x) for m in modules)
+    bias = None if modules[0].bias is None else packed([m.bias for m in modules])
+    joined = F.linear(x, packed([m.weight for m in modules]), bias)
+    return joined.split([m.out_features for m in modules], dim=-1)
+
+
+def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
+    """A 3x3 convolution of stride 1 and padding 1: [B*V, C, h, w] -> [B*V, C_out, h, w], channels last."""
+    n_rows = x.shape[0] * x.shape[2] * x.shape[3]
+    heavy = module.weight.numel() >= _GEMM_WEIGHTS and n_rows < module.weight.shape[0]
+    if not (heavy and _by_gemm(module, x)):
+        return module(x)
+    return _gemm_conv(F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight), module.bias).permute(0, 3, 1, 2)
+
+
+def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
+    """Nearest up-sampling by 2, then a 3x3 convolution: [B*V, C, h, w] -> [B*V, C_out, 2h, 2w], channels last.
+
+    Each of the four sub-pixels sees only 2x2 different inputs, so four 2x2 convolutions with summed weights do the work
+    with 4/9 of the arithmetic. The sums cost what few rows do not repay.
+    """
+    n_rows = x.shape[0] * x.shape[2] * x.shape[3]
+    if not _by_gemm(module, x) or 4 * n_rows < module.weight.shape[0]:
+        return conv3x3(module, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    batch, _, height, width = x.shape
+    padded, weight = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight)
+    out = x.new_empty(batch, height, 2, width, 2, weight.shape[0])
+    for i in range(2):
+        rows = _pair_sums(weight, i, 1)
+        for j in range(2):
+            window = padded[:, i : i + height + 1, j : j + width + 1]
+            out[:, :, i, :, j] = _gemm_conv(window, _pair_sums(rows, j, 2), module.bias)
+    return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+
+def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) -> Tensor:
+    """h + out(geglu(proj(norm(h)))) on [B*V, N, C]; without autograd a block of rows at a time, into h itself."""
+    if not lean(h):
+        return h + out(geglu(proj(norm(h))))
+    for rows in h.view(-1, h.shape[-1]).split(_FEED_FORWARD_ROWS):
+        add_linear(rows, out, geglu(proj(norm(rows))))
+    return h
+
+
+def _by_gemm(module: nn.Module, x: Tensor) -> bool:
+    return lean(x) and x.device.type == "cpu" and type(module) is nn.Conv2d and x.dtype == torch.float32
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _pair_sums(weight: Tensor, phase: int, dim: int) -> Tensor:
+    """Three taps along `dim` as the two that one sub-pixel sees: (a, b + c) for the first, (a + b, c) for the second."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)
+
+
+def _gemm_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution without padding, as a matrix product over gathered windows. x: [B, h', w', C], weight: [O, k, k, C]."""
+    n_out, size, _, channels = weight.shape
+    batch, height, width = x.shape[0], x.shape[1] - size + 1, x.shape[2] - size + 1
+    s_batch, s_row, s_column, _ = x.stride()
+    shape, strides = (batch, height, width, size, size, channels), (s_batch, s_row, s_column, s_row, s_column, 1)
+    columns = x.as_strided(shape, strides, x.storage_offset()).reshape(batch * height * width, -1)
+    return torch.addmm(bias, columns, weight.view(n_out, -1).t()).view(batch, height, width, n_out)

@@ -1,0 +1,299 @@
+"""The multi-view UNet: Stable Diffusion's, with self-attention over all views of a scene and a camera embedding.
+
+Its blocks are in blocks.py. Parameter names and numbers are those of the released MVDream checkpoints.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mvdream_fast.config import UNetConfig
+from mvdream_fast.errors import ModelError
+from mvdream_fast.models import functional as fn
+from mvdream_fast.models.blocks import (
+    Conditions,
+    Downsample,
+    KeysValues,
+    MultiViewTransformer,
+    ResBlock,
+    Upsample,
+    zero,
+)
+from mvdream_fast.ops.time_camera_embedding import MLP, camera_embedding, time_camera_embedding
+
+OP = "MultiViewUNet"
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """A prompt's embedding [B, L, Dt] with the keys and values of every text attention; made by `prepare_context`.
+
+    They are used while the weights they came from are unchanged and nothing is differentiated; otherwise the UNet goes
+    back to the embedding. Writes through `parameter.data` escape this watch: prepare again after those.
+    """
+
+    context: Tensor
+    pairs: tuple[KeysValues, ...] = field(repr=False)
+    made_from: tuple = field(repr=False)
+
+
+class MultiViewUNet(nn.Module):
+    """Predicts the noise (or v) in latents of V views of each scene, views fastest in the batch.
+
+    With `n_views=1` and no camera it is the plain 2D model. Without autograd it works in place on its own tensors and
+    keeps the weights of layers that read the same input in common storage. `gradient_checkpointing` trades time for
+    memory in training.
+
+    Raises: ModelError for a configuration whose channels do not divide into groups and heads.
+    Source: Shi et al. 2023, "MVDream", section 3; Rombach et al. 2022 for the 2D model.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        self.gradient_checkpointing = False
+        self._camera_cache: tuple | None = None
+        emb = config.time_embed_dim
+        self.time_embed = _mlp(config.model_channels, emb)
+        if config.camera_in != "none":
+            self.camera_embed = _mlp(config.camera_dim, emb)
+        if config.camera_in == "text":
+            self.camera_token = nn.Linear(emb, config.context_dim)
+        self._build()
+        self._res_blocks = _indexed(self, ResBlock)
+        self._transformers = _indexed(self, MultiViewTransformer)
+        self.register_load_state_dict_post_hook(_channels_last)
+        _channels_last(self)
+
+    def _build(self) -> None:
+        """The two arms and the middle; an arm's skip connections are its outputs, last in, first out."""
+        config = self.config
+        width, factor, skips = config.model_channels, 1, [config.model_channels]
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
+        for level, multiple in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(self._stage(width, multiple * config.model_channels, factor))
+                width = multiple * config.model_channels
+                skips.append(width)
+            if level < len(config.channel_mult) - 1:
+                self.input_blocks.append(nn.ModuleList([Downsample(width)]))
+                skips.append(width)
+                factor *= 2
+        around = (self._res_block(width, width) for _ in range(2))
+        self.middle_block = nn.ModuleList([next(around), self._transformer(width), next(around)])
+        self.output_blocks = nn.ModuleList()
+        for level, multiple in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.num_res_blocks + 1):
+                stage = self._stage(width + skips.pop(), multiple * config.model_channels, factor)
+                width = multiple * config.model_channels
+                if level > 0 and i == config.num_res_blocks:
+                    stage.append(Upsample(width))
+                    factor //= 2
+                self.output_blocks.append(stage)
+        conv = zero(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(config.norm_groups, width), nn.SiLU(), conv)
+
+    def _stage(self, channels: int, out_channels: int, factor: int) -> nn.ModuleList:
+        stage = nn.ModuleList([self._res_block(channels, out_channels)])
+        if factor in self.config.attention_resolutions:
+            stage.append(self._transformer(out_channels))
+        return stage
+
+    def _res_block(self, channels: int, out_channels: int) -> ResBlock:
+        return ResBlock(channels, self.config.time_embed_dim, out_channels, self.config.norm_groups)
+
+    def _transformer(self, channels: int) -> MultiViewTransformer:
+        heads = self.config.num_heads or channels // self.config.num_head_channels
+        return MultiViewTransformer(channels, heads, channels // heads, self.config)
+
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        context: Tensor | TextContext,
+        camera: Tensor | None = None,
+        n_views: int = 1,
+    ) -> Tensor:
+        """One call of the model.
+
+        Args:
+            latents: [B*V, C, h, w]; h and w divisible by the down-sampling of the lowest level.
+            t: [B*V] or a scalar tensor, diffusion steps.
+            context: [B, L, Dt] shared by the views of a scene, [B*V, L, Dt], or what `prepare_context` made of either.
+            camera: [B*V, 16] flattened camera-to-world matrices; None leaves the camera embedding out.
+            n_views: V, must divide the batch.
+
+        Returns:
+            [B*V, C_out, h, w], contiguous.
+
+        Raises:
+            ValueError, TypeError: shapes, n_views, dtypes.
+        """
+        n_views = int(n_views)
+        prepared = context if isinstance(context, TextContext) else None
+        context = context if prepared is None else prepared.context
+        self._check(latents, t, context, camera, n_views)
+        camera_emb = self._camera_embedding(camera)
+        embs = self._embeddings(t, len(latents), camera_emb)
+        conditions = self._conditions(context, n_views, camera_emb)
+        pairs = self._prepared_pairs(prepared)
+
+        def run(stage: nn.ModuleList, h: Tensor) -> Tensor:
+            for layer in stage:
+                if isinstance(layer, ResBlock):
+                    h = self._call(layer, h, embs[layer.index])
+                elif isinstance(layer, MultiViewTransformer):
+                    h = self._call(layer, h, conditions, pairs[layer.index])
+                else:
+                    h = fn.conv3x3(layer, h) if isinstance(layer, nn.Conv2d) else layer(h)
+            return h
+
+        h, skips = latents.contiguous(memory_format=torch.channels_last), []
+        for stage in self.input_blocks:
+            h = run(stage, h)
+            skips.append(h)
+        h = run(self.middle_block, h)
+        for stage in self.output_blocks:
+            h = run(stage, torch.cat([h, skips.pop()], dim=1))
+        return fn.conv3x3(self.out[2], fn.group_norm(self.out[0], h)).contiguous()
+
+    @torch.no_grad()
+    def prepare_context(self, context: Tensor) -> TextContext:
+        """Keys and values of every text attention for [B, L, Dt] or [B*V, L, Dt], to be passed as forward's `context`.
+
+        Once per prompt: they depend on neither the step nor the view. No gradient flows through them.
+        """
+        pairs = tuple(block.attn2.keys_values(context) for block in self._text_blocks())
+        return TextContext(context, pairs, self._text_state(context))
+
+    def _text_blocks(self) -> list[nn.Module]:
+        return [transformer.transformer_blocks[0] for transformer in self._transformers]
+
+    def _text_state(self, context: Tensor) -> tuple | None:
+        weights = [
+            p for block in self._text_blocks() for m in (block.attn2.to_k, block.attn2.to_v) for p in m.parameters()
+        ]
+        return _state([context, *weights])
+
+    def _prepared_pairs(self, prepared: TextContext | None) -> tuple[KeysValues | None, ...]:
+        """The prepared keys and values of each transformer; None each where they do not hold (any more)."""
+        if prepared is not None and not torch.is_grad_enabled() and prepared.made_from is not None:
+            if self._text_state(prepared.context) == prepared.made_from:
+                return prepared.pairs
+        return (None,) * len(self._transformers)
+
+    def _call(self, layer: nn.Module, *args) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+    def _camera_embedding(self, camera: Tensor | None) -> Tensor | None:
+        """[B*V, E]; kept for the next call with the same, unchanged camera tensor when nothing is differentiated."""
+        if camera is None or self.config.camera_in == "none":
+            return None
+        state = None if torch.is_grad_enabled() else _state([camera, *self.camera_embed.parameters()])
+        if state is not None and self._camera_cache is not None and self._camera_cache[0] == state:
+            return self._camera_cache[2]
+        emb = camera_embedding(camera, _weights(self.camera_embed))
+        # The camera is kept alive with its result: another tensor cannot take its address and pass for it.
+        self._camera_cache = None if state is None else (state, camera, emb)
+        return emb
+
+    def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> tuple[Tensor, ...]:
+        """What each ResBlock adds, [B*V, C_out] each, from one product for all of them."""
+        projections = [block.emb_layers[1] for block in self._res_blocks]
+        out = time_camera_embedding(
+            t.expand(batch),
+            None,
+            _weights(self.time_embed),
+            None,
+            fn.packed([m.weight for m in projections]),
+            fn.packed([m.bias for m in projections]),
+            camera_embedding=camera_emb if self.config.camera_in == "time" else None,
+        )
+        return out.split([m.out_features for m in projections], dim=-1)
+
+    def _conditions(self, context: Tensor, n_views: int, camera_emb: Tensor | None) -> Conditions:
+        tokens = None
+        if camera_emb is not None and self.config.camera_in == "text":
+            tokens = self.camera_token(camera_emb)[:, None]
+        return Conditions(context, n_views, camera_emb, tokens)
+
+    def _check(self, latents: Tensor, t: Tensor, context: Tensor, camera: Tensor | None, n_views: int) -> None:
+        config = self.config
+        batch = latents.shape[0] if latents.ndim else 0
+        if latents.ndim != 4 or latents.shape[1] != config.in_channels:
+            _refuse("latents", f"[B*V, {config.in_channels}, h, w]", tuple(latents.shape), "see config.in_channels")
+        factor = 2 ** (len(config.channel_mult) - 1)
+        if latents.shape[2] % factor or latents.shape[3] % factor:
+            _refuse(
+                "latents", f"of height and width divisible by {factor}", tuple(latents.shape[2:]), "pad or crop them"
+            )
+        if n_views < 1 or batch % n_views:
+            _refuse("n_views", f"a divisor of the batch of {batch}", n_views, "views are the fastest batch index")
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, batch)):
+            _refuse("t", f"a scalar or [{batch}]", tuple(t.shape), "one step per image")
+        scenes = batch // n_views
+        if context.ndim != 3 or context.shape[2] != config.context_dim or context.shape[0] not in (scenes, batch):
+            wanted = f"[{scenes} or {batch}, L, {config.context_dim}]"
+            _refuse(
+                "context", wanted, tuple(context.shape), "one row per scene or per image, of the text tower's width"
+            )
+        if camera is not None and camera.shape != (batch, config.camera_dim):
+            wanted = f"[{batch}, {config.camera_dim}]"
+            _refuse("camera", wanted, tuple(camera.shape), "one flattened camera per image, or None for 2D mode")
+        dtype = self.out[2].weight.dtype
+        for name, x in (("latents", latents), ("context", context)):
+            if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+                _refuse(name, f"{dtype} as the weights", x.dtype, f"convert it with .to({dtype})", TypeError)
+
+
+def _refuse(argument: str, requirement: str, got: object, remedy: str, error: type[Exception] = ValueError) -> None:
+    raise error(f"{OP}: {argument} must be {requirement}, got {got}; {remedy}")
+
+
+def _check_config(config: UNetConfig) -> None:
+    if (config.num_heads is None) == (config.num_head_channels is None):
+        raise ModelError(f"{OP}: exactly one of num_heads and num_head_channels must be set, got "
+                         f"{config.num_heads} and {config.num_head_channels}; set the other to null")  # fmt: skip
+    for multiple in config.channel_mult:
+        channels = multiple * config.model_channels
+        for name in ("norm_groups", "num_heads", "num_head_channels"):
+            part = getattr(config, name)
+            if part is not None and (part < 1 or channels % part):
+                raise ModelError(
+                    f"{OP}: {name} must divide the {channels} channels of a level, got {part}; change either"
+                )
+
+
+def _indexed(root: nn.Module, kind: type) -> tuple[nn.Module, ...]:
+    """All modules of a kind in the order of use, each told its index: where its slice of a shared product lies."""
+    arms = (root.input_blocks, root.middle_block, root.output_blocks)
+    found = tuple(module for arm in arms for module in arm.modules() if isinstance(module, kind))
+    for index, module in enumerate(found):
+        module.index = index
+    return found
+
+
+def _channels_last(module: nn.Module, _: object = None) -> None:
+    module.to(memory_format=torch.channels_last)
+
+
+def _mlp(channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
+
+
+def _weights(mlp: nn.Sequential) -> MLP:
+    return MLP(mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+
+
+def _state(tensors: list[Tensor]) -> tuple | None:
+    """Equal as long as these tensors live where they did and were not written to; None where that cannot be told."""
+    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, nn.Parameter) or x.is_inference() for x in tensors):
+        return None
+    device = tensors[0].device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (cast, *((x.data_ptr(), x._version) for x in tensors))
