@@ -1,0 +1,235 @@
+"""`python -m mvdream_fast.generate "a brown bulldog"`: the views of an object as PNG files.
+
+What a sentence, a camera and a sampler are is known to pipeline.py; here are flags, progress lines and files.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro import conf
+
+from mvdream_fast import cli, run
+from mvdream_fast._version import __version__
+from mvdream_fast.errors import ArgumentError, OutputError
+from mvdream_fast.models.tokenizer import check_prompt
+from mvdream_fast.schedule import ddim_timesteps
+
+if TYPE_CHECKING:
+    from mvdream_fast.pipeline import MVDreamPipeline, Views
+
+OUTPUTS = Path("outputs")
+PROGRESS_EVERY_S = 2.0  # seconds between the progress lines of a run without a terminal
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Writes views of what a prompt says: view_0.png and so on, all of them in views.png, and config.json."""
+
+    words: Annotated[str | None, conf.Positional, conf.arg(metavar="PROMPT")] = None
+    """What to draw, for example "a brown bulldog"."""
+    prompt: str | None = None
+    """The same as a flag."""
+    model: str | None = None
+    """A model folder or a released file; by default "embedded", the small model that ships with the package."""
+    n_views: int = 4
+    """Views, evenly spaced around the object."""
+    steps: int = 50
+    """Denoising steps, counted as upstream does (30 makes 31)."""
+    guidance_scale: float = 7.5
+    """How closely to follow the prompt; 1 asks without guidance, at half of the cost."""
+    elevation_deg: float = 15.0
+    """Height of the cameras over the horizon."""
+    azimuth_start_deg: float = 0.0
+    """Where the first camera stands: 0 in front of the object, 90 at its left."""
+    azimuth_span_deg: float = 360.0
+    """The arc that the cameras are spread over; its end is left out."""
+    negative_prompt: str = ""
+    """What not to draw."""
+    suffix: bool = True
+    """Ends the prompt in ", 3d asset", as the captions of the training data did."""
+    seed: int | Literal["random"] = 0
+    """The same seed gives the same views."""
+    output: Annotated[Path | None, conf.arg(aliases=["-o"])] = None
+    """A new or empty folder; by default one under outputs/ named after the prompt, the time and the seed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the UNet's weights; auto is what the device is fast at."""
+    threads: int | None = None
+    """CPU threads; by default one a core."""
+    mode: Literal["3d", "2d"] = "3d"
+    """2d draws independent images, without cameras."""
+    quiet: bool = False
+    """Prints the output folder and warnings only."""
+
+
+def main(flags: Flags) -> None:
+    prompt, seed = check_flags(flags), _seed(flags.seed)
+    from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline
+
+    n_threads = cli.set_threads(flags.threads)
+    pipe = MVDreamPipeline.from_pretrained(flags.model or "embedded", flags.device, flags.dtype)
+    warnings: list[str] = []
+    suffix = SUFFIX if flags.suffix else ""
+    pipe.encode_prompt(prompt, flags.negative_prompt, suffix, warnings.append)
+    _first_line(flags, pipe, n_threads, seed, warnings)
+    with _progress(flags.quiet) as callback:
+        views = pipe(
+            prompt,
+            flags.n_views,
+            flags.elevation_deg,
+            flags.azimuth_start_deg,
+            flags.azimuth_span_deg,
+            n_steps=flags.steps,
+            guidance_scale=flags.guidance_scale,
+            negative_prompt=flags.negative_prompt,
+            suffix=suffix,
+            seed=seed,
+            mode=flags.mode,
+            callback=callback,
+            warn=lambda _: None,
+        )
+    folder = run.make_output_folder(flags.output) if flags.output else run.make_run_folder(OUTPUTS, prompt, seed)
+    _fill(folder, _files(views, _config(flags, pipe, views, suffix)))
+    print(folder if flags.quiet else f"wrote {len(views.tensor)} views to {folder}/ (all of them in views.png)")
+
+
+def check_flags(flags: Flags) -> str:
+    """The prompt, once everything that can be wrong without a model has been looked at. Raises UserError."""
+    if flags.words is not None and flags.prompt is not None:
+        raise ArgumentError("give the prompt once: by itself, or with --prompt")
+    prompt = flags.prompt if flags.prompt is not None else flags.words
+    if prompt is None:
+        raise ArgumentError('a prompt is missing: python -m mvdream_fast.generate "a brown bulldog"')
+    check_prompt(prompt)
+    check_prompt(flags.negative_prompt, allow_empty=True)
+    ddim_timesteps(flags.steps)
+    if flags.n_views < 1:
+        raise ArgumentError(f"--n-views must be at least 1, got {flags.n_views}; the models were trained with 4")
+    if flags.threads is not None and flags.threads < 1:
+        raise ArgumentError(f"--threads must be at least 1, got {flags.threads}; leave it out for one a core")
+    for name in ("guidance_scale", "elevation_deg", "azimuth_start_deg", "azimuth_span_deg"):
+        if not abs(getattr(flags, name)) < 1e6:
+            raise ArgumentError(f"--{name.replace('_', '-')} must be a finite number, got {getattr(flags, name)}")
+    if flags.seed != "random" and not 0 <= flags.seed < 2**63:
+        raise ArgumentError(f"--seed must be random or from 0 to 2**63 - 1, got {flags.seed}")
+    if flags.output is not None:
+        _check_output(flags.output)
+    return prompt
+
+
+def _check_output(folder: Path) -> None:
+    """Refuses a folder that cannot be written before anything is computed; makes nothing yet."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"the output folder {folder} exists and is not empty; name another with -o")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"the output folder {folder} cannot be made: {there} is not a folder that can be written")
+
+
+def _seed(seed: int | str) -> int:
+    return int.from_bytes(os.urandom(4), "little") if seed == "random" else seed
+
+
+def _first_line(flags: Flags, pipe: "MVDreamPipeline", n_threads: int, seed: int, warnings: list[str]) -> None:
+    """Which model runs where, and why; and what of the prompt it won't see."""
+    why = "no --model was given: the embedded model" if flags.model is None else f"--model {flags.model}"
+    threads = f", {n_threads} threads" if pipe.device.type == "cpu" else ""
+    if not flags.quiet:
+        print("; ".join([f"{why}, {pipe.describe()}{threads}, seed {seed}", *warnings]), flush=True)
+    elif warnings:
+        print("; ".join(warnings), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
+    """A callback for the sampler: a bar on a terminal, a plain line now and then elsewhere."""
+    if quiet:
+        yield None
+    elif sys.stdout.isatty():
+        from rich.progress import Progress
+
+        with Progress(transient=True) as bar:
+            task = bar.add_task("sampling")
+            yield lambda done, total, _: bar.update(task, completed=done, total=total)
+    else:
+        start = last = time.monotonic()
+
+        def line(done: int, total: int, _: Any) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= PROGRESS_EVERY_S:
+                last, per_step = now, (now - start) / done
+                left = f"{per_step * (total - done):.0f} s left"
+                print(f"step {done}/{total}, {per_step:.2f} s/step, {left}", flush=True)
+
+        yield line
+
+
+def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) -> dict[str, Any]:
+    """Everything that the views depend on."""
+    import torch
+
+    asked = dataclasses.asdict(flags)
+    for name in ("words", "output", "quiet", "device"):
+        del asked[name]
+    return {
+        "kind": "views",
+        **asked,
+        "prompt": views.prompt,
+        "suffix": suffix,
+        "model": flags.model or "embedded",
+        "model_name": pipe.config.name,
+        "seed": views.seed,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype)[6:],
+        "threads": torch.get_num_threads(),
+        "timesteps": ddim_timesteps(flags.steps),
+        "cameras": None if views.cameras is None else views.cameras.tolist(),
+        "versions": {"mvdream_fast": __version__, "torch": torch.__version__},
+    }
+
+
+def _files(views: "Views", config: dict[str, Any]) -> dict[str, bytes]:
+    import io
+
+    def png(image: Any) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    files = {f"view_{i}.png": png(image) for i, image in enumerate(views.images)}
+    return {**files, "views.png": png(views.sheet()), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _fill(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes all files into an empty folder or none: they are written aside and then renamed.
+
+    Raises: OutputError; the folder is gone then.
+    """
+    aside = folder / f".tmp-{os.getpid()}"
+    try:
+        aside.mkdir()
+        for name, data in files.items():
+            (aside / name).write_bytes(data)
+        for name in files:
+            (aside / name).replace(folder / name)
+        aside.rmdir()
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"cannot write into {folder}: {error.strerror}; nothing was kept") from error
+        raise
+
+
+if __name__ == "__main__":
+    cli.run(main, Flags, prog="generate")
