@@ -202,11 +202,25 @@ def _sample_group(
 ) -> Cameras:  # fmt: skip
     """One group from five uniform numbers in [0, 1)."""
     fovy_deg = _between(config.fovy_range_deg, u_fovy)
-    half = math.radians(fovy_deg) / 2
-    scale = {"tan": math.tan(half), "sin": math.sin(half), "none": 1.0}[config.relative_distance]
-    distance = _between(config.distance_range, u_distance) / scale
+    distance = _distance(config, fovy_deg, u_distance)
     start = start_deg + u_azimuth * 360 / config.n_views
     return orbit_cameras(config.n_views, _elevation_deg(config, branch, u_elevation), start, 360.0, distance, fovy_deg)
+
+
+def middle_cameras(config: CameraSampling, elevation_deg: float = 15.0, azimuth_start_deg: float = 0.0) -> Cameras:
+    """The cameras of `pipeline(prompt)`'s views as `config` would stand them: middle field of view and distance.
+
+    Returns: Cameras of n_views views, evenly around.
+    """
+    fovy_deg = _between(config.fovy_range_deg, 0.5)
+    distance = _distance(config, fovy_deg, 0.5)
+    return orbit_cameras(config.n_views, elevation_deg, azimuth_start_deg, 360.0, distance, fovy_deg)
+
+
+def _distance(config: CameraSampling, fovy_deg: float, u: float) -> float:
+    half = math.radians(fovy_deg) / 2
+    scale = {"tan": math.tan(half), "sin": math.sin(half), "none": 1.0}[config.relative_distance]
+    return _between(config.distance_range, u) / scale
 
 
 def _elevation_deg(config: CameraSampling, branch: float, u: float) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mvdream_fast.errors import ModelError
+from mvdream_fast.errors import ArgumentError, ModelError
 
 FORMAT_VERSION = 1
 
@@ -40,7 +40,10 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees."""
+    """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
+
+    `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
+    """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
@@ -49,11 +52,12 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     scale_factor: float = 0.18215
     image_size: int = 256
+    patch_size: int = 1
 
     @property
     def downsampling(self) -> int:
         """Pixels of the image per latent cell along a side."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -286,3 +290,30 @@ SDS_PRESETS = {
 def shaded(config: SDSConfig) -> SDSConfig:
     """The shading variant of a recipe: a point light after step 5000, and an orientation loss of 10 to 1000."""
     return dataclasses.replace(config, shading=True, lambda_orient=(0.0, 10.0, 1000.0, 5000.0))
+
+
+def resolve_config(base: str | SDSConfig, **overrides) -> SDSConfig:
+    """A preset, or a configuration, with single fields replaced. Raises ArgumentError for unknown names."""
+    if isinstance(base, str) and base not in SDS_PRESETS:
+        raise ArgumentError(f"preset must be one of {', '.join(SDS_PRESETS)}, got {base!r}")
+    config = SDS_PRESETS[base] if isinstance(base, str) else base
+    known = {f.name for f in dataclasses.fields(config)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ArgumentError(f"unknown setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    steps = overrides.get("steps", config.steps)
+    if steps != config.steps:
+        overrides = {**_stretched(config, steps), **overrides}
+    return dataclasses.replace(config, **overrides)
+
+
+def _stretched(config: SDSConfig, steps: int) -> dict:
+    """Ramps and milestones for another number of steps, keeping their place in the run."""
+    factor = steps / config.steps
+    ramps = [f.name for f in dataclasses.fields(config) if f.name.startswith(("lambda_", "min_step", "max_step"))]
+    out: dict = {}
+    for name in ramps:
+        start, first, last, end = getattr(config, name)
+        out[name] = (start * factor, first, last, end * factor)
+    out["milestones"] = tuple(round(m * factor) for m in config.milestones)
+    return out

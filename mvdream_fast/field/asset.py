@@ -26,7 +26,7 @@ FLAT_COLOURS = {"grey": 0.5, "white": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Views:
+class RenderedViews:
     """Rendered images: rgb [V, 3, Hp, Wp] and opacity, depth [V, Hp, Wp]."""
 
     rgb: Tensor
@@ -75,13 +75,13 @@ class Asset:
         return orbit_cameras(n_views, elevation_deg, azimuth_start_deg, 360.0, EVAL_DISTANCE, EVAL_FOVY_DEG)
 
     @torch.no_grad()
-    def render(self, cameras: Cameras | None = None, size: int = 256) -> Views:
+    def render(self, cameras: Cameras | None = None, size: int = 256) -> RenderedViews:
         """Images from `cameras` (default: four around the asset), size x size pixels, without gradient."""
         cameras = self.orbit() if cameras is None else cameras
         device = self.renderer.occupancy.ema.device
         out = self.renderer(generate_rays(cameras.to(device), size, size))
         shape = (len(cameras), size, size)
-        return Views(
+        return RenderedViews(
             out.rgb.reshape(*shape, 3).permute(0, 3, 1, 2), out.opacity.reshape(shape), out.depth.reshape(shape)
         )
 

@@ -1,0 +1,120 @@
+"""One self-contained page of a text-to-3D run: the asset to turn, its pictures, curves, settings and times.
+
+Opens from file:// without a network: pictures are data URIs, and trimesh's viewer brings its own three.js.
+"""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+
+from mvdream_fast.files import atomic_write
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;background:#fafafa}
+h1{font-size:1.5em} h2{font-size:1.1em;margin-top:2em} img{max-width:100%} iframe{width:100%;height:480px;border:0}
+table{border-collapse:collapse} td,th{padding:.15em .9em .15em 0;text-align:left;vertical-align:top}
+td:last-child{font-variant-numeric:tabular-nums} .row{display:flex;gap:1em;flex-wrap:wrap} .note{color:#666}
+"""
+
+
+def write_report(folder: Path, config: dict, records: list[dict], notes: list[str] = ()) -> Path:
+    """Writes `folder/report.html` from what the run has left there so far; parts that are missing are left out.
+
+    Args:
+        config: the run's config.json. records: the lines of log.jsonl. notes: sentences to show on top.
+    """
+    parts = [f"<h1>{html.escape(config.get('prompt', ''))}</h1>"]
+    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
+    parts += _section("The asset", _viewer(folder / "mesh.glb"), _picture(folder / "turntable.webp"))
+    parts += _section("Views sampled from the model", _picture(folder / "views.png"))
+    previews = sorted((folder / "preview").glob("*.png"))
+    parts += _section("How it grew", *(_picture(path, f"step {int(path.stem)}") for path in thin(previews, 6)))
+    parts += _section("Curves", _curves(records))
+    parts += _section("Where the time went", _table(time_split(records), "part of a step", "share"))
+    settings = {k: v for k, v in config.items() if not isinstance(v, dict)} | config.get("sds", {})
+    parts += _section("Settings", _table({k: json.dumps(v) for k, v in settings.items()}, "setting", "value"))
+    parts += _section("Machine", _table(config.get("machine", {}), "", ""))
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.get("prompt", ""))}</title>'
+        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    )
+    path = folder / "report.html"
+    atomic_write(path, page)
+    return path
+
+
+def time_split(records: list[dict]) -> dict[str, str]:
+    """Share of all step time by part, largest first, and the seconds a step."""
+    totals: dict[str, float] = {}
+    for record in records:
+        for name, seconds in record.get("seconds", {}).items():
+            totals[name] = totals.get(name, 0.0) + seconds
+    everything = sum(totals.values())
+    if not everything:
+        return {}
+    split = {k: f"{100 * v / everything:.1f} %" for k, v in sorted(totals.items(), key=lambda item: -item[1])}
+    return split | {"a step, on average": f"{everything / len(records):.3f} s"}
+
+
+def thin(items: list, n: int) -> list:
+    """At most n of the items, evenly spread, first and last included."""
+    if len(items) <= n:
+        return items
+    return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]
+
+
+def _section(title: str, *content: str) -> list[str]:
+    content = [part for part in content if part]
+    return [f"<h2>{title}</h2>", '<div class="row">', *content, "</div>"] if content else []
+
+
+def _data_uri(data: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def _picture(path: Path, title: str = "") -> str:
+    if not path.exists():
+        return ""
+    uri = _data_uri(path.read_bytes(), f"image/{path.suffix[1:]}")
+    return f'<img src="{uri}" alt="{html.escape(title or path.stem)}" title="{html.escape(title or path.stem)}">'
+
+
+def _viewer(path: Path) -> str:
+    """trimesh's page for the mesh, in a frame of its own that may run scripts and reach nothing else."""
+    if not path.exists():
+        return ""
+    import trimesh
+    from trimesh.viewer.notebook import scene_to_html
+
+    page = scene_to_html(trimesh.load_scene(path, process=False))
+    return f'<iframe sandbox="allow-scripts" title="the asset" srcdoc="{html.escape(page, quote=True)}"></iframe>'
+
+
+def _curves(records: list[dict]) -> str:
+    """Loss, opacity and occupancy over the steps, as one SVG."""
+    if len(records) < 2:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 2.6), layout="constrained")
+    for i, name in enumerate(("loss", "opacity", "occupancy")):
+        axes = figure.add_subplot(1, 3, i + 1)
+        axes.plot([r["step"] for r in records], [r.get(name) for r in records], linewidth=0.8)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        if name == "loss":
+            axes.set_yscale("log")
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return f'<img src="{_data_uri(out.getvalue(), "image/svg+xml")}" alt="curves of loss, opacity and occupancy">'
+
+
+def _table(rows: dict, left: str, right: str) -> str:
+    if not rows:
+        return ""
+    body = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+    head = f"<tr><th>{left}</th><th>{right}</th></tr>" if left else ""
+    return f"<table>{head}{body}</table>"
