@@ -1,0 +1,123 @@
+"""Webdataset shards of multi-view renders: plain tar files with `KEY.json` and `KEY.webp` for each object.
+
+The WebP is lossless RGBA, the views side by side (row-major in `columns`); the JSON holds cameras, words and credits.
+Writing is atomic; reading accepts nothing but these two members, and never uses a member's name as a path.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mvdream_fast.errors import InputFileError, OutputError
+
+MAX_SIDE = 16383  # of a WebP
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One object: views [V, size, size, 4] uint8 straight-alpha RGBA, and its JSON as a dict.
+
+    `meta` holds id, key, caption, variants, colours, split, c2w (V lists of 16, row-major, OpenGL axes), fovy (V, radians),
+    azimuth_deg (V), elevation_deg, distance, size, columns, name, category, tags, creator, library, licence.
+    """
+
+    meta: dict
+    views: np.ndarray
+
+    @property
+    def c2w(self) -> np.ndarray:
+        return np.asarray(self.meta["c2w"], np.float32).reshape(-1, 4, 4)  # [V, 4, 4]
+
+    @property
+    def fovy(self) -> np.ndarray:
+        return np.asarray(self.meta["fovy"], np.float32)  # [V]
+
+
+def list_shards(folder: Path, split: str = "train") -> list[Path]:
+    """The finished shards of a split, in order. Raises InputFileError where there are none."""
+    shards = sorted(Path(folder).glob(f"{split}-*.tar"))
+    if not shards:
+        raise InputFileError(f"no {split} shards in {folder}; make some with `python -m mvdream_fast.render`")
+    return shards
+
+
+def write_shard(path: Path, samples: list[Sample]) -> None:
+    """Writes all samples or nothing: a temporary file in the same folder, synced, then renamed.
+
+    Raises: OutputError where the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for sample in samples:
+                    _add(tar, f"{sample.meta['key']}.json", json.dumps(sample.meta).encode())
+                    _add(tar, f"{sample.meta['key']}.webp", encode_views(sample.views, sample.meta["columns"]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}); the shards before it are whole"
+        ) from None
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def columns_for(n_views: int, size: int) -> int:
+    """Views a row of the strip: all of them while the picture stays within WebP's limit."""
+    return max(1, min(n_views, MAX_SIDE // size))
+
+
+def encode_views(views: np.ndarray, columns: int) -> bytes:
+    """[V, s, s, 4] uint8 -> lossless WebP."""
+    from PIL import Image
+
+    n, size = views.shape[:2]
+    rows = -(-n // columns)
+    grid = np.zeros((rows * columns, size, size, 4), np.uint8)
+    grid[:n] = views
+    grid = grid.reshape(rows, columns, size, size, 4).transpose(0, 2, 1, 3, 4).reshape(rows * size, columns * size, 4)
+    out = io.BytesIO()
+    Image.fromarray(grid).save(out, "WEBP", lossless=True, quality=60, method=2)
+    return out.getvalue()
+
+
+def decode_views(content: bytes, n_views: int, columns: int, size: int) -> np.ndarray:
+    """The views of a strip, [V, s, s, 4] uint8. Raises ValueError where the picture is not the promised one."""
+    from PIL import Image
+
+    rows = -(-n_views // columns)
+    with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
+        if image.size != (columns * size, rows * size):
+            raise ValueError(f"the strip has {image.size} pixels, {columns * size} x {rows * size} were promised")
+        grid = np.asarray(image.convert("RGBA"))
+    grid = grid.reshape(rows, size, columns, size, 4).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * columns, size, size, 4)[:n_views]
+
+
+def read_shard(path: Path) -> Iterator[Sample]:
+    """The samples of a shard in order. Raises InputFileError naming the file where it is truncated or foreign."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            meta = None
+            for info in tar:
+                content = tar.extractfile(info).read() if info.isfile() else b""
+                if info.name.endswith(".json"):
+                    meta = json.loads(content)
+                elif info.name.endswith(".webp") and meta is not None:
+                    yield Sample(meta, decode_views(content, len(meta["fovy"]), meta["columns"], meta["size"]))
+                    meta = None
+    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
