@@ -6,8 +6,9 @@ Projections before and after it live in models/; attention to text is torch's ow
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, is_batched, vmap_error
+from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
 
 OP = "cross_view_attention"
 MAX_HEAD_DIM = 256
@@ -49,10 +50,16 @@ def cross_view_attention(
     Source: Shi et al. 2023, "MVDream", section 3.1 (inflated self-attention); Dao 2023, "FlashAttention-2".
     """
     _check(q, k, v, n_views, camera_q, camera_k, camera_v)
-    if is_batched(q, k, v, camera_q, camera_k, camera_v):
-        raise vmap_error(OP)
     views = n_views if cross_view else 1
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, camera_q, camera_k, camera_v = _autocast(q, k, v, camera_q, camera_k, camera_v)
+    if torch.compiler.is_compiling():
+        return torch.ops.mvdream_fast.cross_view_attention(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
+    if is_batched(q, k, v, camera_q, camera_k, camera_v):
+        raise vmap_error(OP)
+    if q.is_cuda:
+        return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
     return _cpu(q, k, v, views, camera_q, camera_k, camera_v, scale)
 
 
@@ -128,6 +135,20 @@ def _check_like(name: str, x: Tensor, q: Tensor) -> None:
         raise TypeError(f"{OP}: {name} must be {q.dtype} as q, got {x.dtype}; convert it first")
 
 
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As torch does for its own attention: float64 stays."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def _scenes(x: Tensor, views: int, camera: Tensor | None = None) -> Tensor:
+    """[B*V, N, H, D] -> [B, H, V*N, D], the camera rows added; a view wherever the strides allow."""
+    images, tokens, heads, width = x.shape
+    if camera is not None:
+        x = x + camera[:, None]
+    return x.reshape(images // views, views * tokens, heads, width).transpose(1, 2)
+
+
 def _cpu(
     q: Tensor,
     k: Tensor,
@@ -138,22 +159,129 @@ def _cpu(
     camera_v: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention on regrouped views; views = 1 attends within a view."""
+    """torch's attention on regrouped views, under torch's own autograd; views = 1 attends within a view."""
     shape = q.shape
-    if camera_q is not None:
-        q = q + camera_q[:, None]
-    if camera_k is not None:
-        k = k + camera_k[:, None]
-    if camera_v is not None:
-        v = v + camera_v[:, None]
+    q, k, v = _scenes(q, views, camera_q), _scenes(k, views, camera_k), _scenes(v, views, camera_v)
     if q.numel() == 0:
-        return q + k + v  # zero-size, and still a function of all three
-    images, tokens, heads, width = shape
-    scenes = (images // views, views * tokens, heads, width)
-    out = F.scaled_dot_product_attention(
-        q.reshape(scenes).transpose(1, 2),
-        k.reshape(scenes).transpose(1, 2),
-        v.reshape(scenes).transpose(1, 2),
-        scale=scale,
+        return (q + k + v).reshape(shape)  # zero-size, and still a function of all of them
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(shape)
+
+
+def _forward_cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp [B, H, V*N] that the backward needs."""
+    images, tokens, heads, _ = q.shape
+    if q.numel() == 0:
+        return q.new_empty(q.shape), _empty_lse(q, views)
+    rows = [_unit_stride(_scenes(x, views, c)) for x, c in ((q, camera_q), (k, camera_k), (v, camera_v))]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, scale=scale)
+    return out.transpose(1, 2).reshape(q.shape), lse.reshape(images // views, heads, views * tokens).contiguous()
+
+
+def _backward_cpu(d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale) -> tuple[Tensor | None, ...]:
+    cameras = (camera_q, camera_k, camera_v)
+    if q.numel() == 0:
+        return *(q.new_empty(q.shape) for _ in range(3)), *(None if c is None else torch.zeros_like(c) for c in cameras)
+    rows = [_unit_stride(_scenes(x, views, c)) for x, c in zip((q, k, v), cameras)]
+    d_out, out = _unit_stride(_scenes(d_out, views)), _scenes(out, views)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_out, *rows, out, lse, 0.0, False, scale=scale
     )
-    return out.transpose(1, 2).reshape(shape)
+    grads = [g.transpose(1, 2).reshape(q.shape).contiguous() for g in grads]
+    return *grads, *(None if c is None else g.sum(1) for c, g in zip(cameras, grads))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_lse(q: Tensor, views: int) -> Tensor:
+    images, tokens, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((images // views, heads, views * tokens), dtype=wide)
+
+
+def _allow_tf32(q: Tensor) -> bool:
+    return q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+class _CrossViewAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, views, camera_q, camera_k, camera_v, scale):
+        ctx.flags = views, scale, _allow_tf32(q)
+        kernels = load_kernels(OP, "q", q)
+        out, lse = kernels.forward(q, k, v, views, camera_q, camera_k, camera_v, scale, ctx.flags[2])
+        ctx.save_for_backward(q, k, v, camera_q, camera_k, camera_v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, k, v, *cameras, out, lse = ctx.saved_tensors
+        views, scale, allow_tf32 = ctx.flags
+        kernels = load_kernels(OP, "q", q)
+        grads = kernels.backward(d_out, q, k, v, out, lse, views, *cameras, scale, allow_tf32)
+        return *grads[:3], None, *grads[3:], None
+
+
+@torch.library.custom_op("mvdream_fast::cross_view_attention", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    views: int,
+    camera_q: Tensor | None,
+    camera_k: Tensor | None,
+    camera_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    arguments = (q, k, v, views, camera_q, camera_k, camera_v, scale)
+    return load_kernels(OP, "q", q).forward(*arguments, _allow_tf32(q)) if q.is_cuda else _forward_cpu(*arguments)
+
+
+@torch.library.custom_op("mvdream_fast::cross_view_attention_backward", mutates_args=())
+def _op_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    views: int,
+    camera_q: Tensor | None,
+    camera_k: Tensor | None,
+    camera_v: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = (d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale)
+    if q.is_cuda:
+        grads = load_kernels(OP, "q", q).backward(*arguments, _allow_tf32(q))
+    else:
+        grads = _backward_cpu(*arguments)
+    return *grads[:3], *(q.new_empty(0) if g is None else g for g in grads[3:])
+
+
+@_op.register_fake
+def _(q, k, v, views, camera_q, camera_k, camera_v, scale):
+    return q.new_empty(q.shape), _empty_lse(q, views)
+
+
+@_op_backward.register_fake
+def _(d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale):
+    cameras = (q.new_empty(0 if c is None else c.shape) for c in (camera_q, camera_k, camera_v))
+    return *(q.new_empty(q.shape) for _ in range(3)), *cameras
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, views, camera_q, camera_k, camera_v, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, camera_q, camera_k, camera_v)
+    ctx.flags = views, scale
+
+
+def _autograd(ctx, d_out, d_lse):
+    q, k, v, out, lse, *cameras = ctx.saved_tensors
+    views, scale = ctx.flags
+    grads = torch.ops.mvdream_fast.cross_view_attention_backward(d_out, q, k, v, out, lse, views, *cameras, scale)
+    return *grads[:3], None, *(None if c is None else g for c, g in zip(cameras, grads[3:])), None
+
+
+_op.register_autograd(_autograd, setup_context=_setup)

@@ -6,8 +6,9 @@ Source: Shazeer 2020, "GLU Variants Improve Transformer", with the exact (erf) G
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, is_batched, vmap_error
+from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -30,8 +31,12 @@ def geglu(x: Tensor) -> Tensor:
     Source: Shazeer 2020, equation 6.
     """
     _check(x)
+    if torch.compiler.is_compiling():
+        return torch.ops.mvdream_fast.geglu(x)
     if is_batched(x):
         raise vmap_error("geglu")
+    if x.is_cuda:
+        return _GEGLU.apply(x)
     return _geglu_cpu(x)
 
 
@@ -54,4 +59,43 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _geglu_cpu(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    return (value * F.gelu(gate)).contiguous()
+
+
+def _backward_cpu(d_y: Tensor, x: Tensor) -> Tensor:
+    value, gate = x.to(_wide(x)).chunk(2, dim=-1)
+    cdf = 0.5 * (1 + torch.erf(gate / 2**0.5))
+    pdf = torch.exp(-0.5 * gate.square()) / (2 * torch.pi) ** 0.5
+    d_y = d_y.to(gate.dtype)
+    return torch.cat([d_y * gate * cdf, d_y * value * (cdf + gate * pdf)], dim=-1).to(x.dtype).contiguous()
+
+
+class _GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return load_kernels("geglu", "x", x).forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return load_kernels("geglu", "x", x).backward(d_y, x)
+
+
+@torch.library.custom_op("mvdream_fast::geglu", mutates_args=())
+def _op(x: Tensor) -> Tensor:
+    return load_kernels("geglu", "x", x).forward(x) if x.is_cuda else _geglu_cpu(x)
+
+
+@torch.library.custom_op("mvdream_fast::geglu_backward", mutates_args=())
+def _op_backward(d_y: Tensor, x: Tensor) -> Tensor:
+    return load_kernels("geglu", "x", x).backward(d_y, x) if x.is_cuda else _backward_cpu(d_y, x)
+
+
+_op.register_fake(lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+_op_backward.register_fake(lambda d_y, x: x.new_empty(x.shape))
+_op.register_autograd(
+    lambda ctx, d_y: torch.ops.mvdream_fast.geglu_backward(d_y, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

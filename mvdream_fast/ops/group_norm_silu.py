@@ -6,8 +6,9 @@ The convolutions live in models/.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, check_like, is_batched, vmap_error
+from mvdream_fast.ops._edges import check_float, check_like, is_batched, load_kernels, vmap_error
 
 
 def group_norm_silu(
@@ -42,8 +43,12 @@ def group_norm_silu(
     Source: Wu and He 2018, "Group Normalization"; the place of emb is the ResBlock's of latent diffusion.
     """
     _check(x, weight, bias, n_groups, eps, emb)
+    if torch.compiler.is_compiling():
+        return torch.ops.mvdream_fast.group_norm_silu(x, weight, bias, n_groups, eps, emb, silu)[0]
     if is_batched(x, weight, bias, emb):
         raise vmap_error("group_norm_silu")
+    if x.is_cuda:
+        return _GroupNormSiLU.apply(x, weight, bias, n_groups, eps, emb, silu)
     return _cpu(x, weight, bias, n_groups, eps, emb, silu)
 
 
@@ -91,9 +96,150 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, e
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool) -> Tensor:
-    if emb is not None:
-        x = x + emb.to(x.dtype)[:, :, None, None]
-    if weight.dtype != bias.dtype:
-        weight, bias = weight.float(), bias.float()
-    y = F.group_norm(x, n_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    return F.silu(y) if silu else y
+    """Under torch's own autograd."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u = _add(x, emb, wide)
+    y = F.group_norm(u, n_groups, weight.to(wide), bias.to(wide), eps)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def _add(x: Tensor, emb: Tensor | None, wide: torch.dtype) -> Tensor:
+    return x.to(wide) if emb is None else x.to(wide) + emb.to(wide)[:, :, None, None]
+
+
+def _forward_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and 1/std [B*V, n_groups] that the backward needs."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], n_groups)
+    if not x.numel():
+        return torch.empty_like(x), *(x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
+    u = _add(x, emb, wide)
+    y, mean, rstd = torch.native_group_norm(u, weight.to(wide), bias.to(wide), *sizes, eps)
+    return torch.empty_like(x).copy_(F.silu(y) if silu else y), mean, rstd
+
+
+def _backward_cpu(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    n_groups: int,
+    emb: Tensor | None,
+    silu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if not x.numel():
+        return torch.empty_like(x), *(None if p is None else torch.zeros_like(p) for p in (weight, bias, emb))
+    images, channels, height, width = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u, d_z = _add(x, emb, wide), d_y.to(wide)
+    if silu:
+        groups = (u.reshape(images, n_groups, -1) - mean[..., None]) * rstd[..., None]
+        z = groups.reshape(x.shape) * weight.to(wide)[:, None, None] + bias.to(wide)[:, None, None]
+        gate = torch.sigmoid(z)
+        d_z = d_z * gate * (1 + z * (1 - gate))
+    d_u, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
+        d_z.contiguous(),
+        u.contiguous(),
+        mean,
+        rstd,
+        weight.to(wide),
+        images,
+        channels,
+        height * width,
+        n_groups,
+        [True] * 3,
+    )
+    d_emb = None if emb is None else d_u.sum((2, 3)).to(emb.dtype)
+    return torch.empty_like(x).copy_(d_u), d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_emb
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself in one of the two memory formats, else a contiguous copy."""
+    known = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x if known else x.contiguous()
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.is_cuda:
+        return load_kernels("group_norm_silu", "x", x).forward(x, weight, bias, n_groups, eps, emb, silu)
+    return _forward_cpu(x, weight, bias, n_groups, eps, emb, silu)
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, n_groups, eps, emb, silu):
+        x = _dense(x)
+        kernels = load_kernels("group_norm_silu", "x", x)
+        y, mean, rstd = kernels.forward(x, weight, bias, n_groups, eps, emb, silu)
+        ctx.save_for_backward(x, weight, bias, emb, mean, rstd)
+        ctx.flags = n_groups, silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, weight, bias, emb, mean, rstd = ctx.saved_tensors
+        n_groups, silu = ctx.flags
+        kernels = load_kernels("group_norm_silu", "x", x)
+        grads = kernels.backward(_dense(d_y), x, weight, bias, n_groups, emb, silu, mean, rstd)
+        return *grads[:3], None, None, grads[3], None
+
+
+@torch.library.custom_op("mvdream_fast::group_norm_silu", mutates_args=())
+def _op(
+    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(_dense(x), weight, bias, n_groups, eps, emb, silu)
+
+
+@torch.library.custom_op("mvdream_fast::group_norm_silu_backward", mutates_args=())
+def _op_backward(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    n_groups: int,
+    emb: Tensor | None,
+    silu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (_dense(d_y), _dense(x), weight, bias, n_groups, emb, silu, mean, rstd)
+    backward = load_kernels("group_norm_silu", "x", x).backward if x.is_cuda else _backward_cpu
+    *grads, d_emb = backward(*arguments)
+    return *grads, x.new_empty(0) if d_emb is None else d_emb
+
+
+@_op.register_fake
+def _(x, weight, bias, n_groups, eps, emb, silu):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (x.new_empty((x.shape[0], n_groups), dtype=wide) for _ in range(2))
+    return torch.empty_like(_dense(x)), mean, rstd
+
+
+@_op_backward.register_fake
+def _(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd):
+    d_weight, d_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return torch.empty_like(_dense(x)), d_weight, d_bias, x.new_empty(0) if emb is None else emb.new_empty(emb.shape)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, n_groups, _, emb, silu = inputs
+    ctx.save_for_backward(x, weight, bias, emb, *output[1:])
+    ctx.flags = n_groups, silu
+
+
+def _autograd(ctx, d_y, d_mean, d_rstd):
+    x, weight, bias, emb, mean, rstd = ctx.saved_tensors
+    n_groups, silu = ctx.flags
+    grads = torch.ops.mvdream_fast.group_norm_silu_backward(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd)
+    return *grads[:3], None, None, None if emb is None else grads[3], None
+
+
+_op.register_autograd(_autograd, setup_context=_setup)

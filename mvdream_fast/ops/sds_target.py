@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._edges import check_float, is_batched, vmap_error
+from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
 
 OP = "sds_target"
 STD_FLOOR = 1e-8
@@ -65,10 +65,13 @@ def sds_target(
     """
     tensors = (z, z_t, noise_pred_cond, noise_pred_uncond, noise, alphas_cumprod_t)
     _check(*tensors, prediction, rescale, mode, n_views)
+    settings = (guidance_scale, prediction, rescale, mode, n_views)
+    if torch.compiler.is_compiling():
+        constants = [None if x is None else x.detach() for x in tensors]
+        return SDSTarget(*torch.ops.mvdream_fast.sds_target(*constants, *settings))
     if is_batched(*tensors):
         raise vmap_error(OP)
-    with torch.no_grad():
-        return sds_target_ref(*tensors, guidance_scale, prediction, rescale, mode, n_views)
+    return SDSTarget(*_forward(*tensors, *settings))
 
 
 def sds_target_ref(
@@ -101,6 +104,37 @@ def sds_target_ref(
         target = x0_mixed * (rescale * factor + (1 - rescale))
         step = x - target
     return SDSTarget(target.to(z.dtype), (step / max(n_images, 1)).to(z.dtype))
+
+
+@torch.no_grad()
+def _forward(z: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    if z.is_cuda:
+        return load_kernels(OP, "z", z).forward(z, *rest)
+    return sds_target_ref(z, *rest)
+
+
+@torch.library.custom_op("mvdream_fast::sds_target", mutates_args=())
+def _op(
+    z: Tensor,
+    z_t: Tensor,
+    noise_pred_cond: Tensor,
+    noise_pred_uncond: Tensor,
+    noise: Tensor | None,
+    alphas_cumprod_t: Tensor,
+    guidance_scale: float,
+    prediction: str,
+    rescale: float,
+    mode: str,
+    n_views: int,
+) -> tuple[Tensor, Tensor]:
+    tensors = (z, z_t, noise_pred_cond, noise_pred_uncond, noise, alphas_cumprod_t)
+    target, gradient = _forward(*tensors, guidance_scale, prediction, rescale, mode, n_views)
+    return target.contiguous(), gradient.contiguous()
+
+
+@_op.register_fake
+def _(z, *rest):
+    return z.new_empty(z.shape), z.new_empty(z.shape)
 
 
 def _to_x0(x_t: Tensor, out: Tensor, abar: Tensor, prediction: str) -> Tensor:

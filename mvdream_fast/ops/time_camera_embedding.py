@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, is_batched, vmap_error
+from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
 
 OP = "time_camera_embedding"
 MAX_PERIOD = 10000.0
@@ -59,18 +60,19 @@ def time_camera_embedding(
     Source: Shi et al. 2023, "MVDream", section 3.2; the sinusoid is latent diffusion's, cosines first.
     """
     _check(t, camera, time_mlp, camera_mlp, projections_weight, projections_bias, camera_embedding)
-    if is_batched(t, camera, projections_weight, camera_embedding):
+    if camera is None or camera_mlp is None:
+        camera_mlp = (None,) * 4
+    arguments = (t, camera, camera_embedding, *time_mlp, *camera_mlp, projections_weight, projections_bias)
+    if torch.compiler.is_compiling():
+        return _autocast(torch.ops.mvdream_fast.time_camera_embedding(*arguments)[0])
+    if is_batched(*arguments):
         raise vmap_error(OP)
-    with torch.autocast(t.device.type, enabled=False):
-        out = time_camera_embedding_ref(
-            t,
-            camera,
-            time_mlp,
-            camera_mlp,
-            projections_weight,
-            projections_bias,
-            camera_embedding=camera_embedding,
-        )
+    if t.is_cuda:
+        return _autocast(_TimeCameraEmbedding.apply(*arguments))
+    if not torch.is_autocast_enabled("cpu"):
+        return _forward_cpu(*arguments)[0]
+    with torch.autocast("cpu", enabled=False):
+        out = _forward_cpu(*arguments)[0]
     return _autocast(out)
 
 
@@ -103,13 +105,157 @@ def time_camera_embedding_ref(
     if camera is not None:
         emb = emb + _mlp(camera.to(dtype), camera_mlp)
     if camera_embedding is not None:
-        emb = emb + camera_embedding
+        emb = emb + camera_embedding.to(dtype)
     return F.linear(F.silu(emb), projections_weight, projections_bias)
 
 
 def _mlp(x: Tensor, mlp: MLP) -> Tensor:
     w0, b0, w2, b2 = mlp
     return F.linear(F.silu(F.linear(x, w0, b0)), w2, b2)
+
+
+def _forward_cpu(
+    t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The projections, and what the backward needs: emb and the hidden layers of both MLPs before their SiLU."""
+    hidden_t = F.linear(sinusoid(t, w0.shape[1]).to(weight.dtype), w0, b0)
+    emb = F.linear(F.silu(hidden_t), w2, b2)
+    hidden_c = None
+    if camera is not None:
+        hidden_c = F.linear(camera.to(weight.dtype), c0, d0)
+        emb = emb + F.linear(F.silu(hidden_c), c2, d2)
+    if camera_embedding is not None:
+        emb = emb + camera_embedding.to(weight.dtype)
+    return F.linear(F.silu(emb), weight, bias), emb, hidden_t, hidden_c
+
+
+def _backward_cpu(
+    d_out, emb, hidden_t, hidden_c, t, camera, time_mlp, camera_mlp, weight
+) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    """Gradients by name, as `kernels.time_camera_embedding.backward` gives them."""
+    d_emb = (d_out @ weight) * _d_silu(emb)
+    wave = sinusoid(t, time_mlp[0].shape[1]).to(weight.dtype)
+    d_hidden = (d_emb @ time_mlp[2]) * _d_silu(hidden_t)
+    grads = {"weight": d_out.t() @ F.silu(emb), "bias": d_out.sum(0), "emb": d_emb}
+    grads["time_mlp"] = (d_hidden.t() @ wave, d_hidden.sum(0), d_emb.t() @ F.silu(hidden_t), d_emb.sum(0))
+    if camera is not None:
+        d_hidden = (d_emb @ camera_mlp[2]) * _d_silu(hidden_c)
+        x = camera.to(weight.dtype)
+        grads["camera_mlp"] = (d_hidden.t() @ x, d_hidden.sum(0), d_emb.t() @ F.silu(hidden_c), d_emb.sum(0))
+        grads["camera"] = (d_hidden @ camera_mlp[0]).to(camera.dtype)
+    return grads
+
+
+def _d_silu(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+def _forward_kernels(t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias):
+    weights = [None if x is None else x.contiguous() for x in (w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)]
+    kernels = load_kernels(OP, "projections_weight", weight)
+    return kernels.forward(t, camera, camera_embedding, weights[:4], weights[4:8], *weights[8:], _allow_tf32(weight))
+
+
+def _backward(d_out, emb, hidden_t, hidden_c, t, camera, camera_embedding, *weights, on_kernels: bool):
+    """Gradients in the order of the op's arguments; None where there is none."""
+    time_mlp, camera_mlp, weight = weights[:4], weights[4:8], weights[8]
+    arguments = (d_out, emb, hidden_t, hidden_c, t, camera, time_mlp, camera_mlp, weight)
+    if on_kernels:
+        grads = load_kernels(OP, "projections_weight", weight).backward(*arguments, _allow_tf32(weight))
+    else:
+        grads = _backward_cpu(*arguments)
+    d_embedding = None if camera_embedding is None else grads["emb"].to(camera_embedding.dtype)
+    d_camera_mlp = grads.get("camera_mlp", (None,) * 4)
+    return None, grads.get("camera"), d_embedding, *grads["time_mlp"], *d_camera_mlp, grads["weight"], grads["bias"]
+
+
+def _allow_tf32(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+class _TimeCameraEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        out, *saved = _forward_kernels(*arguments)
+        ctx.save_for_backward(*saved, *arguments)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return _backward(d_out, *ctx.saved_tensors, on_kernels=True)
+
+
+@torch.library.custom_op("mvdream_fast::time_camera_embedding", mutates_args=())
+def _op(
+    t: Tensor,
+    camera: Tensor | None,
+    camera_embedding: Tensor | None,
+    w0: Tensor,
+    b0: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    c0: Tensor | None,
+    d0: Tensor | None,
+    c2: Tensor | None,
+    d2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)
+    *outs, hidden_c = _forward_kernels(*arguments) if t.is_cuda else _forward_cpu(*arguments)
+    return *outs, weight.new_empty(0) if hidden_c is None else hidden_c
+
+
+@torch.library.custom_op("mvdream_fast::time_camera_embedding_backward", mutates_args=())
+def _op_backward(
+    d_out: Tensor,
+    emb: Tensor,
+    hidden_t: Tensor,
+    hidden_c: Tensor,
+    t: Tensor,
+    camera: Tensor | None,
+    camera_embedding: Tensor | None,
+    w0: Tensor,
+    b0: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    c0: Tensor | None,
+    d0: Tensor | None,
+    c2: Tensor | None,
+    d2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+) -> list[Tensor]:
+    arguments = (t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)
+    grads = _backward(d_out, emb, hidden_t, hidden_c, *arguments, on_kernels=t.is_cuda)
+    return [g.contiguous() for g in grads if g is not None]
+
+
+@_op.register_fake
+def _(t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias):
+    n_images, hidden = t.shape[0], weight.shape[1]
+    outs = [weight.new_empty((n_images, n)) for n in (weight.shape[0], hidden, hidden)]
+    return *outs, weight.new_empty(0 if camera is None else (n_images, hidden))
+
+
+@_op_backward.register_fake
+def _(d_out, emb, hidden_t, hidden_c, t, camera, camera_embedding, *weights):
+    return [x.new_empty(x.shape) for x in (camera, camera_embedding, *weights) if x is not None]
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:], *inputs)
+
+
+def _autograd(ctx, d_out, *_):
+    saved = ctx.saved_tensors
+    grads = iter(torch.ops.mvdream_fast.time_camera_embedding_backward(d_out, *saved))
+    return None, *(None if x is None else next(grads) for x in saved[4:])
+
+
+_op.register_autograd(_autograd, setup_context=_setup)
 
 
 def _autocast(out: Tensor) -> Tensor:
