@@ -107,7 +107,7 @@ class ModelConfig:
         """Raises ModelError that names the key when the text is no model configuration of this version."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{source} is not JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("kind", None) != "model":
             raise ModelError(f'{source} does not describe a model: it must be an object with "kind": "model"')

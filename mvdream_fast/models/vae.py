@@ -1,0 +1,114 @@
+"""The image autoencoder: diffusers' AutoencoderKL with the latent scale of the diffusion model.
+
+Checkpoints in LDM's names are renamed in checkpoint.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvdream_fast.config import VAEConfig
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class VAE(nn.Module):
+    """Images in [-1, 1] to scaled latents and back, in channels_last; differentiable both ways.
+
+    Args:
+        config: sizes, and `scale_factor`: latents = scale_factor * posterior sample.
+        decoder: False leaves the decoder out (59 % of the weights), for score distillation.
+    """
+
+    def __init__(self, config: VAEConfig, decoder: bool = True):
+        super().__init__()
+        # The submodule: the package's top level would import every model class.
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        self.config = config
+        n_levels = len(config.block_out_channels)
+        self.model = AutoencoderKL(
+            in_channels=3 * config.patch_size**2,
+            out_channels=3 * config.patch_size**2,
+            down_block_types=("DownEncoderBlock2D",) * n_levels,
+            up_block_types=("UpDecoderBlock2D",) * n_levels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_num_groups,
+            sample_size=config.image_size,
+            scaling_factor=config.scale_factor,
+            mid_block_add_attention=config.mid_block_add_attention,
+        )
+        if not decoder:
+            self.drop_decoder()
+        self.to(memory_format=torch.channels_last)
+
+    def drop_decoder(self) -> None:
+        """Frees the decoder's weights; `decode` raises from then on."""
+        self.model.decoder = self.model.post_quant_conv = None
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance, clamped to [-30, 20], before scaling.
+
+        Args:
+            images: [B, 3, Hp, Wp] in [-1, 1]; Hp and Wp must be multiples of the down-sampling factor.
+
+        Returns:
+            Two tensors [B, latent_channels, h, w].
+
+        Raises:
+            ValueError: if the images have another shape.
+        """
+        factor = self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(
+                f"VAE.encode: images must be [B, 3, Hp, Wp] with sides that are multiples of {factor}, "
+                f"got {tuple(images.shape)}"
+            )
+        pixels = F.pixel_unshuffle(images, self.config.patch_size)
+        moments = self.model.quant_conv(self.model.encoder(pixels.contiguous(memory_format=torch.channels_last)))
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents: of the posterior's mean, or of the sample mean + std * noise.
+
+        Args:
+            images: [B, 3, Hp, Wp] in [-1, 1].
+            noise: standard normal [B, latent_channels, h, w], or None for the mean.
+
+        Returns:
+            [B, latent_channels, h, w].
+
+        Raises:
+            ValueError: if the images or the noise have another shape.
+        """
+        mean, logvar = self.posterior(images)
+        if noise is None:
+            return mean * self.config.scale_factor
+        if noise.shape != mean.shape:
+            raise ValueError(f"VAE.encode: noise must be {tuple(mean.shape)}, got {tuple(noise.shape)}")
+        return (mean + torch.exp(0.5 * logvar) * noise) * self.config.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, about [-1, 1] but not clamped, of scaled latents.
+
+        Args:
+            latents: [B, latent_channels, h, w].
+
+        Returns:
+            [B, 3, Hp, Wp].
+
+        Raises:
+            ValueError: if the latents have another number of channels.
+            RuntimeError: if the decoder was left out.
+        """
+        if self.model.decoder is None:
+            raise RuntimeError("VAE.decode: this VAE was loaded without its decoder; load the part 'vae' instead")
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"VAE.decode: latents must be [B, {self.config.latent_channels}, h, w], got {tuple(latents.shape)}"
+            )
+        z = (latents / self.config.scale_factor).contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(self.model.decoder(self.model.post_quant_conv(z)), self.config.patch_size)
