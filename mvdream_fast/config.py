@@ -183,13 +183,14 @@ MINI = ModelConfig(
         context_dim=256,
     ),
     vae=VAEConfig(
-        block_out_channels=(32, 64, 128, 128),
+        block_out_channels=(128,),
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=16,
+        norm_num_groups=8,
         mid_block_add_attention=False,
         scale_factor=1.0,
         image_size=64,
+        patch_size=8,
     ),
     text=TextConfig(
         width=256,
