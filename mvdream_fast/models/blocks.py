@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast.models import functional as fn
-from mvdream_fast.ops.cross_view_attention import cross_view_attention
+from mvdream_fast.ops import cross_view_attention
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -19,12 +19,16 @@ KeysValues = tuple[Tensor, Tensor]
 class Conditions:
     """What every block of one UNet call is told besides its input.
 
-    context: [B, L, Dt] or [B*V, L, Dt]. camera: embedding [B*V, E], None without cameras. `camera_in` and
-    `view_mixing` are those of UNetConfig; tokens: [B*V, 1, Dt] of camera_in = "text", else None.
+    B counts the prompts here. Before the first text attention, a batch may hold the rows of the first prompt alone: the
+    others' are the same.
+
+    context: [B, L, Dt] or [B*V, L, Dt]. camera: embedding [B*V, E], None without cameras. tokens: [B*V, 1, Dt], one
+    more context token for each image, or None.
     """
 
-    context: Tensor
+    batch: int
     n_views: int
+    context: Tensor
     camera: Tensor | None = None
     tokens: Tensor | None = None
 
@@ -43,9 +47,9 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [B*V, C, h, w]; emb: [B*V, C_out], this block's projection. Returns [B*V, C_out, h, w]."""
+        """x: [B*V, C, h, w]; emb: [B*V or more, C_out], this block's projection. Returns [B*V, C_out, h, w]."""
         h = fn.conv3x3(self.in_layers[2], fn.group_norm(self.in_layers[0], x))
-        h = fn.conv3x3(self.out_layers[3], fn.group_norm(self.out_layers[0], h, emb))
+        h = fn.conv3x3(self.out_layers[3], fn.group_norm(self.out_layers[0], h, emb[: len(x)]))
         if isinstance(self.skip_connection, nn.Identity):
             return fn.add(h, x)
         return images(fn.add_linear(tokens(h), self.skip_connection, tokens(x)), h)
@@ -121,21 +125,22 @@ class TransformerBlock(nn.Module):
             self.camera_vectors = zero(nn.Linear(config.time_embed_dim, 3 * heads * head_width))
 
     def forward(self, h: Tensor, conditions: Conditions, keys_values: KeysValues | None) -> Tensor:
-        """h: [B*V, N, C] contiguous, overwritten without autograd. Returns [B*V, N, C]."""
-        cross_view, camera = self.mixing == "3d", self._camera_vectors(conditions)
+        """h: [B*V, N, C] contiguous, overwritten without autograd. Returns [B*V, N, C], for all prompts."""
+        cross_view, camera = self.mixing == "3d", self._camera_vectors(conditions, len(h))
         y = self.attn1.self_attention(self.norm1(h), conditions.n_views, cross_view, camera)
         h = fn.add_linear(h, self.attn1.to_out[0], y)
         if self.mixing == "temporal":
             y = self.attn_views.view_attention(self.norm_views(h), conditions.n_views)
             h = fn.add_linear(h, self.attn_views.to_out[0], y)
+        h = fn.widen(h, conditions.batch)
         y = self.attn2.text_attention(self.norm2(h), self._text(conditions, keys_values))
         h = fn.add_linear(h, self.attn2.to_out[0], y)
         return fn.feed_forward(h, self.norm3, self.ff.net[0].proj, self.ff.net[2])
 
-    def _camera_vectors(self, conditions: Conditions) -> tuple[Tensor, ...] | None:
+    def _camera_vectors(self, conditions: Conditions, batch: int) -> tuple[Tensor, ...] | None:
         if conditions.camera is None or not hasattr(self, "camera_vectors"):
             return None
-        return tuple(self.attn1.split(y) for y in self.camera_vectors(conditions.camera).chunk(3, dim=-1))
+        return tuple(self.attn1.split(y) for y in self.camera_vectors(conditions.camera[:batch]).chunk(3, dim=-1))
 
     def _text(self, conditions: Conditions, keys_values: KeysValues | None) -> KeysValues:
         """Keys and values of the text, and of each view's camera token behind them where there is one."""
@@ -160,10 +165,10 @@ class MultiViewTransformer(nn.Module):
         self.proj_out = zero(project(inner, channels))
 
     def forward(self, x: Tensor, conditions: Conditions, keys_values: KeysValues | None = None) -> Tensor:
-        """x: [B*V, C, h, w] -> [B*V, C, h, w]; keys_values: the prepared ones of this block, None to compute them."""
+        """x: [B*V, C, h, w] -> the same for all prompts; keys_values: those prepared for it, or None."""
         h = fn.linear(self.proj_in, tokens(fn.group_norm(self.norm, x, silu=False)))
         h = self.transformer_blocks[0](h, conditions, keys_values)
-        return images(fn.add(fn.linear(self.proj_out, h), tokens(x)), x)
+        return images(fn.add(fn.linear(self.proj_out, h), tokens(fn.widen(x, len(h)))), x)
 
 
 class Downsample(nn.Module):

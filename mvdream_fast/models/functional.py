@@ -1,4 +1,4 @@
-"""Layers of the UNet as functions of its modules: with autograd the plain torch call, without it the leaner way to do the same.
+"""Layers of the UNet as functions of its modules: plain torch under autograd, without it a leaner way to do the same.
 
 A module that is not exactly the torch class (a LoRA wrapper, for one) is called as it is. No weights live here, and
 nothing is cached: packed weights are the parameters' own storage, so they cannot go stale.
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvdream_fast.ops.geglu import geglu
-from mvdream_fast.ops.group_norm_silu import group_norm_silu
+from mvdream_fast.ops import geglu, group_norm_silu
 
 # Hidden rows of a feed-forward that are alive at a time. The next stage then finds them in the cache, and the
 # allocation stays under glibc's largest mmap threshold (32 MB), above which every call pays for fresh pages.
@@ -51,6 +50,11 @@ def add_linear(h: Tensor, module: nn.Module, x: Tensor) -> Tensor:
 def add(h: Tensor, x: Tensor) -> Tensor:
     """h + x; without autograd h is overwritten."""
     return h.add_(x) if lean(x) else h + x
+
+
+def widen(x: Tensor, batch: int) -> Tensor:
+    """x repeated along dim 0 until it has `batch` rows; itself where it has them already."""
+    return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
 
 
 def packed(tensors: list[Tensor]) -> Tensor:
@@ -117,7 +121,7 @@ def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) ->
     if not lean(h):
         return h + out(geglu(proj(norm(h))))
     for rows in h.view(-1, h.shape[-1]).split(_FEED_FORWARD_ROWS):
-        add_linear(rows, out, geglu(proj(norm(rows))))
+        rows.copy_(add_linear(rows, out, geglu(proj(norm(rows)))))  # nothing to copy where it wrote in place
     return h
 
 
@@ -130,16 +134,16 @@ def _nhwc(x: Tensor) -> Tensor:
 
 
 def _pair_sums(weight: Tensor, phase: int, dim: int) -> Tensor:
-    """Three taps along `dim` as the two that one sub-pixel sees: (a, b + c) for the first, (a + b, c) for the second."""
+    """Three taps along `dim` as the two that one sub-pixel sees: a, b + c for the first and a + b, c for the second."""
     a, b, c = weight.unbind(dim)
     return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)
 
 
 def _gemm_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution without padding, as a matrix product over gathered windows. x: [B, h', w', C], weight: [O, k, k, C]."""
+    """A convolution without padding, as one product over gathered windows. x: [B, h', w', C], weight: [O, k, k, C]."""
     n_out, size, _, channels = weight.shape
     batch, height, width = x.shape[0], x.shape[1] - size + 1, x.shape[2] - size + 1
     s_batch, s_row, s_column, _ = x.stride()
     shape, strides = (batch, height, width, size, size, channels), (s_batch, s_row, s_column, s_row, s_column, 1)
-    columns = x.as_strided(shape, strides, x.storage_offset()).reshape(batch * height * width, -1)
+    columns = x.as_strided(shape, strides, x.storage_offset()).reshape(batch * height * width, size * size * channels)
     return torch.addmm(bias, columns, weight.view(n_out, -1).t()).view(batch, height, width, n_out)

@@ -21,7 +21,7 @@ from mvdream_fast.models.blocks import (
     Upsample,
     zero,
 )
-from mvdream_fast.ops.time_camera_embedding import MLP, camera_embedding, time_camera_embedding
+from mvdream_fast.ops import MLP, camera_embedding, time_camera_embedding
 
 OP = "MultiViewUNet"
 
@@ -116,29 +116,32 @@ class MultiViewUNet(nn.Module):
         context: Tensor | TextContext,
         camera: Tensor | None = None,
         n_views: int = 1,
+        n_prompts: int = 1,
     ) -> Tensor:
         """One call of the model.
+
+        For guidance, `n_prompts=2` with the contexts of both prompts predicts for both from one set of latents, and
+        does what comes before the first text attention once. It equals a call with everything repeated.
 
         Args:
             latents: [B*V, C, h, w]; h and w divisible by the down-sampling of the lowest level.
             t: [B*V] or a scalar tensor, diffusion steps.
-            context: [B, L, Dt] shared by the views of a scene, [B*V, L, Dt], or what `prepare_context` made of either.
+            context: [G*B, L, Dt] shared by the views of a scene, [G*B*V, L, Dt], or what `prepare_context` made of
+                either. G is n_prompts, the slowest index.
             camera: [B*V, 16] flattened camera-to-world matrices; None leaves the camera embedding out.
             n_views: V, must divide the batch.
+            n_prompts: G.
 
         Returns:
-            [B*V, C_out, h, w], contiguous.
+            [G*B*V, C_out, h, w], contiguous.
 
         Raises:
             ValueError, TypeError: shapes, n_views, dtypes.
         """
-        n_views = int(n_views)
         prepared = context if isinstance(context, TextContext) else None
         context = context if prepared is None else prepared.context
-        self._check(latents, t, context, camera, n_views)
-        camera_emb = self._camera_embedding(camera)
-        embs = self._embeddings(t, len(latents), camera_emb)
-        conditions = self._conditions(context, n_views, camera_emb)
+        self._check(latents, t, context, camera, n_views, n_prompts)
+        conditions, embs = self._conditions(t, len(latents), context, camera, n_views, n_prompts)
         pairs = self._prepared_pairs(prepared)
 
         def run(stage: nn.ModuleList, h: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class MultiViewUNet(nn.Module):
             skips.append(h)
         h = run(self.middle_block, h)
         for stage in self.output_blocks:
-            h = run(stage, torch.cat([h, skips.pop()], dim=1))
+            h = run(stage, torch.cat([h, fn.widen(skips.pop(), len(h))], dim=1))
         return fn.conv3x3(self.out[2], fn.group_norm(self.out[0], h)).contiguous()
 
     @torch.no_grad()
@@ -180,9 +183,9 @@ class MultiViewUNet(nn.Module):
 
     def _prepared_pairs(self, prepared: TextContext | None) -> tuple[KeysValues | None, ...]:
         """The prepared keys and values of each transformer; None each where they do not hold (any more)."""
-        if prepared is not None and not torch.is_grad_enabled() and prepared.made_from is not None:
-            if self._text_state(prepared.context) == prepared.made_from:
-                return prepared.pairs
+        held = prepared is not None and prepared.made_from is not None and not torch.is_grad_enabled()
+        if held and self._text_state(prepared.context) == prepared.made_from:
+            return prepared.pairs
         return (None,) * len(self._transformers)
 
     def _call(self, layer: nn.Module, *args) -> Tensor:
@@ -202,27 +205,41 @@ class MultiViewUNet(nn.Module):
         self._camera_cache = None if state is None else (state, camera, emb)
         return emb
 
-    def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> tuple[Tensor, ...]:
-        """What each ResBlock adds, [B*V, C_out] each, from one product for all of them."""
+    def _conditions(
+        self, t: Tensor, batch: int, context: Tensor, camera: Tensor | None, n_views: int, n_prompts: int
+    ) -> tuple[Conditions, tuple[Tensor, ...]]:
+        """What all blocks share, and what each ResBlock adds: one row per image and prompt."""
+        wide, where = batch * n_prompts, self.config.camera_in
+        camera_emb = self._camera_embedding(camera)
+        embs = self._embeddings(t, batch, camera_emb if where == "time" else None)
+        tokens = None
+        if camera_emb is not None:
+            camera_emb = fn.widen(camera_emb, wide)
+            tokens = self.camera_token(camera_emb)[:, None] if where == "text" else None
+        conditions = Conditions(wide, n_views, context, camera_emb, tokens)
+        widths = [block.emb_layers[1].out_features for block in self._res_blocks]
+        return conditions, fn.widen(embs, wide).split(widths, dim=-1)
+
+    def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> Tensor:
+        """What all ResBlocks add, side by side: [B*V, sum of C_out], in one product."""
         projections = [block.emb_layers[1] for block in self._res_blocks]
-        out = time_camera_embedding(
+        if not all(type(m) is nn.Linear for m in projections):
+            raise TypeError(
+                f"{OP}: emb_layers must be torch.nn.Linear, got a wrapped one; leave them out of the adapter"
+            )
+        return time_camera_embedding(
             t.expand(batch),
             None,
             _weights(self.time_embed),
             None,
             fn.packed([m.weight for m in projections]),
             fn.packed([m.bias for m in projections]),
-            camera_embedding=camera_emb if self.config.camera_in == "time" else None,
+            camera_embedding=camera_emb,
         )
-        return out.split([m.out_features for m in projections], dim=-1)
 
-    def _conditions(self, context: Tensor, n_views: int, camera_emb: Tensor | None) -> Conditions:
-        tokens = None
-        if camera_emb is not None and self.config.camera_in == "text":
-            tokens = self.camera_token(camera_emb)[:, None]
-        return Conditions(context, n_views, camera_emb, tokens)
-
-    def _check(self, latents: Tensor, t: Tensor, context: Tensor, camera: Tensor | None, n_views: int) -> None:
+    def _check(
+        self, latents: Tensor, t: Tensor, context: Tensor, camera: Tensor | None, n_views: int, n_prompts: int
+    ) -> None:
         config = self.config
         batch = latents.shape[0] if latents.ndim else 0
         if latents.ndim != 4 or latents.shape[1] != config.in_channels:
@@ -237,8 +254,11 @@ class MultiViewUNet(nn.Module):
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, batch)):
             _refuse("t", f"a scalar or [{batch}]", tuple(t.shape), "one step per image")
         scenes = batch // n_views
-        if context.ndim != 3 or context.shape[2] != config.context_dim or context.shape[0] not in (scenes, batch):
-            wanted = f"[{scenes} or {batch}, L, {config.context_dim}]"
+        if n_prompts < 1:
+            _refuse("n_prompts", "at least 1", n_prompts, "2 is guidance")
+        rows = (n_prompts * scenes, n_prompts * batch)
+        if context.ndim != 3 or context.shape[2] != config.context_dim or context.shape[0] not in rows:
+            wanted = f"[{rows[0]} or {rows[1]}, L, {config.context_dim}]"
             _refuse(
                 "context", wanted, tuple(context.shape), "one row per scene or per image, of the text tower's width"
             )

@@ -1,6 +1,6 @@
 """diffusers' UNet2DConditionModel with the numbers of an LDM-named UNet, and the processor that regroups its views.
 
-The second oracle of the multi-view UNet, and the yardstick of its benchmark. Knows nothing of mvdream_fast but its config.
+The second oracle of the multi-view UNet, and the yardstick of its benchmark. Takes a UNetConfig for the topology.
 """
 
 import torch
@@ -114,7 +114,7 @@ class RegroupProcessor:
 
 
 def add_camera(unet: UNet2DConditionModel, embedding: torch.Tensor | None) -> None:
-    """Adds `embedding` [B*V, E] to the time embedding of every later call, as the multi-view model does; None: nothing."""
+    """Adds `embedding` [B*V, E] to the time embedding of every later call, as the multi-view model does; or None."""
     hook = getattr(unet, "_camera_hook", None)
     if hook is not None:
         hook.remove()

@@ -1,4 +1,4 @@
-"""The multi-view UNet in plain PyTorch, written for reading: the oracle of mvdream_fast.models.unet, sharing none of its code.
+"""The multi-view UNet in plain PyTorch, written for reading: the oracle of models.unet, sharing none of its code.
 
 Scores and softmax are explicit and in float32, views are regrouped with einops, every layer runs by itself.
 """
