@@ -1,0 +1,165 @@
+"""Ours against diffusers' UNet under a regrouping processor: guided four-view sampling, time and peak memory.
+
+Every contestant runs in a process of its own, with the same numbers in its weights and two threads; that process times
+itself, and its high-water mark is taken over the sampling alone. One group per size, so the table holds the ratios:
+`ours` against the better of diffusers' two memory layouts is printed at the end.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import multiprocessing as mp
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+THREADS, N_STEPS, GUIDANCE, N_VIEWS = 2, 10, 7.5, 4
+SIZES = ("mini", "width-64", "width-160", "width-320")
+CONTESTANTS = ("diffusers-contiguous", "diffusers-channels_last", "ours")
+_results: dict[str, dict[str, tuple[float, float]]] = {}
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("size", [pytest.param(s, marks=[pytest.mark.slow] * (s == "width-320")) for s in SIZES])
+@pytest.mark.timeout(3600)
+def bench_sampling(benchmark, size, contestant):
+    """10 guided DDIM steps of 4 views: 8 images a step, after one step to warm up."""
+    benchmark.group = f"unet {size}"
+    n_steps = int(os.environ.get("MVDREAM_FAST_BENCH_STEPS", N_STEPS))
+    with Contestant(size, contestant) as process:
+        process.ask(1)  # warm-up: first-touch of memory, packing, oneDNN's code generation
+        seconds, peak = benchmark.pedantic(process.ask, args=(n_steps,), rounds=3 if size == "mini" else 1)
+    benchmark.extra_info |= {"steps": n_steps, "seconds_a_step": seconds / n_steps, "peak_mb": peak}
+    _results.setdefault(size, {})[contestant] = (benchmark.stats.stats.min / n_steps, peak)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ratios(request):
+    """Prints, once all are through, how ours stands to the better layout of diffusers: ratios within this run only."""
+    yield
+    lines = []
+    for size, by_name in _results.items():
+        theirs = [by_name[name] for name in CONTESTANTS[:2] if name in by_name]
+        for name, (seconds, peak) in by_name.items():
+            lines.append(f"{size:10} {name:24} {seconds:8.3f} s/step {peak:8.0f} MB peak")
+        if "ours" in by_name and theirs:
+            speed = min(seconds for seconds, _ in theirs) / by_name["ours"][0]
+            memory = by_name["ours"][1] / min(peak for _, peak in theirs)
+            lines.append(f"{size:10} ours against the better layout: {speed:.2f}x the speed, {memory:.2f}x the memory")
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if lines and reporter is not None:
+        reporter.write_line("\n" + "\n".join(lines))
+
+
+class Contestant:
+    """A fresh process that holds one model; `ask(n_steps)` samples in it and returns (seconds, peak MB)."""
+
+    def __init__(self, size: str, name: str):
+        context = mp.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, size, name), daemon=True)
+
+    def __enter__(self):
+        self.process.start()
+        return self
+
+    def ask(self, n_steps: int) -> tuple[float, float]:
+        self.pipe.send(n_steps)
+        while not self.pipe.poll(0.2):
+            if not self.process.is_alive():
+                raise RuntimeError(f"the contestant ended with code {self.process.exitcode}; it may be out of memory")
+        return self.pipe.recv()
+
+    def __exit__(self, *_):
+        if self.process.is_alive():
+            self.pipe.send(0)
+        self.process.join(10)
+
+
+def _serve(pipe, size: str, name: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import torch
+
+    torch.set_num_threads(THREADS)
+    sample = _sampler(size, name)
+    gc.collect()
+    while n_steps := pipe.recv():
+        _reset_high_water()
+        start = time.perf_counter()
+        sample(n_steps)
+        seconds = time.perf_counter() - start
+        pipe.send((seconds, _high_water_mb()))
+
+
+def _config(size: str):
+    from mvdream_fast.config import MINI, UNetConfig
+
+    if size == "mini":
+        return MINI.unet, MINI.latent_size, MINI.text.context_length, MINI.schedule
+    width = int(size.split("-")[1])
+    unet = dataclasses.replace(UNetConfig(), model_channels=width, num_head_channels=32 if width % 64 else 64)
+    return unet, 32, 77, dataclasses.replace(MINI.schedule, prediction="eps")
+
+
+def _sampler(size: str, name: str):
+    """A function of the number of steps; diffusers and our package are imported in every process alike."""
+    import torch
+    from reference.diffusers_unet import RegroupProcessor, add_camera, diffusers_unet, load_ldm
+
+    from mvdream_fast.camera import get_camera
+    from mvdream_fast.models.unet import MultiViewUNet
+    from mvdream_fast.sampler import ddim_sample
+    from mvdream_fast.schedule import NoiseSchedule
+
+    config, side, n_tokens, schedule_config = _config(size)
+    torch.manual_seed(0)
+    unet = MultiViewUNet(config).requires_grad_(False)
+    for p in unet.parameters():  # a fresh model is zero in places; a trained one is not
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    schedule = NoiseSchedule.from_config(schedule_config)
+    noise = torch.randn(N_VIEWS, config.in_channels, side, side)
+    text = torch.randn(2, n_tokens, config.context_dim)
+    camera = get_camera(N_VIEWS)
+    if name == "ours":
+        prepared = unet.prepare_context(text)
+
+        def model(latents, t):  # the sampler gives [uncond; cond], whose latents are the same
+            return unet(latents[:N_VIEWS], t, prepared, camera, N_VIEWS, n_prompts=len(latents) // N_VIEWS)
+
+    else:
+        theirs = diffusers_unet(config, side).requires_grad_(False)
+        load_ldm(theirs, unet.state_dict(), config)
+        theirs.set_attn_processor(RegroupProcessor(N_VIEWS))
+        add_camera(theirs, unet.camera_embed(camera.repeat(2, 1)))
+        layout = getattr(torch, name.split("-")[1].replace("contiguous", "contiguous_format"))
+        theirs.to(memory_format=layout)
+        del unet
+        wide = text.repeat_interleave(N_VIEWS, 0)
+
+        def model(latents, t):
+            return theirs(latents.contiguous(memory_format=layout), t, wide, return_dict=False)[0]
+
+    return lambda n_steps: ddim_sample(model, noise, schedule, n_steps, GUIDANCE)
+
+
+def _reset_high_water() -> None:
+    """Gives freed memory back and starts the mark anew, so that building the model leaves no trace in it (Linux)."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _high_water_mb() -> float:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        import psutil
+
+        return psutil.Process().memory_info().rss / 2**20
