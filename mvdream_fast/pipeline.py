@@ -173,7 +173,8 @@ class MVDreamPipeline:
         """The prompts, each with the suffix, and the negative prompt (one for all, or one for each) as the UNet's text.
 
         Returns: TextCond of B = number of prompts.
-        Raises: ArgumentError if a prompt is empty, has control characters or is over 8 KB, or a count doesn't fit.
+        Raises: ArgumentError if a prompt is empty, has control characters or is over 8 KB, or a count doesn't fit;
+            RuntimeError if the model was loaded without its text tower.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negative = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -182,6 +183,8 @@ class MVDreamPipeline:
                 f"encode_prompt: negative_prompt must be one, or one for each of the {len(prompts)} prompts, "
                 f"got {len(negative)}; there must be a prompt"
             )
+        if self.text is None or self.tokenizer is None:
+            raise RuntimeError("encode_prompt: the model must have its text tower; load it with the part 'text'")
         for text in prompts:
             check_prompt(text)
         encoded = self.tokenizer.encode([add_suffix(text, suffix) for text in prompts] + negative)

@@ -1,0 +1,299 @@
+"""The pipeline against the same steps written out by hand, and what its user may expect of repeated calls."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from reference.tiny_model import tiny_model
+
+from mvdream_fast.camera import get_camera, orbit_cameras
+from mvdream_fast.errors import ArgumentError, DivergedError
+from mvdream_fast.models.checkpoint import save_model
+from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline, TextCond, add_suffix
+from mvdream_fast.rng import Stream
+
+PROMPT = "a green chair"
+FEW = {"n_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> MVDreamPipeline:
+    return MVDreamPipeline(tiny_model(), device="cpu", dtype="float32")
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+@torch.no_grad()
+def by_hand(pipe, prompt, n_views, n_steps, scale, negative="", elevation_deg=15.0, seed=0):
+    """Text, cameras, diffusers' own DDIM, one UNet call for each half, decoding: nothing of the pipeline's."""
+    model = pipe.model
+    cond, uncond = (model.text(model.tokenizer.encode(text).ids) for text in (prompt + ", 3d asset", negative))
+    camera = get_camera(n_views, elevation_deg)
+    latents = Stream(seed, 0, "sampling").normal(n_views, 4, 8, 8)
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction",
+    )  # fmt: skip
+    scheduler.set_timesteps(n_steps)
+    for t in scheduler.timesteps:
+        a, b = (model.unet(latents, t, text, camera, n_views) for text in (uncond, cond))
+        latents = scheduler.step(a + scale * (b - a), t, latents).prev_sample
+    return (model.vae.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize(("n_views", "scale", "negative"), [(4, 7.5, ""), (1, 2.0, "a red car"), (3, 0.5, "car")])
+def test_equals_the_steps_written_out(pipe, n_views, scale, negative):
+    views = pipe(PROMPT, n_views, n_steps=5, guidance_scale=scale, negative_prompt=negative)
+    expected = by_hand(pipe, PROMPT, n_views, 5, scale, negative)
+    assert expected.std() > 0.02
+    close(views.tensor, expected)
+
+
+def test_defaults_are_the_documented_ones(pipe):
+    """50 steps, guidance 7.5, elevation 15, azimuths from 0 over 360, suffix on, negative prompt empty."""
+    done = []
+    views = pipe(PROMPT, callback=lambda step, total, _: done.append((step, total)))
+    assert done == [(i + 1, 50) for i in range(50)]
+    assert torch.equal(views.cameras, get_camera(4, 15, 0, 360))
+    close(views.tensor, by_hand(pipe, PROMPT, 4, 50, 7.5), atol=1e-4)
+    assert views.seed == 0
+
+
+def test_views_are_images_and_a_sheet(pipe):
+    views = pipe(PROMPT, 5, **FEW)
+    assert views.tensor.shape == (5, 3, 16, 16)
+    assert views.tensor.dtype == torch.float32
+    assert 0 <= views.tensor.min() < views.tensor.max() <= 1
+    assert [image.size for image in views.images] == [(16, 16)] * 5
+    pixels = np.stack([np.asarray(image) for image in views.images])
+    assert np.abs(pixels / 255 - views.tensor.permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 255 + 1e-6
+    sheet = views.sheet()
+    assert sheet.size == (64, 32)
+    np.testing.assert_array_equal(np.asarray(sheet)[16:, :16], pixels[4])
+    np.testing.assert_array_equal(np.asarray(sheet)[:16, 48:], pixels[3])
+    assert (np.asarray(sheet)[16:, 16:] == 255).all()
+    assert pipe(PROMPT, 2, **FEW).sheet().size == (32, 16)
+
+
+def test_the_same_call_gives_the_same_bytes(pipe):
+    one, two, other = (pipe(PROMPT, seed=seed, **FEW).tensor for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert (one - other).abs().max() > 0.05
+
+
+def test_prompts_in_a_list_are_the_prompts_alone(pipe):
+    prompts = [PROMPT, "a brown bulldog", "a red car"]
+    together = pipe(prompts, 2, seed=5, **FEW)
+    assert [views.prompt for views in together] == prompts
+    assert [views.seed for views in together] == [5, 6, 7]
+    for i, prompt in enumerate(prompts):
+        close(together[i].tensor, pipe(prompt, 2, seed=5 + i, **FEW).tensor)
+    assert isinstance(pipe([PROMPT], 2, **FEW), list)
+
+
+def test_one_negative_prompt_for_all_or_one_each(pipe):
+    prompts = [PROMPT, "a brown bulldog"]
+    shared = pipe(prompts, 1, negative_prompt="a car", **FEW)
+    each = pipe(prompts, 1, negative_prompt=["a car", "a chair"], **FEW)
+    close(shared[0].tensor, each[0].tensor)
+    assert (shared[1].tensor - each[1].tensor).abs().max() > 1e-3
+    with pytest.raises(ArgumentError, match="one for each of the 2 prompts, got 3"):
+        pipe(prompts, 1, negative_prompt=["a", "b", "c"], **FEW)
+
+
+def test_poses_can_be_given(pipe):
+    asked = pipe(PROMPT, 3, elevation_deg=20, azimuth_start_deg=30, **FEW)
+    cameras = orbit_cameras(3, 20, 30, 360, distance=2.5)
+    before = cameras.c2w.clone()
+    for camera in (cameras, cameras.c2w, get_camera(3, 20, 30)):
+        given = pipe(PROMPT, camera=camera, **FEW)
+        close(given.tensor, asked.tensor)
+        close(given.cameras, asked.cameras, atol=1e-6)
+    assert torch.equal(cameras.c2w, before)
+    assert (asked.tensor - pipe(PROMPT, 3, elevation_deg=20, **FEW).tensor).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"c2w must be \[V, 4, 4\] or \[V, 16\], got \[3, 3\]"):
+        pipe(PROMPT, camera=torch.eye(3), **FEW)
+
+
+def test_2d_images_are_independent_and_3d_views_are_not(pipe):
+    alone, three = (pipe(PROMPT, n, mode="2d", **FEW) for n in (1, 3))
+    assert three.cameras is None
+    close(three.tensor[:1], alone.tensor)
+    alone, three = (pipe(PROMPT, n, **FEW).tensor for n in (1, 3))
+    assert (three[:1] - alone).abs().max() > 1e-3
+    with pytest.raises(ArgumentError, match="camera must be None in 2d mode"):
+        pipe(PROMPT, camera=get_camera(2), mode="2d", **FEW)
+
+
+def test_2d_prompts_keep_their_own_text(pipe):
+    together = pipe([PROMPT, "a red car"], 2, mode="2d", **FEW)
+    close(together[1].tensor, pipe("a red car", 2, mode="2d", seed=1, **FEW).tensor)
+
+
+class Counting:
+    """A module whose calls and batch sizes are counted."""
+
+    def __init__(self, module):
+        self.module, self.calls = module, []
+
+    def __call__(self, first, *rest):
+        self.calls.append(len(first))
+        return self.module(first, *rest)
+
+    def prepare_context(self, context):
+        self.calls.append("prepared")
+        return self.module.prepare_context(context)
+
+
+@pytest.mark.parametrize(("scale", "batch"), [(7.5, 8), (1.0, 4), (0.0, 8)])
+def test_text_is_encoded_once_and_guidance_is_one_batch(scale, batch):
+    pipe = MVDreamPipeline(tiny_model(), device="cpu")
+    pipe.unet, pipe.text = Counting(pipe.unet), Counting(pipe.text)
+    pipe(PROMPT, guidance_scale=scale, **FEW)
+    assert pipe.text.calls == [2]
+    assert pipe.unet.calls == ["prepared", *[batch] * 4]
+
+
+def test_guidance_scale_one_is_the_limit(pipe):
+    at, near = (pipe(PROMPT, guidance_scale=scale, **FEW).tensor for scale in (1.0, 1 + 1e-6))
+    close(at, near, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
+)
+def test_any_diffusers_scheduler_may_sample(pipe, name):
+    scheduler = getattr(diffusers, name)(**pipe.scheduler_settings)
+    seen = []
+    one, two = (pipe(PROMPT, scheduler=scheduler, n_steps=6, seed=3).tensor for _ in range(2))
+    assert torch.equal(one, two)
+    other = pipe(PROMPT, scheduler=scheduler, n_steps=6, seed=4, callback=lambda *step: seen.append(step[:2])).tensor
+    assert seen == [(i + 1, 6) for i in range(6)]
+    assert one.std() > 0.02
+    assert (one - other).abs().max() > 0.05
+
+
+def test_diffusers_ddim_gives_the_same_views(pipe):
+    scheduler = diffusers.DDIMScheduler(
+        **pipe.scheduler_settings, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    theirs = pipe(PROMPT, scheduler=scheduler, n_steps=10).tensor
+    close(pipe(PROMPT, n_steps=10).tensor, theirs, atol=1e-4)
+    with pytest.raises(ArgumentError, match="prediction_type must be v_prediction"):
+        pipe(PROMPT, scheduler=diffusers.DDIMScheduler(), n_steps=10)
+
+
+def test_step_conventions(pipe):
+    done: list[int] = []
+    pipe(PROMPT, 1, n_steps=30, callback=lambda step, total, _: done.append(total))
+    assert done == [31] * 31
+    done.clear()
+    pipe(PROMPT, 1, n_steps=30, convention="diffusers", callback=lambda step, total, _: done.append(total))
+    assert done == [30] * 30
+    with pytest.raises(ArgumentError, match="the nearest number that works is 4"):
+        pipe(PROMPT, 1, n_steps=3)
+
+
+def test_a_generator_draws_the_noise(pipe):
+    one, two, other = (pipe(PROMPT, generator=torch.Generator().manual_seed(s), **FEW) for s in (1, 1, 2))
+    assert torch.equal(one.tensor, two.tensor)
+    assert one.seed is None
+    assert (one.tensor - other.tensor).abs().max() > 0.05
+
+
+def test_eta_adds_reproducible_noise(pipe):
+    one, two = (pipe(PROMPT, eta=1.0, **FEW).tensor for _ in range(2))
+    assert torch.equal(one, two)
+    assert (one - pipe(PROMPT, **FEW).tensor).abs().max() > 0.01
+
+
+def test_words_that_are_not_seen_are_named(pipe):
+    said: list[str] = []
+    pipe.encode_prompt("a green armchair with a red bulldog on a brown car", warn=said.append)
+    assert len(said) == 2
+    # 12 tokens: start and end, and ten of "a green <armchair> <with> a red bulldog <on> a brown car , 3 d asset"
+    assert said[0] == "the prompt has more than 10 tokens and is cut: not seen 'car,', '3d', 'asset'"
+    assert said[1] == "the model does not know 'armchair', 'with', 'on'"
+    with pytest.warns(UserWarning, match="does not know 'armchair'"):
+        pipe.encode_prompt("a armchair", suffix="")
+
+
+def test_suffix_is_added_once(pipe):
+    assert add_suffix("a chair ") == "a chair, 3d asset"
+    assert add_suffix("a chair, 3D asset") == "a chair, 3D asset"
+    assert add_suffix("a chair", "") == "a chair"
+    with_suffix, bare, typed = (
+        pipe.encode_prompt(text, suffix=suffix).cond
+        for text, suffix in ((PROMPT, SUFFIX), (PROMPT, ""), (PROMPT + ", 3d asset", ""))
+    )
+    close(with_suffix, typed)
+    assert (with_suffix - bare).abs().max() > 1e-3
+
+
+def test_text_cond_shapes(pipe):
+    text = pipe.encode_prompt(["a car", "a chair", "a bulldog"])
+    assert isinstance(text, TextCond)
+    assert text.cond.shape == text.uncond.shape == (3, 12, 32)
+    assert torch.equal(text.uncond[0], text.uncond[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "  \n"}, "the prompt is empty"),
+        ({"prompt": []}, "there must be a prompt"),
+        ({"prompt": "a\x00"}, "control character U\\+0000"),
+        ({"prompt": "x" * 9000}, "at most 8192 bytes"),
+        ({"n_views": 0}, "n_views must be at least 1, got 0"),
+        ({"elevation_deg": float("nan")}, "angles must be finite"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
+        ({"mode": "4d"}, "mode must be 3d or 2d, got '4d'"),
+        ({"convention": "karras"}, "convention must be ldm or diffusers"),
+    ],
+)
+def test_wrong_arguments(pipe, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        pipe(**{"prompt": PROMPT, **FEW, **arguments})
+
+
+def test_numbers_that_are_not_finite_are_not_drawn():
+    pipe = MVDreamPipeline(tiny_model(), device="cpu")
+    with torch.no_grad():
+        pipe.unet.out[2].bias[0] = float("nan")
+    with pytest.raises(DivergedError, match="left the finite numbers; try --dtype float32"):
+        pipe(PROMPT, **FEW)
+
+
+def test_bfloat16_draws_nearly_the_same():
+    exact = MVDreamPipeline(tiny_model(), device="cpu", dtype="float32")(PROMPT, guidance_scale=2.0, **FEW)
+    pipe = MVDreamPipeline(tiny_model(), device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for m in (pipe.vae, pipe.text) for p in m.parameters()} == {torch.float32}
+    rough = pipe(PROMPT, guidance_scale=2.0, **FEW)
+    assert rough.tensor.dtype == torch.float32
+    # 8 bits of mantissa through 4 guided steps; images span 0..1
+    assert (rough.tensor - exact.tensor).abs().mean() < 0.02
+    assert "bfloat16" in pipe.describe()
+
+
+def test_a_model_of_noise_prediction_samples_too():
+    views = MVDreamPipeline(tiny_model(prediction="eps"), device="cpu")(PROMPT, **FEW)
+    assert views.tensor.isfinite().all()
+
+
+def test_a_saved_model_gives_the_same_views(pipe, tmp_path):
+    save_model(pipe.model, tmp_path / "tiny")
+    loaded = MVDreamPipeline.from_pretrained(str(tmp_path / "tiny"), device="cpu", dtype="float32")
+    assert loaded.describe() == pipe.describe()
+    close(loaded(PROMPT, **FEW).tensor, pipe(PROMPT, **FEW).tensor, atol=1e-6)
+
+
+def test_parts_may_be_missing():
+    model = tiny_model()
+    model.text = model.tokenizer = None
+    pipe = MVDreamPipeline(model, device="cpu")
+    with pytest.raises(RuntimeError, match="must have its text tower"):
+        pipe.encode_prompt(PROMPT)
