@@ -6,6 +6,7 @@ Here: reading a file under caps, normalising, recolouring. Not here: catalogues 
 import io
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,10 @@ class Mesh:
         return sum(len(part.faces) for part in self.parts)
 
     def normalised(self, fit: str = "sphere") -> "Mesh":
-        """Centres the bounding box; scales the farthest vertex to radius 1 ("sphere") or the longest side to 1 ("box")."""
+        """Centres the bounding box; scales the farthest vertex to radius 1 ("sphere") or the longest side to 1 ("box").
+
+        Raises: MeshError where there is no extent.
+        """
         used = np.concatenate([part.positions[np.unique(part.faces)] for part in self.parts]).astype(np.float64)
         low, high = used.min(0), used.max(0)
         centre = (low + high) / 2
@@ -65,6 +69,12 @@ class Mesh:
         """Applies a 3x3 rotation to positions and normals."""
         turn = np.asarray(matrix, np.float32).T
         return Mesh(tuple(replace(p, positions=p.positions @ turn, normals=p.normals @ turn) for p in self.parts))
+
+    def brightened(self, gain: float) -> "Mesh":
+        """Untextured colours times `gain`, held below 1 without changing their hue."""
+        return Mesh(
+            tuple(p if p.texture is not None else replace(p, colours=_gained(p.colours, gain)) for p in self.parts)
+        )
 
     def opaque(self) -> "Mesh":
         """The same mesh with every part solid."""
@@ -94,10 +104,11 @@ def load_mesh(source: Path | bytes, file_type: str | None = None, siblings: Mapp
         raise MeshError(f"{name}: the format must be one of {', '.join(FORMATS)}")
     try:
         content = _read(source, name)
+        _check_archive(content, name)
         scene = _parse(content, file_type, siblings if siblings is not None else _Folder(source))
         parts = [part for part in map(_part, _flatten(scene)) if part is not None]
-    except MeshError:
-        raise
+    except MeshError as error:
+        raise MeshError(str(error) if name in str(error) else f"{name}: {error}") from None
     except Exception as error:
         # A damaged file reaches a zoo of exceptions in the parsers: the user needs one sentence with the file's name.
         raise MeshError(f"{name}: not a readable {file_type} mesh ({type(error).__name__}: {error})") from None
@@ -135,6 +146,15 @@ def _read(source: Path | bytes, name: str) -> bytes:
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
+def _check_archive(content: bytes, name: str) -> None:
+    """A 3MF is a zip: its unpacked size is capped as well."""
+    if content[:4] == b"PK\x03\x04":
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            total = sum(info.file_size for info in archive.infolist())
+        if total > MAX_FILE_BYTES:
+            raise MeshError(f"{name}: unpacks to {total >> 20} MB, at most {MAX_FILE_BYTES >> 20} are taken")
+
+
 def _parse(content: bytes, file_type: str, siblings: Mapping[str, bytes]):
     import trimesh
     from PIL import Image
@@ -144,7 +164,7 @@ def _parse(content: bytes, file_type: str, siblings: Mapping[str, bytes]):
             pass
 
         def get(self, name: str) -> bytes:
-            return siblings[str(name).replace("\\", "/").removeprefix("./")]
+            return _lookup(siblings, str(name))
 
         def keys(self):
             return list(siblings)
@@ -165,6 +185,17 @@ def _parse(content: bytes, file_type: str, siblings: Mapping[str, bytes]):
             )
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _lookup(siblings: Mapping[str, bytes], name: str) -> bytes:
+    """The file of that name, else of its last path component or word: exporters leave their own absolute paths."""
+    name = name.replace("\\", "/").removeprefix("./")
+    for candidate in dict.fromkeys((name, name.rpartition("/")[2], (name.split() or [""])[-1].rpartition("/")[2])):
+        try:
+            return siblings[candidate]
+        except KeyError:
+            continue
+    raise KeyError(name)
 
 
 def _flatten(scene):
@@ -265,11 +296,15 @@ def _texture(image) -> np.ndarray:
 
 
 def _tint(rgb: np.ndarray, texture: np.ndarray) -> np.ndarray:
-    """The factor on a texture: exporters often leave a dark or arbitrary diffuse beside it, so only greys take a hue."""
+    """The factor on a texture: exporters leave a dark or arbitrary diffuse beside it, so only gray ones take a hue."""
     mean = texture[..., :3].reshape(-1, 3).mean(0) / 255
     if rgb.max() < 0.05 or (mean.max() - mean.min()) > 0.08:
         return np.ones(3, np.float32)
     return rgb / rgb.max()
+
+
+def _gained(colours: np.ndarray, gain: float) -> np.ndarray:
+    return (colours * np.minimum(gain, 1 / np.maximum(colours.max(1, keepdims=True), 1e-3))).astype(np.float32)
 
 
 def _paint(part: Part, target: np.ndarray, flat: bool) -> Part:

@@ -17,7 +17,7 @@ TARGETS = {
     "orange": (0.96, 0.50, 0.07),
     "purple": (0.50, 0.18, 0.65),
     "pink": (0.96, 0.55, 0.72),
-    "brown": (0.44, 0.26, 0.12),
+    "brown": (0.40, 0.235, 0.125),
     "black": (0.10, 0.10, 0.11),
     "white": (0.96, 0.96, 0.95),
     "gray": (0.52, 0.52, 0.53),
@@ -28,7 +28,8 @@ SHARE = 0.22  # a colour with less of the visible surface is not mentioned
 
 _RENAMED = {
     "apple ibook": "laptop", "apple imac 1998": "computer", "apple imac 2004": "computer",
-    "apple iphone": "smartphone", "barnum": "party tent", "bended coconut tree": "bent coconut tree",
+    "apple iphone": "smartphone", "apples": "bowl with apples", "barnum": "party tent",
+    "bended coconut tree": "bent coconut tree",
     "black table": "table", "bootie": "ankle boots", "cctv": "security camera", "chevrolet": "pickup truck",
     "child hut": "playhouse", "children chair": "child chair", "children table": "child table",
     "children game": "playground slide", "class seat": "school desk", "clear sofa": "sofa",
@@ -50,7 +51,8 @@ _RENAMED = {
     "plate, glasses and cutlery": "plate with cutlery", "playstation": "game console", "pool lounge": "pool lounger",
     "puff": "bean bag chair", "punching ball": "punching bag", "relax chair": "lounge chair",
     "renault scenic": "car", "rigged fan": "fan", "ryokan chair": "floor chair", "seat leon": "car",
-    "short": "shorts", "sitting female": "sitting woman", "sitting male": "sitting man", "smart car": "small car",
+    "short": "shorts", "socket": "sock", "sitting female": "sitting woman", "sitting male": "sitting man",
+    "smart car": "small car",
     "spice tower": "spice rack", "stone grill device": "stone grill", "suit": "suit", "suv": "suv",
     "table tennis": "table tennis table", "table tennis bat": "table tennis racket", "tape": "adhesive tape",
     "teck chair": "teak chair", "text marker": "marker pen", "toilets unit": "toilet", "tool": "kitchen utensil",
@@ -95,7 +97,7 @@ def clean(text: str, limit: int = 300) -> str:
 
 
 def noun(name: str) -> str:
-    """The catalogue's (or a file's) name as a caption says it: lower case, translations mended, no brands or numbers."""
+    """A catalogue's (or file's) name as a caption says it: lower case, translations mended, no brands or numbers."""
     text = clean(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()).lower()
     if text in _RENAMED:
         return _RENAMED[text]
@@ -211,6 +213,12 @@ def _warm(value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
     """Hues 14 to 47 degrees: wood, skin, cream and orange differ by lightness and saturation only."""
     light = np.where(saturation > 0.72, "orange", np.where(saturation < 0.42, "beige", "brown"))
     return np.where(value > 0.72, light, np.where((saturation < 0.2) & (value > 0.5), "gray", "brown"))
+
+
+def _yellowish(value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
+    """Hues 47 to 68 degrees: cream, olive and yellow."""
+    pale = np.where(value > 0.6, "beige", "gray")
+    return np.where(saturation < 0.35, pale, np.where(value < 0.5, "green", "yellow"))
 
 
 def shares(rgb: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:

@@ -4,19 +4,22 @@ An Entry is a name, its credits and a way to load it; nothing here draws or word
 """
 
 import csv
+import hashlib
 import json
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from mvdream_fast.data.assets import FORMATS, MAX_FILE_BYTES, Mesh, MeshError, load_mesh
+from mvdream_fast.data.assets import FORMATS, MAX_FILE_BYTES, WORLD_FROM_GLTF, Mesh, MeshError, load_mesh
+from mvdream_fast.data.captions import clean
 from mvdream_fast.errors import InputFileError
 
+GAIN = 1.2  # these libraries' plain whites are Blender's old default, 0.64: the catalogue's own icons show them white
 PROPERTIES = "PluginFurnitureCatalog.properties"
 HOW_TO_GET = (
     "get it without installing: `apt-get download sweethome3d-furniture && dpkg -x sweethome3d-furniture_*.deb DIR`, "
@@ -44,12 +47,10 @@ class Entry:
         """Returns the mesh in the world frame, not yet normalised. Raises MeshError."""
         if not self.member:
             return load_mesh(self.archive)
-        mesh = _load_member(self.archive, self.member)
+        mesh = _load_member(self.archive, self.member).brightened(GAIN)
         if self.rotation is None:
             return mesh
         # The catalogue turns y-up meshes, ours are z-up already: conjugate by the change of axes.
-        from mvdream_fast.data.assets import WORLD_FROM_GLTF
-
         turn = np.asarray(self.rotation, np.float32).reshape(3, 3)
         return mesh.rotated(WORLD_FROM_GLTF @ turn @ WORLD_FROM_GLTF.T)
 
@@ -75,12 +76,15 @@ def read_folder(folder: Path) -> list[Entry]:
         relative = path.relative_to(folder).as_posix()
         caption = captions.get(relative, captions.get(path.name, captions.get(path.stem)))
         name = re.sub(r"[\s_\-]+", " ", path.stem).strip()
-        entries.append(Entry(_safe_id(relative), name, path, library=folder.name, caption=caption))
-    return entries
+        caption = None if caption is None else clean(caption)
+        entries.append(Entry(_safe_id(relative), clean(name), path, library=folder.name, caption=caption or None))
+    return _unique(entries)
 
 
 def _safe_id(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "asset"
+    """Letters, digits and dashes, at most 64: it names shard members, which must fit a tar header."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "asset"
+    return plain if len(plain) <= 64 else f"{plain[:55]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _read_captions(folder: Path) -> dict[str, str]:
@@ -123,8 +127,6 @@ def _read_library(path: Path) -> list[Entry]:
 
 
 def _unique(entries: list[Entry]) -> list[Entry]:
-    from dataclasses import replace
-
     seen: dict[str, int] = {}
     out = []
     for entry in entries:

@@ -6,15 +6,18 @@ Everything is a function of the surveys and a seed; nothing is drawn or written 
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mvdream_fast.data import captions
 from mvdream_fast.data.catalogue import Entry
 from mvdream_fast.data.survey import MIN_COVERAGE, Survey, near_duplicates
-from mvdream_fast.rng import Stream
 
-REPAINT_OPACITY = 0.6  # glass keeps its colour
+if TYPE_CHECKING:
+    from mvdream_fast.rng import Stream
+
+SHARD_ASSETS = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Selection:
 
 
 def select(entries: list[Entry], surveys: dict[str, Survey]) -> Selection:
-    """Drops slivers (under MIN_COVERAGE of the picture) and near-duplicates; entries without a survey are bad meshes."""
+    """Drops slivers (under MIN_COVERAGE of the picture) and near-duplicates; entries without a survey are bad."""
     out = Selection()
     seen = [e for e in entries if e.id in surveys]
     out.empty = [e for e in seen if surveys[e.id].coverage < MIN_COVERAGE]
@@ -63,6 +66,14 @@ def held_out_ids() -> set[str]:
     """The ids in held_out.txt: one asset a line, `id<TAB>name`, # for comments."""
     text = (files("mvdream_fast.data") / "held_out.txt").read_text(encoding="utf-8")
     return {line.split("\t")[0] for line in text.splitlines() if line and not line.startswith("#")}
+
+
+def random_held_out(entries: list[Entry], share: float, seed: int) -> set[str]:
+    """The ids of a random share of a user's assets; none where that is less than one."""
+    from mvdream_fast.rng import Stream
+
+    order = Stream(seed, 0, "held_out").permutation(len(entries)).tolist()
+    return {entries[i].id for i in order[: int(share * len(entries))]}
 
 
 def plan(
@@ -83,6 +94,8 @@ def plan(
 def _asset(
     entry: Entry, look: Survey, split: str, seed: int, n_plain: int, n_painted: int, taken: set[str]
 ) -> AssetPlan:
+    from mvdream_fast.rng import Stream  # torch comes with it, and the processes that only draw need none
+
     stream = Stream(seed, 0, f"orbits/{entry.id}")
     cameras = stream.uniform(n_plain + n_painted, 4).tolist()
     words = _Words(entry, look, taken)
@@ -114,22 +127,29 @@ class _Words:
         return OrbitPlan(camera, full, tuple(v for v in others if v not in self.taken), colours)
 
 
-def _repaints(look: Survey, stream: Stream, n: int) -> list[tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]]:
-    """(parts, target, colours for the caption): every other one paints only the parts of the main colour."""
+Repaint = tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]
+
+
+def _repaints(look: Survey, stream: "Stream", n: int) -> list[Repaint]:
+    """(parts, target, colours for the caption): every other one paints only the parts of the main colour.
+
+    Panes of glass keep their colour, unless the asset is mostly glass.
+    """
     names = list(captions.TARGETS)
     shares = captions.salient(look.colours)
     main = next(iter(shares), "")
-    main_parts = tuple(i for i, name in enumerate(look.part_colours) if name == main)
-    main_share = sum(look.part_shares[i] for i in main_parts)
     second = next((c for c, s in list(shares.items())[1:] if s > captions.SHARE), None)
+    glassy = sum(look.part_shares[i] for i in look.glass) > 0.6
+    whole = tuple(i for i in range(len(look.part_colours)) if glassy or i not in look.glass)
+    main_parts = tuple(i for i in whole if look.part_colours[i] == main)
+    main_share = sum(look.part_shares[i] for i in main_parts)
     order = [names[i] for i in stream.permutation(len(names)).tolist() if names[i] != main]
     jitter = stream.uniform(n, 4).numpy()
     out = []
     for k, target in enumerate(order[:n]):
         part_only = k % 2 == 1 and 0.35 < main_share < 0.9
-        parts = main_parts if part_only else tuple(range(len(look.part_colours)))
         colours = (target, second) if part_only and second and second != target else (target,)
-        out.append((parts, _jittered(target, jitter[k]), colours))
+        out.append((main_parts if part_only else whole, _jittered(target, jitter[k]), colours))
     return out
 
 
@@ -143,6 +163,8 @@ def _jittered(name: str, u: np.ndarray) -> tuple[float, ...]:
 def choose_held_out(entries: list[Entry], surveys: dict[str, Survey], seed: int = 0, n: int = 40) -> list[Entry]:
     """About `n` assets, spread over the categories by their size, whose captions are nobody else's, while every word of
     their nouns stays in the names of at least two others."""
+    from mvdream_fast.rng import Stream
+
     words = {e.id: captions.noun(e.name) for e in entries}
     full = {e.id: captions.caption(captions.mentioned(surveys[e.id].colours), words[e.id]) for e in entries}
     left = Counter(word for name in words.values() for word in name.split())

@@ -3,6 +3,8 @@
 The look (light, glass, cut-out textures, box-filtered edges) is rasterize.py's; a test holds the two together.
 """
 
+import os
+
 import numpy as np
 
 from mvdream_fast.data.assets import Mesh, Part
@@ -35,7 +37,8 @@ void main() {
     // Normals that cancelled on double-sided sheets are short: the face's own takes over.
     vec3 m = dot(n, n) > 0.25 ? normalize(n) : face;
     if (dot(m, face) < 0.0) m = -m;
-    float shade = light.x + light.y * m.z + light.z * max(dot(m, view), 0.0) + light.w * max(dot(m, key_direction), 0.0);
+    float shade = light.x + light.y * m.z + light.z * max(dot(m, view), 0.0);
+    shade += light.w * max(dot(m, key_direction), 0.0);
     vec3 base = clamp(c * texel.rgb, 0.0, 1.0);
     vec3 rgb = clamp(base * mix(1.0, shade, lit), 0.0, 1.0);
     result = vec4(rgb * opacity, opacity);
@@ -68,7 +71,9 @@ class GLRenderer:
         import moderngl
 
         self.gl = moderngl
+        _keep_one_thread()
         self.context = moderngl.create_context(standalone=True, backend="egl")
+        self.name = f"OpenGL ({self.context.info['GL_RENDERER']})"
         self.program = self.context.program(vertex_shader=VERTEX, fragment_shader=FRAGMENT)
         self.copy = self.context.program(vertex_shader=COPY_VERTEX, fragment_shader=COPY_FRAGMENT)
         self.triangle = self.context.vertex_array(self.copy, [])
@@ -168,6 +173,11 @@ class GLRenderer:
         texture.build_mipmaps()
         texture.filter = (self.gl.LINEAR_MIPMAP_LINEAR, self.gl.LINEAR)
         return texture
+
+
+def _keep_one_thread() -> None:
+    """llvmpipe starts a thread for each core by itself, which fights with our one process a core."""
+    os.environ.setdefault("LP_NUM_THREADS", "0")
 
 
 class _Batch:

@@ -6,7 +6,6 @@ Writing is atomic; reading accepts nothing but these two members, and never uses
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mvdream_fast.errors import InputFileError, OutputError
+from mvdream_fast.errors import InputFileError
+from mvdream_fast.files import replace_file
 
 MAX_SIDE = 16383  # of a WebP
 
@@ -23,8 +23,9 @@ MAX_SIDE = 16383  # of a WebP
 class Sample:
     """One object: views [V, size, size, 4] uint8 straight-alpha RGBA, and its JSON as a dict.
 
-    `meta` holds id, key, caption, variants, colours, split, c2w (V lists of 16, row-major, OpenGL axes), fovy (V, radians),
-    azimuth_deg (V), elevation_deg, distance, size, columns, name, category, tags, creator, library, licence.
+    `meta` holds id, key, caption, variants, colours, painted, split, c2w (V lists of 16, row-major, OpenGL axes),
+    fovy (V, radians), azimuth_deg (V), elevation_deg, distance, size, columns, name, category, tags, creator, library,
+    licence.
     """
 
     meta: dict
@@ -48,25 +49,15 @@ def list_shards(folder: Path, split: str = "train") -> list[Path]:
 
 
 def write_shard(path: Path, samples: list[Sample]) -> None:
-    """Writes all samples or nothing: a temporary file in the same folder, synced, then renamed.
+    """Writes all samples or nothing. Raises OutputError where the disk is full or the folder cannot be written."""
 
-    Raises: OutputError where the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for sample in samples:
-                    _add(tar, f"{sample.meta['key']}.json", json.dumps(sample.meta).encode())
-                    _add(tar, f"{sample.meta['key']}.webp", encode_views(sample.views, sample.meta["columns"]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror or error}); the shards before it are whole"
-        ) from None
+    def write(temporary: Path) -> None:
+        with tarfile.open(temporary, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                _add(tar, f"{sample.meta['key']}.json", json.dumps(sample.meta).encode())
+                _add(tar, f"{sample.meta['key']}.webp", encode_views(sample.views, sample.meta["columns"]))
+
+    replace_file(path, write, sum(sample.views.nbytes for sample in samples))
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

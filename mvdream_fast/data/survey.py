@@ -10,6 +10,7 @@ from mvdream_fast.data.orbits import look_at_origin
 
 MIN_COVERAGE = 0.03
 DUPLICATE_RMS = 0.02
+GLASS = 0.6
 SIZE = 48
 AZIMUTHS = (0, 45, 135, 180, 225, 315)
 THUMBNAIL_VIEWS = (0, 1, 3, 4)
@@ -23,6 +24,7 @@ class Survey:
     colours: dict[str, float]  # colour name -> share of the visible surface
     part_shares: list[float]  # visible share of each part
     part_colours: list[str]  # dominant colour name of each part, "" where it is not seen
+    glass: list[int]  # parts that are less opaque than GLASS
     material: str | None
     thumbnail: list[int]  # four 16 x 16 views on grey, uint8, flattened
 
@@ -45,6 +47,7 @@ def survey(mesh: Mesh, renderer) -> Survey:
         colours={k: round(v, 4) for k, v in captions.shares(rgb).items()} if len(rgb) else {},
         part_shares=part_shares,
         part_colours=colours,
+        glass=[i for i, part in enumerate(mesh.parts) if part.opacity < GLASS],
         material=captions.material_word(names),
         thumbnail=_thumbnail(base[list(THUMBNAIL_VIEWS)]),
     )

@@ -1,0 +1,159 @@
+"""`python -m mvdream_fast.render`: 3D assets to multi-view training shards."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mvdream_fast import cli
+from mvdream_fast.errors import ArgumentError
+
+SIZES = (64, 512)
+ORBITS = {"embedded": (2, 3), "paper": (2, 0)}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Renders captioned multi-view pictures of 3D assets into webdataset shards; run it again to go on."""
+
+    source: tyro.conf.Positional[str]
+    """a folder of meshes (GLB, glTF 2, OBJ, DAE, PLY, STL, 3MF, OFF; captions from captions.csv or captions.json, else
+    the file's name), or `sweethome3d`"""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """folder of the shards"""
+    preset: Literal["embedded", "paper"] = "embedded"
+    """cameras: the embedded model's (16 azimuths with an offset, fov 30-50) or MVDream's (32 from 0, fov 15-60)"""
+    size: int = 64
+    """pixels of a view's side, 64 to 512"""
+    orbits: int | None = None
+    """orbits of each asset in its own colours (default: 2)"""
+    recolours: int | None = None
+    """orbits in other colours, with the captions to match (default: 3, and none with --preset paper)"""
+    renderer: Literal["auto", "gl", "numpy"] = "auto"
+    """OpenGL through EGL, or numpy; auto takes the first that works"""
+    workers: int | None = None
+    """processes (default: one a core)"""
+    limit: int | None = None
+    """only the first so many assets of the source, evenly spread"""
+    held_out: float | None = None
+    """share of a folder's assets that is kept out of training (default 0.05; sweethome3d has its own list)"""
+    seed: int = 0
+    """cameras, colours and order"""
+    sweethome3d_dir: Path | None = None
+    """where sweethome3d-furniture is unpacked (default: this folder, ./assets, /usr/share)"""
+    sheet: bool = True
+    """write sheet.png, a picture of some of the renders"""
+
+
+def main(args: Flags) -> None:
+    _check(args)
+    from mvdream_fast.data import rendering, sheet
+
+    entries, held_out = _entries(args)
+    plain, painted = ORBITS[args.preset]
+    options = rendering.Options(
+        preset=args.preset,
+        size=args.size,
+        n_plain=plain if args.orbits is None else args.orbits,
+        n_painted=painted if args.recolours is None else args.recolours,
+        seed=args.seed,
+        renderer=_renderer(args.renderer),
+    )
+    workers = args.workers or cli.available_cores()
+    with _Progress() as progress:
+        result = rendering.render_dataset(entries, args.out, options, held_out, workers, progress.update)
+    rendering.write_summary(args.out, result)
+    _report(args.out, result)
+    if args.sheet and result.shards:
+        print(f"sheet: {sheet.write_sheet(args.out)}")
+
+
+def _check(args: Flags) -> None:
+    low, high = SIZES
+    if not low <= args.size <= high:
+        raise ArgumentError(f"render: --size must be {low} to {high}, got {args.size}")
+    for name, least in (("orbits", 0), ("recolours", 0), ("workers", 1), ("limit", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ArgumentError(f"render: --{name} must be at least {least}, got {value}")
+    if args.orbits == 0 and (args.recolours == 0 or (args.recolours is None and args.preset == "paper")):
+        raise ArgumentError("render: --orbits and --recolours must not both be 0; nothing would be drawn")
+    if args.held_out is not None and not 0 <= args.held_out < 1:
+        raise ArgumentError(f"render: --held-out must be in [0, 1), got {args.held_out}")
+
+
+def _entries(args: Flags):
+    from mvdream_fast.data import catalogue, plan
+
+    if args.source == "sweethome3d":
+        entries = catalogue.read_sweethome3d(_sweethome3d(args.sweethome3d_dir))
+        held_out = plan.held_out_ids()
+    else:
+        entries = catalogue.read_folder(Path(args.source))
+        held_out = plan.random_held_out(entries, 0.05 if args.held_out is None else args.held_out, args.seed)
+    if args.limit and args.limit < len(entries):
+        entries = [entries[k * len(entries) // args.limit] for k in range(args.limit)]
+    return entries, held_out
+
+
+def _sweethome3d(folder: Path | None) -> Path:
+    """The folder that was named, or the first usual place that holds the libraries."""
+    usual = [Path("."), Path("assets"), Path("/usr/share/sweethome3d")]
+    places = [folder] if folder else [p / "usr/share/sweethome3d" for p in usual[:2]] + usual[2:]
+    return next((p for p in places if p.is_dir() and any(p.rglob("*.sh3f"))), places[0])
+
+
+def _renderer(kind: str) -> str:
+    from mvdream_fast.data import rendering
+
+    renderer = rendering.make_renderer(kind)
+    found = "numpy" if renderer.name == "numpy" else "gl"
+    hint = "; no EGL was found: moderngl with libegl1 and libgl1-mesa-dri is several times faster"
+    print(f"renderer: {renderer.name}{hint if kind == 'auto' and found == 'numpy' else ''}")
+    return found
+
+
+class _Progress:
+    """One bar a stage on a terminal, a line now and then elsewhere."""
+
+    def __enter__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.console = Console(stderr=True)
+        self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.tasks: dict[str, int] = {}
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bars.stop()
+
+    def update(self, stage: str, done: int, total: int, views: int) -> None:
+        import time
+
+        if stage not in self.tasks:
+            self.start = time.monotonic()
+            self.tasks[stage] = self.bars.add_task(stage, total=total)
+        rate = views / max(time.monotonic() - self.start, 1e-3)
+        text = {"assets": "looking at assets"}.get(stage, f"shards, {rate:.0f} views/s")
+        self.bars.update(self.tasks[stage], completed=done, description=text)
+        if not self.console.is_terminal and (done == total or done % max(1, total // 10) == 0):
+            self.console.print(f"{text}: {done} of {total}", highlight=False)
+
+
+def _report(folder: Path, result) -> None:
+    for entry_id, reason in result.bad.items():
+        print(f"skipped {entry_id}: {reason}")
+    kept, selection = len(result.selection.kept), result.selection
+    print(
+        f"{kept} assets in {len(result.shards)} shards, {len(result.captions)} captions, {result.n_views} new views; "
+        f"left out: {len(result.bad)} unreadable, {len(selection.empty)} too thin, {len(selection.duplicates)} "
+        f"near-duplicates (all named in {folder / 'summary.json'})"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Flags, prog="render")
