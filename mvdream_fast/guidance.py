@@ -102,12 +102,10 @@ class Guidance:
         return self.vae.encode(rgb * 2 - 1, noise.to(rgb.dtype) if self.config.sample_posterior else None)
 
     def predict(self, z_t: Tensor, t: int, camera: Tensor | None, n_views: int) -> tuple[Tensor, Tensor]:
-        """The model's raw outputs with the prompt and with the negative one, in one batch [cond; uncond]."""
+        """The model's raw outputs with the prompt and with the negative one, from one call."""
         n_groups = len(z_t) // n_views
         if n_groups not in self._contexts:
             context = self.text.repeat_interleave(n_groups, dim=0)
             self._contexts[n_groups] = self.unet.prepare_context(context)
-        times = torch.full((2 * len(z_t),), t, device=z_t.device)
-        cameras = None if camera is None else torch.cat([camera, camera])
-        out = self.unet(torch.cat([z_t, z_t]), times, self._contexts[n_groups], cameras, n_views)
-        return out.chunk(2)
+        times = torch.full((len(z_t),), t, device=z_t.device)
+        return self.unet(z_t, times, self._contexts[n_groups], camera, n_views, n_prompts=2).chunk(2)

@@ -75,11 +75,11 @@ class Optimization:
         self.skipped = 0 if finite else self.skipped + 1
         clock.lap("optimiser")
         self.asset.renderer.occupancy.update(step, self.asset.renderer.density, Stream(self.seed, step, "occupancy"))
-        opacity = float(rendered.opacity.mean())
+        opacity = rendered.opacity.detach().mean().item()
         self._watch(opacity)
         clock.lap("occupancy")
         return Record(
-            step, float(loss), t, opacity, self.asset.renderer.occupancy.fraction, rendered.n_samples, clock.laps,
+            step, loss.item(), t, opacity, self.asset.renderer.occupancy.fraction, rendered.n_samples, clock.laps,
             not finite,
         )  # fmt: skip
 

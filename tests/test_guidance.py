@@ -24,8 +24,9 @@ class StubUNet(torch.nn.Module):
     def prepare_context(self, context):
         return context
 
-    def forward(self, z_t, t, context, camera=None, n_views=1):
-        self.calls.append((z_t, t, camera, n_views, torch.is_grad_enabled()))
+    def forward(self, z_t, t, context, camera=None, n_views=1, n_prompts=1):
+        self.calls.append((z_t, t, camera, n_views, n_prompts, torch.is_grad_enabled()))
+        z_t = torch.cat([z_t] * n_prompts)
         shift = context.mean(dim=(1, 2)).repeat_interleave(n_views)
         return self.gain * z_t + shift[:, None, None, None]
 
@@ -109,11 +110,10 @@ def test_without_rescale_x0_is_sds_with_sigma_over_alpha():
 def test_unet_sees_one_batch_without_a_graph():
     guidance = make()
     out = guidance(views(), POSES, 4, 0, Stream(0, 0, "g"))
-    ((z_t, t, camera, n_views, grad_enabled),) = guidance.unet.calls
-    assert z_t.shape == (16, 3, 4, 4)
-    assert torch.equal(z_t[:8], z_t[8:])
+    ((z_t, t, camera, n_views, n_prompts, grad_enabled),) = guidance.unet.calls
+    assert z_t.shape == (8, 3, 4, 4)
     assert t.unique().tolist() == [980] == [out.t]
-    assert (camera.shape, n_views, grad_enabled) == ((16, 16), 4, False)
+    assert (camera.shape, n_views, n_prompts, grad_enabled) == ((8, 16), 4, 2, False)
     assert camera[0, 11] == pytest.approx(1.0)  # normalised to the unit sphere
     out.loss.backward()
     assert guidance.unet.gain.grad is None
