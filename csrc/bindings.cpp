@@ -14,6 +14,11 @@
 
 namespace py = pybind11;
 
+namespace mvdream_fast {
+void bind_field(py::module_& m);
+void bind_render(py::module_& m);
+}  // namespace mvdream_fast
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of mvdream_fast";
   m.def("build_info", [] {
@@ -32,4 +37,6 @@ PYBIND11_MODULE(_C, m) {
     }
     return info;
   });
+  mvdream_fast::bind_field(m);
+  mvdream_fast::bind_render(m);
 }

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvdream_fast.ops.hash_encode import HashGrid, check_positions, check_table, hash_encode_ref
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
+from mvdream_fast.ops.hash_encode import (
+    HashGrid,
+    check_positions_and_table,
+    check_same_dtype,
+    hash_encode_ref,
+    require_no_nan,
+    runs_natively,
+    vjp,
+)
 
 WIDTHS = (16, 32, 64, 128)
 
@@ -44,31 +53,34 @@ def field(
 ) -> tuple[Tensor, Tensor]:
     """Density and colour of points of a hash-grid field; features never travel through memory.
 
-    positions: [P, 3] float32 in scene units; the grid covers [-radius, radius]^3 and points outside take the features
-               of the nearest point of the box (the density bias keeps falling). NaN is refused.
-    table:     [n_entries, F] float32, see `hash_encode`.
-    *_weights: matrices [out, in] float32 of bias-free ReLU networks: 1 to 3 hidden layers of one width out of 16, 32,
+    positions: [P, 3] float32 or float64 in scene units; the grid covers [-radius, radius]^3, points
+               outside take the features of the nearest point in it (the density bias keeps falling). NaN is refused.
+    table:     [n_entries, F], see `hash_encode`; everything is of one dtype.
+    *_weights: matrices [out, in] of bias-free ReLU networks: 1 to 3 hidden layers of one width out of 16, 32,
                64, 128, ending in 1 row (density) or 3 rows (colour).
     Gradients flow to positions, table and weights and are recomputed from the inputs: nothing is kept per sample.
-    A second derivative (`create_graph=True`) runs through the plain-torch reference.
+    float32 on a CPU runs natively, bit-identical for any number of threads, with at most 24 MB of scratch memory at the
+    default widths; float64, other devices and second derivatives run through the plain-torch reference.
 
     Returns (sigmas [P], rgb [P, 3]).
     Raises ValueError for wrong shapes and NaN, TypeError for other dtypes, RuntimeError for mixed devices.
     Source: MVDream's implicit volume: softplus(m_d(h(x)) + 10 (1 - |x| / 0.5)), sigmoid(m_f(h(x))), h the hash grid.
     """
-    check_positions("field", positions)
-    check_table("field", positions, table, spec.grid)
+    check_positions_and_table("field", positions, table, spec.grid)
     check_weights("field", "density_weights", positions, density_weights, spec.grid.width, 1)
     check_weights("field", "feature_weights", positions, feature_weights, spec.grid.width, 3)
-    return field_ref(positions, table, density_weights, feature_weights, spec)
+    if not runs_natively(positions):
+        return field_ref(positions, table, density_weights, feature_weights, spec)
+    return _Field.apply(spec, len(density_weights), positions, table, *density_weights, *feature_weights)
 
 
 def field_density(positions: Tensor, table: Tensor, density_weights: Sequence[Tensor], spec: FieldSpec) -> Tensor:
     """The density half of `field`, at about half of its cost. Returns sigmas [P]; raises as `field` does."""
-    check_positions("field_density", positions)
-    check_table("field_density", positions, table, spec.grid)
+    check_positions_and_table("field_density", positions, table, spec.grid)
     check_weights("field_density", "density_weights", positions, density_weights, spec.grid.width, 1)
-    return field_density_ref(positions, table, density_weights, spec)
+    if not runs_natively(positions):
+        return field_density_ref(positions, table, density_weights, spec)
+    return _Field.apply(spec, len(density_weights), positions, table, *density_weights)[0]
 
 
 def field_ref(
@@ -91,7 +103,8 @@ def field_density_ref(positions: Tensor, table: Tensor, density_weights: Sequenc
 
 def _encode_ref(positions: Tensor, table: Tensor, spec: FieldSpec) -> Tensor:
     # Scene units to the unit cube, rounded once, as one fused multiply-add does.
-    unit = (positions.double() * (0.5 / spec.radius) + 0.5).to(positions.dtype)
+    to_unit = torch.tensor(0.5 / spec.radius, dtype=positions.dtype).double()
+    unit = (positions.double() * to_unit + 0.5).to(positions.dtype)
     return hash_encode_ref(unit, table, spec.grid)
 
 
@@ -108,20 +121,83 @@ def _density_ref(features: Tensor, positions: Tensor, weights: Sequence[Tensor],
     return F.softplus(raw) if spec.density_activation == "softplus" else raw.exp()
 
 
+class _Field(torch.autograd.Function):
+    """Inputs after the spec: number of density matrices, positions, table, density matrices, then colour's, if any."""
+
+    @staticmethod
+    def forward(ctx, spec, n_density, *tensors):
+        ctx.spec, ctx.n_density = spec, n_density
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        positions, *parameters = [x.contiguous() for x in tensors]
+        sigmas = positions.new_empty(len(positions))
+        rgb = positions.new_empty(len(positions), 3) if len(tensors) > 2 + n_density else None
+        sizes = (len(positions), address(sigmas), address(rgb), torch.get_num_threads())
+        ok = load_native("field").field_forward(_native(spec, n_density, parameters), address(positions), *sizes)
+        require_no_nan("field", ok)
+        return sigmas, rgb
+
+    @staticmethod
+    def backward(ctx, d_sigmas, d_rgb):
+        if torch.is_grad_enabled():
+            return None, None, *_backward_ref(ctx, d_sigmas, d_rgb)
+        needed = ctx.needs_input_grad[2:]
+        positions, *parameters = [x.contiguous() for x in ctx.saved_tensors]
+        d_sigmas, d_rgb = (d if d is None else d.contiguous() for d in (d_sigmas, d_rgb))
+        d_positions, d_table = (torch.empty_like(x) if n else None for x, n in zip([positions, parameters[0]], needed))
+        d_density = _flat_like(parameters[1 : 1 + ctx.n_density], any(needed[2 : 2 + ctx.n_density]))
+        d_color = _flat_like(parameters[1 + ctx.n_density :], any(needed[2 + ctx.n_density :]))
+        load_native("field").field_backward(
+            _native(ctx.spec, ctx.n_density, parameters),
+            *(address(positions), len(positions)),
+            *map(address, (d_sigmas, d_rgb, d_table, d_density, d_color, d_positions)),
+            torch.get_num_threads(),
+        )
+        density, color = parameters[1 : 1 + ctx.n_density], parameters[1 + ctx.n_density :]
+        return None, None, d_positions, d_table, *_views(density, d_density), *_views(color, d_color)
+
+
+def _native(spec: FieldSpec, n_density: int, parameters: Sequence[Tensor]):
+    """The field as an object of the extension, which points into the (contiguous) parameters."""
+    table, *weights = parameters
+    layers = [(address(w), *w.shape) for w in weights]
+    bias = (spec.bias_scale, spec.bias_std, spec.density_activation == "exp", spec.color_sigmoid)
+    field_type = load_native("field").Field
+    return field_type(
+        spec.grid.native, 0.5 / spec.radius, *bias, address(table), layers[:n_density], layers[n_density:]
+    )
+
+
+def _flat_like(weights: Sequence[Tensor], needed: bool) -> Tensor | None:
+    return weights[0].new_empty(sum(w.numel() for w in weights)) if needed else None
+
+
+def _views(weights: Sequence[Tensor], flat: Tensor | None) -> list[Tensor | None]:
+    """Each matrix's gradient as a view of the flat gradient of its network."""
+    if flat is None:
+        return [None] * len(weights)
+    pieces = flat.split([w.numel() for w in weights])
+    return [piece.view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
+
+
+def _backward_ref(ctx, d_sigmas: Tensor | None, d_rgb: Tensor | None) -> list[Tensor | None]:
+    def run(positions, table, *weights):
+        density, color = weights[: ctx.n_density], weights[ctx.n_density :]
+        if not color:
+            return field_density_ref(positions, table, density, ctx.spec), None
+        return field_ref(positions, table, density, color, ctx.spec)
+
+    return vjp(run, ctx.saved_tensors, (d_sigmas, d_rgb))
+
+
 def check_weights(op: str, name: str, like: Tensor, weights: Sequence[Tensor], n_in: int, n_out: int) -> None:
     """Checks that the matrices chain n_in -> width -> ... -> n_out; a network is a list of 2 to 4 of them."""
-    if not 2 <= len(weights) <= 4:
-        raise ValueError(f"{op}: {name} must be 2 to 4 matrices (1 to 3 hidden layers), got {len(weights)}")
+    n = len(weights)
+    require(2 <= n <= 4, op, name, "2 to 4 matrices", n, "use 1 to 3 hidden layers")
     width = weights[0].shape[0] if weights[0].ndim == 2 else 0
-    if width not in WIDTHS:
-        raise ValueError(f"{op}: {name} must have a hidden width of 16, 32, 64 or 128, got {list(weights[0].shape)}")
-    sizes = [n_in] + [width] * (len(weights) - 1) + [n_out]
+    require(width in WIDTHS, op, f"{name}[0]", f"[width, {n_in}]", list(weights[0].shape), f"width is one of {WIDTHS}")
+    sizes = [n_in] + [width] * (n - 1) + [n_out]
     for i, weight in enumerate(weights):
-        if list(weight.shape) != [sizes[i + 1], sizes[i]]:
-            raise ValueError(f"{op}: {name}[{i}] must be {[sizes[i + 1], sizes[i]]}, got {list(weight.shape)}")
-        if weight.dtype != torch.float32:
-            raise TypeError(f"{op}: {name}[{i}] must be float32, got {weight.dtype}; {op}_ref takes any floating dtype")
-        if weight.device != like.device:
-            raise RuntimeError(
-                f"{op}: {name}[{i}] must be on {like.device} with positions, got {weight.device}; move it"
-            )
+        check_float(op, f"{name}[{i}]", weight, (sizes[i + 1], sizes[i]))
+        check_same_dtype(op, like, **{f"{name}[{i}]": weight})
+        check_same_device(op, positions=like, **{f"{name}[{i}]": weight})

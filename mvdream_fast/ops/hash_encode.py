@@ -3,12 +3,16 @@
 No weights live here; `field.volume` owns the table, `ops.field` fuses the encoding with the networks behind it.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
 
 PRIMES = (1, 2654435761, 805459861)
 
@@ -67,28 +71,35 @@ class HashGrid:
         """Columns of the encoding."""
         return self.n_levels * self.n_features
 
+    @cached_property
+    def native(self) -> Any:
+        """The same grid as an object of the native extension."""
+        levels = [(lv.scale, lv.resolution, lv.offset, lv.size, lv.hashed) for lv in self.levels]
+        return load_native("hash_encode").HashGrid(self.n_features, levels)
+
 
 def hash_encode(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     """Encodes points by trilinear interpolation of learned features at every level of a hash grid.
 
-    positions: [P, 3] float32; clamped to [0, 1], so +-inf is allowed and NaN is refused.
-    table:     [grid.n_entries, F] float32.
+    positions: [P, 3] float32 or float64; clamped to [0, 1], so +-inf is allowed and NaN is refused.
+    table:     [grid.n_entries, F], of the same dtype.
     Differentiable twice in positions and table; the derivative in positions is that of the clamped, piecewise
-    trilinear function. Second derivatives run through the plain-torch reference.
+    trilinear function. float32 on a CPU runs natively, bit-identical for any number of threads; float64, other devices
+    and second derivatives run through the plain-torch reference.
 
     Returns [P, n_levels * F], level-major: column `level * F + feature`.
     Raises ValueError for wrong shapes and NaN, TypeError for other dtypes, RuntimeError for mixed devices.
     Source: Mueller et al. 2022, "Instant Neural Graphics Primitives", section 3; tiny-cuda-nn's rounding and hash.
     """
-    check_positions("hash_encode", positions)
-    check_table("hash_encode", positions, table, grid)
-    return hash_encode_ref(positions, table, grid)
+    check_positions_and_table("hash_encode", positions, table, grid)
+    if not runs_natively(positions):
+        return hash_encode_ref(positions, table, grid)
+    return _HashEncode.apply(grid, positions, table)
 
 
 def hash_encode_ref(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     """The contract of `hash_encode` in plain torch, in any floating dtype and on any device."""
-    if positions.isnan().any():
-        raise ValueError("hash_encode: positions must be numbers, got NaN; check what produced them")
+    require_no_nan("hash_encode", not positions.isnan().any())
     unit = positions.clamp(0, 1)
     return torch.cat([_level_ref(unit, table[lv.offset : lv.offset + lv.size], lv) for lv in grid.levels], dim=-1)
 
@@ -116,18 +127,63 @@ def _index_ref(vertex: Tensor, level: Level) -> Tensor:
     return ((x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & 0xFFFFFFFF) % level.size
 
 
-def check_positions(op: str, positions: Tensor) -> None:
-    if positions.ndim != 2 or positions.shape[1] != 3:
-        raise ValueError(f"{op}: positions must be [P, 3], got {list(positions.shape)}")
-    if positions.dtype != torch.float32:
-        raise TypeError(f"{op}: positions must be float32, got {positions.dtype}; {op}_ref takes any floating dtype")
+class _HashEncode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grid, positions, table):
+        ctx.grid = grid
+        ctx.save_for_backward(positions, table)
+        positions, table = positions.contiguous(), table.contiguous()
+        out = positions.new_empty(len(positions), grid.width)
+        ok = load_native("hash_encode").hash_encode_forward(
+            grid.native, *map(address, (table, positions)), len(positions), address(out), torch.get_num_threads()
+        )
+        require_no_nan("hash_encode", ok)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        positions, table = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *vjp(lambda x, t: (hash_encode_ref(x, t, ctx.grid),), (positions, table), (d_out,))
+        d_positions = torch.empty_like(positions, memory_format=torch.contiguous_format)
+        d_positions = d_positions if ctx.needs_input_grad[1] else None
+        d_table = torch.empty_like(table, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
+        positions, table, d_out = positions.contiguous(), table.contiguous(), d_out.contiguous()
+        inputs = map(address, (table, positions))
+        outputs = map(address, (d_out, d_table, d_positions))
+        load_native("hash_encode").hash_encode_backward(
+            ctx.grid.native, *inputs, len(positions), *outputs, torch.get_num_threads()
+        )
+        return None, d_positions, d_table
 
 
-def check_table(op: str, positions: Tensor, table: Tensor, grid: HashGrid) -> None:
-    shape = [grid.n_entries, grid.n_features]
-    if list(table.shape) != shape:
-        raise ValueError(f"{op}: table must be {shape} for this grid, got {list(table.shape)}")
-    if table.dtype != torch.float32:
-        raise TypeError(f"{op}: table must be float32, got {table.dtype}; {op}_ref takes any floating dtype")
-    if table.device != positions.device:
-        raise RuntimeError(f"{op}: table must be on {positions.device} with positions, got {table.device}; move it")
+def vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `function` with a graph of their own, for the second derivatives of an op; None where unwanted."""
+    wanted = [x for x in inputs if x.requires_grad]
+    pairs = [(y, d) for y, d in zip(function(*inputs), cotangents, strict=True) if d is not None and y.requires_grad]
+    outputs, d_outputs = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True, allow_unused=True))
+    return [next(gradients) if x.requires_grad else None for x in inputs]
+
+
+def runs_natively(positions: Tensor) -> bool:
+    return positions.device.type == "cpu" and positions.dtype == torch.float32
+
+
+def require_no_nan(op: str, ok: bool) -> None:
+    require(ok, op, "positions", "numbers", "NaN", "check what produced them")
+
+
+def check_positions_and_table(op: str, positions: Tensor, table: Tensor, grid: HashGrid) -> None:
+    check_float(op, "positions", positions, (None, 3))
+    check_float(op, "table", table, (grid.n_entries, grid.n_features))
+    check_same_dtype(op, positions, table=table)
+    check_same_device(op, positions=positions, table=table)
+
+
+def check_same_dtype(op: str, positions: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        same = tensor.dtype == positions.dtype
+        require(same, op, name, f"{positions.dtype} like positions", tensor.dtype, "convert one of them", TypeError)
