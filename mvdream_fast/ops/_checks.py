@@ -1,6 +1,7 @@
-"""Argument checks shared by the packed-sample ops, in the house's one sentence; no computation lives here."""
+"""What the packed-sample ops share: argument checks in the house's one sentence, and the way into the extension."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -28,3 +29,19 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
         same = tensor.device == first[1].device
         remedy = f"move it with .to({first[0]}.device)"
         require(same, op, name, f"on {first[1].device} like {first[0]}", tensor.device, remedy, RuntimeError)
+
+
+def load_native(op: str) -> ModuleType:
+    """The extension `mvdream_fast._C`, for CPU tensors."""
+    try:
+        from mvdream_fast import _C
+    except ImportError as error:
+        raise RuntimeError(
+            f"{op}: the extension mvdream_fast._C must be built for CPU tensors, got {error}; reinstall mvdream_fast"
+        ) from error
+    return _C
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a contiguous tensor's numbers lie, 0 for None; the caller keeps it alive."""
+    return 0 if tensor is None else tensor.data_ptr()

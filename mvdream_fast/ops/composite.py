@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from mvdream_fast.ops._checks import check_float, check_same_device, require
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
 from mvdream_fast.ops.march_rays import exclusive_sum_packed, pack_info
 
 
@@ -46,7 +46,9 @@ def composite(
     Source: Max, Optical models for direct volume rendering (1995); Mildenhall et al., arXiv 2003.08934, eq. 3.
     """
     packed_info = _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background)
-    return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
+    if sigmas.is_cuda or _wide(sigmas, rgb, t_starts, t_ends, background):
+        return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
+    return Rendered(*_Composite.apply(sigmas, rgb, t_starts, t_ends, packed_info, background))
 
 
 def composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background=None) -> Rendered:
@@ -69,6 +71,59 @@ def composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background=None) -
     if background is not None:
         colour = colour + (1 - opacity)[:, None] * background
     return Rendered(colour, opacity, depth, weights, z_variance)
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sigmas, rgb, t_starts, t_ends, packed_info, background):
+        inputs = [x if x is None else x.contiguous() for x in (sigmas, rgb, t_starts, t_ends, packed_info, background)]
+        outputs = _forward_cpu(*inputs)
+        ctx.save_for_backward(*inputs, outputs[1], outputs[2])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        d_sigmas, d_rgb, d_background = _backward_cpu(*ctx.saved_tensors, cotangents, ctx.needs_input_grad[5])
+        return d_sigmas, d_rgb, None, None, None, d_background
+
+
+def _forward_cpu(sigmas, rgb, t_starts, t_ends, packed_info, background) -> tuple[torch.Tensor, ...]:
+    native, n_rays = load_native("composite"), packed_info.shape[0]
+    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, torch.get_num_threads())
+    shapes = ((n_rays, 3), (n_rays,), (n_rays,), tuple(sigmas.shape), (n_rays,))
+    outputs = tuple(sigmas.new_empty(shape) for shape in shapes)
+    native.composite_forward(
+        packed, *map(address, (sigmas, rgb, background)), _stride(background), *map(address, outputs)
+    )
+    return outputs
+
+
+def _backward_cpu(
+    sigmas, rgb, t_starts, t_ends, packed_info, background, opacity, depth, cotangents, needs_background
+) -> tuple[torch.Tensor | None, ...]:
+    native, n_rays = load_native("composite"), packed_info.shape[0]
+    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, torch.get_num_threads())
+    cotangents = [x if x is None else x.contiguous() for x in cotangents]
+    d_sigmas, d_rgb = torch.empty_like(sigmas), torch.empty_like(rgb)
+    d_background = sigmas.new_empty(n_rays, 3) if needs_background else None
+    native.composite_backward(
+        *(packed, *map(address, (sigmas, rgb, background)), _stride(background), opacity.data_ptr(), depth.data_ptr()),
+        *([address(x) for x in cotangents], d_sigmas.data_ptr(), d_rgb.data_ptr(), address(d_background)),
+    )
+    if needs_background and background.ndim == 1:
+        # A running sum goes ray after ray with any number of threads; torch.sum splits the rays among them.
+        d_background = torch.cat([background.new_zeros(1, 3), d_background]).double().cumsum(0)[-1].float()
+    return d_sigmas, d_rgb, d_background
+
+
+def _stride(background: torch.Tensor | None) -> int:
+    return 3 if background is not None and background.ndim == 2 else 0
+
+
+def _wide(*tensors: torch.Tensor | None) -> bool:
+    return any(x is not None and x.dtype != torch.float32 for x in tensors)
 
 
 def check_packing(op, n_samples, ray_indices, packed_info, n_rays) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mvdream_fast.ops._checks import check_float, check_same_device, require
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
 
 _RAYS_PER_BLOCK = 2048
 
@@ -82,8 +82,11 @@ def march_rays(
     Raises: ValueError for shapes, for a NaN, infinite or zero ray and for an empty box; TypeError; RuntimeError.
     Source: the conventions of nerfacc 0.5.3's occupancy-grid estimator (Li et al., arXiv 2305.04966).
     """
-    grid = _check_march(rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
-    return march_rays_ref(rays_o, rays_d, grid[0], occupancy_bits, grid[1], step_size, jitter, near, far, max_samples)
+    box, shape = _check_march(
+        rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples
+    )
+    march = march_rays_ref if rays_o.is_cuda else _march_cpu
+    return march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
 
 
 @torch.no_grad()
@@ -127,7 +130,8 @@ def prune_samples(
     check_same_device("prune_samples", sigmas=sigmas, t_starts=samples.t_starts)
     for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
         require(0 <= value <= 1, "prune_samples", name, "in [0, 1]", value, "pass a probability")
-    return prune_samples_ref(samples, sigmas, alpha_thre, early_stop_eps)
+    prune = prune_samples_ref if sigmas.is_cuda else _prune_cpu
+    return prune(samples, sigmas, alpha_thre, early_stop_eps)
 
 
 @torch.no_grad()
@@ -173,11 +177,66 @@ def pack_bits(occupied: torch.Tensor) -> torch.Tensor:
     return (padded.reshape(-1, 8) << shifts).sum(-1, dtype=torch.uint8)
 
 
+def _march_cpu(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples) -> Samples:
+    native = load_native("march_rays")
+    per_ray = [_plain(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in (jitter, near, far)]
+    near, far = (0.0 if isinstance(x, torch.Tensor) and x.ndim else float(x) for x in (near, far))
+    rays_o, rays_d, bits = _plain(rays_o), _plain(rays_d), bits.contiguous()
+    args = native.MarchArgs(
+        *map(address, (rays_o, rays_d, *per_ray)),
+        *(near, far, rays_o.shape[0], bits.data_ptr(), shape, box, step_size),
+        *(-1 if max_samples is None else max_samples, torch.get_num_threads()),
+    )
+    counts = torch.empty(rays_o.shape[0], dtype=torch.int64)
+    _raise_for(native.march_count(args, counts.data_ptr()))
+    samples = _empty_samples(counts)
+    native.march_fill(args, *map(address, (samples.packed_info, samples.ray_indices, samples.t_starts, samples.t_ends)))
+    return samples
+
+
+def _prune_cpu(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
+    native = load_native("prune_samples")
+    sigmas, t_starts, t_ends = (_plain(x) for x in (sigmas, samples.t_starts, samples.t_ends))
+    packed_info = samples.packed_info.contiguous()
+    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), samples.n_rays, torch.get_num_threads())
+    keep = torch.empty(samples.n_samples, dtype=torch.uint8)
+    counts = torch.empty(samples.n_rays, dtype=torch.int64)
+    depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
+    native.prune_count(packed, sigmas.data_ptr(), *depths, keep.data_ptr(), counts.data_ptr())
+    kept = _empty_samples(counts)
+    native.prune_fill(packed, *map(address, (keep, kept.packed_info, kept.ray_indices, kept.t_starts, kept.t_ends)))
+    return kept
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().float().contiguous()
+
+
+def _empty_samples(counts: torch.Tensor) -> Samples:
+    ends = counts.cumsum(0)
+    n_samples = int(ends[-1]) if ends.numel() else 0
+    indices, t_starts, t_ends = (
+        torch.empty(n_samples, dtype=torch.int64),
+        torch.empty(n_samples),
+        torch.empty(n_samples),
+    )
+    return Samples(indices, t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
+
+
+def _raise_for(status: int) -> None:
+    """A MarchStatus of csrc/cpu/rays.h as the error that it stands for."""
+    op = "march_rays"
+    look = "look at the camera that made the rays"
+    require(status != 1, op, "rays_o, rays_d and near", "finite", "a NaN or infinite number", look)
+    require(status != 2, op, "rays_d", "non-zero", "a direction of length 0", "normalise the directions")
+    require(status != 3, op, "jitter", "in [0, 1)", "a value outside", "pass a fraction of the step")
+
+
 def _march_block(rays_o, rays_d, box, occupied, shape, step, start, far, max_samples, first_ray):
     o, d = rays_o.float().double(), rays_d.float().double()
     k_low, k_high = _lattice_range(o, d, box, start, far, step)
     n = int((k_high - k_low).clamp(min=0).max())
-    k = k_low[:, None] + torch.arange(n, device=o.device)
+    k = (k_low[:, None] + torch.arange(n, device=o.device)).double()  # an int64 times a number would be float32
     t_starts = (start[:, None] + k * step).float()
     t_ends = (start[:, None] + (k + 1) * step).float()
     t_mids = 0.5 * (t_starts.double() + t_ends.double())
@@ -237,17 +296,18 @@ def _check_march(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near
     check_same_device(op, rays_o=rays_o, rays_d=rays_d, occupancy_bits=bits, **per_ray)
     few = max_samples is None or max_samples >= 0
     require(few, op, "max_samples", "None or at least 0", max_samples, "leave it out for no limit")
-    _check_values(op, rays_o, rays_d, jitter, near)
+    if rays_o.is_cuda:
+        _raise_for(_status(rays_o, rays_d, jitter, near))
+    elif not isinstance(near, torch.Tensor) or near.ndim == 0:
+        _raise_for(0 if math.isfinite(float(near)) else 1)
     return box, shape
 
 
-def _check_values(op, rays_o, rays_d, jitter, near) -> None:
-    finite = bool(torch.isfinite(rays_o).all() & torch.isfinite(rays_d).all())
-    require(finite, op, "rays_o and rays_d", "finite", "a NaN or infinite ray", "look at the camera that made the rays")
-    moving = bool((rays_d != 0).any(-1).all())
-    require(moving, op, "rays_d", "non-zero", "a direction of length 0", "normalise the directions")
-    if jitter is not None:
-        unit = bool(((jitter >= 0) & (jitter <= 1)).all())
-        require(unit, op, "jitter", "in [0, 1)", "values outside", "pass a fraction of the step")
-    start = bool(torch.isfinite(torch.as_tensor(near)).all())
-    require(start, op, "near", "finite", "an infinite or NaN value", "pass a distance")
+def _status(rays_o, rays_d, jitter, near) -> int:
+    """The MarchStatus of arguments on a GPU, in one synchronisation."""
+    finite = torch.isfinite(rays_o).all() & torch.isfinite(rays_d).all()
+    finite = finite & torch.isfinite(torch.as_tensor(near, device=rays_o.device)).all()
+    moving = (rays_d != 0).any(-1).all()
+    unit = ((jitter >= 0) & (jitter <= 1)).all() if jitter is not None else moving | True
+    fine = torch.stack([finite, moving, unit]).tolist()
+    return 0 if all(fine) else fine.index(False) + 1

@@ -2,7 +2,7 @@
 
 import torch
 
-from mvdream_fast.ops._checks import check_float, check_same_device, require
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
 from mvdream_fast.ops.march_rays import pack_bits
 
 
@@ -15,9 +15,9 @@ def update_occupancy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ema' = max(decay * ema, value) at the given cells, and the bits of ema' > min(mean(ema'), threshold).
 
-    Cells that are not given keep their value. A cell given twice takes the larger value, in any order. A negative
-    entry marks a cell that no camera sees: it stays as it is, is never occupied, and does not count in the mean.
-    Not differentiable; nothing is changed in place.
+    Cells that are not given keep their value; a NaN counts as 0. A cell given twice takes the larger value, in any
+    order. A negative entry marks a cell that no camera sees: it stays as it is, is never occupied, and does not count
+    in the mean. Not differentiable; nothing is changed in place.
 
     ema: [cells] float32. values: [P] float32, density times step at the cells. cells: [P] int64, None for all in order.
 
@@ -34,12 +34,15 @@ def update_occupancy(
         require(cells.dtype == torch.int64, op, "cells", "int64", cells.dtype, "convert with .long()", TypeError)
         within = cells.numel() == 0 or (int(cells.min()) >= 0 and int(cells.max()) < ema.shape[0])
         require(within, op, "cells", f"in [0, {ema.shape[0]})", "an index outside", "pass flat cell indices")
-    return update_occupancy_ref(ema, values, cells, decay, threshold)
+    if ema.is_cuda:
+        return update_occupancy_ref(ema, values, cells, decay, threshold)
+    return _update_cpu(ema, values, cells, decay, threshold)
 
 
 @torch.no_grad()
 def update_occupancy_ref(ema, values, cells=None, decay=0.95, threshold=0.01) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch."""
+    values = torch.where(values.isnan(), 0, values)
     if cells is None:
         new = torch.maximum(ema * decay, values)
     else:
@@ -51,3 +54,15 @@ def update_occupancy_ref(ema, values, cells=None, decay=0.95, threshold=0.01) ->
     total = torch.where(seen, new, 0).double().sum()
     limit = torch.clamp((total / seen.sum()).to(ema.dtype), max=threshold)
     return new, pack_bits(seen & (new > limit))
+
+
+def _update_cpu(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
+    native = load_native("update_occupancy")
+    ema, values = ema.detach().float().contiguous(), values.detach().float().contiguous()
+    cells = cells if cells is None else cells.contiguous()
+    new, bits = torch.empty_like(ema), torch.empty((ema.shape[0] + 7) // 8, dtype=torch.uint8)
+    native.update_occupancy(
+        *(ema.data_ptr(), ema.shape[0], values.data_ptr(), address(cells), values.shape[0], decay, threshold),
+        *(new.data_ptr(), bits.data_ptr()),
+    )
+    return new, bits

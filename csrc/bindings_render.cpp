@@ -1,0 +1,118 @@
+// The packed-sample ops: marching, pruning, compositing, occupancy. Addresses come as integers, 0 for none.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <limits>
+
+#include "cpu/rays.h"
+
+namespace py = pybind11;
+
+namespace mvdream_fast {
+
+using Address = std::uintptr_t;
+
+template <typename T>
+static T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+static MarchArgs march_args(Address rays_o, Address rays_d, Address jitter, Address near, Address far, float near_all,
+                            float far_all, int64_t n_rays, Address bits, std::array<int, 3> resolution,
+                            std::array<float, 6> aabb, float step, int64_t max_samples, int n_threads) {
+  MarchArgs args;
+  args.rays_o = at<float>(rays_o);
+  args.rays_d = at<float>(rays_d);
+  args.jitter = at<float>(jitter);
+  args.near = at<float>(near);
+  args.far = at<float>(far);
+  args.near_all = near_all;
+  args.far_all = far_all;
+  args.n_rays = n_rays;
+  args.bits = at<uint8_t>(bits);
+  for (int a = 0; a < 3; ++a) args.resolution[a] = resolution[a];
+  for (int a = 0; a < 6; ++a) args.aabb[a] = aabb[a];
+  args.step = step;
+  args.max_samples = max_samples < 0 ? std::numeric_limits<int64_t>::max() : max_samples;
+  args.n_threads = n_threads;
+  return args;
+}
+
+static Packed packed(Address t_starts, Address t_ends, Address packed_info, int64_t n_rays, int n_threads) {
+  return {at<float>(t_starts), at<float>(t_ends), at<int64_t>(packed_info), n_rays, n_threads};
+}
+
+static void bind_march(py::module_& m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<MarchArgs>(m, "MarchArgs").def(py::init(&march_args));
+  py::class_<Packed>(m, "Packed").def(py::init(&packed));
+  m.def(
+      "march_count",
+      [](const MarchArgs& args, Address counts) { return MVDREAM_FAST_CPU(march_count)(args, at<int64_t>(counts)); },
+      NoGil());
+  m.def(
+      "march_fill",
+      [](const MarchArgs& args, Address packed_info, Address ray_indices, Address t_starts, Address t_ends) {
+        MVDREAM_FAST_CPU(march_fill)
+        (args, at<int64_t>(packed_info), at<int64_t>(ray_indices), at<float>(t_starts), at<float>(t_ends));
+      },
+      NoGil());
+  m.def(
+      "prune_count",
+      [](const Packed& samples, Address sigmas, double least, double most, Address keep, Address counts) {
+        MVDREAM_FAST_CPU(prune_count)
+        (samples, at<float>(sigmas), least, most, at<uint8_t>(keep), at<int64_t>(counts));
+      },
+      NoGil());
+  m.def(
+      "prune_fill",
+      [](const Packed& samples, Address keep, Address packed_info, Address ray_indices, Address t_starts,
+         Address t_ends) {
+        MVDREAM_FAST_CPU(prune_fill)
+        (samples, at<uint8_t>(keep), at<int64_t>(packed_info), at<int64_t>(ray_indices), at<float>(t_starts),
+         at<float>(t_ends));
+      },
+      NoGil());
+}
+
+static void bind_composite(py::module_& m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "composite_forward",
+      [](const Packed& samples, Address sigmas, Address rgb, Address background, int64_t background_stride,
+         Address out_rgb, Address out_opacity, Address out_depth, Address out_weights, Address out_z_variance) {
+        MVDREAM_FAST_CPU(composite_forward)
+        (samples, {at<float>(sigmas), at<float>(rgb), at<float>(background), background_stride, at<float>(out_rgb),
+                   at<float>(out_opacity), at<float>(out_depth), at<float>(out_weights), at<float>(out_z_variance)});
+      },
+      NoGil());
+  m.def(
+      "composite_backward",
+      [](const Packed& samples, Address sigmas, Address rgb, Address background, int64_t background_stride,
+         Address opacity, Address depth, std::array<Address, 5> cotangents, Address d_sigmas, Address d_colours,
+         Address d_background) {
+        MVDREAM_FAST_CPU(composite_backward)
+        (samples, {at<float>(sigmas), at<float>(rgb), at<float>(background), background_stride, at<float>(opacity),
+                   at<float>(depth), at<float>(cotangents[0]), at<float>(cotangents[1]), at<float>(cotangents[2]),
+                   at<float>(cotangents[3]), at<float>(cotangents[4]), at<float>(d_sigmas), at<float>(d_colours),
+                   at<float>(d_background)});
+      },
+      NoGil());
+}
+
+void bind_render(py::module_& m) {
+  bind_march(m);
+  bind_composite(m);
+  m.def(
+      "update_occupancy",
+      [](Address ema, int64_t n_cells, Address values, Address cells, int64_t n_values, float decay, float threshold,
+         Address new_ema, Address bits) {
+        MVDREAM_FAST_CPU(update_occupancy)
+        (at<float>(ema), n_cells, at<float>(values), at<int64_t>(cells), n_values, decay, threshold, at<float>(new_ema),
+         at<uint8_t>(bits));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace mvdream_fast

@@ -1,0 +1,84 @@
+// CPU entry points of the packed-sample ops. Pointers are to contiguous arrays, letters as in CONTRIBUTING.md; rays are
+// worked on in parallel in fixed chunks and every output belongs to one ray, so results do not depend on n_threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+
+namespace mvdream_fast {
+
+enum MarchStatus { kMarchFine = 0, kMarchNotFinite = 1, kMarchNoDirection = 2, kMarchJitter = 3, kMarchTooMany = 4 };
+
+struct MarchArgs {
+  const float* rays_o;  // [R, 3]
+  const float* rays_d;  // [R, 3]
+  const float* jitter;  // [R] or null
+  const float* near;    // [R] or null, then near_all
+  const float* far;     // [R] or null, then far_all
+  float near_all, far_all;
+  int64_t n_rays;
+  const uint8_t* bits;
+  int resolution[3];
+  float aabb[6];
+  float step;
+  int64_t max_samples;  // of one ray
+  int n_threads;
+};
+
+struct Packed {
+  const float* t_starts;       // [S]
+  const float* t_ends;         // [S]
+  const int64_t* packed_info;  // [R, 2]: start and count, without gaps
+  int64_t n_rays;
+  int n_threads;
+};
+
+struct CompositeForward {
+  const float* sigmas;      // [S]
+  const float* rgb;         // [S, 3]
+  const float* background;  // rows of 3 at this stride (0: one for all), or null
+  int64_t background_stride;
+  float* out_rgb;         // [R, 3]
+  float* out_opacity;     // [R]
+  float* out_depth;       // [R]
+  float* out_weights;     // [S]
+  float* out_z_variance;  // [R]
+};
+
+struct CompositeBackward {
+  const float* sigmas;
+  const float* rgb;
+  const float* background;
+  int64_t background_stride;
+  const float* opacity;  // [R], of the forward pass
+  const float* depth;    // [R]
+  const float* d_rgb;    // cotangents, each null where nothing flows
+  const float* d_opacity;
+  const float* d_depth;
+  const float* d_weights;
+  const float* d_z_variance;
+  float* d_sigmas;      // [S]
+  float* d_colours;     // [S, 3]
+  float* d_background;  // [R, 3] or null
+};
+
+}  // namespace mvdream_fast
+
+// Samples of each ray, [R]; returns a MarchStatus.
+MVDREAM_FAST_CPU_OP(int, march_count, const MarchArgs& args, int64_t* counts)
+MVDREAM_FAST_CPU_OP(void, march_fill, const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices,
+                    float* t_starts, float* t_ends)
+
+// Thresholds are optical depths: a sample stays when its own is at least `least` and that before it at most `most`.
+MVDREAM_FAST_CPU_OP(void, prune_count, const Packed& samples, const float* sigmas, double least, double most,
+                    uint8_t* keep, int64_t* counts)
+MVDREAM_FAST_CPU_OP(void, prune_fill, const Packed& samples, const uint8_t* keep, const int64_t* packed_info,
+                    int64_t* ray_indices, float* t_starts, float* t_ends)
+
+MVDREAM_FAST_CPU_OP(void, composite_forward, const Packed& samples, const CompositeForward& args)
+MVDREAM_FAST_CPU_OP(void, composite_backward, const Packed& samples, const CompositeBackward& args)
+
+// cells may be null: then value i belongs to cell i and n_values is n_cells.
+MVDREAM_FAST_CPU_OP(void, update_occupancy, const float* ema, int64_t n_cells, const float* values,
+                    const int64_t* cells, int64_t n_values, float decay, float threshold, float* new_ema, uint8_t* bits)
