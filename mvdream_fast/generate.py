@@ -122,15 +122,14 @@ def check_flags(flags: Flags) -> str:
             raise ArgumentError(f"--{name.replace('_', '-')} must be a finite number, got {getattr(flags, name)}")
     if flags.seed != "random" and not 0 <= flags.seed < 2**63:
         raise ArgumentError(f"--seed must be random or from 0 to 2**63 - 1, got {flags.seed}")
-    if flags.output is not None:
-        _check_output(flags.output)
+    if flags.output is not None and flags.output.is_dir() and any(flags.output.iterdir()):
+        raise OutputError(f"the output folder {flags.output} exists and is not empty; name another with -o")
+    _check_writable(flags.output or OUTPUTS)
     return prompt
 
 
-def _check_output(folder: Path) -> None:
-    """Refuses a folder that cannot be written before anything is computed; makes nothing yet."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise OutputError(f"the output folder {folder} exists and is not empty; name another with -o")
+def _check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be made before anything is computed; makes nothing yet. Raises OutputError."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"the output folder {folder} cannot be made: {there} is not a folder that can be written")
