@@ -1,0 +1,250 @@
+"""From shards to training batches: an index into the tar files, backgrounds, view groups, and a cache of latents.
+
+Batches are drawn by index, not streamed, so that batch k is a function of (seed, k) alone and a resumed run sees the
+same pictures. Writing shards is shards.py's.
+"""
+
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvdream_fast.camera import normalize_camera
+from mvdream_fast.data.shards import decode_views, list_shards
+from mvdream_fast.errors import ArgumentError, InputFileError
+from mvdream_fast.rng import Stream
+
+DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
+SUFFIX = ", 3d asset"
+GREY, WHITE, COLOUR = range(3)
+BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
+
+
+@dataclass(frozen=True)
+class Record:
+    """One rendered orbit: its JSON, and where its WebP strip lies."""
+
+    meta: dict
+    path: Path
+    offset: int
+    size: int
+
+    @property
+    def n_views(self) -> int:
+        return len(self.meta["fovy"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B scenes of V views, views fastest.
+
+    pictures: [B*V, 3, Hp, Wp] in [-1, 1], or scaled latents [B*V, C, h, w] where `encoded`.
+    cameras: [B*V, 16] normalised, or None in 2D mode (then V = 1 and the batch has as many pictures).
+    """
+
+    pictures: Tensor
+    cameras: Tensor | None
+    captions: list[str]
+    n_views: int
+    encoded: bool
+
+
+class Source(Protocol):
+    """Where a trainer's batches come from."""
+
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+        """The batch that the stream's key stands for."""
+
+
+class Shards:
+    """The orbits of one split in memory as an index; strips are read and decoded when asked for.
+
+    Raises: InputFileError where there are no shards, or one is truncated or foreign.
+    """
+
+    def __init__(self, folder: Path, split: str = "train"):
+        self.records = [record for path in list_shards(folder, split) for record in _index(path)]
+        if not self.records:
+            raise InputFileError(f"the {split} shards in {folder} hold no renders; render them again")
+        first = self.records[0]
+        strip = first.n_views * first.meta["size"] ** 2 * 4
+        self.views = lru_cache(maxsize=max(8, DECODED_BYTES // strip))(self._views)
+        self.size = int(first.meta["size"])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _views(self, i: int) -> np.ndarray:
+        """All views of record i, [V, s, s, 4] uint8 straight-alpha RGBA."""
+        record = self.records[i]
+        try:
+            with open(record.path, "rb") as file:
+                file.seek(record.offset)
+                content = file.read(record.size)
+            return decode_views(content, record.n_views, record.meta["columns"], record.meta["size"])
+        except (OSError, ValueError) as error:
+            raise InputFileError(
+                f"{record.path}: {record.meta['key']} cannot be read ({error}); render it again"
+            ) from None
+
+    def captions(self) -> list[str]:
+        """Every text that `caption` may return, without repeats, in order."""
+        texts = (text for r in self.records for text in (r.meta["caption"], *r.meta["variants"]))
+        return list(dict.fromkeys([*texts, SUFFIX]))
+
+    def caption(self, i: int, stream: Stream) -> str:
+        """A caption of record i: half the time the full one, else a variant; every fourth with MVDream's suffix."""
+        meta = self.records[i].meta
+        full, variant, suffix = stream.uniform(3).tolist()
+        texts = meta["variants"]
+        text = meta["caption"] if full < 0.5 or not texts else texts[int(variant * len(texts))]
+        return text + SUFFIX if suffix < 0.25 else text
+
+
+def _index(path: Path) -> list[Record]:
+    """The records of one tar file; the end-of-archive blocks must be there, or the file was cut."""
+    records, meta, end = [], None, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                end = info.offset_data + (info.size + 511) // 512 * 512
+                if info.name.endswith(".json"):
+                    meta = json.loads(tar.extractfile(info).read())
+                elif info.name.endswith(".webp") and meta is not None:
+                    len(meta["fovy"]), meta["columns"], meta["size"], meta["caption"], meta["variants"], meta["c2w"]
+                    records.append(Record(meta, path, info.offset_data, info.size))
+                    meta = None
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(512) != bytes(512):
+                raise ValueError("its end is missing")
+    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
+    return records
+
+
+def composite(views: np.ndarray, colour: Tensor) -> Tensor:
+    """Straight-alpha RGBA [n, s, s, 4] uint8 over a colour [3] or [n, 3] in [0, 1]: [n, 3, s, s] in [-1, 1]."""
+    rgba = torch.from_numpy(np.ascontiguousarray(views)).permute(0, 3, 1, 2).float() / 255
+    alpha = rgba[:, 3:]
+    return (rgba[:, :3] * alpha + colour.expand(len(rgba), 3)[:, :, None, None] * (1 - alpha)) * 2 - 1
+
+
+def background(kind: int, stream: Stream) -> Tensor:
+    """A flat colour [3] in [0, 1] of a kind."""
+    if kind == COLOUR:
+        return stream.uniform(3)
+    return torch.full((3,), {GREY: 0.5, WHITE: 1.0}[kind])
+
+
+def draw_background(stream: Stream) -> int:
+    u = stream.uniform(1).item()
+    return GREY if u < BACKGROUND_SHARES[GREY] else WHITE if u < 1 - BACKGROUND_SHARES[COLOUR] else COLOUR
+
+
+def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:
+    """Evenly spaced views of an orbit from a random first one. Raises ArgumentError where they can't be even."""
+    if n_total % n_views:
+        raise ArgumentError(f"--n-views must divide the {n_total} views of a rendered orbit, got {n_views}")
+    start = int(stream.integers(0, n_total, 1))
+    return [(start + k * (n_total // n_views)) % n_total for k in range(n_views)]
+
+
+class ImageSource:
+    """Batches of pictures, straight from the shards."""
+
+    def __init__(self, shards: Shards):
+        self.shards = shards
+
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+        """Multi-view: scenes of orthogonal views of an orbit. 2D: as many single views of as many orbits, no camera."""
+        groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
+        pictures = torch.cat([self.pictures(i, which, stream) for i, which in groups])
+        captions = [self.shards.caption(i, stream) for i, _ in groups]
+        return Batch(pictures, _cameras(self.shards, groups) if multi_view else None, captions, v, encoded=False)
+
+    def pictures(self, i: int, which: list[int], stream: Stream) -> Tensor:
+        """Views of record i on one background, [n, 3, s, s]."""
+        return composite(self.shards.views(i)[which], background(draw_background(stream), stream))
+
+    def images(self, stream: Stream, n: int) -> Tensor:
+        """Single pictures for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
+        picks = _pick(len(self.shards), n, stream)
+        kinds, views = stream.integers(0, 3, n).tolist(), stream.uniform(n).tolist()
+        rows = []
+        for i, kind, u in zip(picks, kinds, views):
+            which = int(u * self.shards.records[i].n_views)
+            rows.append(composite(self.shards.views(i)[which : which + 1], background(kind, stream)))
+        return torch.cat(rows)
+
+
+class LatentSource:
+    """Batches of latents, each orbit encoded once on three backgrounds when it is first drawn, and kept on disk.
+
+    All views of an orbit are encoded together whatever is asked for, so that the cache's numbers don't depend on the
+    order of requests. Latents are stored as fp16 posterior means.
+
+    Args:
+        shards: the split.
+        encode: images [V, 3, s, s] -> scaled latents [V, C, h, w].
+        file: `<file>.npy` and `<file>.filled.npy` are made or continued.
+        shape: (C, h, w).
+        key: names shards and autoencoder; a cache made under another key is made again.
+    """
+
+    def __init__(self, shards: Shards, encode: Callable[[Tensor], Tensor], file: Path, shape: tuple, key: str):
+        self.shards, self.encode = shards, encode
+        n_views = shards.records[0].n_views
+        note, full = file.with_suffix(".key"), (len(shards), len(BACKGROUND_SHARES), n_views, *shape)
+        fresh = not note.exists() or note.read_text() != f"{key} {full}"
+        mode = "w+" if fresh else "r+"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        self.latents = np.lib.format.open_memmap(file.with_suffix(".npy"), mode, np.float16, full)
+        self.filled = np.lib.format.open_memmap(file.with_suffix(".filled.npy"), mode, np.uint8, full[:2])
+        note.write_text(f"{key} {full}")
+
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+        """As ImageSource.batch, but encoded."""
+        groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
+        pictures = torch.cat([self._get(i, draw_background(stream))[which] for i, which in groups])
+        captions = [self.shards.caption(i, stream) for i, _ in groups]
+        return Batch(pictures, _cameras(self.shards, groups) if multi_view else None, captions, v, encoded=True)
+
+    def _get(self, i: int, kind: int) -> Tensor:
+        """Latents of all views of record i on a background, [V, C, h, w] float32."""
+        if not self.filled[i, kind]:
+            colour = background(kind, Stream(0, i, "background"))
+            with torch.no_grad():
+                latents = self.encode(composite(self.shards.views(i), colour))
+            self.latents[i, kind] = latents.cpu().numpy()
+            self.filled[i, kind] = 1
+        return torch.from_numpy(self.latents[i, kind].astype(np.float32))
+
+
+def _groups(
+    shards: Shards, stream: Stream, n_scenes: int, n_views: int, multi_view: bool
+) -> tuple[list[tuple[int, list[int]]], int]:
+    """(record, views) of each scene, and V."""
+    n, v = (n_scenes, n_views) if multi_view else (n_scenes * n_views, 1)
+    picks = _pick(len(shards), n, stream)
+    return [(i, view_group(shards.records[i].n_views, v, stream)) for i in picks], v
+
+
+def _pick(total: int, n: int, stream: Stream) -> list[int]:
+    """n indices below total, without repeats while there are enough."""
+    if n <= total // 2:
+        return stream.permutation(total)[:n].tolist()
+    return stream.integers(0, total, n).tolist()
+
+
+def _cameras(shards: Shards, groups: list[tuple[int, list[int]]]) -> Tensor:
+    rows = [np.asarray(shards.records[i].meta["c2w"], np.float32)[which] for i, which in groups]
+    return normalize_camera(torch.from_numpy(np.concatenate(rows)).reshape(-1, 4, 4))

@@ -1,0 +1,105 @@
+"""`python -m mvdream_fast.train`: trains a multi-view diffusion model, or its autoencoder, on rendered shards."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mvdream_fast import cli
+from mvdream_fast.config import NAMED
+from mvdream_fast.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Trains a multi-view diffusion model on shards written by `python -m mvdream_fast.render`.
+
+    A new model begins with its autoencoder (--stage vae); its output folder is the --init of the next stage.
+    """
+
+    data: Path
+    """folder of webdataset shards (*.tar)"""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """folder for checkpoints, log, sample sheets and the exported model"""
+    stage: Literal["vae", "unet"] = "unet"
+    """unet trains UNet and text tower on the autoencoder's latents"""
+    config: str = "mini"
+    """configuration of a new model: mini, sd21-4view, sd15-4view"""
+    init: str | None = None
+    """model folder or name to begin from; what it lacks starts at random"""
+    resume: bool = False
+    """go on from the latest checkpoint in the output folder"""
+    steps: int = 20000
+    """updates in all, those before a resume included"""
+    batch_size: int | None = None
+    """scenes a step (unet, default 8) or images (vae, default 16)"""
+    n_views: int = 4
+    """orthogonal views of a scene"""
+    lr: float | None = None
+    """learning rate (default 3e-4; vae 1e-3)"""
+    warmup: int | None = None
+    """steps of linear warm-up (default 200; vae 50)"""
+    ema: float | None = None
+    """decay of the weights' moving average (default 0.9995; vae 0.995)"""
+    multi_view_share: float = 0.7
+    """share of multi-view steps; the others are 2D mode"""
+    caption_dropout: float = 0.1
+    """share of scenes trained without their caption"""
+    accumulate: int = 1
+    """batches whose gradients make one update"""
+    gradient_checkpointing: bool = False
+    """less memory for more time"""
+    weighting: Literal["none", "min-snr"] = "none"
+    """weights of the loss over noise levels"""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """arithmetic of the UNet; weights and EMA are fp32"""
+    freeze_text: bool = False
+    """train the UNet alone"""
+    cache_latents: bool = False
+    """encode every view once, on three backgrounds, and train on those"""
+    sheet_prompts: tuple[str, ...] = ()
+    """prompts of the sample sheets (default: captions of the data)"""
+    sheet_guidance: float = 5.0
+    """guidance scale of the sample sheets"""
+    sheet_minutes: float = 15.0
+    """minutes between validation and sample sheets (0: only at the end)"""
+    checkpoint_minutes: float = 5.0
+    """minutes between checkpoints"""
+    seed: int = 0
+    device: str | None = None
+    """cpu, cuda, ... (default: cuda if there is one)"""
+    threads: int | None = None
+    """CPU threads"""
+
+
+def _check(args: Flags) -> None:
+    """Refuses values that no run can use, before torch is imported."""
+    if args.config not in NAMED:
+        raise ArgumentError(f"--config must be one of {', '.join(NAMED)}, got {args.config}")
+    for name in ("steps", "n_views", "accumulate", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name, value in (("multi-view-share", args.multi_view_share), ("caption-dropout", args.caption_dropout)):
+        if not 0 <= value <= 1:
+            raise ArgumentError(f"--{name} must be from 0 to 1, got {value}")
+    if args.lr is not None and not args.lr > 0:
+        raise ArgumentError(f"--lr must be over 0, got {args.lr}")
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise ArgumentError(f"--ema must be from 0 to under 1, got {args.ema}")
+
+
+def main(args: Flags) -> None:
+    _check(args)
+    cli.set_threads(args.threads)
+    from mvdream_fast import training_runs
+
+    code = training_runs.run_stage(args)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    cli.run(main, Flags, prog="train")

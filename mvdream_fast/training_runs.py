@@ -1,0 +1,215 @@
+"""A training run from its flags: parts, sources, loop, sample sheets, and the model folder at the end.
+
+The optimisations themselves are training.py and training_vae.py.
+"""
+
+import copy
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mvdream_fast import run
+from mvdream_fast.config import NAMED
+from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
+from mvdream_fast.errors import ArgumentError, InputFileError, OutputError
+from mvdream_fast.models.checkpoint import Model, load_model, save_model
+from mvdream_fast.models.manifest import build
+from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
+from mvdream_fast.rng import Stream
+from mvdream_fast.training import Loop, LoopOptions, Parts, Trainer, TrainOptions, sheet
+from mvdream_fast.training_vae import (
+    Linear,
+    VAEOptions,
+    VAETrainer,
+    linear_start,
+    measure_scale,
+    reconstruction,
+)
+
+if TYPE_CHECKING:
+    from mvdream_fast.train import Flags
+
+N_FIT, N_CHECK = 512, 256  # pictures for the linear bound and the latent scale; held-out pictures for the PSNR
+SHEET_PROMPTS = 8
+
+
+def run_stage(args: "Flags") -> int:
+    """Trains as the flags say and writes `output/model`; returns the exit code."""
+    shards = Shards(args.data)
+    held_out = _held_out(args.data)
+    folder = _output(args)
+    stage = _train_vae if args.stage == "vae" else _train_unet
+    return stage(args, folder, shards, held_out)
+
+
+def _output(args: "Flags") -> Path:
+    """The output folder. A run that is there already is only continued on request, and only a run is continued."""
+    folder, there = Path(args.output), (Path(args.output) / "checkpoints" / run.LATEST).exists()
+    if there and not args.resume:
+        raise OutputError(f"{folder} holds a training run already; continue it with --resume, or name another with -o")
+    if args.resume and not there:
+        raise ArgumentError(f"--resume must find a checkpoint in {folder}, got none; leave it out to begin a run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the output folder {folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
+def _held_out(data: Path) -> Shards | None:
+    """The held-out split, which validation uses where there is one."""
+    try:
+        return Shards(data, "held_out")
+    except InputFileError:
+        if any(Path(data).glob("held_out-*.tar")):
+            raise
+        return None
+
+
+def new_model(name: str, captions: list[str], seed: int) -> Model:
+    """A model of a named configuration with random weights; a subset vocabulary is made from the captions."""
+    config, vocabulary = NAMED[name], None
+    if config.text.vocabulary == "subset":
+        vocabulary = build_subset_vocabulary(captions)
+        config = replace(config, text=replace(config.text, vocabulary_size=len(vocabulary)))
+    torch.manual_seed(seed)
+    parts = {part: build(part, config) for part in ("unet", "vae", "text")}
+    return Model(config, tokenizer=Tokenizer(config.text, vocabulary), **parts)
+
+
+def _device(args: "Flags") -> torch.device:
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _given(**values) -> dict:
+    """The flags that were given; a stage's options have the defaults of the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    model = load_model(args.init, torch.float32) if args.init else new_model(args.config, shards.captions(), args.seed)
+    source = ImageSource(shards)
+    fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
+    check = ImageSource(held_out or shards).images(Stream(0, 0, "vae/check"), N_CHECK)
+    linear = Linear.fit(fit, model.config.vae.downsampling)
+    bound = linear.bound(check, model.config.vae.latent_channels)
+    if not args.init and len(model.config.vae.block_out_channels) == 1:
+        linear_start(model.vae, linear)
+    vae = model.vae.to(_device(args)).train()
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    trainer = VAETrainer(model.config, vae, source, VAEOptions(steps=args.steps, seed=args.seed, **given))
+    check = check.to(trainer.device)
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            both = torch.cat([check[:8], vae.decode(vae.encode(check[:8])).clamp(-1, 1)]).unflatten(0, (2, 8))
+            _write_sheet(folder, trainer.step, both / 2 + 0.5)
+            return {"psnr_held_out": reconstruction(vae, check), "psnr_linear_bound": bound}
+
+    loop = Loop(trainer, folder, _loop_options(args), report)
+    if args.resume:
+        loop.resume()
+    code = loop.run()
+    with trainer.averaged():
+        scale = measure_scale(vae, fit.to(trainer.device))
+        model.config = replace(model.config, vae=replace(model.config.vae, scale_factor=scale))
+        model.vae = vae.cpu()
+        save_model(model, folder / "model", overwrite=True)
+    return code
+
+
+def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    if args.init is None:
+        raise ArgumentError("--init must name a model whose autoencoder is trained; make one with --stage vae")
+    model = load_model(args.init, torch.float32)
+    device = _device(args)
+    for module in (model.unet, model.vae, model.text):
+        module.to(device)
+    model.unet.gradient_checkpointing = args.gradient_checkpointing
+    parts = Parts(model.config, model.unet.train(), model.text.train(), model.vae, model.tokenizer)
+    source = _source(args, folder / "latents", parts, shards)
+    trainer = Trainer(parts, source, _options(args))
+    validation = ImageSource(held_out or shards)
+    prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
+
+    def report() -> dict[str, float]:
+        images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
+        _write_sheet(folder, trainer.step, images.cpu())
+        (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        _export(model, trainer, folder / "model")
+        return trainer.validate(validation)
+
+    loop = Loop(trainer, folder, _loop_options(args), report)
+    if args.resume:
+        loop.resume()
+    code = loop.run()
+    _export(model, trainer, folder / "model")
+    return code
+
+
+def _options(args: "Flags") -> TrainOptions:
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    return TrainOptions(
+        n_views=args.n_views,
+        multi_view_share=args.multi_view_share,
+        caption_dropout=args.caption_dropout,
+        accumulate=args.accumulate,
+        weighting=args.weighting,
+        train_text=not args.freeze_text,
+        autocast="none" if args.dtype == "fp32" else args.dtype,
+        seed=args.seed,
+        **given,
+    )
+
+
+def _loop_options(args: "Flags") -> LoopOptions:
+    return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
+
+
+def _source(args: "Flags", file: Path, parts: Parts, shards: Shards) -> Source:
+    """Latents from the cache, or pictures that the trainer encodes."""
+    vae = parts.config.vae
+    if shards.size != vae.image_size:
+        raise ArgumentError(f"the model must be given pictures of {vae.image_size} px, got shards of {shards.size} px")
+    if not args.cache_latents:
+        return ImageSource(shards)
+    device = next(parts.vae.parameters()).device
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in parts.vae.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for record in shards.records:
+        digest.update(f"{record.meta['key']} {record.size}".encode())
+
+    def encode(images: Tensor) -> Tensor:
+        return parts.vae.encode(images.to(device))
+
+    size = parts.config.latent_size
+    return LatentSource(shards, encode, file, (vae.latent_channels, size, size), digest.hexdigest())
+
+
+def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:
+    """Captions spread over the data: the last quarter held out, the others trained on."""
+    n_new = SHEET_PROMPTS // 4 if held_out else 0
+    out = []
+    for source, n in ((shards, SHEET_PROMPTS - n_new), (held_out, n_new)):
+        out += [source.records[int((k + 0.5) * len(source) / n)].meta["caption"] for k in range(n)]
+    return out
+
+
+def _write_sheet(folder: Path, step: int, images: Tensor) -> None:
+    out = io.BytesIO()
+    sheet(images).save(out, "PNG")
+    (folder / "samples").mkdir(exist_ok=True)
+    run.atomic_write(folder / "samples" / f"{step:06d}.png", out.getvalue())
+
+
+def _export(model: Model, trainer: Trainer, folder: Path) -> None:
+    """Writes the averaged weights as a model folder in fp16."""
+    with trainer.averaged():
+        halves = {part: copy.deepcopy(getattr(model, part)).cpu().half() for part in ("unet", "vae", "text")}
+    save_model(Model(model.config, tokenizer=model.tokenizer, **halves), folder, overwrite=True)
