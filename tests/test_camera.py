@@ -1,6 +1,8 @@
 """Cameras: upstream's golden poses, the ray convention, and what must stay true when cameras turn."""
 
+import doctest
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mvdream_fast.camera import (
     CameraSampling,
     generate_rays,
     get_camera,
+    middle_cameras,
     normalize_camera,
     orbit_cameras,
     sample_cameras,
@@ -270,3 +273,18 @@ def sampled(**changes) -> Cameras:
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_middle_cameras_stand_in_the_middle_of_the_ranges():
+    cameras = middle_cameras(CameraSampling.paper(), elevation_deg=10)
+    fovy = math.radians(37.5)
+    torch.testing.assert_close(cameras.fovy, torch.full((4,), fovy))
+    torch.testing.assert_close(cameras.c2w[:, :3, 3].norm(dim=1), torch.full((4,), 0.9 / math.tan(fovy / 2)))
+    torch.testing.assert_close(normalize_camera(cameras.c2w), get_camera(4, 10), atol=1e-6, rtol=0)
+
+
+def test_the_documentation_says_what_the_code_does():
+    page = Path(__file__).parents[1] / "docs" / "cameras.md"
+    failed, attempted = doctest.testfile(str(page), module_relative=False)
+    assert attempted >= 5
+    assert not failed
