@@ -78,10 +78,8 @@ def main(flags: Flags) -> None:
 
     n_threads = cli.set_threads(flags.threads)
     pipe = MVDreamPipeline.from_pretrained(flags.model or "embedded", flags.device, flags.dtype)
-    warnings: list[str] = []
     suffix = SUFFIX if flags.suffix else ""
-    pipe.encode_prompt(prompt, flags.negative_prompt, suffix, warnings.append)
-    _first_line(flags, pipe, n_threads, seed, warnings)
+    _first_line(flags, pipe, n_threads, seed, pipe.unseen_words(prompt, flags.negative_prompt, suffix))
     with _progress(flags.quiet) as callback:
         views = pipe(
             prompt,

@@ -15,7 +15,7 @@ from mvdream_fast.camera import Cameras, get_camera, normalize_camera
 from mvdream_fast.errors import ArgumentError, DivergedError
 from mvdream_fast.machine import choose_device, choose_dtype, memory_errors
 from mvdream_fast.models.checkpoint import Model, load_model
-from mvdream_fast.models.tokenizer import check_prompt
+from mvdream_fast.models.tokenizer import Encoded, check_prompt
 from mvdream_fast.rng import Stream
 from mvdream_fast.sampler import Callback, ModelFn, check_scheduler, ddim_sample, diffusers_settings, scheduler_sample
 from mvdream_fast.schedule import Convention, NoiseSchedule
@@ -177,6 +177,22 @@ class MVDreamPipeline:
             RuntimeError if the model was loaded without its text tower.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = self._tokens(prompts, negative_prompt, suffix)
+        for sentence in _complaints(encoded, self.config.text.context_length):
+            (warn or _python_warning)(sentence)
+        states = self.text(encoded.ids.to(self.device))
+        cond, uncond = states[: len(prompts)], states[len(prompts) :]
+        return TextCond(cond, uncond.expand(len(prompts), -1, -1))
+
+    def unseen_words(
+        self, prompts: str | Sequence[str], negative_prompt: str | Sequence[str] = "", suffix: str = SUFFIX
+    ) -> list[str]:
+        """What `encode_prompt` would warn of, one sentence each for words that are cut and words that are unknown."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return _complaints(self._tokens(prompts, negative_prompt, suffix), self.config.text.context_length)
+
+    def _tokens(self, prompts: list[str], negative_prompt: str | Sequence[str], suffix: str) -> Encoded:
+        """Token ids of the prompts with their suffix, then of the negative prompts."""
         negative = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         if not prompts or len(negative) not in (1, len(prompts)):
             raise ArgumentError(
@@ -185,14 +201,9 @@ class MVDreamPipeline:
             )
         if self.text is None or self.tokenizer is None:
             raise RuntimeError("encode_prompt: the model must have its text tower; load it with the part 'text'")
-        for text in prompts:
-            check_prompt(text)
-        encoded = self.tokenizer.encode([add_suffix(text, suffix) for text in prompts] + negative)
-        for sentence in _complaints(encoded.cut, encoded.unknown, self.config.text.context_length):
-            (warn or _python_warning)(sentence)
-        states = self.text(encoded.ids.to(self.device))
-        cond, uncond = states[: len(prompts)], states[len(prompts) :]
-        return TextCond(cond, uncond.expand(len(prompts), -1, -1))
+        for prompt in prompts:
+            check_prompt(prompt)
+        return self.tokenizer.encode([add_suffix(prompt, suffix) for prompt in prompts] + negative)
 
     def denoiser(self, text: TextCond, camera: Tensor | None, n_views: int, guidance_scale: float) -> ModelFn:
         """The UNet as the samplers call it; the keys and values of the text are computed here, once.
@@ -265,11 +276,11 @@ def _check(mode: str, camera: object, n_views: int, guidance_scale: float) -> No
         raise ArgumentError(f"pipeline: guidance_scale must be finite, got {guidance_scale}; 7.5 is the default")
 
 
-def _complaints(cut: list[list[str]], unknown: list[list[str]], length: int) -> list[str]:
+def _complaints(encoded: Encoded, length: int) -> list[str]:
     """One sentence for each kind of word that the model won't see; of several prompts together."""
     kinds = (
-        (cut, f"the prompt has more than {length - 2} tokens and is cut: not seen"),
-        (unknown, "the model does not know"),
+        (encoded.cut, f"the prompt has more than {length - 2} tokens and is cut: not seen"),
+        (encoded.unknown, "the model does not know"),
     )
     named = ((list(dict.fromkeys(word for words in lists for word in words)), what) for lists, what in kinds)
     return [f"{what} {', '.join(repr(word) for word in words)}" for words, what in named if words]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from reference.tiny_model import tiny_model
+from reference.random_model import random_model
 
 from mvdream_fast import cli, doctor
 from mvdream_fast.models import checkpoint
@@ -91,7 +91,7 @@ def test_a_cpu_build_of_torch_is_named(monkeypatch):
 def test_the_embedded_model_present_absent_and_broken(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "EMBEDDED_FOLDER", tmp_path / "mini")
     assert not doctor._embedded()["present"]
-    save_model(tiny_model(), tmp_path / "mini")
+    save_model(random_model(), tmp_path / "mini")
     found = doctor._embedded()
     assert (found["present"], found["name"]) == (True, "tiny")
     assert found["mib"] > 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from reference.tiny_model import tiny_model
+from reference.random_model import random_model
 
 from mvdream_fast import cli, generate
 from mvdream_fast.models.checkpoint import save_model
@@ -20,7 +20,7 @@ ARGUMENTS = ["--steps", "2", "--device", "cpu", "--threads", "1"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(tiny_model(), folder)
+    save_model(random_model(), folder)
     return str(folder)
 
 
@@ -142,7 +142,7 @@ def test_an_output_that_cannot_be_made_after_all_is_exit_7(model, capsys):
 def test_a_model_that_cannot_be_read_is_exit_3_and_leaves_nothing(damage, model, tmp_path, capsys):
     folder = tmp_path / "broken"
     if damage != "missing":
-        save_model(tiny_model(), folder)
+        save_model(random_model(), folder)
     if damage == "truncated":
         weights = folder / "unet.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])

@@ -4,7 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from reference.tiny_model import tiny_model
+from reference.random_model import random_model
 
 from mvdream_fast.camera import get_camera, orbit_cameras
 from mvdream_fast.errors import ArgumentError, DivergedError
@@ -18,7 +18,7 @@ FEW = {"n_steps": 4}
 
 @pytest.fixture(scope="module")
 def pipe() -> MVDreamPipeline:
-    return MVDreamPipeline(tiny_model(), device="cpu", dtype="float32")
+    return MVDreamPipeline(random_model(), device="cpu", dtype="float32")
 
 
 def close(a: torch.Tensor, b: torch.Tensor, atol: float = 2e-5) -> None:
@@ -149,7 +149,7 @@ class Counting:
 
 @pytest.mark.parametrize(("scale", "batch"), [(7.5, 8), (1.0, 4), (0.0, 8)])
 def test_text_is_encoded_once_and_guidance_is_one_batch(scale, batch):
-    pipe = MVDreamPipeline(tiny_model(), device="cpu")
+    pipe = MVDreamPipeline(random_model(), device="cpu")
     pipe.unet, pipe.text = Counting(pipe.unet), Counting(pipe.text)
     pipe(PROMPT, guidance_scale=scale, **FEW)
     assert pipe.text.calls == [2]
@@ -211,7 +211,9 @@ def test_eta_adds_reproducible_noise(pipe):
 
 def test_words_that_are_not_seen_are_named(pipe):
     said: list[str] = []
-    pipe.encode_prompt("a green armchair with a red bulldog on a brown car", warn=said.append)
+    prompt = "a green armchair with a red bulldog on a brown car"
+    pipe.encode_prompt(prompt, warn=said.append)
+    assert said == pipe.unseen_words(prompt)
     assert len(said) == 2
     # 12 tokens: start and end, and ten of "a green <armchair> <with> a red bulldog <on> a brown car , 3 d asset"
     assert said[0] == "the prompt has more than 10 tokens and is cut: not seen 'car,', '3d', 'asset'"
@@ -260,7 +262,7 @@ def test_wrong_arguments(pipe, arguments, message):
 
 
 def test_numbers_that_are_not_finite_are_not_drawn():
-    pipe = MVDreamPipeline(tiny_model(), device="cpu")
+    pipe = MVDreamPipeline(random_model(), device="cpu")
     with torch.no_grad():
         pipe.unet.out[2].bias[0] = float("nan")
     with pytest.raises(DivergedError, match="left the finite numbers; try --dtype float32"):
@@ -268,8 +270,8 @@ def test_numbers_that_are_not_finite_are_not_drawn():
 
 
 def test_bfloat16_draws_nearly_the_same():
-    exact = MVDreamPipeline(tiny_model(), device="cpu", dtype="float32")(PROMPT, guidance_scale=2.0, **FEW)
-    pipe = MVDreamPipeline(tiny_model(), device="cpu", dtype="bfloat16")
+    exact = MVDreamPipeline(random_model(), device="cpu", dtype="float32")(PROMPT, guidance_scale=2.0, **FEW)
+    pipe = MVDreamPipeline(random_model(), device="cpu", dtype="bfloat16")
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
     assert {p.dtype for m in (pipe.vae, pipe.text) for p in m.parameters()} == {torch.float32}
     rough = pipe(PROMPT, guidance_scale=2.0, **FEW)
@@ -280,7 +282,7 @@ def test_bfloat16_draws_nearly_the_same():
 
 
 def test_a_model_of_noise_prediction_samples_too():
-    views = MVDreamPipeline(tiny_model(prediction="eps"), device="cpu")(PROMPT, **FEW)
+    views = MVDreamPipeline(random_model(prediction="eps"), device="cpu")(PROMPT, **FEW)
     assert views.tensor.isfinite().all()
 
 
@@ -292,7 +294,7 @@ def test_a_saved_model_gives_the_same_views(pipe, tmp_path):
 
 
 def test_parts_may_be_missing():
-    model = tiny_model()
+    model = random_model()
     model.text = model.tokenizer = None
     pipe = MVDreamPipeline(model, device="cpu")
     with pytest.raises(RuntimeError, match="must have its text tower"):
