@@ -16,7 +16,7 @@ from mvdream_fast.errors import ArgumentError
 class Flags:
     """Trains a multi-view diffusion model on shards written by `python -m mvdream_fast.render`.
 
-    A new model begins with its autoencoder (--stage vae); its output folder is the --init of the next stage.
+    A new model begins with its autoencoder (--stage vae); OUTPUT/model of that is the --vae of the next stage.
     """
 
     data: Path
@@ -28,7 +28,9 @@ class Flags:
     config: str = "mini"
     """configuration of a new model: mini, sd21-4view, sd15-4view"""
     init: str | None = None
-    """model folder or name to begin from; what it lacks starts at random"""
+    """model folder or name to go on from, instead of a new model of --config"""
+    vae: str | None = None
+    """model folder whose autoencoder a new model takes: the output of --stage vae"""
     resume: bool = False
     """go on from the latest checkpoint in the output folder"""
     steps: int = 20000

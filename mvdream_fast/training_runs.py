@@ -16,7 +16,7 @@ from torch import Tensor
 from mvdream_fast import run
 from mvdream_fast.config import NAMED
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
-from mvdream_fast.errors import ArgumentError, InputFileError, OutputError
+from mvdream_fast.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.models.checkpoint import Model, load_model, save_model
 from mvdream_fast.models.manifest import build
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
@@ -82,6 +82,22 @@ def new_model(name: str, captions: list[str], seed: int) -> Model:
     return Model(config, tokenizer=Tokenizer(config.text, vocabulary), **parts)
 
 
+def _begin(args: "Flags", captions: list[str]) -> Model:
+    """The model that --init names, or a new one of --config with the autoencoder that --vae names."""
+    if (args.init is None) == (args.vae is None):
+        raise ArgumentError(
+            "give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)"
+        )
+    if args.init:
+        return load_model(args.init, torch.float32)
+    model, trained = new_model(args.config, captions, args.seed), load_model(args.vae, torch.float32, ("vae",))
+    made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
+    if made != wanted:
+        raise ModelError(f"{args.vae} has an autoencoder of {made} latent channels; {args.config} needs {wanted}")
+    model.config, model.vae = replace(model.config, vae=trained.config.vae), trained.vae
+    return model
+
+
 def _device(args: "Flags") -> torch.device:
     return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -124,9 +140,7 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
 
 
 def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
-    if args.init is None:
-        raise ArgumentError("--init must name a model whose autoencoder is trained; make one with --stage vae")
-    model = load_model(args.init, torch.float32)
+    model = _begin(args, shards.captions())
     device = _device(args)
     for module in (model.unet, model.vae, model.text):
         module.to(device)

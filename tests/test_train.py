@@ -287,7 +287,7 @@ def test_both_stages_make_a_model_that_loads(data, vae_model, tmp_path):
     first = load_model(vae_model)
     assert first.config.vae.scale_factor != 1.0
     assert first.tokenizer.encode("a red thing").unknown == [[]]
-    main(flags(data, tmp_path, init=str(vae_model), cache_latents=True, sheet_prompts=("a red thing",)))
+    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, sheet_prompts=("a red thing",)))
     model = load_model(tmp_path / "model")
     assert model.unet.out[2].weight.dtype == torch.float16
     assert model.config == first.config
@@ -296,17 +296,17 @@ def test_both_stages_make_a_model_that_loads(data, vae_model, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 2
     assert records[-1].keys() >= {"val_multi_view", "val_2d"}
-    main(flags(data, tmp_path, init=str(vae_model), cache_latents=True, resume=True, steps=3))
+    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, resume=True, steps=3))
     assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() == "000003.safetensors"
 
 
 def test_output_folders(data, vae_model, tmp_path):
     with pytest.raises(ArgumentError, match="--resume must find a checkpoint"):
-        main(flags(data, tmp_path, init=str(vae_model), resume=True))
-    main(flags(data, tmp_path, init=str(vae_model), steps=1))
+        main(flags(data, tmp_path, vae=str(vae_model), resume=True))
+    main(flags(data, tmp_path, vae=str(vae_model), steps=1))
     with pytest.raises(OutputError, match="holds a training run already"):
-        main(flags(data, tmp_path, init=str(vae_model)))
-    with pytest.raises(ModelError, match="is of train-unet, not train-vae"):
+        main(flags(data, tmp_path, vae=str(vae_model)))
+    with pytest.raises(ModelError, match="is of train-unet, not of train-vae"):
         main(flags(data, tmp_path, stage="vae", resume=True))
 
 
@@ -333,7 +333,7 @@ def test_mistakes_are_one_sentence(tmp_path, arguments, code, text):
 
 def test_sigterm_saves_and_says_143(data, vae_model, tmp_path):
     process = subprocess.Popen(
-        command("--data", data, "-o", tmp_path, "--init", vae_model, "--steps", 10**6, "--batch-size", 1,
+        command("--data", data, "-o", tmp_path, "--vae", vae_model, "--steps", 10**6, "--batch-size", 1,
                 "--threads", 1, "--sheet-minutes", 0),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
