@@ -47,6 +47,7 @@ static void bind_march(py::module_& m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<MarchArgs>(m, "MarchArgs").def(py::init(&march_args));
   py::class_<Packed>(m, "Packed").def(py::init(&packed));
+  m.def("march_status", [](const MarchArgs& args) { return MVDREAM_FAST_CPU(march_status)(args); }, NoGil());
   m.def(
       "march_count",
       [](const MarchArgs& args, Address counts) { return MVDREAM_FAST_CPU(march_count)(args, at<int64_t>(counts)); },
@@ -56,6 +57,12 @@ static void bind_march(py::module_& m) {
       [](const MarchArgs& args, Address packed_info, Address ray_indices, Address t_starts, Address t_ends) {
         MVDREAM_FAST_CPU(march_fill)
         (args, at<int64_t>(packed_info), at<int64_t>(ray_indices), at<float>(t_starts), at<float>(t_ends));
+      },
+      NoGil());
+  m.def(
+      "sample_positions",
+      [](const Packed& samples, Address rays_o, Address rays_d, Address positions) {
+        MVDREAM_FAST_CPU(sample_positions)(samples, at<float>(rays_o), at<float>(rays_d), at<float>(positions));
       },
       NoGil());
   m.def(
@@ -101,9 +108,46 @@ static void bind_composite(py::module_& m) {
       NoGil());
 }
 
+static void bind_rounds(py::module_& m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.attr("RENDER_STATE") = kRenderState;
+  py::class_<RenderRound>(m, "RenderRound")
+      .def(py::init([](Address live, int64_t n_live, int64_t per_round, Address cursor, Address offsets, Address slots,
+                       Address state) {
+        return RenderRound{at<int64_t>(live),    n_live,           per_round,        at<int64_t>(cursor),
+                           at<int64_t>(offsets), at<float>(slots), at<double>(state)};
+      }));
+  m.def(
+      "render_march",
+      [](const MarchArgs& args, const RenderRound& round) { return MVDREAM_FAST_CPU(render_march)(args, round); },
+      NoGil());
+  m.def(
+      "render_positions",
+      [](const MarchArgs& args, const RenderRound& round, Address positions) {
+        MVDREAM_FAST_CPU(render_positions)(args, round, at<float>(positions));
+      },
+      NoGil());
+  m.def(
+      "render_composite",
+      [](const RenderRound& round, Address sigmas, Address rgb, double least, double most, int n_threads) {
+        MVDREAM_FAST_CPU(render_composite)(round, at<float>(sigmas), at<float>(rgb), least, most, n_threads);
+      },
+      NoGil());
+  m.def(
+      "render_finish",
+      [](Address state, int64_t n_rays, Address background, int64_t background_stride, Address rgb, Address opacity,
+         Address depth) {
+        MVDREAM_FAST_CPU(render_finish)
+        (at<double>(state), n_rays, at<float>(background), background_stride, at<float>(rgb), at<float>(opacity),
+         at<float>(depth));
+      },
+      NoGil());
+}
+
 void bind_render(py::module_& m) {
   bind_march(m);
   bind_composite(m);
+  bind_rounds(m);
   m.def(
       "update_occupancy",
       [](Address ema, int64_t n_cells, Address values, Address cells, int64_t n_values, float decay, float threshold,

@@ -47,9 +47,9 @@ MVDREAM_FAST_HD bool cell_occupied(const OccupancyView& grid, const int* cell) {
   return grid.bits[i >> 3] >> (i & 7) & 1;
 }
 
-MVDREAM_FAST_HD bool block_occupied(const OccupancyView& grid, const int* cell) {
+MVDREAM_FAST_HD int64_t block_index(const OccupancyView& grid, const int* cell) {
   const int64_t row = static_cast<int64_t>(cell[0] / kBlock) * grid.n_blocks[1] + cell[1] / kBlock;
-  return grid.blocks[row * grid.n_blocks[2] + cell[2] / kBlock] != 0;
+  return row * grid.n_blocks[2] + cell[2] / kBlock;
 }
 
 // The walk of one ray; next() yields its runs of consecutive samples, nearest first.
@@ -65,6 +65,14 @@ MVDREAM_FAST_HD float lattice_t(double start, double step, int64_t k) {
 
 MVDREAM_FAST_HD double lattice_mid(double start, double step, int64_t k) {
   return 0.5 * (static_cast<double>(lattice_t(start, step, k)) + static_cast<double>(lattice_t(start, step, k + 1)));
+}
+
+// A point of the ray as float32 arithmetic without fused multiply-adds gives it: both detours through double are exact.
+MVDREAM_FAST_HD void point_at(const float* o, const float* d, float t, float* out) {
+  for (int a = 0; a < 3; ++a) {
+    const float step = static_cast<float>(static_cast<double>(d[a]) * t);
+    out[a] = static_cast<float>(static_cast<double>(o[a]) + step);
+  }
 }
 
 // First lattice index at or above x, kept in the range of integers.
@@ -139,7 +147,7 @@ MVDREAM_FAST_HD bool next_run(const OccupancyView& grid, RayWalk* walk, int64_t*
       continue;
     }
     const bool occupied = cell_occupied(grid, cell);
-    const bool skip_block = !occupied && grid.blocks != nullptr && !block_occupied(grid, cell);
+    const bool skip_block = !occupied && grid.blocks != nullptr && grid.blocks[block_index(grid, cell)] == 0;
     const int64_t stretch = stretch_end(grid, *walk, cell, skip_block ? kBlock : 1);
     walk->k = stretch > here ? stretch : here + 1;
     if (!occupied) continue;

@@ -3,12 +3,10 @@
 
 #include <vector>
 
-#include "cpu/rays.h"
+#include "cpu/walks.h"
 
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
-
-static constexpr int64_t kRaysPerChunk = 64;
 
 // Runs body(first ray, one past the last, first sample, one past the last, alphas) over fixed chunks of rays.
 template <typename Body>

@@ -1,36 +1,8 @@
 // march_rays and prune_samples on CPUs: count the samples of every ray, then fill them in.
-#include "march.h"
-
-#include <atomic>
-#include <vector>
-
-#include "cpu/rays.h"
+#include "cpu/walks.h"
 
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
-
-static constexpr int64_t kRaysPerChunk = 64;
-
-// Which blocks of kBlock^3 cells hold any occupied cell.
-static std::vector<uint8_t> occupied_blocks(const OccupancyView& grid) {
-  std::vector<uint8_t> blocks(static_cast<size_t>(grid.n_blocks[0]) * grid.n_blocks[1] * grid.n_blocks[2], 0);
-  int cell[3];
-  for (cell[0] = 0; cell[0] < grid.n[0]; ++cell[0])
-    for (cell[1] = 0; cell[1] < grid.n[1]; ++cell[1])
-      for (cell[2] = 0; cell[2] < grid.n[2]; ++cell[2]) {
-        if (!cell_occupied(grid, cell)) continue;
-        const int64_t row = static_cast<int64_t>(cell[0] / kBlock) * grid.n_blocks[1] + cell[1] / kBlock;
-        blocks[row * grid.n_blocks[2] + cell[2] / kBlock] = 1;
-      }
-  return blocks;
-}
-
-static RayWalk walk_of(const MarchArgs& args, const OccupancyView& grid, int64_t ray) {
-  const float jitter = args.jitter ? args.jitter[ray] : 0.0f;
-  const float near = args.near ? args.near[ray] : args.near_all;
-  const float far = args.far ? args.far[ray] : args.far_all;
-  return begin_walk(grid, args.rays_o + 3 * ray, args.rays_d + 3 * ray, jitter, near, far, args.step);
-}
 
 static int ray_status(const MarchArgs& args, int64_t ray) {
   const float *o = args.rays_o + 3 * ray, *d = args.rays_d + 3 * ray;
@@ -43,40 +15,41 @@ static int ray_status(const MarchArgs& args, int64_t ray) {
   return kMarchFine;
 }
 
-int march_count(const MarchArgs& args, int64_t* counts) {
-  OccupancyView grid = make_view(args.bits, nullptr, args.resolution, args.aabb);
-  const std::vector<uint8_t> blocks = occupied_blocks(grid);
-  grid.blocks = blocks.data();
-  std::atomic<int> worst{kMarchFine};
-#pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(args.n_threads)
+int march_status(const MarchArgs& args) {
+  int worst = kMarchFine;
+#pragma omp parallel for schedule(static) num_threads(args.n_threads) reduction(max : worst)
   for (int64_t ray = 0; ray < args.n_rays; ++ray) {
-    counts[ray] = 0;
     const int status = ray_status(args, ray);
-    if (status != kMarchFine) {
-      worst = status;
-      continue;
-    }
-    RayWalk walk = walk_of(args, grid, ray);
-    int64_t begin, end, count = 0;
-    while (count < args.max_samples && next_run(grid, &walk, &begin, &end)) count += end - begin;
-    counts[ray] = count < args.max_samples ? count : args.max_samples;
+    worst = status > worst ? status : worst;
   }
   return worst;
 }
 
+int march_count(const MarchArgs& args, int64_t* counts) {
+  const int status = march_status(args);
+  if (status != kMarchFine) return status;
+  const GridOfArgs grid(args);
+#pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(args.n_threads)
+  for (int64_t ray = 0; ray < args.n_rays; ++ray) {
+    RayWalk walk = grid.walk(ray);
+    int64_t begin, end, count = 0;
+    while (count < args.max_samples && next_run(grid.view, &walk, &begin, &end)) count += end - begin;
+    counts[ray] = count < args.max_samples ? count : args.max_samples;
+  }
+  return kMarchFine;
+}
+
 void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices, float* t_starts,
                 float* t_ends) {
-  OccupancyView grid = make_view(args.bits, nullptr, args.resolution, args.aabb);
-  const std::vector<uint8_t> blocks = occupied_blocks(grid);
-  grid.blocks = blocks.data();
+  const GridOfArgs grid(args);
 #pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(args.n_threads)
   for (int64_t ray = 0; ray < args.n_rays; ++ray) {
     int64_t i = packed_info[2 * ray];
     const int64_t last = i + packed_info[2 * ray + 1];
     if (i == last) continue;
-    RayWalk walk = walk_of(args, grid, ray);
+    RayWalk walk = grid.walk(ray);
     int64_t begin, end;
-    while (i < last && next_run(grid, &walk, &begin, &end)) {
+    while (i < last && next_run(grid.view, &walk, &begin, &end)) {
       const int64_t n = end - begin < last - i ? end - begin : last - i;
       for (int64_t j = 0; j < n; ++j) {
         t_starts[i + j] = lattice_t(walk.start, walk.step, begin + j);
@@ -84,6 +57,17 @@ void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_
         ray_indices[i + j] = ray;
       }
       i += n;
+    }
+  }
+}
+
+void sample_positions(const Packed& samples, const float* rays_o, const float* rays_d, float* positions) {
+#pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(samples.n_threads)
+  for (int64_t ray = 0; ray < samples.n_rays; ++ray) {
+    const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
+    for (int64_t i = first; i < last; ++i) {
+      const float t = 0.5f * (samples.t_starts[i] + samples.t_ends[i]);
+      point_at(rays_o + 3 * ray, rays_d + 3 * ray, t, positions + 3 * i);
     }
   }
 }

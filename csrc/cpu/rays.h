@@ -8,7 +8,7 @@
 
 namespace mvdream_fast {
 
-enum MarchStatus { kMarchFine = 0, kMarchNotFinite = 1, kMarchNoDirection = 2, kMarchJitter = 3, kMarchTooMany = 4 };
+enum MarchStatus { kMarchFine = 0, kMarchNotFinite = 1, kMarchNoDirection = 2, kMarchJitter = 3 };
 
 struct MarchArgs {
   const float* rays_o;  // [R, 3]
@@ -33,6 +33,20 @@ struct Packed {
   int64_t n_rays;
   int n_threads;
 };
+
+// A chunk of rays while it is rendered without gradients: `live` names the rays that still march, and every round
+// gives each of them up to `per_round` samples. What a ray has gathered is in `state`, its place in `cursor`.
+struct RenderRound {
+  const int64_t* live;  // [n_live]
+  int64_t n_live;
+  int64_t per_round;
+  int64_t* cursor;   // [R]: next lattice index to look at; -1 when the ray is done
+  int64_t* offsets;  // [n_live + 1]: first sample of each live ray in this round
+  float* slots;      // [n_live, per_round, 2]: t_start and t_end
+  double* state;     // [R, kRenderState]
+};
+
+constexpr int kRenderState = 7;  // optical depth of all samples, transmittance of the kept, rgb, opacity, depth
 
 struct CompositeForward {
   const float* sigmas;      // [S]
@@ -65,10 +79,17 @@ struct CompositeBackward {
 
 }  // namespace mvdream_fast
 
+// Whether the rays can be marched: the highest MarchStatus of them.
+MVDREAM_FAST_CPU_OP(int, march_status, const mvdream_fast::MarchArgs& args)
+
 // Samples of each ray, [R]; returns a MarchStatus.
 MVDREAM_FAST_CPU_OP(int, march_count, const MarchArgs& args, int64_t* counts)
 MVDREAM_FAST_CPU_OP(void, march_fill, const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices,
                     float* t_starts, float* t_ends)
+
+// Midpoints of the samples, [S, 3].
+MVDREAM_FAST_CPU_OP(void, sample_positions, const mvdream_fast::Packed& samples, const float* rays_o,
+                    const float* rays_d, float* positions)
 
 // Thresholds are optical depths: a sample stays when its own is at least `least` and that before it at most `most`.
 MVDREAM_FAST_CPU_OP(void, prune_count, const Packed& samples, const float* sigmas, double least, double most,
@@ -78,6 +99,16 @@ MVDREAM_FAST_CPU_OP(void, prune_fill, const Packed& samples, const uint8_t* keep
 
 MVDREAM_FAST_CPU_OP(void, composite_forward, const Packed& samples, const CompositeForward& args)
 MVDREAM_FAST_CPU_OP(void, composite_backward, const Packed& samples, const CompositeBackward& args)
+
+// One round: march every live ray on; returns the number of samples. Then their midpoints [S, 3]; then their field's
+// values on top of the state, ending rays behind `most` (thresholds as in prune_count); at last the pixels.
+MVDREAM_FAST_CPU_OP(int64_t, render_march, const mvdream_fast::MarchArgs& args, const mvdream_fast::RenderRound& round)
+MVDREAM_FAST_CPU_OP(void, render_positions, const mvdream_fast::MarchArgs& args, const mvdream_fast::RenderRound& round,
+                    float* positions)
+MVDREAM_FAST_CPU_OP(void, render_composite, const mvdream_fast::RenderRound& round, const float* sigmas,
+                    const float* rgb, double least, double most, int n_threads)
+MVDREAM_FAST_CPU_OP(void, render_finish, const double* state, int64_t n_rays, const float* background,
+                    int64_t background_stride, float* rgb, float* opacity, float* depth)
 
 // cells may be null: then value i belongs to cell i and n_values is n_cells.
 MVDREAM_FAST_CPU_OP(void, update_occupancy, const float* ema, int64_t n_cells, const float* values,

@@ -42,6 +42,9 @@ class Samples:
 
     def positions(self, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
         """Midpoints in scene units, [S, 3]; differentiable in the rays."""
+        differentiable = torch.is_grad_enabled() and (rays_o.requires_grad or rays_d.requires_grad)
+        if not (rays_o.is_cuda or differentiable or rays_o.dtype != torch.float32 or rays_d.dtype != torch.float32):
+            return _positions_cpu(self, rays_o, rays_d)
         return rays_o[self.ray_indices] + rays_d[self.ray_indices] * self.t_mids[:, None]
 
     def select(self, keep: torch.Tensor) -> "Samples":
@@ -82,8 +85,8 @@ def march_rays(
     Raises: ValueError for shapes, for a NaN, infinite or zero ray and for an empty box; TypeError; RuntimeError.
     Source: the conventions of nerfacc 0.5.3's occupancy-grid estimator (Li et al., arXiv 2305.04966).
     """
-    box, shape = _check_march(
-        rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples
+    box, shape = check_march(
+        *("march_rays", rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
     )
     march = march_rays_ref if rays_o.is_cuda else _march_cpu
     return march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
@@ -179,19 +182,25 @@ def pack_bits(occupied: torch.Tensor) -> torch.Tensor:
 
 def _march_cpu(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples) -> Samples:
     native = load_native("march_rays")
-    per_ray = [_plain(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in (jitter, near, far)]
-    near, far = (0.0 if isinstance(x, torch.Tensor) and x.ndim else float(x) for x in (near, far))
-    rays_o, rays_d, bits = _plain(rays_o), _plain(rays_d), bits.contiguous()
-    args = native.MarchArgs(
-        *map(address, (rays_o, rays_d, *per_ray)),
-        *(near, far, rays_o.shape[0], bits.data_ptr(), shape, box, step_size),
-        *(-1 if max_samples is None else max_samples, torch.get_num_threads()),
-    )
+    args, _alive = march_args("march_rays", rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
     counts = torch.empty(rays_o.shape[0], dtype=torch.int64)
-    _raise_for(native.march_count(args, counts.data_ptr()))
+    raise_for("march_rays", native.march_count(args, counts.data_ptr()))
     samples = _empty_samples(counts)
     native.march_fill(args, *map(address, (samples.packed_info, samples.ray_indices, samples.t_starts, samples.t_ends)))
     return samples
+
+
+def march_args(op, rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples=None):
+    """The arguments of a march for the extension, and the tensors that must live as long as they are used."""
+    per_ray = [_plain(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in (jitter, near, far)]
+    near, far = (0.0 if isinstance(x, torch.Tensor) and x.ndim else float(x) for x in (near, far))
+    tensors = [_plain(rays_o), _plain(rays_d), *per_ray, bits.contiguous()]
+    args = load_native(op).MarchArgs(
+        *map(address, tensors[:5]),
+        *(near, far, rays_o.shape[0], tensors[5].data_ptr(), shape, box, step_size),
+        *(-1 if max_samples is None else max_samples, torch.get_num_threads()),
+    )
+    return args, tensors
 
 
 def _prune_cpu(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
@@ -206,6 +215,15 @@ def _prune_cpu(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
     kept = _empty_samples(counts)
     native.prune_fill(packed, *map(address, (keep, kept.packed_info, kept.ray_indices, kept.t_starts, kept.t_ends)))
     return kept
+
+
+def _positions_cpu(samples, rays_o, rays_d) -> torch.Tensor:
+    native = load_native("march_rays")
+    tensors = [x.detach().contiguous() for x in (samples.t_starts, samples.t_ends, samples.packed_info, rays_o, rays_d)]
+    packed = native.Packed(*map(address, tensors[:3]), samples.n_rays, torch.get_num_threads())
+    positions = torch.empty(samples.n_samples, 3)
+    native.sample_positions(packed, *map(address, (*tensors[3:], positions)))
+    return positions
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
@@ -223,9 +241,8 @@ def _empty_samples(counts: torch.Tensor) -> Samples:
     return Samples(indices, t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
 
 
-def _raise_for(status: int) -> None:
+def raise_for(op: str, status: int) -> None:
     """A MarchStatus of csrc/cpu/rays.h as the error that it stands for."""
-    op = "march_rays"
     look = "look at the camera that made the rays"
     require(status != 1, op, "rays_o, rays_d and near", "finite", "a NaN or infinite number", look)
     require(status != 2, op, "rays_d", "non-zero", "a direction of length 0", "normalise the directions")
@@ -272,9 +289,8 @@ def _triple(resolution: int | Sequence[int]) -> tuple[int, int, int]:
     return (resolution,) * 3 if isinstance(resolution, int) else tuple(int(n) for n in resolution)
 
 
-def _check_march(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples):
+def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples=None):
     """The box as six floats and the resolution as three; raises what `march_rays` says."""
-    op = "march_rays"
     check_float(op, "rays_o", rays_o, (None, 3))
     check_float(op, "rays_d", rays_d, tuple(rays_o.shape))
     box = [float(x) for x in torch.as_tensor(aabb, dtype=torch.float32).tolist()]
@@ -297,9 +313,9 @@ def _check_march(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near
     few = max_samples is None or max_samples >= 0
     require(few, op, "max_samples", "None or at least 0", max_samples, "leave it out for no limit")
     if rays_o.is_cuda:
-        _raise_for(_status(rays_o, rays_d, jitter, near))
+        raise_for(op, _status(rays_o, rays_d, jitter, near))
     elif not isinstance(near, torch.Tensor) or near.ndim == 0:
-        _raise_for(0 if math.isfinite(float(near)) else 1)
+        raise_for(op, 0 if math.isfinite(float(near)) else 1)
     return box, shape
 
 

@@ -1,4 +1,4 @@
-"""Inference rendering: march, field and composite a few rays at a time, with early termination and no gradient."""
+"""Inference rendering: march, field and composite in rounds, with early termination and no memory for every sample."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import torch
 
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
 from mvdream_fast.ops.composite import composite_ref
-from mvdream_fast.ops.march_rays import march_rays, march_rays_ref, visible_ref
+from mvdream_fast.ops.march_rays import check_march, march_args, march_rays_ref, optical_depth, raise_for, visible_ref
 
 Field = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-_RAYS_PER_CHUNK = 4096
+_RAYS_PER_CHUNK = 16384
+_SAMPLES_PER_ROUND = 1 << 18  # about what a level of the paper's hash grid wants to be gathered at once
 
 
 class RenderedImage(NamedTuple):
@@ -30,7 +32,7 @@ def render(
     field: Field,
     aabb: torch.Tensor | Sequence[float],
     occupancy_bits: torch.Tensor,
-    resolution: int,
+    resolution: int | Sequence[int],
     step_size: float,
     background: torch.Tensor | None = None,
     near: float = 0.0,
@@ -40,25 +42,23 @@ def render(
 ) -> RenderedImage:
     """Colour, opacity and depth of rays through a field, without gradients and without memory for every sample.
 
-    Equal to march_rays, prune_samples and composite in a row. field: positions [P, 3] -> (sigmas [P], rgb [P, 3]).
-    The other arguments are those of `march_rays`, `prune_samples` and `composite`.
+    The pixels are those of march_rays, prune_samples and composite in a row, to the bit where the field's value at a
+    point does not depend on the batch around it; but a ray that has become opaque is not evaluated further.
+    field: positions [P, 3] -> (sigmas [P], rgb [P, 3]), called with at most about 300,000 points.
+    The other arguments are those of `march_rays`, `prune_samples` and `composite`; near and far are numbers.
 
     Returns: RenderedImage. Raises: what the three ops raise.
     """
-    return _render_chunks(
-        march_rays,
-        rays_o,
-        rays_d,
-        field,
-        aabb,
-        occupancy_bits,
-        resolution,
-        step_size,
-        background,
-        near,
-        far,
-        alpha_thre,
-        early_stop_eps,
+    box, shape = check_march("render", rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, None, near, far)
+    if background is not None:
+        check_float("render", "background", background, (3,) if background.ndim == 1 else (rays_o.shape[0], 3))
+        check_same_device("render", rays_o=rays_o, background=background)
+    for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
+        require(0 <= value <= 1, "render", name, "in [0, 1]", value, "pass a probability")
+    run = render_ref if rays_o.is_cuda else _render_cpu
+    return run(
+        *(rays_o, rays_d, field, box, occupancy_bits, shape, step_size, background, near, far),
+        *(alpha_thre, early_stop_eps),
     )
 
 
@@ -77,37 +77,69 @@ def render_ref(
     alpha_thre=0.0,
     early_stop_eps=1e-4,
 ) -> RenderedImage:
-    """The same with the reference ops."""
-    return _render_chunks(
-        march_rays_ref,
-        rays_o,
-        rays_d,
-        field,
-        aabb,
-        occupancy_bits,
-        resolution,
-        step_size,
-        background,
-        near,
-        far,
-        alpha_thre,
-        early_stop_eps,
-    )
-
-
-def _render_chunks(
-    march, rays_o, rays_d, field, aabb, bits, resolution, step_size, background, near, far, alpha_thre, early_stop_eps
-) -> RenderedImage:
+    """The same with the reference ops, some thousand rays at a time and every sample of them evaluated."""
     n_rays, n_samples = rays_o.shape[0], 0
     rgb, opacity, depth = rays_o.new_zeros(n_rays, 3), rays_o.new_zeros(n_rays), rays_o.new_zeros(n_rays)
-    for i in range(0, n_rays, _RAYS_PER_CHUNK):
-        part = slice(i, i + _RAYS_PER_CHUNK)
-        samples = march(rays_o[part], rays_d[part], aabb, bits, resolution, step_size, None, near, far)
+    for i in range(0, n_rays, _RAYS_PER_CHUNK // 4):
+        part = slice(i, i + _RAYS_PER_CHUNK // 4)
+        samples = march_rays_ref(
+            rays_o[part], rays_d[part], aabb, occupancy_bits, resolution, step_size, None, near, far
+        )
         sigmas, colours = field(samples.positions(rays_o[part], rays_d[part]))
         n_samples += samples.n_samples
         keep = visible_ref(samples, sigmas, alpha_thre, early_stop_eps)
-        kept = samples.select(keep)
-        behind = background[part] if background is not None and background.ndim == 2 else background
+        kept, behind = samples.select(keep), _rows(background, part)
         out = composite_ref(sigmas[keep], colours[keep], kept.t_starts, kept.t_ends, kept.packed_info, behind)
         rgb[part], opacity[part], depth[part] = out.rgb, out.opacity, out.depth
     return RenderedImage(rgb, opacity, depth, n_samples)
+
+
+def _rows(background: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return background[part] if background is not None and background.ndim == 2 else background
+
+
+def _render_cpu(
+    rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
+) -> RenderedImage:
+    native, n_rays = load_native("render"), rays_o.shape[0]
+    rays_o, rays_d = rays_o.detach().float().contiguous(), rays_d.detach().float().contiguous()
+    depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
+    rgb, opacity, depth = torch.empty(n_rays, 3), torch.empty(n_rays), torch.empty(n_rays)
+    n_samples = 0
+    for i in range(0, n_rays, _RAYS_PER_CHUNK):
+        part = slice(i, min(i + _RAYS_PER_CHUNK, n_rays))
+        args, alive = march_args("render", rays_o[part], rays_d[part], box, bits, shape, step_size, None, near, far)
+        raise_for("render", native.march_status(args))
+        state, n = _rounds(native, args, part.stop - i, field, *depths)
+        behind = _rows(background, part)
+        behind = None if behind is None else behind.detach().float().contiguous()
+        stride = 3 if behind is not None and behind.ndim == 2 else 0
+        pixels = (rgb[part], opacity[part], depth[part])
+        native.render_finish(state.data_ptr(), part.stop - i, address(behind), stride, *map(address, pixels))
+        n_samples += n
+        del alive
+    return RenderedImage(rgb, opacity, depth, n_samples)
+
+
+def _rounds(native, args, n_rays: int, field: Field, least: float, most: float) -> tuple[torch.Tensor, int]:
+    """What every ray of a chunk gathers, and the number of samples evaluated for it."""
+    state = torch.zeros(n_rays, native.RENDER_STATE, dtype=torch.float64)
+    state[:, 1] = 1  # transmittance
+    cursor, live = torch.zeros(n_rays, dtype=torch.int64), torch.arange(n_rays)
+    offsets, slots = torch.empty(n_rays + 1, dtype=torch.int64), torch.empty(0)
+    n_samples, n_threads = 0, torch.get_num_threads()
+    while live.numel():
+        per_round = max(1, min(256, _SAMPLES_PER_ROUND // live.numel()))
+        if slots.numel() < 2 * per_round * live.numel():
+            slots = torch.empty(2 * per_round * live.numel())
+        buffers = map(address, (cursor, offsets, slots, state))
+        gathering = native.RenderRound(live.data_ptr(), live.numel(), per_round, *buffers)
+        n = native.render_march(args, gathering)
+        positions = torch.empty(n, 3)
+        native.render_positions(args, gathering, positions.data_ptr())
+        if n:
+            sigmas, rgb = (x.float().contiguous() for x in field(positions))
+            native.render_composite(gathering, sigmas.data_ptr(), rgb.data_ptr(), least, most, n_threads)
+        n_samples += n
+        live = live[cursor[live] >= 0]
+    return state, n_samples
