@@ -49,9 +49,8 @@ def _ratios(request):
             speed = min(seconds for seconds, _ in theirs) / by_name["ours"][0]
             memory = by_name["ours"][1] / min(peak for _, peak in theirs)
             lines.append(f"{size:10} ours against the better layout: {speed:.2f}x the speed, {memory:.2f}x the memory")
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if lines and reporter is not None:
-        reporter.write_line("\n" + "\n".join(lines))
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print("", *lines, sep="\n")
 
 
 class Contestant:

@@ -431,3 +431,11 @@ def test_bad_arguments_are_named(small, changes, error, message):
 def test_bad_configurations_are_named(changes, message):
     with pytest.raises(ModelError, match=message):
         MultiViewUNet(dataclasses.replace(SMALL, **changes))
+
+
+@torch.no_grad()
+def test_compiles_to_one_graph():
+    unet = randomised(dataclasses.replace(SMALL, attention_resolutions=(2,)))
+    given = inputs(SMALL, 1, 2)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")  # no code generation: this is about the graph
+    torch.testing.assert_close(compiled(*given, 2), unet(*given, 2), **TOLERANCE)
