@@ -5,7 +5,9 @@ Formula, with i and j running over the V*N tokens of a scene and cam(i) the came
     P_ij = exp(scale q'_i k'_j - L_i), L_i = log sum_j exp(scale q'_i k'_j), out_i = sum_j P_ij v'_j
     delta_i = sum_d out_id d_out_id, dS_ij = P_ij (d_out_i v'_j - delta_i)
     d_q = scale dS k', d_k = scale dS^T q', d_v = P^T d_out; a camera row's gradient is the sum over its view's tokens
-Logarithms are to the base 2 inside. Every sum has a fixed order (no atomics), so repeats are bit-equal.
+Logarithms are to the base 2 inside. L is kept as its two parts, the largest score and the logarithm of the rest: their
+rounded sum would cost P as many digits as L has before the point. Every sum has a fixed order (no atomics), so repeats
+are bit-equal.
 Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
 """
 
@@ -47,7 +49,8 @@ def load_tile(
         tile = tl.load(pointers, mask=inside, other=0.0)
     if CAMERA:
         image = scene * views + rows // tokens
-        vectors = camera + image[:, None] * camera_strides[0] + head * camera_strides[1] + cols[None, :] * camera_strides[2]
+        vectors = camera + image[:, None] * camera_strides[0] + head * camera_strides[1]
+        vectors += cols[None, :] * camera_strides[2]
         tile = (tile.to(tl.float32) + tl.load(vectors, mask=inside, other=0.0).to(tl.float32)).to(tile.dtype)
     return tile
 
@@ -70,7 +73,7 @@ def store_tile(
 
 @triton.jit
 def attention_forward(
-    q, k, v, camera_q, camera_k, camera_v, out, lse,
+    q, k, v, camera_q, camera_k, camera_v, out, peaks, log_sums,
     q_strides, k_strides, v_strides, camera_q_strides, camera_k_strides, camera_v_strides,
     views, tokens, heads, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
@@ -93,12 +96,13 @@ def attention_forward(
         keys = load_tile(
             k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_K
         )
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if not EVEN:
             scores = tl.where((cols < length)[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
+        # An unfused product would lose the digits that the largest score has before the point.
+        weights = tl.exp2(tl.fma(scores, scale_log2, -(new_peak * scale_log2)[:, None]))
+        shrink = tl.exp2((peak - new_peak) * scale_log2)
         total = total * shrink + tl.sum(weights, 1)
         values = load_tile(
             v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_V
@@ -106,8 +110,9 @@ def attention_forward(
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
     store_tile(out, acc / total[:, None], scene, head, rows, views, tokens, heads, D, BLOCK_D, EVEN)
-    at = lse + (scene * heads + head) * length + rows
-    tl.store(at, peak + tl.log2(total), mask=rows < length)
+    line = (scene * heads + head) * length
+    tl.store(peaks + line + rows, peak * scale_log2, mask=rows < length)
+    tl.store(log_sums + line + rows, tl.log2(total), mask=rows < length)
 
 
 @triton.jit
@@ -133,7 +138,7 @@ def attention_delta(
 
 @triton.jit
 def attention_backward_kv(
-    q, k, v, camera_q, camera_k, camera_v, d_out, lse, delta, d_k, d_v,
+    q, k, v, camera_q, camera_k, camera_v, d_out, peaks, log_sums, delta, d_k, d_v,
     q_strides, k_strides, v_strides, d_out_strides, camera_q_strides, camera_k_strides, camera_v_strides,
     views, tokens, heads, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
@@ -160,10 +165,12 @@ def attention_backward_kv(
         queries = load_tile(
             q, camera_q, scene, head, rows, views, tokens, q_strides, camera_q_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_Q
         )
-        # A row past the end has an infinite log-sum-exp, hence weight zero.
-        row_lse = tl.load(lse + line + rows, mask=rows < length, other=float("inf"))
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale_log2
-        weights = tl.exp2(scores - row_lse[None, :])
+        # A row past the end has an infinite peak, hence weight zero.
+        row_peak = tl.load(peaks + line + rows, mask=rows < length, other=float("inf"))
+        row_log_sum = tl.load(log_sums + line + rows, mask=rows < length, other=0.0)
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        exponents = tl.fma(scores, scale_log2, -row_peak[None, :])
+        weights = tl.exp2(exponents - row_log_sum[None, :])
         cotangent = load_tile(
             d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides, D, BLOCK_D, FLAT_D_OUT, EVEN,
             False,
@@ -179,7 +186,7 @@ def attention_backward_kv(
 
 @triton.jit
 def attention_backward_q(
-    q, k, v, camera_q, camera_k, camera_v, d_out, lse, delta, d_q,
+    q, k, v, camera_q, camera_k, camera_v, d_out, peaks, log_sums, delta, d_q,
     q_strides, k_strides, v_strides, d_out_strides, camera_q_strides, camera_k_strides, camera_v_strides,
     views, tokens, heads, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
@@ -196,10 +203,12 @@ def attention_backward_q(
         q, camera_q, scene, head, rows, views, tokens, q_strides, camera_q_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_Q
     )
     cotangent = load_tile(
-        d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides, D, BLOCK_D, FLAT_D_OUT, EVEN, False
-    )
+        d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides, D, BLOCK_D, FLAT_D_OUT, EVEN,
+        False,
+    )  # fmt: skip
     line = (scene * heads + head) * length
-    row_lse = tl.load(lse + line + rows, mask=rows < length, other=float("inf"))
+    row_peak = tl.load(peaks + line + rows, mask=rows < length, other=float("inf"))
+    row_log_sum = tl.load(log_sums + line + rows, mask=rows < length, other=0.0)
     row_delta = tl.load(delta + line + rows, mask=rows < length, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, length, BLOCK_N):
@@ -207,10 +216,11 @@ def attention_backward_q(
         keys = load_tile(
             k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_K
         )
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if not EVEN:
             scores = tl.where((cols < length)[None, :], scores, float("-inf"))
-        weights = tl.exp2(scores - row_lse[:, None])
+        exponents = tl.fma(scores, scale_log2, -row_peak[:, None])
+        weights = tl.exp2(exponents - row_log_sum[:, None])
         values = load_tile(
             v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides, D, BLOCK_D, FLAT, EVEN, CAMERA_V
         )
@@ -239,27 +249,34 @@ def block_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def forward_tile(block_d: int, itemsize: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward kernel: the whole list, each compiled by report.py."""
-    if itemsize == 4:
-        small = block_d > 64
-        return {"BLOCK_M": 32 if small else 64, "BLOCK_N": 32, "num_warps": 4 if block_d <= 128 else 8, "num_stages": 2}
+def forward_tile(block_d: int, itemsize: int, major: int) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward kernel for a compute capability's major number.
+
+    This and `backward_tile` are the whole list of configurations: report.py compiles each, and none of these spills.
+    """
+    if itemsize == 4:  # exact float32 products keep whole rows in registers
+        return _tile(64, 32, 8, 1) if block_d <= 64 else _tile(32, 32, 8, 1) if block_d == 128 else _tile(32, 16, 8, 1)
     if block_d <= 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-    if block_d == 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        # Tensor cores of 9.x read keys from shared memory; elsewhere they pass through registers.
+        return _tile(128, 64, 4, 3) if major == 9 else _tile(128, 128, 8, 3) if major == 10 else _tile(128, 32, 4, 3)
+    return _tile(128, 64, 8, 2) if block_d == 128 else _tile(64, 32, 8, 2)
 
 
-def backward_tile(block_d: int, itemsize: int) -> dict[str, int]:
+def backward_tile(block_d: int, itemsize: int, major: int) -> dict[str, int]:
     """The same for both backward kernels; they hold two accumulators, so their tiles are smaller."""
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 1}
+        return _tile(32, 32, 8, 1) if block_d <= 64 else _tile(16, 32, 8, 1) if block_d == 128 else _tile(16, 16, 8, 1)
     if block_d <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    if block_d == 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        return _tile(64, 64, 4, 2) if major in (9, 10) else _tile(64, 32, 4, 2)
+    return _tile(64, 64, 8, 2) if block_d == 128 else _tile(32, 32, 8, 1)
+
+
+def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _major(x: Tensor) -> int:
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
 
 
 def forward(
@@ -267,21 +284,22 @@ def forward(
     camera_q: Tensor | None, camera_k: Tensor | None, camera_v: Tensor | None,
     scale: float, allow_tf32: bool = False, tile: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[B*V, N, H, D] and the base-2 log-sum-exp [B, H, V*N] float32; `views` = 1 attends within a view.
+    """[B*V, N, H, D] and the log-sum-exp's two parts [2, B, H, V*N] float32; `views` = 1 attends within a view.
 
     `tile` overrides the tile sizes (for tests).
     """
     images, tokens, heads, width = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((images // views, heads, views * tokens), dtype=torch.float32, device=q.device)
-    tile = tile or forward_tile(block_width(width), q.element_size())
+    lse = torch.empty((2, images // views, heads, views * tokens), dtype=torch.float32, device=q.device)
+    tile = tile or forward_tile(block_width(width), q.element_size(), _major(q))
     cameras = (camera_q, camera_k, camera_v)
     grid = (triton.cdiv(views * tokens, tile["BLOCK_M"]) * (images // views) * heads,)
     if q.numel():
         attention_forward[grid](
-            q, k, v, *_pointers(cameras, q), out, lse, *_strides(q, k, v), *_camera_strides(cameras),
+            q, k, v, *_pointers(cameras, q), out, *lse, *_strides(q, k, v), *_camera_strides(cameras),
             views, tokens, heads, scale * LOG2_E,
-            **_constants(views, tokens, width, cameras, allow_tf32, tile, FLAT=_flat(views, q, k, v)), **tile, **OPTIONS,
+            **_constants(views, tokens, width, cameras, allow_tf32, tile), FLAT=_flat(views, q, k, v),
+            **tile, **OPTIONS,
         )  # fmt: skip
     return out, lse
 
@@ -294,17 +312,17 @@ def backward(
     """d_q, d_k, d_v [B*V, N, H, D] contiguous, and the camera rows' gradients [B*V, H, D] (None where none came)."""
     images, tokens, heads, width = q.shape
     length, pairs = views * tokens, (images // views) * heads
-    tile = tile or backward_tile(block_width(width), q.element_size())
+    tile = tile or backward_tile(block_width(width), q.element_size(), _major(q))
     cameras = (camera_q, camera_k, camera_v)
     d_q, d_k, d_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     if q.numel():
-        delta = torch.empty_like(lse)
+        delta = torch.empty_like(lse[0])
         constants = _constants(views, tokens, width, cameras, allow_tf32, tile)
         attention_delta[(triton.cdiv(length, tile["BLOCK_M"]) * pairs,)](
             out, d_out, delta, out.stride(), d_out.stride(), views, tokens, heads,
             D=width, BLOCK_D=constants["BLOCK_D"], BLOCK_M=tile["BLOCK_M"], EVEN=constants["EVEN"], **OPTIONS,
         )  # fmt: skip
-        inputs = (q, k, v, *_pointers(cameras, q), d_out, lse, delta)
+        inputs = (q, k, v, *_pointers(cameras, q), d_out, *lse, delta)
         layout = (*_strides(q, k, v, d_out), *_camera_strides(cameras), views, tokens, heads, scale, scale * LOG2_E)
         constants |= {"FLAT": _flat(views, q, k, v), "FLAT_D_OUT": _flat(views, d_out)}
         grid = (triton.cdiv(length, tile["BLOCK_N"]) * pairs,)
@@ -329,8 +347,7 @@ def _flat(views: int, *tensors: Tensor) -> bool:
 
 
 def _constants(
-    views: int, tokens: int, width: int, cameras: tuple[Tensor | None, ...], allow_tf32: bool, tile: dict[str, int],
-    **more: bool,
+    views: int, tokens: int, width: int, cameras: tuple[Tensor | None, ...], allow_tf32: bool, tile: dict[str, int]
 ) -> dict[str, object]:  # fmt: skip
     block_d = block_width(width)
     length = views * tokens
@@ -342,7 +359,6 @@ def _constants(
         "CAMERA_K": cameras[1] is not None,
         "CAMERA_V": cameras[2] is not None,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
-        **more,
     }
 
 

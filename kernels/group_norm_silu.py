@@ -3,7 +3,7 @@
 Formula, per image and group, over n = C/G * h*w values:
     u = x + emb, mu = mean u, var = mean (u - mu)^2 (a second pass), r = (var + eps)^-1/2, xhat = (u - mu) r
     z = w xhat + b, y = z sigmoid(z); d_z = d_y sigmoid(z) (1 + z (1 - sigmoid(z)))
-    d_w = sum d_z xhat, d_b = sum d_z, d_u = r (w d_z - mean(w d_z) - xhat mean(w d_z xhat)), d_emb = sum over pixels d_u
+    d_w = sum d_z xhat, d_b = sum d_z, d_u = r (w d_z - mean(w d_z) - xhat mean(w d_z xhat)), d_emb = sum d_u (pixels)
 Every sum has a fixed order: one program owns a group of an image; images are added in a second kernel.
 Source: Wu and He 2018, "Group Normalization".
 """
@@ -146,7 +146,7 @@ def sum_images(part_weight, part_bias, d_weight, d_bias, images, channels, BLOCK
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     acc_w, acc_b = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    for image in range(0, images):
+    for image in range(images):
         at = tl.cast(image, tl.int64) * channels + channel
         acc_w += tl.load(part_weight + at, mask=inside, other=0.0)
         acc_b += tl.load(part_bias + at, mask=inside, other=0.0)

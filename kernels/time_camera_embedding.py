@@ -64,8 +64,9 @@ def dense(
     out = ((tl.program_id(0) % n_blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
     acc = tl.zeros([BLOCK_R, BLOCK_OUT], tl.float32)
     acc = _product(
-        acc, x, weight, row, out, rows, n_in, n_out, row_stride, out_stride, in_stride, log_step, KIND, BLOCK_IN, PRECISION
-    )
+        acc, x, weight, row, out, rows, n_in, n_out, row_stride, out_stride, in_stride, log_step,
+        KIND, BLOCK_IN, PRECISION,
+    )  # fmt: skip
     if SECOND:
         acc = _product(
             acc, x2, weight2, row, out, rows, n_in2, n_out, row_stride2, n_in2, 1, log_step, 1, BLOCK_IN, PRECISION
@@ -129,7 +130,7 @@ def backward(
     d_out: Tensor, emb: Tensor, hidden_t: Tensor, hidden_c: Tensor | None, t: Tensor, camera: Tensor | None,
     time_mlp: tuple[Tensor, ...], camera_mlp: tuple[Tensor, ...] | None, weight: Tensor, allow_tf32: bool = False,
 ) -> dict[str, Tensor | tuple[Tensor, ...]]:  # fmt: skip
-    """Gradients by name: weight, bias, emb (that of camera_embedding), time_mlp, and camera, camera_mlp with a camera."""
+    """Gradients by name: weight, bias, emb (that of camera_embedding), time_mlp; with a camera, camera, camera_mlp."""
     d_out = d_out.contiguous()
     d_weight, d_bias = _dense_backward_weight(d_out, emb, SILU, weight, allow_tf32)
     d_emb = _dense(d_out, weight.t(), None, PLAIN, allow_tf32, pre=emb)
@@ -171,7 +172,9 @@ def _dense(
     return y
 
 
-def _dense_backward_weight(d_y: Tensor, x: Tensor, kind: int, weight: Tensor, allow_tf32: bool) -> tuple[Tensor, Tensor]:
+def _dense_backward_weight(
+    d_y: Tensor, x: Tensor, kind: int, weight: Tensor, allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
     n_out, n_in = weight.shape
     x = x.contiguous()
     d_weight = torch.empty((n_out, n_in), dtype=weight.dtype, device=x.device)

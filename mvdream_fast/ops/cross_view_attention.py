@@ -38,7 +38,7 @@ def cross_view_attention(
         n_views: V, must divide the batch.
         camera_q, camera_k, camera_v: [B*V, H, D] or None: added to every token of their view.
         cross_view: False attends within each view only (2D mode).
-        scale: 1/sqrt(D) when None.
+        scale: not negative; 1/sqrt(D) when None.
 
     Returns:
         [B*V, N, H, D]; zero-size inputs give a zero-size result.
@@ -49,7 +49,7 @@ def cross_view_attention(
 
     Source: Shi et al. 2023, "MVDream", section 3.1 (inflated self-attention); Dao 2023, "FlashAttention-2".
     """
-    _check(q, k, v, n_views, camera_q, camera_k, camera_v)
+    _check(q, k, v, n_views, camera_q, camera_k, camera_v, scale)
     views = n_views if cross_view else 1
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.is_autocast_enabled(q.device.type):
@@ -103,8 +103,11 @@ def _check(
     camera_q: Tensor | None,
     camera_k: Tensor | None,
     camera_v: Tensor | None,
+    scale: float | None,
 ) -> None:
     check_float(OP, "q", q)
+    if scale is not None and not scale >= 0:
+        raise ValueError(f"{OP}: scale must not be negative, got {scale}; None is 1/sqrt(D)")
     if q.ndim != 4:
         raise ValueError(f"{OP}: q must be [B*V, N, H, D], got {tuple(q.shape)}; split the heads first")
     images, _, heads, width = q.shape
@@ -168,13 +171,13 @@ def _cpu(
 
 
 def _forward_cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp [B, H, V*N] that the backward needs."""
+    """The output, and the log-sum-exp [1, B, H, V*N] that the backward needs."""
     images, tokens, heads, _ = q.shape
     if q.numel() == 0:
         return q.new_empty(q.shape), _empty_lse(q, views)
     rows = [_unit_stride(_scenes(x, views, c)) for x, c in ((q, camera_q), (k, camera_k), (v, camera_v))]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, scale=scale)
-    return out.transpose(1, 2).reshape(q.shape), lse.reshape(images // views, heads, views * tokens).contiguous()
+    return out.transpose(1, 2).reshape(q.shape), lse.reshape(1, images // views, heads, views * tokens).contiguous()
 
 
 def _backward_cpu(d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale) -> tuple[Tensor | None, ...]:
@@ -184,7 +187,7 @@ def _backward_cpu(d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v,
     rows = [_unit_stride(_scenes(x, views, c)) for x, c in zip((q, k, v), cameras)]
     d_out, out = _unit_stride(_scenes(d_out, views)), _scenes(out, views)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, *rows, out, lse, 0.0, False, scale=scale
+        d_out, *rows, out, lse[0], 0.0, False, scale=scale
     )
     grads = [g.transpose(1, 2).reshape(q.shape).contiguous() for g in grads]
     return *grads, *(None if c is None else g.sum(1) for c, g in zip(cameras, grads))
@@ -197,7 +200,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 def _empty_lse(q: Tensor, views: int) -> Tensor:
     images, tokens, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((images // views, heads, views * tokens), dtype=wide)
+    parts = 2 if q.is_cuda else 1  # the kernels keep its largest score apart from the rest
+    return q.new_empty((parts, images // views, heads, views * tokens), dtype=wide)
 
 
 def _allow_tf32(q: Tensor) -> bool:

@@ -1,0 +1,334 @@
+"""ops.cross_view_attention: CPU path, registered form and Triton kernels against the reference."""
+
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from mvdream_fast.kernels.cross_view_attention import token_offsets
+from tolerances import close, within_flash_rule
+from torch.utils.checkpoint import checkpoint
+from triton_on_cpu import DEVICE, SMALL
+
+from mvdream_fast.ops import cross_view_attention as attention
+from mvdream_fast.ops import cross_view_attention_ref as attention_ref
+
+OP = "cross_view_attention"
+CAMERAS = ("camera_q", "camera_k", "camera_v")
+
+
+def draw(shape=(4, 5, 2, 8), *, cameras=CAMERAS, dtype=torch.float32, layout="plain", seed=0, size=1.0, device="cpu"):
+    """q, k, v and the camera vectors, leaves that want gradients, and a cotangent."""
+    generator = torch.Generator().manual_seed(seed)
+    images, tokens, heads, width = shape
+
+    def normal(*sizes):
+        return (torch.randn(*sizes, generator=generator) * size).to(dtype).to(device)
+
+    if layout == "packed":  # slices of one QKV projection
+        rows = normal(images, tokens, 3, heads, width).unbind(2)
+    elif layout == "heads first":
+        rows = [normal(images, heads, tokens, width).transpose(1, 2) for _ in range(3)]
+    elif layout == "every other":
+        rows = [normal(images * 2, tokens, heads, width * 2)[::2, :, :, ::2] for _ in range(3)]
+    elif layout == "stride 0":
+        rows = [normal(1, tokens, heads, width).expand(shape) for _ in range(3)]
+    else:
+        rows = [normal(*shape) for _ in range(3)]
+    named = dict(zip("qkv", rows)) | {name: normal(images, heads, width) for name in cameras}
+    return {name: x.detach().requires_grad_() for name, x in named.items()}, normal(*shape) / size
+
+
+def run(function, inputs, d_out, n_views, **flags):
+    """The output and every gradient, by name."""
+    out = function(**inputs, n_views=n_views, **flags)
+    grads = torch.autograd.grad(out, list(inputs.values()), d_out)
+    return {"out": out.detach()} | {f"d_{name}": g for name, g in zip(inputs, grads)}
+
+
+def double(inputs):
+    return {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+
+
+def by_kernels(q, k, v, n_views, *, camera_q=None, camera_k=None, camera_v=None, cross_view=True, scale=None):
+    """The Triton path, whatever the device."""
+    from mvdream_fast.ops.cross_view_attention import _CrossViewAttention
+
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    views = n_views if cross_view else 1
+    return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    from mvdream_fast.kernels import cross_view_attention as kernels
+
+    monkeypatch.setattr(kernels, "forward_tile", lambda *_: SMALL)
+    monkeypatch.setattr(kernels, "backward_tile", lambda *_: SMALL)
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed", "heads first", "every other", "stride 0"])
+@pytest.mark.parametrize("cross_view", [True, False])
+@pytest.mark.parametrize("cameras", [(), CAMERAS, ("camera_k",)])
+def test_cpu_path_matches_reference(layout, cross_view, cameras):
+    inputs, d_out = draw((6, 7, 2, 12), layout=layout, cameras=cameras)
+    results = run(attention, inputs, d_out, 3, cross_view=cross_view)
+    expected = run(attention_ref, inputs, d_out, 3, cross_view=cross_view)
+    for name, x in results.items():
+        close(OP, x, expected[name])
+
+
+def test_worked_by_hand():
+    # Two views of one token: keys 0 and ln 3 for a query of 1 give weights 1/4 and 3/4, values 4 and 8 give 7.
+    q = torch.ones(2, 1, 1, 1)
+    k = torch.tensor([0.0, 3.0]).log().nan_to_num(neginf=0.0).reshape(2, 1, 1, 1)
+    v = torch.tensor([4.0, 8.0]).reshape(2, 1, 1, 1)
+    assert attention(q, k, v, 2, scale=1.0).flatten().tolist() == pytest.approx([7.0, 7.0])
+    assert attention(q, k, v, 2, scale=1.0, cross_view=False).flatten().tolist() == [4.0, 8.0]
+    camera = torch.tensor([3.0, 0.0]).log().nan_to_num(neginf=0.0).reshape(2, 1, 1)  # now both keys are ln 3
+    assert attention(q, k, v, 2, scale=1.0, camera_k=camera).flatten().tolist() == pytest.approx([6.0, 6.0])
+
+
+def test_permuting_views_permutes_the_output_and_scenes_do_not_mix():
+    inputs, _ = draw((8, 5, 2, 8))
+    out = attention(**inputs, n_views=4)
+    order = torch.tensor([2, 0, 3, 1, 4, 5, 6, 7])
+    close(OP, attention(**{name: x[order] for name, x in inputs.items()}, n_views=4), out[order])
+    first = attention(**{name: x[:4] for name, x in inputs.items()}, n_views=4)
+    close(OP, first, out[:4])
+
+
+def test_regrouping_packed_views_makes_no_copy():
+    from mvdream_fast.ops.cross_view_attention import _scenes
+
+    q = torch.randn(8, 6, 3, 2, 16).unbind(2)[1]
+    assert _scenes(q, 4).data_ptr() == q.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (4, 0, 2, 8), (4, 5, 0, 8)])
+@pytest.mark.parametrize("function", [attention, by_kernels])
+def test_empty(shape, function):
+    inputs, d_out = draw(shape)
+    results = run(function, inputs, d_out, 2)
+    assert results["out"].shape == shape
+    assert all(not results[f"d_{name}"].any() and results[f"d_{name}"].shape == x.shape for name, x in inputs.items())
+
+
+def test_gradients_in_float64():
+    inputs, _ = draw((4, 3, 2, 4), dtype=torch.float64)
+    names = list(inputs)
+
+    def registered(*tensors):
+        x = dict(zip(names, tensors))
+        cameras = [x[name] for name in CAMERAS]
+        return torch.ops.mvdream_fast.cross_view_attention(x["q"], x["k"], x["v"], 2, *cameras, 0.5)[0]
+
+    assert torch.autograd.gradcheck(registered, tuple(inputs.values()))
+    assert torch.autograd.gradcheck(lambda *t: attention(**dict(zip(names, t)), n_views=2), tuple(inputs.values()))
+
+
+def term_sizes(inputs, d_out, n_views, *, cross_view=True, scale=None):
+    """The largest sum of absolute terms behind each result, in float64: what its rounding errors are relative to."""
+    images, tokens, heads, width = d_out.shape
+    x = {name: x.detach().double() for name, x in inputs.items()}
+    rows = [x[n] + (x[f"camera_{n}"][:, None] if f"camera_{n}" in x else 0) for n in "qkv"]
+    views = n_views if cross_view else 1
+    q, k, v, d = (
+        y.reshape(images // views, views * tokens, heads, width).transpose(1, 2) for y in (*rows, d_out.double())
+    )
+    scale = width**-0.5 if scale is None else scale
+    scores = q @ k.mT * scale
+    weights = scores.softmax(-1)
+    d_weights = d @ v.mT
+    d_scores = weights * (d_weights.abs() + (weights * d_weights).sum(-1, keepdim=True).abs()) * scale
+    sizes = {
+        "out": weights @ v.abs(),
+        "d_q": d_scores @ k.abs(),
+        "d_k": d_scores.mT @ q.abs(),
+        "d_v": weights.mT @ d.abs(),
+    }
+    sizes |= {f"d_camera_{n}": sizes[f"d_{n}"].unflatten(2, (views, tokens)).sum(3) for n in "qkv"}
+    # exp turns a rounding of its argument, float32 in every dtype, into a relative error of the argument's size.
+    logit = scores.abs().max().item() * torch.finfo(torch.float32).eps / torch.finfo(d_out.dtype).eps
+    return {name: size.max().item() * (1 + logit) for name, size in sizes.items()}
+
+
+def random_case(case):
+    """Sizes, layout and flags of one drawn case: small, odd more often than not."""
+    rng = random.Random(case)
+    views, scenes, heads = rng.choice([(1, 1, 2), (2, 1, 1), (2, 2, 1), (3, 1, 2), (4, 1, 1), (5, 1, 1)])
+    width = rng.choice([1, 3, 8, 15, 16, 17, 20, 24, 32, 33, 40, 64] + [80, 160, 256] * (case % 10 == 0))
+    return {
+        "shape": (scenes * views, rng.randint(1, max(2, 44 // views)), heads, width),
+        "dtype": rng.choice([torch.float32, torch.float16]),
+        "layout": rng.choice(["plain", "packed", "heads first", "every other", "stride 0"]),
+        "cameras": rng.choice([(), CAMERAS, CAMERAS, ("camera_q",), ("camera_k", "camera_v")]),
+        "seed": case,
+    }, {
+        "n_views": views,
+        "cross_view": rng.random() < 0.8,
+        "scale": rng.choice([None, None, 0.3, 0.9]),
+    }
+
+
+def check_case(case):
+    drawn, flags = random_case(case)
+    inputs, d_out = draw(**drawn, device=DEVICE)
+    if case % 7 == 0:
+        d_out = d_out[:1, :1, :1, :1].expand(d_out.shape)  # what sum().backward() hands over
+    results = run(by_kernels, inputs, d_out, **flags)
+    plain = run(attention_ref, inputs, d_out, **flags)
+    exact = run(attention_ref, double(inputs), d_out.double(), **flags)
+    terms = term_sizes(inputs, d_out, **flags)
+    for name, x in results.items():
+        within_flash_rule(x, plain[name], exact[name], terms[name])
+
+
+@pytest.mark.parametrize("case", range(200))
+def test_kernels_follow_the_flash_rule(case, small_tiles):
+    check_case(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(200, 1000))
+def test_kernels_follow_the_flash_rule_campaign(case, small_tiles):
+    check_case(case)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 200.0])
+def test_kernels_hold_large_logits_in_float16(size, small_tiles):
+    # A logit reaches size^2 * 64 = 2.6e6, forty times the largest float16; products stay float32 inside the kernel.
+    inputs, d_out = draw((4, 9, 1, 64), dtype=torch.float16, size=size, cameras=(), device=DEVICE)
+    results = run(by_kernels, inputs, d_out, 2, scale=1.0)
+    wide = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+    plain = run(attention_ref, wide, d_out.float(), 2, scale=1.0)  # in float16 itself the reference overflows
+    exact = run(attention_ref, double(inputs), d_out.double(), 2, scale=1.0)
+    terms = term_sizes(inputs, d_out, 2, scale=1.0)
+    for name, x in results.items():
+        assert torch.isfinite(x).all()
+        within_flash_rule(x, plain[name].half(), exact[name], terms[name])
+
+
+def test_kernels_repeat_bit_for_bit(small_tiles):
+    inputs, d_out = draw((4, 9, 1, 16), dtype=torch.float16, device=DEVICE)
+    first = run(by_kernels, inputs, d_out, 4)
+    for _ in range(19):
+        again = run(by_kernels, inputs, d_out, 4)
+        assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
+def test_kernels_with_the_tiles_of_a_gpu():
+    inputs, d_out = draw((4, 32, 1, 64), layout="packed", device=DEVICE)  # 128 tokens: even tiles, no masks
+    results = run(by_kernels, inputs, d_out, 4)
+    plain = run(attention_ref, inputs, d_out, 4)
+    exact = run(attention_ref, double(inputs), d_out.double(), 4)
+    for name, x in results.items():
+        within_flash_rule(x, plain[name], exact[name])
+
+
+@triton.jit
+def write_offsets(out, scene, views, tokens, strides, FLAT: tl.constexpr):
+    rows = tl.arange(0, 8)
+    tl.store(out + rows, token_offsets(tl.cast(scene, tl.int64), rows, views, tokens, strides, FLAT))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(("image", "token"), [(2**31 - 1, 3), (2**31 + 1, 2**30), (2**33, 2**31 - 1)])
+def test_offsets_pass_two_to_the_31(flat, image, token):
+    out = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    image = 2 * token if flat else image  # flat: two tokens an image
+    write_offsets[(1,)](out, 3, 4, 2, (image, token, 1, 1), flat)
+    assert out.tolist() == [(12 + r // 2) * image + (r % 2) * token for r in range(8)]
+
+
+@pytest.mark.parametrize("function", [attention, by_kernels])
+def test_gradient_checkpointing(function, small_tiles):
+    inputs, d_out = draw((4, 5, 1, 16), device=DEVICE)
+    expected = run(function, inputs, d_out, 2)
+
+    def body(n_views, **named):
+        return checkpoint(
+            lambda *t: function(**dict(zip(named, t)), n_views=n_views), *named.values(), use_reentrant=False
+        )
+
+    again = run(body, inputs, d_out, 2)
+    assert all(torch.equal(x, again[name]) for name, x in expected.items())
+
+
+def test_autocast_casts_all_arguments():
+    inputs, _ = draw()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(**inputs, n_views=2)
+    assert out.dtype == torch.bfloat16
+    low = {name: x.detach().bfloat16() for name, x in inputs.items()}
+    assert torch.equal(out, attention(**low, n_views=2))
+
+
+SAMPLES = [
+    ((4, 5, 2, 8), CAMERAS, "plain", 2),
+    ((4, 5, 2, 8), (), "plain", 4),
+    ((3, 4, 1, 5), (), "packed", 1),
+    ((4, 3, 2, 8), ("camera_q",), "heads first", 2),
+    ((2, 6, 3, 7), ("camera_k", "camera_v"), "every other", 2),
+    ((0, 5, 2, 8), CAMERAS, "plain", 2),
+    ((4, 0, 2, 8), CAMERAS, "plain", 2),
+    ((6, 3, 1, 16), CAMERAS, "stride 0", 3),
+]
+
+
+@pytest.mark.parametrize(("shape", "cameras", "layout", "views"), SAMPLES)
+def test_opcheck(shape, cameras, layout, views):
+    inputs, _ = draw(shape, cameras=cameras, layout=layout)
+    rows = [inputs[name] for name in "qkv"]
+    arguments = (*rows, views, *(inputs.get(name) for name in CAMERAS), 0.4)
+    results = torch.library.opcheck(torch.ops.mvdream_fast.cross_view_attention.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("cameras", [(), CAMERAS])
+def test_compiles_to_one_graph(cameras):
+    inputs, d_out = draw(cameras=cameras)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    results, expected = run(compiled, inputs, d_out, 2), run(attention, inputs, d_out, 2)
+    for name, x in results.items():
+        close(OP, x, expected[name])
+
+
+def test_vmap_is_refused():
+    x = torch.randn(3, 4, 5, 2, 8)
+    with pytest.raises(RuntimeError, match="cross_view_attention: arguments must be plain tensors, got a vmapped one"):
+        torch.func.vmap(lambda q: attention(q, q, q, 2))(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"n_views": 3}, ValueError, "n_views must divide the batch of 4 images, got 3"),
+        ({"n_views": 0}, ValueError, "n_views must divide the batch"),
+        ({"q": torch.zeros(4, 5, 16)}, ValueError, r"q must be \[B\*V, N, H, D\], got \(4, 5, 16\)"),
+        ({"k": torch.zeros(4, 6, 2, 8)}, ValueError, r"k must be \(4, 5, 2, 8\) as q, got \(4, 6, 2, 8\)"),
+        ({"v": torch.zeros(4, 5, 2, 8).double()}, TypeError, "v must be torch.float32 as q, got torch.float64"),
+        ({"q": torch.zeros(4, 5, 2, 8).int()}, TypeError, "q must be float32, float16, bfloat16 or float64"),
+        ({"camera_k": torch.zeros(4, 2, 9)}, ValueError, r"camera_k must be \[B\*V, H, D\] = \(4, 2, 8\)"),
+        ({"k": torch.zeros(4, 5, 2, 8, device="meta")}, RuntimeError, "k must be on the device of q, got meta and cpu"),
+        ({n: torch.zeros(4, 5, 1, 257) for n in "qkv"}, ValueError, "a head width of 1 to 256, got 257"),
+    ],
+)
+def test_bad_arguments(change, error, text):
+    arguments = {name: torch.zeros(4, 5, 2, 8) for name in "qkv"} | {"n_views": 2} | change
+    with pytest.raises(error, match=f"cross_view_attention: .*{text}"):
+        attention(**arguments)
+
+
+def test_a_cuda_tensor_without_triton_says_what_to_install(monkeypatch):
+    import sys
+
+    from mvdream_fast.ops import _edges
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mvdream_fast.kernels.cross_view_attention", raising=False)
+    with pytest.raises(
+        RuntimeError, match=r"q must be a CPU tensor where Triton is not installed.*mvdream_fast\[gpu\]"
+    ):
+        _edges.load_kernels("cross_view_attention", "q", torch.zeros(1))

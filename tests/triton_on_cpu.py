@@ -1,0 +1,29 @@
+"""Runs Triton kernels on CPU tensors where there is no GPU; import it before anything that loads a kernel.
+
+Triton's interpreter scans and patches its whole language module at every call of a device function; once patched, it
+stays patched until the launch ends, so the scans of the nested calls are skipped here, and so are its checks of every
+integer operation for overflow (together most of the time; offsets have tests of their own).
+"""
+
+import os
+from dataclasses import replace
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _patch_lang = interpreter._patch_lang
+
+    def _patch_once(fn):
+        modules = [x for x in fn.__globals__.values() if x is tl or x is tl.core]
+        unpatched = any(tl.core.is_builtin(x.load) for x in modules)
+        return _patch_lang(fn) if unpatched else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = _patch_once
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}  # attention tiles for tests: few tokens give several blocks
