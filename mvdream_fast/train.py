@@ -31,6 +31,8 @@ class Flags:
     """model folder or name to go on from, instead of a new model of --config"""
     vae: str | None = None
     """model folder whose autoencoder a new model takes: the output of --stage vae"""
+    vocabulary: Path | None = None
+    """captions, one a line, whose words a new text tower has rows for beside those of the data"""
     resume: bool = False
     """go on from the latest checkpoint in the output folder"""
     steps: int = 20000

@@ -71,26 +71,37 @@ def _held_out(data: Path) -> Shards | None:
         return None
 
 
-def new_model(name: str, captions: list[str], seed: int) -> Model:
-    """A model of a named configuration with random weights; a subset vocabulary is made from the captions."""
-    config, vocabulary = NAMED[name], None
+def new_model(name: str, vocabulary: list[str], seed: int) -> Model:
+    """A model of a named configuration with random weights; `vocabulary` counts where it has a subset of the rows."""
+    config = NAMED[name]
     if config.text.vocabulary == "subset":
-        vocabulary = build_subset_vocabulary(captions)
         config = replace(config, text=replace(config.text, vocabulary_size=len(vocabulary)))
     torch.manual_seed(seed)
     parts = {part: build(part, config) for part in ("unet", "vae", "text")}
     return Model(config, tokenizer=Tokenizer(config.text, vocabulary), **parts)
 
 
-def _begin(args: "Flags", captions: list[str]) -> Model:
+def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
+    """The rows of a new text tower: a resumed run's own, else those of the captions and of --vocabulary."""
+    if args.resume:
+        kept = run.load_latest(folder / "checkpoints")[2].get("vocabulary")
+        if kept:
+            return kept
+    try:
+        extra = args.vocabulary.read_text(encoding="utf-8").splitlines() if args.vocabulary else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"cannot read {args.vocabulary}: {error}") from error
+    return build_subset_vocabulary([*captions, *extra])
+
+
+def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
     """The model that --init names, or a new one of --config with the autoencoder that --vae names."""
     if (args.init is None) == (args.vae is None):
-        raise ArgumentError(
-            "give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)"
-        )
+        raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
     if args.init:
         return load_model(args.init, torch.float32)
-    model, trained = new_model(args.config, captions, args.seed), load_model(args.vae, torch.float32, ("vae",))
+    model = new_model(args.config, _vocabulary(args, folder, captions), args.seed)
+    trained = load_model(args.vae, torch.float32, ("vae",))
     made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
     if made != wanted:
         raise ModelError(f"{args.vae} has an autoencoder of {made} latent channels; {args.config} needs {wanted}")
@@ -108,7 +119,10 @@ def _given(**values) -> dict:
 
 
 def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
-    model = load_model(args.init, torch.float32) if args.init else new_model(args.config, shards.captions(), args.seed)
+    if args.init:
+        model = load_model(args.init, torch.float32)
+    else:
+        model = new_model(args.config, _vocabulary(args, folder, shards.captions()), args.seed)
     source = ImageSource(shards)
     fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
     check = ImageSource(held_out or shards).images(Stream(0, 0, "vae/check"), N_CHECK)
@@ -140,7 +154,11 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
 
 
 def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
-    model = _begin(args, shards.captions())
+    model = _begin(args, folder, shards.captions())
+    unknown = model.tokenizer.encode(shards.captions()).unknown
+    words = sorted({word for found in unknown for word in found})
+    if words:
+        print(f"{len(words)} words of the captions are outside the vocabulary: {', '.join(words[:8])}", flush=True)
     device = _device(args)
     for module in (model.unet, model.vae, model.text):
         module.to(device)

@@ -17,6 +17,7 @@ from mvdream_fast.data.batches import Batch, ImageSource, Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.errors import ArgumentError, DivergedError, ModelError, OutputError
 from mvdream_fast.models.checkpoint import load_model
+from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.train import Flags, main
 from mvdream_fast.training import Parts, Trainer, TrainOptions
@@ -64,7 +65,7 @@ def data(tmp_path_factory):
 
 def make_trainer(data, **options) -> Trainer:
     shards = Shards(data)
-    model = training_runs.new_model("mini", shards.captions(), seed=0)
+    model = training_runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0)
     parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
     return Trainer(parts, ImageSource(shards), TrainOptions(**{"batch_size": 2, "warmup": 2, "lr": 1e-3} | options))
 
@@ -224,7 +225,7 @@ def test_checkpoints_of_another_configuration_are_refused(data, tmp_path):
 
 def vae_trainer(data, steps=4):
     shards = Shards(data)
-    vae = training_runs.new_model("mini", shards.captions(), seed=0).vae
+    vae = training_runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0).vae
     return VAETrainer(TINY, vae, ImageSource(shards), VAEOptions(steps=steps, batch_size=4, warmup=1))
 
 
