@@ -5,11 +5,14 @@ itself, and its high-water mark is taken over the sampling alone. One group per 
 `ours` against the better of diffusers' two memory layouts is printed at the end.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
+import itertools
 import multiprocessing as mp
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,8 +35,9 @@ def bench_sampling(benchmark, size, contestant):
     with Contestant(size, contestant) as process:
         process.ask(1)  # warm-up: first-touch of memory, packing, oneDNN's code generation
         seconds, peak = benchmark.pedantic(process.ask, args=(n_steps,), rounds=3 if size == "mini" else 1)
-    benchmark.extra_info |= {"steps": n_steps, "seconds_a_step": seconds / n_steps, "peak_mb": peak}
-    _results.setdefault(size, {})[contestant] = (benchmark.stats.stats.min / n_steps, peak)
+    step = statistics.median(seconds)
+    benchmark.extra_info |= {"steps": n_steps, "median_step_s": step, "peak_mb": peak}
+    _results.setdefault(size, {})[contestant] = (step, peak)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,26 +58,28 @@ def _ratios(request):
 
 
 class Contestant:
-    """A fresh process that holds one model; `ask(n_steps)` samples in it and returns (seconds, peak MB)."""
+    """A fresh process that holds one model; `ask(n_steps)` samples in it: (seconds of each step, peak MB)."""
 
     def __init__(self, size: str, name: str):
         context = mp.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, size, name), daemon=True)
+        self.pipe, self.other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(self.other, size, name), daemon=True)
 
     def __enter__(self):
         self.process.start()
+        self.other.close()  # so that the end of the process is the end of the pipe
         return self
 
-    def ask(self, n_steps: int) -> tuple[float, float]:
-        self.pipe.send(n_steps)
-        while not self.pipe.poll(0.2):
-            if not self.process.is_alive():
-                raise RuntimeError(f"the contestant ended with code {self.process.exitcode}; it may be out of memory")
-        return self.pipe.recv()
+    def ask(self, n_steps: int) -> tuple[list[float], float]:
+        try:
+            self.pipe.send(n_steps)
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(10)
+            raise RuntimeError(f"the contestant ended with code {self.process.exitcode}, see its output") from error
 
     def __exit__(self, *_):
-        if self.process.is_alive():
+        with contextlib.suppress(OSError):
             self.pipe.send(0)
         self.process.join(10)
 
@@ -87,10 +93,9 @@ def _serve(pipe, size: str, name: str) -> None:
     gc.collect()
     while n_steps := pipe.recv():
         _reset_high_water()
-        start = time.perf_counter()
-        sample(n_steps)
-        seconds = time.perf_counter() - start
-        pipe.send((seconds, _high_water_mb()))
+        ticks = [time.perf_counter()]
+        sample(n_steps, lambda *_, ticks=ticks: ticks.append(time.perf_counter()))
+        pipe.send(([b - a for a, b in itertools.pairwise(ticks)], _high_water_mb()))
 
 
 def _config(size: str):
@@ -104,7 +109,7 @@ def _config(size: str):
 
 
 def _sampler(size: str, name: str):
-    """A function of the number of steps; diffusers and our package are imported in every process alike."""
+    """A function of the steps and a callback; diffusers and our package are imported in every process alike."""
     import torch
     from reference.diffusers_unet import RegroupProcessor, add_camera, diffusers_unet, load_ldm
 
@@ -142,7 +147,7 @@ def _sampler(size: str, name: str):
         def model(latents, t):
             return theirs(latents.contiguous(memory_format=layout), t, wide, return_dict=False)[0]
 
-    return lambda n_steps: ddim_sample(model, noise, schedule, n_steps, GUIDANCE)
+    return lambda n_steps, tick: ddim_sample(model, noise, schedule, n_steps, GUIDANCE, callback=tick)
 
 
 def _reset_high_water() -> None:

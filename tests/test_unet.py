@@ -18,6 +18,7 @@ from mvdream_fast.models.unet import MultiViewUNet
 SD21 = UNetConfig(model_channels=32, num_head_channels=16, context_dim=24)  # the released topology, narrow
 SD15 = dataclasses.replace(SD21, num_heads=2, num_head_channels=None, use_linear_in_transformer=False)
 SMALL = dataclasses.replace(SD21, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2))
+STEM = dataclasses.replace(SMALL, channel_mult=(2, 3))  # as the mini model: a first layer narrower than its level
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # fp32, outputs of O(1): orders of summation differ
 EXACT = {"atol": 2e-6, "rtol": 1e-5}  # the same arithmetic in batches of another size
 TEXT = 5
@@ -108,12 +109,14 @@ def test_released_topologies_equal_the_reference_with_gradients(config, n_views,
     assert_gradients(gradients(unet, out), gradients(reference, expected))
 
 
-@pytest.mark.parametrize(("n_views", "with_camera"), [(4, True), (1, False)])
-def test_equals_diffusers_with_gradients(n_views, with_camera):
-    unet, latents_size = randomised(SD21), 16
-    oracle = diffusers_unet(SD21, latents_size)
-    load_ldm(oracle, unet.state_dict(), SD21)
-    latents, t, context, camera = inputs(SD21, 2, n_views, latents_size)
+@pytest.mark.parametrize(
+    ("config", "n_views", "with_camera"), [(SD21, 4, True), (SD21, 1, False), (STEM, 2, True)], ids=["4", "2d", "stem"]
+)
+def test_equals_diffusers_with_gradients(config, n_views, with_camera):
+    unet, latents_size = randomised(config), 16
+    oracle = diffusers_unet(config, latents_size)
+    load_ldm(oracle, unet.state_dict(), config)
+    latents, t, context, camera = inputs(config, 2, n_views, latents_size)
     if n_views > 1:  # in 2D mode diffusers stays as it is published
         oracle.set_attn_processor(RegroupProcessor(n_views))
     camera = camera if with_camera else None
@@ -123,7 +126,7 @@ def test_equals_diffusers_with_gradients(n_views, with_camera):
     torch.testing.assert_close(out, expected, **TOLERANCE)
     theirs = gradients(oracle, expected)
     ours = gradients(unet, out)
-    names = to_diffusers(ours, SD21)
+    names = to_diffusers(ours, config)
     assert_gradients({new: ours[old] for old, new in names.items()}, theirs)
 
 

@@ -6,6 +6,8 @@ The second oracle of the multi-view UNet, and the yardstick of its benchmark. Ta
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 _RES = {
     "in_layers.0": "norm1",
@@ -32,7 +34,7 @@ def diffusers_unet(config, latent_size: int = 32) -> UNet2DConditionModel:
     widths = [config.model_channels * m for m in config.channel_mult]
     attends = [2**level in config.attention_resolutions for level in range(len(widths))]
     heads = [config.num_heads or width // config.num_head_channels for width in widths]
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -44,7 +46,23 @@ def diffusers_unet(config, latent_size: int = 32) -> UNet2DConditionModel:
         cross_attention_dim=config.context_dim,
         use_linear_projection=config.use_linear_in_transformer,
         norm_num_groups=config.norm_groups,
+        time_embedding_dim=4 * config.model_channels,
     )
+    if widths[0] != config.model_channels:
+        _narrow_stem(unet, config, widths[0])
+    return unet
+
+
+def _narrow_stem(unet: UNet2DConditionModel, config, width: int) -> None:
+    """The first layer as wide as `model_channels`: diffusers knows only stems of the first level's width."""
+    stem, emb = config.model_channels, 4 * config.model_channels
+    unet.conv_in = nn.Conv2d(config.in_channels, stem, 3, padding=1)
+    unet.time_proj.num_channels = stem
+    unet.time_embedding.linear_1 = nn.Linear(stem, emb)
+    for block, i, channels in ((unet.down_blocks[0], 0, stem), (unet.up_blocks[-1], -1, width + stem)):
+        block.resnets[i] = ResnetBlock2D(
+            in_channels=channels, out_channels=width, temb_channels=emb, groups=config.norm_groups, eps=1e-5
+        )
 
 
 def to_diffusers(names, config) -> dict[str, str]:

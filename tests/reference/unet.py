@@ -46,8 +46,8 @@ class ReferenceUNet(nn.Module):
                 extra += [Up(widths[level])] if level > 0 and i == c.num_res_blocks else []
                 self.output_blocks.append(Stage(Res(c, previous + outputs.pop(), widths[level]), *extra))
                 previous = widths[level]
-        norm = nn.GroupNorm(c.norm_groups, mc)
-        self.out = nn.Sequential(norm, nn.SiLU(), nn.Conv2d(mc, c.out_channels, 3, padding=1))
+        norm = nn.GroupNorm(c.norm_groups, widths[0])
+        self.out = nn.Sequential(norm, nn.SiLU(), nn.Conv2d(widths[0], c.out_channels, 3, padding=1))
 
     def forward(self, latents, t, context, camera=None, n_views=1):
         half = self.config.model_channels // 2
