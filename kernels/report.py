@@ -21,7 +21,7 @@ GROWTH = 1.10
 
 @dataclass(frozen=True)
 class Report:
-    """Compiles every Triton kernel for GPUs that need not be there; registers, spills, tensor cores, predicted times."""
+    """Compiles every Triton kernel for GPUs that are not there: registers, spills, tensor cores, predicted times."""
 
     archs: tuple[Literal[80, 90, 100, 120], ...] = (80, 90, 100, 120)
     """Compute capabilities: 80 is an A100, 90 an H100, 100 a B200, 120 an RTX 5090."""
@@ -96,7 +96,6 @@ def attention(shape: tuple[int, ...], *, dtype: str = "float16", camera: bool, t
 def group_norm(shape: tuple[int, ...], dtype: str, channels_last: bool):
     def call(_: int) -> None:
         import torch
-
         from mvdream_fast.kernels import group_norm_silu as kernels
 
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -148,12 +147,12 @@ def embedding(dtype: str):
 def workloads() -> Iterator[Workload]:
     """MVDream's shapes at 256^2 with guidance (16 images, 4 views), and every configuration of the launchers."""
     main = (16, 4, 1024, 5, 64)
-    yield Workload("attention d64", True, attention(main, camera=False))
+    yield Workload("attention d64", False, attention(main, camera=False))
     yield Workload("attention d64 camera", True, attention(main, camera=True))
     yield Workload("attention d64 bf16", False, attention(main, dtype="bfloat16", camera=False))
     yield Workload("attention d64 odd", False, attention((16, 4, 1000, 5, 64), camera=True))
     yield Workload("attention d64 strided", False, attention(main, camera=True, flat=False))
-    for width in (16, 32, 40, 80, 128, 160, 256):
+    for width in (16, 40, 80, 160):  # padded to 16, 64, 128, 256
         yield Workload(f"attention d{width}", False, attention((16, 4, 1024, 5, width), camera=True))
     for width in (64, 128, 256):
         shape = (16, 4, 1024, 5, width)
@@ -297,6 +296,7 @@ def measures(binary: Any, arch: int, bound: dict[str, Any], grid: tuple[int, ...
     work, traffic = flops(binary.metadata.name, bound), moved(bound)
     seconds = max(work / (gpu.tensor if code["tensor_cores"] else gpu.scalar), traffic / gpu.bandwidth)
     return code | {
+        "local_table": bound.get("KIND") == 2,  # sin and cos of large arguments keep a table in local memory
         "shared_bytes": shared,
         "warps": warps,
         "programs": grid[0],
@@ -313,7 +313,7 @@ def problems(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[str
     found, before = [], {key(r): r for r in kept}
     for r in rows:
         name = f"{r['workload']}/{r['kernel']} sm_{r['arch']}"
-        if "backward" not in r["kernel"] and r["spill_instructions"]:
+        if "backward" not in r["kernel"] and r["spill_instructions"] and not r["local_table"]:
             found.append(f"{name}: {r['spill_instructions']} spill instructions in a forward kernel")
         products = r["kernel"] in ("attention_forward", "attention_backward_kv", "attention_backward_q")
         if products and not r["workload"].endswith("float32") and not r["tensor_cores"]:
