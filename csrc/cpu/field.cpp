@@ -67,7 +67,7 @@ struct Batch {
         positions(positions),
         n(n),
         n_tiles(ceil_div(n, kTile)),
-        per_run(n_tiles < run_tiles(field.grid.width()) ? n_tiles : run_tiles(field.grid.width())),
+        per_run(run_tiles(n_tiles, field.grid.width())),
         width(field.grid.width()),
         unit(per_run * 3 * kTile),
         features(per_run * width * kTile),

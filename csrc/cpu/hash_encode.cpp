@@ -35,7 +35,7 @@ void store_d_positions(const float* d_unit, const float* positions, int n, float
 bool hash_encode_forward(const HashGrid& grid, const float* table, const float* positions, int64_t n, float* out,
                          int n_threads) {
   const int width = grid.width();
-  const int64_t n_tiles = ceil_div(n, kTile), per_run = run_tiles(width) < n_tiles ? run_tiles(width) : n_tiles;
+  const int64_t n_tiles = ceil_div(n, kTile), per_run = run_tiles(n_tiles, width);
   const Buffer unit(per_run * 3 * kTile), features(per_run * width * kTile);
   int n_bad = 0;
 #pragma omp parallel num_threads(n_threads) reduction(+ : n_bad)
@@ -64,7 +64,7 @@ bool hash_encode_forward(const HashGrid& grid, const float* table, const float* 
 bool hash_encode_backward(const HashGrid& grid, const float* table, const float* positions, int64_t n,
                           const float* d_out, float* d_table, float* d_positions, int n_threads) {
   const int width = grid.width();
-  const int64_t n_tiles = ceil_div(n, kTile), per_run = run_tiles(width) < n_tiles ? run_tiles(width) : n_tiles;
+  const int64_t n_tiles = ceil_div(n, kTile), per_run = run_tiles(n_tiles, width);
   const Buffer unit(per_run * 3 * kTile), d_unit(per_run * 3 * kTile), d_features(per_run * width * kTile);
   int n_bad = 0;
 #pragma omp parallel num_threads(n_threads) reduction(+ : n_bad)

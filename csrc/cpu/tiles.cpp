@@ -11,6 +11,8 @@
 namespace mvdream_fast::MVDREAM_FAST_ISA {
 namespace {
 
+constexpr int64_t kHugePage = int64_t(2) << 20;
+
 // The cells of kLanes samples: the vertices' rows in the level and the weight of the upper side along each axis.
 struct Cells {
   alignas(64) uint32_t index[8][kLanes];
@@ -206,6 +208,18 @@ MVDREAM_FAST_INLINE void with_shape(const GridLevel& level, int n_features, Body
   }
 }
 
+// Asks the system to back fresh memory with huge pages: touching it page by page costs as much as zeroing it.
+void advise_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t huge = kHugePage;
+  const uintptr_t first = (uintptr_t(memory) + huge - 1) / huge * huge;
+  const uintptr_t last = (uintptr_t(memory) + bytes) / huge * huge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 void encode_tile(const GridLevel& level, int n_features, const float* table, const float* unit, float* features) {
@@ -281,16 +295,9 @@ void scatter_run(const HashGrid& grid, int64_t n_tiles, const float* unit, const
 }
 
 void zero_table(float* table, int64_t n) {
-  constexpr int64_t kPiece = int64_t(1) << 19;  // floats in 2 MiB, a huge page
+  constexpr int64_t kPiece = kHugePage / sizeof(float);
 #pragma omp single
-  {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t huge = kPiece * sizeof(float);
-    const uintptr_t first = (uintptr_t(table) + huge - 1) / huge * huge;
-    const uintptr_t last = uintptr_t(table + n) / huge * huge;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-  }
+  advise_huge_pages(table, n * sizeof(float));
 #pragma omp for schedule(dynamic, 1)
   for (int64_t piece = 0; piece < ceil_div(n, kPiece); ++piece) {
     const int64_t first = piece * kPiece;

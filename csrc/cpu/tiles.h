@@ -15,15 +15,16 @@ constexpr int kTile = 192;  // divides into panels of 3 vectors on every instruc
 
 // A batch is cut into runs that are encoded level by level: so many samples share one pass over a level's entries that
 // a level is fetched from memory once a run, while the features of the run stay below this size.
-constexpr int64_t kRunBytes = int64_t(16) << 20;
+constexpr int64_t kRunBytes = int64_t(32) << 20;
 constexpr int64_t kBlockTiles = 8;  // weight gradients are summed per block of tiles, then block by block in order
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tiles in a run: a multiple of kBlockTiles that depends on the width of the encoding only.
-inline int64_t run_tiles(int width) {
-  const int64_t tiles = kRunBytes / (int64_t(width) * kTile * sizeof(float));
-  return (tiles < kBlockTiles ? 1 : tiles / kBlockTiles) * kBlockTiles;
+// Tiles in each run but the last: whole blocks, about equally many in every run. No thread count goes into it.
+inline int64_t run_tiles(int64_t n_tiles, int width) {
+  const int64_t most = kRunBytes / (int64_t(width) * kTile * int64_t(sizeof(float)));
+  const int64_t n_runs = ceil_div(n_tiles, most < kBlockTiles ? kBlockTiles : most - kBlockTiles + 1);
+  return n_runs == 0 ? 0 : ceil_div(ceil_div(n_tiles, n_runs), kBlockTiles) * kBlockTiles;
 }
 
 // Samples of tile `tile` of a batch of n.
