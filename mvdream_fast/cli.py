@@ -46,6 +46,7 @@ def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: lis
     import tyro
 
     description = f"{flags.__doc__ or ''}\n\n{EXIT_CODES}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that clean-up runs
     args = tyro.cli(flags, args=argv, prog=f"python -m mvdream_fast.{prog}", description=description)
     try:
         main(args)

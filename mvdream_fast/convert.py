@@ -1,7 +1,5 @@
 """`python -m mvdream_fast.convert SRC DST`: a published model into a folder of config.json and safetensors files."""
 
-import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +27,6 @@ class Flags:
 def main(flags: Flags) -> None:
     """Checks every name and shape of the source, then reads, checks and writes one part at a time."""
     check_target(flags.dst, flags.overwrite)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that half a folder is removed
     import torch
 
     from mvdream_fast.models.checkpoint import open_source, write_folder

@@ -4,6 +4,7 @@ Nothing here ever opens a network connection or unpickles code. Names are transl
 manifest.py.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ class Source:
         """A checked part's tensors under our names, views of the file where dtype allows. Raises ModelError."""
         dtype = dtype or self.dtype(part)
         slots, ours = self.layout_of(part).slots, manifest(part, self.config)
-        return {name: _take(self.files[part], slot, ours[name]).to(dtype) for name, slot in slots.items()}
+        return {name: _take(self.files[part], slot, ours[name], dtype) for name, slot in slots.items()}
 
     def dtype(self, part: str) -> torch.dtype:
         """The dtype that is stored for the part; float32 should it be a mixture."""
@@ -116,16 +117,21 @@ class Source:
         return getattr(torch, names.pop()) if len(names) == 1 else torch.float32
 
 
-def _take(file: TensorFile, slot: Slot, shape: tuple[int, ...]) -> Tensor:
+def _take(file: TensorFile, slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     try:
         tensor = file.read(slot.name)
     except Exception as error:  # a file that changed or shrank since it was opened
         raise ModelError(f"{file.path}: cannot read {printable(slot.name)}: {printable(str(error))}") from error
-    if not all(torch.isfinite(bound) for bound in tensor.aminmax()):
+    low, high = (bound.item() for bound in tensor.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ModelError(f"{file.path}: {slot.name} holds NaN or infinity; download or convert the file again")
+    if max(-low, high) > torch.finfo(dtype).max:
+        raise ModelError(
+            f"{file.path}: {slot.name} does not fit {str(dtype).removeprefix('torch.')}; choose another type"
+        )
     if slot.piece is not None:
         tensor = tensor.chunk(3)[slot.piece]
-    return tensor.reshape(shape)
+    return tensor.reshape(shape).to(dtype)
 
 
 def open_source(path_or_name: str | Path) -> Source:
@@ -134,10 +140,10 @@ def open_source(path_or_name: str | Path) -> Source:
     Raises:
         ModelError: if there is no model, or it is in no known layout.
     """
-    path = EMBEDDED_FOLDER if str(path_or_name) in EMBEDDED else Path(path_or_name).expanduser()
     try:
+        path = EMBEDDED_FOLDER if str(path_or_name) in EMBEDDED else Path(path_or_name).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{printable(str(path_or_name))!r} is no path to a model: {error}") from error
     if path == EMBEDDED_FOLDER and not is_model_folder(path):
         raise ModelError(

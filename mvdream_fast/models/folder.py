@@ -42,7 +42,8 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+        place = f": {error.filename}" if error.filename else ""
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}{place}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not folder.exists():

@@ -3,6 +3,8 @@
 What the tensors should be is not known here; see manifest.py and layouts.py.
 """
 
+import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +19,9 @@ from mvdream_fast.models.manifest import Shapes, printable
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MAX_PICKLE_BYTES = 16 << 20  # names and shapes only; a released file has about 0.2 MB of them
+_TORCH_ENTRY = re.compile(
+    r"[^/]+/(data\.pkl|data/[0-9]+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id)"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ def _open_pickle(path: Path) -> TensorFile:
         raise ModelError(f"torch {torch.__version__} cannot read pickles safely (CVE-2025-32434); install torch >= 2.6")
     _check_zip(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a hostile file can raise anything
         reason = printable(str(error).partition("\n")[0]) or type(error).__name__
         raise ModelError(f"{path} was refused, nothing in it was run: {reason}. Download it again") from error
@@ -73,19 +80,26 @@ def _open_pickle(path: Path) -> TensorFile:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuses what torch.save would not have written: compressed entries (bombs) and a huge pickle."""
+    """Refuses what torch.save would not have written: compression (bombs), a huge pickle, TorchScript, duplicates."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:
-        raise ModelError(f"{path} is damaged or cut short ({error}); download it again") from error
-    size = path.stat().st_size
+        raise ModelError(f"{path} is damaged or cut short ({printable(str(error))}); download it again") from error
+    seen: set[str] = set()
     for entry in entries:
-        pickled = entry.filename.endswith(".pkl")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > (_MAX_PICKLE_BYTES if pickled else size):
-            raise ModelError(
-                f"{path} was not written by torch.save: {printable(entry.filename)} is compressed or too large"
-            )
+        problem = ""
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _size_limit(path, entry.filename):
+            problem = "is compressed or too large"
+        elif not _TORCH_ENTRY.fullmatch(entry.filename) or entry.filename in seen:
+            problem = "does not belong there"
+        if problem:
+            raise ModelError(f"{path} was not written by torch.save: {printable(entry.filename)} {problem}")
+        seen.add(entry.filename)
+
+
+def _size_limit(path: Path, name: str) -> int:
+    return _MAX_PICKLE_BYTES if name.endswith(".pkl") else path.stat().st_size
 
 
 def _check_tensor(path: Path, name: str, tensor: Any) -> None:
