@@ -49,6 +49,7 @@ class Flags:
 def main(args: Flags) -> None:
     _check(args)
     from mvdream_fast.data import rendering, sheet
+    from mvdream_fast.run import Interrupt
 
     entries, held_out = _entries(args)
     plain, painted = ORBITS[args.preset]
@@ -61,8 +62,11 @@ def main(args: Flags) -> None:
         renderer=_renderer(args.renderer),
     )
     workers = args.workers or cli.available_cores()
-    with _Progress() as progress:
-        result = rendering.render_dataset(entries, args.out, options, held_out, workers, progress.update)
+    with Interrupt() as interrupt, _Progress() as progress:
+        stop = lambda: interrupt.requested is not None  # noqa: E731
+        result = rendering.render_dataset(entries, args.out, options, held_out, workers, progress.update, stop)
+    if result is None:
+        cli.fail("render", "stopped; the same command goes on from the finished shards", interrupt.exit_code)
     rendering.write_summary(args.out, result)
     _report(args.out, result)
     if args.sheet and result.shards:

@@ -20,7 +20,8 @@ MAX_FILE_BYTES = 256 << 20
 MAX_FACES = 1_000_000
 MAX_TEXTURE_PIXELS = 8192 * 8192
 TEXTURE_SIZE = 512
-CREASE_COSINE = 0.78  # under 45 degrees, where the smoothed normal of a right angle stands
+CREASE_COSINE = 0.7  # edges sharper than 45 degrees stay sharp
+MAX_VALENCE = 64
 
 
 class MeshError(InputFileError):
@@ -236,12 +237,32 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _creased(positions: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Corner normals [3M, 3] for files without any: smooth over shared vertices, the face's own across sharp edges."""
+    """Corner normals [3M, 3] for files without any: each face's own, averaged with its neighbours at the corner that
+    turn by less than CREASE_COSINE (by area, so that slivers do not tilt them)."""
     a, b, c = (positions[faces[:, i]] for i in range(3))
     area = np.cross(b - a, c - a)
-    total = np.stack([np.bincount(faces.reshape(-1), np.repeat(area[:, k], 3), len(positions)) for k in range(3)], 1)
-    smooth, face = _unit(total)[faces.reshape(-1)], np.repeat(_unit(area), 3, axis=0)
-    return np.where(((smooth * face).sum(1) > CREASE_COSINE)[:, None], smooth, face)
+    unit = _unit(area)
+    corner, other = _neighbours(faces, len(positions))
+    near = (unit[corner // 3] * unit[other // 3]).sum(1) > CREASE_COSINE
+    corner, weight = corner[near], area[other[near] // 3]
+    total = np.stack([np.bincount(corner, weight[:, k], faces.size) for k in range(3)], 1)
+    return np.where((total**2).sum(1, keepdims=True) > 0, _unit(total), np.repeat(unit, 3, axis=0))
+
+
+def _neighbours(faces: np.ndarray, n_vertices: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of corners (rows of faces.reshape(-1)) that share a vertex, each with itself included.
+
+    A corner of a vertex with more than MAX_VALENCE is paired with itself only: pairs grow with the square.
+    """
+    vertex = faces.reshape(-1)
+    order = np.argsort(vertex, kind="stable")
+    valence = np.bincount(vertex, minlength=n_vertices)
+    first = np.cumsum(valence) - valence
+    count = np.where(valence[vertex] > MAX_VALENCE, 1, valence[vertex])
+    corner = np.repeat(np.arange(len(vertex)), count)
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    crowded = valence[vertex[corner]] > MAX_VALENCE
+    return corner, np.where(crowded, corner, order[(first[vertex[corner]] + within) % len(order)])
 
 
 def _material(geometry):

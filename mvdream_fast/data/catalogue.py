@@ -97,9 +97,7 @@ def _read_captions(folder: Path) -> dict[str, str]:
         if (folder / "captions.json").is_file():
             table |= dict(json.loads((folder / "captions.json").read_text(encoding="utf-8")))
     except (ValueError, csv.Error, TypeError) as error:
-        raise InputFileError(
-            f"render: captions of {folder} are unreadable ({error}); two columns: file, caption"
-        ) from None
+        raise InputFileError(f"render: unreadable captions in {folder} ({error}); two columns: file, caption") from None
     return {str(key): str(value) for key, value in table.items()}
 
 

@@ -5,9 +5,13 @@ Everything is a function of the sources and the options; a second run of the sam
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -79,14 +83,16 @@ def render_dataset(
     held_out: set[str],
     workers: int = 1,
     report: Callable[[str, int, int, int], None] = lambda stage, done, total, views: None,
-) -> Result:
+    stop: Callable[[], object] = lambda: False,
+) -> Result | None:
     """Renders `entries` into shards in `folder`; finished shards of the same options are kept as they are.
 
-    `report(stage, done, total, views)` is called after every asset surveyed and every shard written.
+    `report(stage, done, total, views)` is called after every asset surveyed and every shard written. Once `stop()` is
+    true the processes are ended and None is returned: the same call goes on from there.
     Raises: OutputError when the folder holds another data set or the disk is full: finished shards stay.
     """
     _claim(folder, entries, options, held_out)
-    with _pool(workers, options.renderer) as pool:
+    with contextlib.suppress(_Stopped), _pool(workers, options.renderer, stop) as pool:
         surveys, bad = _surveys(entries, folder, pool, report)
         selection = select(entries, surveys)
         assets = plan(selection.kept, surveys, held_out, options.seed, options.n_plain, options.n_painted)
@@ -96,8 +102,9 @@ def render_dataset(
         for done, (_, drawn) in enumerate(pool.map(draw_shard, missing), 1):
             n_views += drawn
             report("views", len(jobs) - len(missing) + done, len(jobs), n_views)
-    captions = {item.caption for asset in assets for item in asset.orbits}
-    return Result(selection, bad, n_views, [job.path for job in jobs], captions)
+        captions = {item.caption for asset in assets for item in asset.orbits}
+        return Result(selection, bad, n_views, [job.path for job in jobs], captions)
+    return None
 
 
 def write_summary(folder: Path, result: Result) -> None:
@@ -238,11 +245,15 @@ def _words(asset: AssetPlan, number: int, item) -> dict:
     }
 
 
+class _Stopped(Exception):
+    """Somebody asked for the end."""
+
+
 class _pool:
     """Processes with a renderer each; results come in the order of completion, together with their argument."""
 
-    def __init__(self, workers: int, kind: str):
-        self.workers, self.kind = max(1, workers), kind
+    def __init__(self, workers: int, kind: str, stop: Callable[[], object]):
+        self.workers, self.kind, self.stop = max(1, workers), kind, stop
 
     def __enter__(self) -> "_pool":
         # Not forked: neither an OpenGL context nor torch's threads survive one.
@@ -253,9 +264,8 @@ class _pool:
     def __exit__(self, kind, *_) -> None:
         if kind is not None:
             # An error or an interrupt: what is being drawn is not waited for.
-            for process in list(getattr(self.executor, "_processes", None) or {}):
-                with contextlib.suppress(ProcessLookupError, KeyError):
-                    self.executor._processes[process].terminate()
+            for process in list((getattr(self.executor, "_processes", None) or {}).values()):
+                process.terminate()
         self.executor.shutdown(wait=kind is None, cancel_futures=True)
 
     def map(self, function: Callable, items: Iterable) -> Iterator[tuple]:
@@ -263,21 +273,27 @@ class _pool:
         rest, running = iter(items), {}
         try:
             while True:
-                for item in rest:
+                for item in itertools.islice(rest, 2 * self.workers + 1 - len(running)):
                     running[self.executor.submit(function, item)] = item
-                    if len(running) > 2 * self.workers:
-                        break
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
+                if self.stop():
+                    raise _Stopped
         except BrokenProcessPool:
-            raise OutOfMemoryError(
-                "render: a rendering process was killed; run it again with fewer --workers"
-            ) from None
+            message = "render: a rendering process was killed, perhaps for its memory; run again with fewer --workers"
+            raise OutOfMemoryError(message) from None
 
 
 def _start(kind: str) -> None:
     global _renderer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _renderer = make_renderer(kind)
+
+
+def _leave_with_parent() -> None:
+    """A parent that was killed cannot end its processes, and they would wait for work for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

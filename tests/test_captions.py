@@ -1,0 +1,119 @@
+"""Words: colours from pixels, nouns, articles, plurals, variants."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mvdream_fast.data import captions as C
+
+
+@pytest.mark.parametrize("name", C.TARGETS)
+@pytest.mark.parametrize("light", [0.85, 1.0, 1.1])
+def test_what_is_painted_in_a_colour_is_named_so(name, light):
+    rgb = np.clip(np.array(C.TARGETS[name]) * light, 0, 1)
+    assert C.NAMES[C.colour_names(rgb)[0]] == name
+
+
+@pytest.mark.parametrize(
+    ("rgb", "name"),
+    [
+        ((255, 0, 0), "red"), ((128, 0, 0), "red"), ((0, 128, 0), "green"), ((0, 0, 128), "blue"),
+        ((255, 255, 0), "yellow"), ((255, 165, 0), "orange"), ((128, 0, 128), "purple"), ((255, 192, 203), "pink"),
+        ((139, 69, 19), "brown"), ((245, 222, 179), "beige"), ((210, 180, 140), "beige"), ((128, 128, 128), "gray"),
+        ((255, 255, 255), "white"), ((0, 0, 0), "black"), ((30, 30, 34), "black"), ((0, 128, 128), "blue"),
+        ((85, 107, 47), "green"), ((255, 105, 180), "pink"), ((240, 240, 245), "white"),
+    ],
+)  # fmt: skip
+def test_colours_have_their_common_names(rgb, name):
+    assert C.NAMES[C.colour_names(np.array(rgb) / 255)[0]] == name
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=50))
+@settings(max_examples=100, deadline=None)
+def test_every_colour_has_one_name_and_shares_sum_to_one(rgb):
+    table = C.shares(np.array(rgb))
+    assert sum(table.values()) == pytest.approx(1)
+    assert list(table.values()) == sorted(table.values(), reverse=True)
+    assert 1 <= len(C.mentioned(table)) <= 2
+
+
+def test_at_most_two_colours_and_only_large_ones():
+    assert C.mentioned({"red": 0.5, "blue": 0.3, "green": 0.2}) == ("red", "blue")
+    assert C.mentioned({"red": 0.8, "blue": 0.2}) == ("red",)
+    assert C.mentioned({"red": 0.21, "blue": 0.2, "green": 0.2, "pink": 0.2, "brown": 0.19}) == ("red",)
+    assert C.mentioned({}) == ()
+
+
+def test_bright_colours_count_more_than_dull_ones():
+    assert C.mentioned({"black": 0.5, "gray": 0.3, "yellow": 0.2}) == ("black", "yellow")
+
+
+@pytest.mark.parametrize(
+    ("name", "noun"),
+    [
+        ("Female", "woman"), ("Sitting male", "sitting man"), ("Hashtray", "ashtray"), ("Trunck", "trunk"),
+        ("Short", "shorts"), ("Little bank", "small bench"), ("Mocassin", "moccasin"), ("Bill 20€", "banknote"),
+        ("Yamaha YZR R6", "motorbike"), ("VW new beetle", "beetle car"), ("Apple iMac 1998", "computer"),
+        ("Square type E plug", "wall outlet"), ("Double French window 3 panes", "double french window"),
+        ("Frame Hôi An", "picture frame"), ("Table", "table"), ("car 02", "car"), ("123", "object"), ("", "object"),
+        ("Teddy\x00 bear\n", "teddy bear"),
+    ],
+)  # fmt: skip
+def test_nouns(name, noun):
+    assert C.noun(name) == noun
+
+
+@pytest.mark.parametrize(
+    ("colours", "name", "expected"),
+    [
+        (("red",), "chair", "a red chair"),
+        (("orange", "white"), "sofa", "an orange and white sofa"),
+        ((), "armchair", "an armchair"),
+        ((), "urinal", "a urinal"),
+        ((), "umbrella", "an umbrella"),
+        ((), "utensil", "a utensil"),
+        ((), "suv", "an suv"),
+        (("red",), "tulips", "red tulips"),
+        (("white", "green"), "tulips", "white and green tulips"),
+        ((), "keys", "keys"),
+        ((), "bus", "a bus"),
+        ((), "beer glass", "a beer glass"),
+        ((), "cactus", "a cactus"),
+        (("brown",), "bread", "brown bread"),
+        (("white",), "white lily", "a white lily"),
+        (("red",), "chair with cushions", "a red chair with cushions"),
+        (("black",), "pool table", "a black pool table"),
+    ],
+)
+def test_captions(colours, name, expected):
+    assert C.caption(colours, name) == expected
+
+
+def test_variants_are_other_true_captions():
+    texts = C.variants(("red", "white"), "chair", "wooden", ("seat", "chair", "office"))
+    assert texts == [
+        "a chair", "a red chair", "a red and white wooden chair", "a wooden chair",
+        "a red and white chair, seat", "a red and white chair, office",
+    ]  # fmt: skip
+    assert C.caption(("red",), "wooden bench", "wooden") == "a red wooden bench"
+    assert C.caption((), "glass table", "glass") == "a glass table"
+
+
+def test_material_needs_more_than_half():
+    assert C.material_word([("Wood_01", 0.4), ("oak leg", 0.2), ("Chrome", 0.4)]) == "wooden"
+    assert C.material_word([("Wood_01", 0.5), ("Chrome", 0.5)]) is None
+    assert C.material_word([]) is None
+
+
+def test_tags_without_placeholders():
+    assert C.usable_tags(("Blend Swap", "Seat", "16", "Adjustable"), "Office") == ("seat", "office")
+
+
+@given(st.text(max_size=500))
+@settings(max_examples=200, deadline=None)
+def test_clean_text_is_printable(text):
+    out = C.clean(text)
+    assert out == out.strip()
+    assert len(out) <= 300
+    assert out.isprintable()
