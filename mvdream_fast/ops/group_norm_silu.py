@@ -99,6 +99,8 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb
     """Under torch's own autograd."""
     wide = torch.promote_types(x.dtype, torch.float32)
     u = _add(x, emb, wide)
+    if not x.numel():
+        return (u + (weight + bias)[:, None, None]).to(x.dtype)  # zero-size, and still a function of all of them
     y = F.group_norm(u, n_groups, weight.to(wide), bias.to(wide), eps)
     return (F.silu(y) if silu else y).to(x.dtype)
 

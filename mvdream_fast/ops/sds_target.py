@@ -145,7 +145,9 @@ def _to_x0(x_t: Tensor, out: Tensor, abar: Tensor, prediction: str) -> Tensor:
 
 def _scene_std(x: Tensor, n_views: int) -> Tensor:
     """[B*V, C, h, w] -> [B*V, 1, 1, 1]: unbiased, over all values of the image's scene."""
-    std = x.reshape(x.shape[0] // n_views, n_views * x[0].numel() if len(x) else 0).std(dim=1)
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[0], 1, 1, 1)
+    std = x.reshape(x.shape[0] // n_views, -1).std(dim=1)
     return std.repeat_interleave(n_views)[:, None, None, None]
 
 

@@ -81,12 +81,13 @@ def camera_embedding(camera: Tensor, camera_mlp: MLP) -> Tensor:
     return _mlp(camera.to(camera_mlp.w0.dtype), camera_mlp)
 
 
-def sinusoid(t: Tensor, width: int) -> Tensor:
-    """[B*V] -> [B*V, width] float32: cosines, then sines, of t * 10000^(-i / (width / 2))."""
+def sinusoid(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B*V] -> [B*V, width]: cosines, then sines, of t * 10000^(-i / (width / 2)), computed at least in float32."""
     half = width // 2
-    i = torch.arange(half, device=t.device, dtype=torch.float32)
-    angles = t.float()[:, None] * torch.exp(i * (-math.log(MAX_PERIOD) / half))
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    wide = torch.promote_types(dtype, torch.float32)
+    i = torch.arange(half, device=t.device, dtype=wide)
+    angles = t.to(wide)[:, None] * torch.exp(i * (-math.log(MAX_PERIOD) / half))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
 def time_camera_embedding_ref(
@@ -101,7 +102,7 @@ def time_camera_embedding_ref(
 ) -> Tensor:
     """time_camera_embedding in plain torch; any device, differentiable."""
     dtype = projections_weight.dtype
-    emb = _mlp(sinusoid(t, time_mlp.w0.shape[1]).to(dtype), time_mlp)
+    emb = _mlp(sinusoid(t, time_mlp.w0.shape[1], dtype), time_mlp)
     if camera is not None:
         emb = emb + _mlp(camera.to(dtype), camera_mlp)
     if camera_embedding is not None:
@@ -118,7 +119,7 @@ def _forward_cpu(
     t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The projections, and what the backward needs: emb and the hidden layers of both MLPs before their SiLU."""
-    hidden_t = F.linear(sinusoid(t, w0.shape[1]).to(weight.dtype), w0, b0)
+    hidden_t = F.linear(sinusoid(t, w0.shape[1], weight.dtype), w0, b0)
     emb = F.linear(F.silu(hidden_t), w2, b2)
     hidden_c = None
     if camera is not None:
@@ -134,7 +135,7 @@ def _backward_cpu(
 ) -> dict[str, Tensor | tuple[Tensor, ...]]:
     """Gradients by name, as `kernels.time_camera_embedding.backward` gives them."""
     d_emb = (d_out @ weight) * _d_silu(emb)
-    wave = sinusoid(t, time_mlp[0].shape[1]).to(weight.dtype)
+    wave = sinusoid(t, time_mlp[0].shape[1], weight.dtype)
     d_hidden = (d_emb @ time_mlp[2]) * _d_silu(hidden_t)
     grads = {"weight": d_out.t() @ F.silu(emb), "bias": d_out.sum(0), "emb": d_emb}
     grads["time_mlp"] = (d_hidden.t() @ wave, d_hidden.sum(0), d_emb.t() @ F.silu(hidden_t), d_emb.sum(0))
