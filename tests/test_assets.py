@@ -1,6 +1,7 @@
 """Reading meshes: formats, axes, materials, caps, and damaged files that may only raise MeshError."""
 
 import json
+import struct
 import zipfile
 
 import numpy as np
@@ -144,6 +145,37 @@ def test_junk_is_a_mesh_error(tmp_path, suffix, content):
     path.write_bytes(content)
     with pytest.raises(MeshError, match=f"junk.{suffix}"):
         load_mesh(path).normalised()
+
+
+def small_glb(**changes) -> bytes:
+    """One triangle, with parts of its JSON replaced."""
+    tree = {
+        "asset": {"version": "2.0"},
+        "buffers": [{"byteLength": 36}],
+        "bufferViews": [{"buffer": 0, "byteLength": 36}],
+        "accessors": [{"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}],
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}],
+        "nodes": [{"mesh": 0}],
+        "scenes": [{"nodes": [0]}],
+    }
+    text = json.dumps(tree | changes).encode()
+    text += b" " * (-len(text) % 4)
+    blob = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0)], "<f4").tobytes()
+    size = struct.pack("<II", 2, 12 + 8 + len(text) + 8 + len(blob))
+    return (
+        b"glTF" + size + struct.pack("<I", len(text)) + b"JSON" + text + struct.pack("<I", len(blob)) + b"BIN\0" + blob
+    )
+
+
+def test_a_small_file_cannot_promise_the_world():
+    assert load_mesh(small_glb(), "glb").n_faces == 1
+    endless = {"componentType": 5126, "count": 4_000_000_000, "type": "VEC3"}
+    with pytest.raises(MeshError, match="promises 4000000000 values"):
+        load_mesh(small_glb(accessors=[endless]), "glb")
+    with pytest.raises(MeshError, match="promises 200000 nodes"):
+        load_mesh(small_glb(nodes=[{"mesh": 0}] * 200_000, scenes=[{"nodes": list(range(200_000))}]), "glb")
+    with pytest.raises(MeshError):
+        load_mesh(b'{"asset":' * 200_000, "gltf")
 
 
 def test_mutated_files_raise_nothing_else(tmp_path):

@@ -4,6 +4,7 @@ Here: reading a file under caps, normalising, recolouring. Not here: catalogues 
 """
 
 import io
+import json
 import os
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ from mvdream_fast.errors import InputFileError
 FORMATS = ("glb", "gltf", "obj", "dae", "ply", "stl", "3mf", "off")
 MAX_FILE_BYTES = 256 << 20
 MAX_FACES = 1_000_000
+MAX_VALUES, MAX_NODES = 20_000_000, 5_000  # of a glTF
 MAX_TEXTURE_PIXELS = 8192 * 8192
 TEXTURE_SIZE = 512
 CREASE_COSINE = 0.7  # edges sharper than 45 degrees stay sharp
@@ -105,20 +107,27 @@ def load_mesh(source: Path | bytes, file_type: str | None = None, siblings: Mapp
         raise MeshError(f"{name}: the format must be one of {', '.join(FORMATS)}")
     try:
         content = _read(source, name)
-        _check_archive(content, name)
+        _check_archive(content)
+        _check_gltf(content, file_type)
         scene = _parse(content, file_type, siblings if siblings is not None else _Folder(source))
-        parts = [part for part in map(_part, _flatten(scene)) if part is not None]
+        instances = list(_flatten(scene))
+        _check_faces(sum(len(geometry.faces) for geometry, _ in instances))
+        parts = [part for part in map(_part, instances) if part is not None]
     except MeshError as error:
         raise MeshError(str(error) if name in str(error) else f"{name}: {error}") from None
     except Exception as error:
         # A damaged file reaches a zoo of exceptions in the parsers: the user needs one sentence with the file's name.
         raise MeshError(f"{name}: not a readable {file_type} mesh ({type(error).__name__}: {error})") from None
-    n_faces = sum(len(part.faces) for part in parts)
-    if not n_faces:
-        raise MeshError(f"{name}: the mesh has no triangles")
-    if n_faces > MAX_FACES:
-        raise MeshError(f"{name}: the mesh has {n_faces} faces, at most {MAX_FACES} are taken; decimate it first")
+    if not parts:
+        raise MeshError(f"{name}: all of the mesh is invisible")
     return Mesh(tuple(parts)).rotated(WORLD_FROM_GLTF)
+
+
+def _check_faces(n_faces: int) -> None:
+    if not n_faces:
+        raise MeshError("the mesh has no triangles")
+    if n_faces > MAX_FACES:
+        raise MeshError(f"the mesh has {n_faces} faces, at most {MAX_FACES} are taken; decimate it first")
 
 
 class _Folder(Mapping):
@@ -147,13 +156,27 @@ def _read(source: Path | bytes, name: str) -> bytes:
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
-def _check_archive(content: bytes, name: str) -> None:
+def _check_archive(content: bytes) -> None:
     """A 3MF is a zip: its unpacked size is capped as well."""
     if content[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             total = sum(info.file_size for info in archive.infolist())
         if total > MAX_FILE_BYTES:
-            raise MeshError(f"{name}: unpacks to {total >> 20} MB, at most {MAX_FILE_BYTES >> 20} are taken")
+            raise MeshError(f"unpacks to {total >> 20} MB, at most {MAX_FILE_BYTES >> 20} are taken")
+
+
+def _check_gltf(content: bytes, file_type: str) -> None:
+    """Counts that a small glTF can promise and that would cost minutes or gigabytes before anything else objects."""
+    if file_type == "glb":
+        length = int.from_bytes(content[12:16], "little")
+        content = content[20 : 20 + length]
+    elif file_type != "gltf":
+        return
+    tree = json.loads(content)
+    promised = sum(int(accessor.get("count", 0)) for accessor in tree.get("accessors", []))
+    for what, number, most in (("values", promised, MAX_VALUES), ("nodes", len(tree.get("nodes", [])), MAX_NODES)):
+        if number > most:
+            raise MeshError(f"promises {number} {what}, at most {most} are taken")
 
 
 def _parse(content: bytes, file_type: str, siblings: Mapping[str, bytes]):
@@ -224,9 +247,8 @@ def _part(item) -> Part | None:
         rotation = np.linalg.inv(linear).T if abs(np.linalg.det(linear)) > 1e-12 else np.eye(3)
         normals = _unit(np.nan_to_num(np.asarray(geometry.vertex_normals, np.float64)) @ rotation.T)
     else:
-        normals, corners = _creased(positions, faces), faces.reshape(-1)
+        normals, corners, faces = _welded(_creased(positions, faces), faces)
         positions, colours, uv = positions[corners], colours[corners], uv[corners]
-        faces = np.arange(len(corners), dtype=np.int32).reshape(-1, 3)
     return Part(
         positions.astype(np.float32), normals.astype(np.float32), uv, colours.copy(), faces, opacity, texture, name
     )
@@ -247,6 +269,14 @@ def _creased(positions: np.ndarray, faces: np.ndarray) -> np.ndarray:
     corner, weight = corner[near], area[other[near] // 3]
     total = np.stack([np.bincount(corner, weight[:, k], faces.size) for k in range(3)], 1)
     return np.where((total**2).sum(1, keepdims=True) > 0, _unit(total), np.repeat(unit, 3, axis=0))
+
+
+def _welded(normals: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Joins corners of a vertex that have the same normal: normals [K, 3], their vertices [K], new faces [M, 3]."""
+    steps = np.round(normals * 1000).astype(np.int64) + 1024
+    key = ((faces.reshape(-1).astype(np.int64) << 33) | (steps[:, 0] << 22) | (steps[:, 1] << 11)) + steps[:, 2]
+    _, first, index = np.unique(key, return_index=True, return_inverse=True)
+    return normals[first], faces.reshape(-1)[first], index.reshape(-1, 3).astype(np.int32)
 
 
 def _neighbours(faces: np.ndarray, n_vertices: int) -> tuple[np.ndarray, np.ndarray]:
