@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -111,43 +112,68 @@ def _config(size: str):
 def _sampler(size: str, name: str):
     """A function of the steps and a callback; diffusers and our package are imported in every process alike."""
     import torch
-    from reference.diffusers_unet import RegroupProcessor, add_camera, diffusers_unet, load_ldm
+    from reference.diffusers_unet import RegroupProcessor, add_camera, diffusers_unet, to_diffusers
 
     from mvdream_fast.camera import get_camera
     from mvdream_fast.models.unet import MultiViewUNet
+    from mvdream_fast.ops import MLP, camera_embedding
     from mvdream_fast.sampler import ddim_sample
     from mvdream_fast.schedule import NoiseSchedule
 
     config, side, n_tokens, schedule_config = _config(size)
-    torch.manual_seed(0)
-    unet = MultiViewUNet(config).requires_grad_(False)
-    for p in unet.parameters():  # a fresh model is zero in places; a trained one is not
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.02)
+    with torch.device("meta"):
+        unet = MultiViewUNet(config)
+        shapes = {key: p.shape for key, p in unet.named_parameters()}
+        theirs = diffusers_unet(config, side) if name != "ours" else None
     schedule = NoiseSchedule.from_config(schedule_config)
+    torch.manual_seed(0)
     noise = torch.randn(N_VIEWS, config.in_channels, side, side)
     text = torch.randn(2, n_tokens, config.context_dim)
     camera = get_camera(N_VIEWS)
     if name == "ours":
+        _fill(unet, shapes, {key: key for key in shapes})
         prepared = unet.prepare_context(text)
 
         def model(latents, t):  # the sampler gives [uncond; cond], whose latents are the same
             return unet(latents[:N_VIEWS], t, prepared, camera, N_VIEWS, n_prompts=len(latents) // N_VIEWS)
 
     else:
-        theirs = diffusers_unet(config, side).requires_grad_(False)
-        load_ldm(theirs, unet.state_dict(), config)
+        _fill(theirs, shapes, to_diffusers(shapes, config))
         theirs.set_attn_processor(RegroupProcessor(N_VIEWS))
-        add_camera(theirs, unet.camera_embed(camera.repeat(2, 1)))
+        mlp = MLP(*(_numbers(key, shapes[key]) for key in shapes if key.startswith("camera_embed.")))
+        add_camera(theirs, camera_embedding(camera.repeat(2, 1), mlp))
         layout = getattr(torch, name.split("-")[1].replace("contiguous", "contiguous_format"))
         theirs.to(memory_format=layout)
-        del unet
         wide = text.repeat_interleave(N_VIEWS, 0)
 
         def model(latents, t):
             return theirs(latents.contiguous(memory_format=layout), t, wide, return_dict=False)[0]
 
     return lambda n_steps, tick: ddim_sample(model, noise, schedule, n_steps, GUIDANCE, callback=tick)
+
+
+def _fill(model, shapes: dict, names: dict[str, str]) -> None:
+    """Gives a model on the meta device memory and numbers, one tensor at a time: no second model weighs on the peak."""
+    import torch
+
+    model.to_empty(device="cpu").requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for ours, name in names.items():
+            parameters.pop(name).copy_(_numbers(ours, shapes[ours]))
+    if parameters:
+        raise RuntimeError(f"no numbers for {', '.join(parameters)}")
+
+
+def _numbers(name: str, shape):
+    """A parameter's values, from its LDM name alone: a trained model's sizes, nowhere zero as a fresh one is."""
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    values = torch.randn(shape, generator=generator)
+    return values.mul_(values[0].numel() ** -0.5 if len(shape) > 1 else 0.1).add_(
+        float(len(shape) == 1 and name.endswith("weight"))
+    )
 
 
 def _reset_high_water() -> None:

@@ -274,6 +274,34 @@ def test_caches_follow_the_camera_and_the_text(small):
     torch.testing.assert_close(small(latents, t, prepared, camera, 2), expected, **EXACT)
 
 
+@torch.no_grad()
+def test_caches_tell_views_of_one_tensor_apart(small):
+    latents, t, context, camera = inputs(SMALL, 2, 2)
+    small(latents, t, context, camera, 2)
+    expected = small(latents[:2], t[:2], context[:1], camera[:2].clone(), 2)
+    torch.testing.assert_close(small(latents[:2], t[:2], context[:1], camera[:2], 2), expected, **EXACT)
+
+
+@torch.no_grad()
+def test_a_switched_adapter_is_not_hidden_by_a_prepared_context():
+    class Scaled(nn.Linear):
+        scale = 1.0
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    unet = randomised(SMALL)
+    for block in unet._text_blocks():
+        block.attn2.to_v.__class__ = Scaled
+    latents, t, context, camera = inputs(SMALL, 1, 2)
+    prepared = unet.prepare_context(context)
+    before = unet(latents, t, prepared, camera, 2)
+    Scaled.scale = 3.0
+    expected = unet(latents, t, context, camera, 2)
+    assert (before - expected).abs().max() > 1e-2
+    torch.testing.assert_close(unet(latents, t, prepared, camera, 2), expected, **EXACT)
+
+
 def test_a_prepared_context_does_not_cut_gradients(small):
     latents, t, context, camera = inputs(SMALL, 1, 2)
     expected = gradients(small, small(latents, t, context, camera, 2))

@@ -36,7 +36,7 @@ class TextContext:
 
     context: Tensor
     pairs: tuple[KeysValues, ...] = field(repr=False)
-    made_from: tuple = field(repr=False)
+    made_from: "_Snapshot" = field(repr=False)
 
 
 class MultiViewUNet(nn.Module):
@@ -170,21 +170,21 @@ class MultiViewUNet(nn.Module):
         Once per prompt: they depend on neither the step nor the view. No gradient flows through them.
         """
         pairs = tuple(block.attn2.keys_values(context) for block in self._text_blocks())
-        return TextContext(context, pairs, self._text_state(context))
+        return TextContext(context, pairs, _Snapshot(self._text_sources(context)))
 
     def _text_blocks(self) -> list[nn.Module]:
         return [transformer.transformer_blocks[0] for transformer in self._transformers]
 
-    def _text_state(self, context: Tensor) -> tuple | None:
-        weights = [
-            p for block in self._text_blocks() for m in (block.attn2.to_k, block.attn2.to_v) for p in m.parameters()
-        ]
-        return _state([context, *weights])
+    def _text_sources(self, context: Tensor) -> list[Tensor] | None:
+        """All that text keys and values depend on; None with an adapter around, which may be switched unseen."""
+        projections = [m for block in self._text_blocks() for m in (block.attn2.to_k, block.attn2.to_v)]
+        plain = all(type(m) is nn.Linear for m in projections)
+        return [context, *(m.weight for m in projections)] if plain else None
 
     def _prepared_pairs(self, prepared: TextContext | None) -> tuple[KeysValues | None, ...]:
         """The prepared keys and values of each transformer; None each where they do not hold (any more)."""
-        held = prepared is not None and prepared.made_from is not None and not torch.is_grad_enabled()
-        if held and self._text_state(prepared.context) == prepared.made_from:
+        asked = prepared is not None and not torch.is_grad_enabled()
+        if asked and prepared.made_from.holds(self._text_sources(prepared.context)):
             return prepared.pairs
         return (None,) * len(self._transformers)
 
@@ -197,13 +197,12 @@ class MultiViewUNet(nn.Module):
         """[B*V, E]; kept for the next call with the same, unchanged camera tensor when nothing is differentiated."""
         if camera is None or self.config.camera_in == "none":
             return None
-        state = None if torch.is_grad_enabled() else _state([camera, *self.camera_embed.parameters()])
-        if state is not None and self._camera_cache is not None and self._camera_cache[0] == state:
-            return self._camera_cache[2]
-        emb = camera_embedding(camera, _weights(self.camera_embed))
-        # The camera is kept alive with its result: another tensor cannot take its address and pass for it.
-        self._camera_cache = None if state is None else (state, camera, emb)
-        return emb
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return camera_embedding(camera, _weights(self.camera_embed))
+        sources = [camera, *self.camera_embed.parameters()]
+        if self._camera_cache is None or not self._camera_cache[0].holds(sources):
+            self._camera_cache = _Snapshot(sources), camera_embedding(camera, _weights(self.camera_embed))
+        return self._camera_cache[1]
 
     def _conditions(
         self, t: Tensor, batch: int, context: Tensor, camera: Tensor | None, n_views: int, n_prompts: int
@@ -310,10 +309,24 @@ def _weights(mlp: nn.Sequential) -> MLP:
     return MLP(mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
 
 
-def _state(tensors: list[Tensor]) -> tuple | None:
-    """Equal as long as these tensors live where they did and were not written to; None where that cannot be told."""
-    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, nn.Parameter) or x.is_inference() for x in tensors):
+class _Snapshot:
+    """What a cached result was made from: which tensors, seen how, at which version of their contents."""
+
+    def __init__(self, tensors: list[Tensor] | None):
+        self.key = _key(tensors)
+        # Kept alive, so that a new tensor cannot take an old one's address and pass for it.
+        self.alive = None if self.key is None else [x.detach() for x in tensors]
+
+    def holds(self, tensors: list[Tensor] | None) -> bool:
+        return self.key is not None and self.key == _key(tensors)
+
+
+def _key(tensors: list[Tensor] | None) -> tuple | None:
+    """Equal as long as the tensors were not replaced or written to; None where that cannot be told."""
+    if torch.compiler.is_compiling() or tensors is None:
+        return None
+    if any(type(x) not in (Tensor, nn.Parameter) or x.is_inference() for x in tensors):
         return None
     device = tensors[0].device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return (cast, *((x.data_ptr(), x._version) for x in tensors))
+    return (cast, *((x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors))
