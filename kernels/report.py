@@ -150,9 +150,8 @@ def workloads() -> Iterator[Workload]:
     yield Workload("attention d64", False, attention(main, camera=False))
     yield Workload("attention d64 camera", True, attention(main, camera=True))
     yield Workload("attention d64 bf16", False, attention(main, dtype="bfloat16", camera=False))
-    yield Workload("attention d64 odd", False, attention((16, 4, 1000, 5, 64), camera=True))
-    yield Workload("attention d64 strided", False, attention(main, camera=True, flat=False))
-    for width in (16, 40, 80, 160):  # padded to 16, 64, 128, 256
+    yield Workload("attention d40 odd strided", False, attention((16, 4, 1000, 5, 40), camera=True, flat=False))
+    for width in (16, 80, 160):  # padded to 16, 128, 256
         yield Workload(f"attention d{width}", False, attention((16, 4, 1024, 5, width), camera=True))
     for width in (64, 128, 256):
         shape = (16, 4, 1024, 5, width)
@@ -161,7 +160,6 @@ def workloads() -> Iterator[Workload]:
     yield Workload("group_norm 320 nhwc", True, group_norm((16, 320, 32, 32), "float16", True))
     yield Workload("group_norm 1280 nhwc", False, group_norm((16, 1280, 8, 8), "float16", True))
     yield Workload("group_norm 320 nchw", False, group_norm((16, 320, 32, 32), "float16", False))
-    yield Workload("group_norm 320 float32", False, group_norm((16, 320, 32, 32), "float32", True))
     yield Workload("geglu", True, geglu(16 * 1024, 1280, "float16"))
     yield Workload("geglu float32", False, geglu(16 * 1024, 1280, "float32"))
     yield Workload("sds", True, sds("float32"))

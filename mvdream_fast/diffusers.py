@@ -1,0 +1,85 @@
+"""Multi-view attention for any UNet of diffusers: `unet.set_attn_processor(CrossViewAttnProcessor(n_views=4))`.
+
+It imports no diffusers: a processor is a plain callable. Loading and converting weights live in models/checkpoint.py.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvdream_fast.ops import cross_view_attention
+
+
+class CrossViewAttnProcessor:
+    """Lets every self-attention of a UNet attend over all views of a scene; attention to text stays within a view.
+
+    Views are the fastest batch index: images 0 to V-1 belong to the first scene. With `n_views=1` it is diffusers' own
+    attention. It has no weights, so a checkpoint fits with or without it.
+    """
+
+    def __init__(self, n_views: int):
+        if n_views < 1:
+            raise ValueError(f"CrossViewAttnProcessor: n_views must be at least 1, got {n_views}; 1 is the 2D mode")
+        self.n_views = n_views
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
+        """[B*V, N, C] or [B*V, C, h, w] -> the same; `attn` is diffusers' Attention, which owns the weights.
+
+        Raises:
+            ValueError: a mask on self-attention, or a batch that n_views does not divide.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            if attention_mask is not None:
+                raise ValueError(
+                    "CrossViewAttnProcessor: attention_mask must be None for self-attention, got a mask; "
+                    "all tokens of all views attend to each other"
+                )
+            q, k, v = (_heads(attn, linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+            out = cross_view_attention(*_normed(attn, q, k), v, self.n_views, scale=attn.scale)
+        else:
+            out = _to_text(attn, hidden_states, encoder_hidden_states, attention_mask)
+        out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
+        if image_shape is not None:
+            out = out.transpose(1, 2).reshape(image_shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+
+def _to_text(attn: nn.Module, hidden_states: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    """[B*V, N, H, D]: each image attends to its own row of text."""
+    if attn.norm_cross:
+        text = attn.norm_encoder_hidden_states(text)
+    q, k, v = (_heads(attn, x) for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)))
+    q, k = _normed(attn, q, k)
+    if mask is not None:
+        mask = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])
+        mask = mask.view(text.shape[0], attn.heads, -1, mask.shape[-1])
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=attn.scale).transpose(1, 2)
+
+
+def _heads(attn: nn.Module, x: Tensor) -> Tensor:
+    """[B*V, N, H*D] -> [B*V, N, H, D]"""
+    return x.unflatten(2, (attn.heads, -1))
+
+
+def _normed(attn: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of queries and keys that some checkpoints have."""
+    return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k)

@@ -1,0 +1,103 @@
+"""CrossViewAttnProcessor in a real diffusers UNet, against a processor that regroups views around diffusers' own."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from mvdream_fast.diffusers import CrossViewAttnProcessor
+
+
+class Regrouping:
+    """diffusers' attention on the tokens of all views laid end to end: the independent reference."""
+
+    def __init__(self, n_views):
+        self.n_views, self.plain = n_views, AttnProcessor2_0()
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
+        if encoder_hidden_states is not None:
+            return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        images, tokens, width = hidden_states.shape
+        rows = hidden_states.reshape(images // self.n_views, self.n_views * tokens, width)
+        return self.plain(attn, rows, None, attention_mask, temb).reshape(images, tokens, width)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def step(unet, processor, text_mask=None):
+    """The UNet's output for two scenes of four views, and every gradient."""
+    unet.set_attn_processor(processor)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(8, 4, 8, 8, generator=generator).requires_grad_()
+    text = torch.randn(8, 5, 12, generator=generator).requires_grad_()
+    out = unet(latents, 7, text, encoder_attention_mask=text_mask).sample
+    d_out = torch.randn(out.shape, generator=generator)
+    wanted = [latents, text, *unet.parameters()]
+    return out, torch.autograd.grad(out, wanted, d_out)
+
+
+@pytest.mark.parametrize("n_views", [1, 2, 4, 8])
+def test_matches_regrouping_around_diffusers_own_attention(unet, n_views):
+    out, grads = step(unet, CrossViewAttnProcessor(n_views))
+    expected, expected_grads = step(unet, Regrouping(n_views))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for g, e in zip(grads, expected_grads):
+        torch.testing.assert_close(g, e, atol=2e-5, rtol=1e-4)  # sums over all tokens of the weights' gradients
+
+
+def test_one_view_is_diffusers_itself_and_four_views_see_each_other(unet):
+    plain, _ = step(unet, AttnProcessor2_0())
+    torch.testing.assert_close(step(unet, CrossViewAttnProcessor(1))[0], plain, atol=1e-5, rtol=1e-5)
+    assert (step(unet, CrossViewAttnProcessor(4))[0] - plain).abs().max() > 1e-3
+
+
+def test_a_text_mask_is_obeyed(unet):
+    mask = torch.tensor([[1, 1, 1, 0, 0]] * 8)
+    out, _ = step(unet, CrossViewAttnProcessor(4), mask)
+    torch.testing.assert_close(out, step(unet, Regrouping(4), mask)[0], atol=1e-5, rtol=1e-5)
+    assert (out - step(unet, CrossViewAttnProcessor(4))[0]).abs().max() > 1e-4
+
+
+def test_image_shaped_input_with_a_group_norm_and_a_residual():
+    torch.manual_seed(0)
+    attn = Attention(16, heads=2, dim_head=8, norm_num_groups=4, residual_connection=True, rescale_output_factor=2.0)
+    x = torch.randn(4, 16, 3, 5)
+    torch.testing.assert_close(CrossViewAttnProcessor(1)(attn, x), AttnProcessor2_0()(attn, x), atol=1e-5, rtol=1e-5)
+
+
+def test_query_and_key_norms():
+    torch.manual_seed(0)
+    attn = Attention(16, heads=2, dim_head=8, qk_norm="layer_norm")
+    x = torch.randn(4, 6, 16)
+    torch.testing.assert_close(CrossViewAttnProcessor(1)(attn, x), AttnProcessor2_0()(attn, x), atol=1e-5, rtol=1e-5)
+
+
+def test_compiles_to_one_graph():
+    torch.manual_seed(0)
+    attn = Attention(16, heads=2, dim_head=8, processor=CrossViewAttnProcessor(2))
+    x = torch.randn(4, 6, 16)
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), attn(x), atol=1e-5, rtol=1e-5)
+
+
+def test_bad_use():
+    attn, x = Attention(16, heads=2, dim_head=8), torch.randn(4, 6, 16)
+    with pytest.raises(ValueError, match="n_views must be at least 1, got 0"):
+        CrossViewAttnProcessor(0)
+    with pytest.raises(ValueError, match="n_views must divide the batch of 4 images, got 3"):
+        CrossViewAttnProcessor(3)(attn, x)
+    with pytest.raises(ValueError, match="attention_mask must be None for self-attention"):
+        CrossViewAttnProcessor(2)(attn, x, attention_mask=torch.zeros(4, 1, 6))
