@@ -39,6 +39,12 @@ def command(*args: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=250, **options)
 
 
+def umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -55,6 +61,7 @@ def test_released_file_to_our_folder_is_bit_equal(flat, tmp_path, capsys):
     main(Flags(flat, tmp_path / "own"))
     assert_bit_equal(flat, tmp_path / "own")
     assert open_source(flat).config == open_source(tmp_path / "own").config
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "own").iterdir()} == {0o666 & ~umask()}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{flat}: released flat file, sd21-4view-variant"
     assert lines[1].split() == ["unet", "290", "tensors", "4,263,044", "parameters", "float32", "0.017", "GB"]

@@ -5,6 +5,7 @@ manifest.py.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,4 +241,7 @@ def write_folder(
             del tensors
         if vocabulary:
             (temporary / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-        (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
+        plain = temporary / "config.json"
+        plain.write_text(config.to_json(), encoding="utf-8")
+        for path in temporary.glob("*.safetensors"):  # safetensors makes them readable by the owner alone
+            shutil.copymode(plain, path)
