@@ -311,6 +311,22 @@ def test_output_folders(data, vae_model, tmp_path):
         main(flags(data, tmp_path, stage="vae", resume=True))
 
 
+def test_a_resumed_run_keeps_its_vocabulary(vae_model, tmp_path, capsys):
+    shards, words = tmp_path / "shards", tmp_path / "words.txt"
+    shards.mkdir()
+    write_shard(shards / "train-00000.tar", [make_sample(i) for i in range(2)])
+    words.write_text("a turquoise thing\n")
+    out = tmp_path / "out"
+    main(flags(shards, out, vae=str(vae_model), vocabulary=words, steps=1, sheet_minutes=0.0))
+    assert load_model(out / "model", parts=("text",)).tokenizer.encode("turquoise dragon").unknown == [["dragon"]]
+    dragon = make_sample(2)
+    dragon.meta.update(caption="a turquoise dragon", variants=[])
+    write_shard(shards / "train-00001.tar", [dragon])
+    main(flags(shards, out, vae=str(vae_model), resume=True, steps=2, sheet_minutes=0.0))
+    assert "1 words of the captions are outside the vocabulary: dragon" in capsys.readouterr().out
+    assert load_model(out / "model", parts=("text",)).tokenizer.encode("turquoise").unknown == [[]]
+
+
 def command(*arguments):
     return [sys.executable, "-m", "mvdream_fast.train", *map(str, arguments)]
 
@@ -334,7 +350,7 @@ def test_mistakes_are_one_sentence(tmp_path, arguments, code, text):
 
 def test_sigterm_saves_and_says_143(data, vae_model, tmp_path):
     process = subprocess.Popen(
-        command("--data", data, "-o", tmp_path, "--vae", vae_model, "--steps", 10**6, "--batch-size", 1,
+        command("--data", data, "-o", tmp_path, "--init", vae_model, "--steps", 10**6, "--batch-size", 1,
                 "--threads", 1, "--sheet-minutes", 0),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
