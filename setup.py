@@ -54,6 +54,7 @@ PACKAGES = [
     "mvdream_fast.field",
     "mvdream_fast.kernels",
     "mvdream_fast.models",
+    "mvdream_fast.nerfacc_compat",
     "mvdream_fast.ops",
     "mvdream_fast.weights",
 ]

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cpu/rays.h"
+#include "cpu/scan.h"
 
 namespace py = pybind11;
 
@@ -144,10 +145,57 @@ static void bind_rounds(py::module_& m) {
       NoGil());
 }
 
+static void bind_scan(py::module_& m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<ScanArgs>(m, "ScanArgs")
+      .def(py::init([](Address values, Address packed_info, int64_t n_rays, bool wide, bool product, bool exclusive,
+                       bool reverse, Address out, int n_threads) {
+        return ScanArgs{
+            at<void>(values), at<int64_t>(packed_info), n_rays, wide, product, exclusive, reverse, at<void>(out),
+            n_threads};
+      }));
+  m.def("packed_scan", [](const ScanArgs& args) { MVDREAM_FAST_CPU(packed_scan)(args); }, NoGil());
+  m.def(
+      "packed_product_backward",
+      [](const ScanArgs& args, Address d_out) { MVDREAM_FAST_CPU(packed_product_backward)(args, at<void>(d_out)); },
+      NoGil());
+  m.def(
+      "traverse",
+      [](std::array<Address, 7> inputs, int64_t n_rays, int n_grids, std::array<int, 3> n, float step, float cone,
+         int64_t limit, std::array<Address, 3> counts, std::array<Address, 6> fill, int n_threads) {
+        const TraverseArgs args{at<float>(inputs[0]),
+                                at<float>(inputs[1]),
+                                at<uint8_t>(inputs[2]),
+                                at<float>(inputs[3]),
+                                at<float>(inputs[4]),
+                                at<uint8_t>(inputs[5]),
+                                at<float>(inputs[6]),
+                                n_rays,
+                                n_grids,
+                                {n[0], n[1], n[2]},
+                                step,
+                                cone,
+                                limit,
+                                at<int64_t>(counts[0]),
+                                at<int64_t>(counts[1]),
+                                at<float>(counts[2]),
+                                at<int64_t>(fill[0]),
+                                at<int64_t>(fill[1]),
+                                at<float>(fill[2]),
+                                at<uint8_t>(fill[3]),
+                                at<uint8_t>(fill[4]),
+                                at<float>(fill[5]),
+                                n_threads};
+        MVDREAM_FAST_CPU(traverse)(args);
+      },
+      NoGil());
+}
+
 void bind_render(py::module_& m) {
   bind_march(m);
   bind_composite(m);
   bind_rounds(m);
+  bind_scan(m);
   m.def(
       "update_occupancy",
       [](Address ema, int64_t n_cells, Address values, Address cells, int64_t n_values, float decay, float threshold,

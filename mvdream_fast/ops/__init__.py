@@ -9,6 +9,7 @@ from mvdream_fast.ops.geglu import geglu, geglu_ref
 from mvdream_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from mvdream_fast.ops.hash_encode import HashGrid, hash_encode, hash_encode_ref
 from mvdream_fast.ops.march_rays import Samples, march_rays, march_rays_ref, prune_samples, prune_samples_ref
+from mvdream_fast.ops.packed_scan import packed_scan, packed_scan_ref
 from mvdream_fast.ops.render import render, render_ref
 from mvdream_fast.ops.sds_target import SDSTarget, sds_target, sds_target_ref
 from mvdream_fast.ops.time_camera_embedding import (
@@ -17,6 +18,7 @@ from mvdream_fast.ops.time_camera_embedding import (
     time_camera_embedding,
     time_camera_embedding_ref,
 )
+from mvdream_fast.ops.traverse_grids import Traversed, traverse_grids
 from mvdream_fast.ops.update_occupancy import update_occupancy, update_occupancy_ref
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Rendered",
     "SDSTarget",
     "Samples",
+    "Traversed",
     "camera_embedding",
     "composite",
     "composite_ref",
@@ -43,6 +46,8 @@ __all__ = [
     "hash_encode_ref",
     "march_rays",
     "march_rays_ref",
+    "packed_scan",
+    "packed_scan_ref",
     "prune_samples",
     "prune_samples_ref",
     "render",
@@ -51,6 +56,7 @@ __all__ = [
     "sds_target_ref",
     "time_camera_embedding",
     "time_camera_embedding_ref",
+    "traverse_grids",
     "update_occupancy",
     "update_occupancy_ref",
 ]
