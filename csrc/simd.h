@@ -48,6 +48,7 @@ MVDREAM_FAST_INLINE VecF sqrt(VecF a) {
 // Shuffles that stay within 128 bits, where they cost one instruction. With samples 0..7 in `a`:
 //   zip_low(a, b)  a0 b0 a1 b1 | a4 b4 a5 b5     even(zip_low(a, b), zip_high(a, b)) = a
 //   zip_high(a, b) a2 b2 a3 b3 | a6 b6 a7 b7      odd(zip_low(a, b), zip_high(a, b)) = b
+//   join_low(a, b) a0 a1 b0 b1 | a4 a5 b4 b5      join_high(a, b) a2 a3 b2 b3 | a6 a7 b6 b7
 #if defined(__clang__) || __GNUC__ >= 12
 #define MVDREAM_FAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -67,6 +68,8 @@ MVDREAM_FAST_INLINE VecF zip_low(VecF a, VecF b) { return MVDREAM_FAST_EACH_128(
 MVDREAM_FAST_INLINE VecF zip_high(VecF a, VecF b) { return MVDREAM_FAST_EACH_128(a, b, 2, kLanes + 2, 3, kLanes + 3); }
 MVDREAM_FAST_INLINE VecF even(VecF a, VecF b) { return MVDREAM_FAST_EACH_128(a, b, 0, 2, kLanes, kLanes + 2); }
 MVDREAM_FAST_INLINE VecF odd(VecF a, VecF b) { return MVDREAM_FAST_EACH_128(a, b, 1, 3, kLanes + 1, kLanes + 3); }
+MVDREAM_FAST_INLINE VecF join_low(VecF a, VecF b) { return MVDREAM_FAST_EACH_128(a, b, 0, 1, kLanes, kLanes + 1); }
+MVDREAM_FAST_INLINE VecF join_high(VecF a, VecF b) { return MVDREAM_FAST_EACH_128(a, b, 2, 3, kLanes + 2, kLanes + 3); }
 // The sample behind the pair `slot` of zip_low (slot < kLanes / 2) and zip_high.
 constexpr int zipped_sample(int slot) {
   const int half = slot % (kLanes / 2);
@@ -121,13 +124,14 @@ MVDREAM_FAST_INLINE VecF softplus(VecF x) {
   return max(x, splat(0.0f)) + 2.0f * s * p;
 }
 
-MVDREAM_FAST_INLINE float sum(VecF v) {
-  float s = 0;
-  for (int stride = kLanes / 2; stride >= 1; stride /= 2) {
-    for (int i = 0; i < stride; ++i) v[i] += v[i + stride];
+// The sums over the lanes of four vectors, in the lanes 0..3 of the result.
+MVDREAM_FAST_INLINE VecF sums_of_four(VecF a, VecF b, VecF c, VecF d) {
+  const VecF ab = zip_low(a, b) + zip_high(a, b), cd = zip_low(c, d) + zip_high(c, d);  // a0+a2 b0+b2 a1+a3 b1+b3
+  VecF sum = join_low(ab, cd) + join_high(ab, cd);
+  for (int from = 4; from < kLanes; from += 4) {
+    for (int i = 0; i < 4; ++i) sum[i] += sum[from + i];
   }
-  s = v[0];
-  return s;
+  return sum;
 }
 
 }  // namespace mvdream_fast::MVDREAM_FAST_ISA

@@ -9,6 +9,7 @@
 #include <omp.h>
 #else
 static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
 #endif
 
 namespace mvdream_fast::MVDREAM_FAST_ISA {
@@ -89,6 +90,8 @@ struct Batch {
       n_bad += !load_tile(p, in_tile(n, begin + t), field.to_unit, 0.5f, unit_of(t));
     }
     for (int l = 0; l < field.grid.n_levels; ++l) {
+      fetch_level(field.grid.levels[l], field.grid.n_features, field.table, n_run, omp_get_thread_num(),
+                  omp_get_num_threads());
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < n_run; ++t) {
         float* rows = features_of(t) + l * field.grid.n_features * kTile;
@@ -99,8 +102,15 @@ struct Batch {
     return n_bad;
   }
 
+  // The features of a run outgrow the nearer caches: those of the next tile are called while this one is worked on.
+  void prefetch(int64_t begin, int64_t t) const {
+    if (t >= tiles(begin)) return;
+    for (int i = 0; i < width * kTile; i += 16) __builtin_prefetch(features_of(t) + i);
+  }
+
   // Both networks on tile t of the run that begins at `begin`; raw outputs and hidden layers are left in scratch.
   void networks(int64_t begin, int64_t t, bool with_color, float* own) const {
+    prefetch(begin, t + 1);
     norms(positions + (begin + t) * 3 * kTile, in_tile(n, begin + t), own + Scratch::norm);
     mlp_forward(field.density, features_of(t), own + layout.density, own + Scratch::raw_density);
     add_bias(field, own + Scratch::norm, own + Scratch::raw_density);

@@ -65,28 +65,34 @@ MVDREAM_FAST_INLINE void load_pairs(const float* entries, const uint32_t* index,
   slots[1] = (VecF)high;
 }
 
+// Calls work(s, cells) for every kLanes samples of a tile, with the cells of the next ones located beforehand: indices
+// that were stored a moment ago are slow to load one by one.
+template <bool kHashed, typename Work>
+MVDREAM_FAST_INLINE void for_each_cells(const GridLevel& level, const float* unit, Work work) {
+  Cells cells[2];
+  locate<kHashed>(level, unit, cells[0]);
+  for (int s = 0; s < kTile; s += kLanes) {
+    const int turn = s / kLanes & 1;
+    if (s + kLanes < kTile) locate<kHashed>(level, unit + s + kLanes, cells[1 - turn]);
+    work(s, cells[turn]);
+  }
+}
+
 // Trilinear interpolation of pairs, axis by axis: 7 lerps instead of 8 products of weights.
 template <bool kHashed>
 void encode_pairs(const GridLevel& level, const float* entries, const float* unit, float* features) {
-  for (int s = 0; s < kTile; s += kLanes) {
-    Cells cells;
-    locate<kHashed>(level, unit + s, cells);
+  for_each_cells<kHashed>(level, unit, [&](int s, const Cells& cells) __attribute__((always_inline)) {
     VecF value[8][2];
     for (int corner = 0; corner < 8; ++corner) load_pairs(entries, cells.index[corner], value[corner]);
-    VecF result[2];
-    for (int side = 0; side < 2; ++side) {
-      for (int axis = 0; axis < 3; ++axis) {
-        const VecF f =
-            side ? zip_high(cells.high[axis], cells.high[axis]) : zip_low(cells.high[axis], cells.high[axis]);
-        for (int c = 0; c < 4 >> axis; ++c) {
-          value[c][side] = value[2 * c][side] + f * (value[2 * c + 1][side] - value[2 * c][side]);
-        }
+    for (int axis = 0; axis < 3; ++axis) {
+      const VecF high = cells.high[axis], f[2] = {zip_low(high, high), zip_high(high, high)};
+      for (int c = 0; c < 4 >> axis; ++c) {
+        for (int i = 0; i < 2; ++i) value[c][i] = value[2 * c][i] + f[i] * (value[2 * c + 1][i] - value[2 * c][i]);
       }
-      result[side] = value[0][side];
     }
-    store(features + s, even(result[0], result[1]));
-    store(features + kTile + s, odd(result[0], result[1]));
-  }
+    store(features + s, even(value[0][0], value[0][1]));
+    store(features + kTile + s, odd(value[0][0], value[0][1]));
+  });
 }
 
 template <int F, bool kHashed>
@@ -121,9 +127,7 @@ MVDREAM_FAST_INLINE void add_pair(float* entry, const float* gradient) {
 template <bool kHashed, bool kWhole>
 void scatter_pairs(const GridLevel& level, const float* unit, const float* d_features, uint32_t first, uint32_t last,
                    float* d_entries) {
-  for (int s = 0; s < kTile; s += kLanes) {
-    Cells cells;
-    locate<kHashed>(level, unit + s, cells);
+  for_each_cells<kHashed>(level, unit, [&](int s, const Cells& cells) __attribute__((always_inline)) {
     const VecF d[2] = {load(d_features + s), load(d_features + kTile + s)};
     alignas(64) float gradient[8][2 * kLanes];
     for (int corner = 0; corner < 8; ++corner) {
@@ -139,7 +143,7 @@ void scatter_pairs(const GridLevel& level, const float* unit, const float* d_fea
         }
       }
     }
-  }
+  });
 }
 
 template <int F, bool kHashed>
@@ -233,6 +237,18 @@ void encode_tile(const GridLevel& level, int n_features, const float* table, con
   });
 }
 
+void fetch_level(const GridLevel& level, int n_features, const float* table, int64_t n_tiles, int part, int n_parts) {
+  constexpr int64_t kLine = 16;  // floats
+  const int64_t n_lines = ceil_div(int64_t(level.size) * n_features, kLine);
+  if (n_tiles * kTile * 4 < n_lines) return;
+  const float* entries = table + level.offset * n_features;
+  for (int64_t line = n_lines * part / n_parts; line < n_lines * (part + 1) / n_parts; ++line) {
+    asm volatile(""
+                 :
+                 : "r"(entries[line * kLine]));  // a load, which the stream detectors follow; prefetches they may not
+  }
+}
+
 void scatter_tile(const GridLevel& level, int n_features, const float* unit, const float* d_features, uint32_t first,
                   uint32_t last, float* d_table) {
   float* d_entries = d_table + level.offset * n_features;
@@ -287,6 +303,7 @@ void scatter_run(const HashGrid& grid, int64_t n_tiles, const float* unit, const
     const GridLevel& level = grid.levels[l];
     const uint32_t first = uint64_t(level.size) * (task % n_parts) / n_parts;
     const uint32_t last = uint64_t(level.size) * (task % n_parts + 1) / n_parts;
+    fetch_level(level, grid.n_features, d_table, n_tiles, task % n_parts, n_parts);
     for (int64_t t = 0; t < n_tiles; ++t) {
       const float* d = d_features + (t * width + l * grid.n_features) * kTile;
       scatter_tile(level, grid.n_features, unit + t * 3 * kTile, d, first, last, d_table);
