@@ -42,7 +42,7 @@ def load_tile(
     cols = tl.arange(0, BLOCK_D)
     inside = (rows < views * tokens)[:, None] & (cols < D)[None, :]
     pointers = x + token_offsets(scene, rows, views, tokens, strides, FLAT)[:, None] + head * strides[2]
-    pointers += cols[None, :] * strides[3]
+    pointers += cols.to(tl.int64)[None, :] * strides[3]
     if EVEN:
         tile = tl.load(pointers)
     else:
@@ -50,7 +50,7 @@ def load_tile(
     if CAMERA:
         image = scene * views + rows // tokens
         vectors = camera + image[:, None] * camera_strides[0] + head * camera_strides[1]
-        vectors += cols[None, :] * camera_strides[2]
+        vectors += cols.to(tl.int64)[None, :] * camera_strides[2]
         tile = (tile.to(tl.float32) + tl.load(vectors, mask=inside, other=0.0).to(tl.float32)).to(tile.dtype)
     return tile
 
