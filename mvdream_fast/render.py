@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mvdream_fast import cli
-from mvdream_fast.errors import ArgumentError
+from mvdream_fast.errors import ArgumentError, InputFileError
 
 SIZES = (64, 512)
 ORBITS = {"embedded": (2, 3), "paper": (2, 0)}
@@ -69,6 +69,8 @@ def main(args: Flags) -> None:
         cli.fail("render", "stopped; the same command goes on from the finished shards", interrupt.exit_code)
     rendering.write_summary(args.out, result)
     _report(args.out, result)
+    if not result.shards:
+        raise InputFileError(f"none of the {len(entries)} assets of {args.source} can be rendered; reasons above")
     if args.sheet and result.shards:
         print(f"sheet: {sheet.write_sheet(args.out)}")
 
@@ -76,15 +78,15 @@ def main(args: Flags) -> None:
 def _check(args: Flags) -> None:
     low, high = SIZES
     if not low <= args.size <= high:
-        raise ArgumentError(f"render: --size must be {low} to {high}, got {args.size}")
+        raise ArgumentError(f"--size must be {low} to {high}, got {args.size}")
     for name, least in (("orbits", 0), ("recolours", 0), ("workers", 1), ("limit", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ArgumentError(f"render: --{name} must be at least {least}, got {value}")
+            raise ArgumentError(f"--{name} must be at least {least}, got {value}")
     if args.orbits == 0 and (args.recolours == 0 or (args.recolours is None and args.preset == "paper")):
-        raise ArgumentError("render: --orbits and --recolours must not both be 0; nothing would be drawn")
+        raise ArgumentError("--orbits and --recolours must not both be 0; nothing would be drawn")
     if args.held_out is not None and not 0 <= args.held_out < 1:
-        raise ArgumentError(f"render: --held-out must be in [0, 1), got {args.held_out}")
+        raise ArgumentError(f"--held-out must be in [0, 1), got {args.held_out}")
 
 
 def _entries(args: Flags):

@@ -196,8 +196,11 @@ def test_mutated_files_raise_nothing_else(tmp_path):
 
 def test_unknown_format(tmp_path):
     (tmp_path / "thing.fbx").write_bytes(b"Kaydara")
-    with pytest.raises(MeshError, match="thing.fbx: the format must be one of glb"):
+    with pytest.raises(MeshError, match=r"thing.fbx: the format must be one of glb.*; convert it to GLB"):
         load_mesh(tmp_path / "thing.fbx")
+    assert [e.id for e in read_folder(tmp_path)] == ["thing-fbx"]
+    with pytest.raises(MeshError, match="is glTF 1.0, only glTF 2 can be read; convert it to GLB"):
+        load_mesh(b'{"asset": {"version": "1.0"}}', "gltf")
 
 
 def test_painting_keeps_light_and_dark():

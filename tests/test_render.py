@@ -21,7 +21,7 @@ from mvdream_fast.data.orbits import PRESETS, look_at_origin, orbit
 from mvdream_fast.data.rasterize import NumpyRenderer
 from mvdream_fast.data.shards import list_shards, read_shard
 from mvdream_fast.data.survey import survey
-from mvdream_fast.errors import ArgumentError, OutputError
+from mvdream_fast.errors import ArgumentError, InputFileError, OutputError
 
 SIDES = {  # glTF axes: +Z front, +X the object's left, +Y up
     (0, 0, 1): (255, 0, 0), (1, 0, 0): (0, 255, 0), (0, 0, -1): (0, 0, 255), (-1, 0, 0): (255, 255, 0),
@@ -231,6 +231,14 @@ def meshes(tmp_path):
     return folder
 
 
+@pytest.fixture
+def one_mesh(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    coloured_cube().export(folder / "cube.glb")
+    return folder
+
+
 def flags(source, out, **more) -> render.Flags:
     return render.Flags(**{"source": str(source), "out": out, "workers": 1, "orbits": 1, "recolours": 1} | more)
 
@@ -276,33 +284,32 @@ def test_a_second_run_draws_only_what_is_missing(meshes, tmp_path, monkeypatch, 
     assert not list(out.glob("*.tmp-*"))
 
 
-def test_a_folder_of_another_data_set_is_left_alone(meshes, tmp_path):
+def test_a_folder_of_another_data_set_is_left_alone(one_mesh, tmp_path):
     out = tmp_path / "shards"
-    render.main(flags(meshes, out, limit=1, sheet=False))
+    render.main(flags(one_mesh, out, sheet=False))
     with pytest.raises(OutputError, match="was begun with another seed; name another folder with -o"):
-        render.main(flags(meshes, out, limit=1, sheet=False, seed=1))
+        render.main(flags(one_mesh, out, sheet=False, seed=1))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "train-00000.tar").write_bytes(b"mine")
     with pytest.raises(OutputError, match="holds shards of something else"):
-        render.main(flags(meshes, foreign, sheet=False))
+        render.main(flags(one_mesh, foreign, sheet=False))
 
 
-def test_paper_preset_at_another_size(meshes, tmp_path):
-    (meshes / "broken.glb").unlink()
+def test_paper_preset_at_another_size(one_mesh, tmp_path):
     out = tmp_path / "shards"
-    render.main(flags(meshes, out, preset="paper", size=96, limit=1, orbits=1, recolours=None))
+    render.main(flags(one_mesh, out, preset="paper", size=96, orbits=1, recolours=None))
     (sample,) = (s for p in list_shards(out) for s in read_shard(p))
     assert sample.views.shape == (32, 96, 96, 4)
     assert sample.meta["azimuth_deg"][:2] == [0.0, 11.25]
 
 
-def test_a_disk_that_fills_ends_with_7_and_keeps_what_is_whole(meshes, tmp_path):
+def test_a_disk_that_fills_ends_with_7_and_keeps_what_is_whole(one_mesh, tmp_path):
     """A file-size limit stands in for the full disk: settings and surveys fit, a shard does not."""
     out = tmp_path / "shards"
-    limit = 80_000
+    limit = 17_000
     done = subprocess.run(
-        [sys.executable, "-m", "mvdream_fast.render", str(meshes), "-o", str(out), "--workers", "1", "--recolours", "1",
+        [sys.executable, "-m", "mvdream_fast.render", str(one_mesh), "-o", str(out), "--workers", "1", "--orbits", "1",
          "--renderer", "numpy"],
         capture_output=True, text=True, timeout=100, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
@@ -315,13 +322,13 @@ def test_a_disk_that_fills_ends_with_7_and_keeps_what_is_whole(meshes, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_every_process(meshes, tmp_path, number):
+def test_an_interrupt_ends_every_process(one_mesh, tmp_path, number):
     out = tmp_path / "shards"
-    command = [sys.executable, "-m", "mvdream_fast.render", str(meshes), "-o", str(out), "--workers", "1"]
+    command = [sys.executable, "-m", "mvdream_fast.render", str(one_mesh), "-o", str(out), "--workers", "1"]
     process = subprocess.Popen(
         [*command, "--orbits", "200"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    while "5 of 5" not in process.stderr.readline():
+    while "1 of 1" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)  # comes back only when no child holds the pipe any more
@@ -344,6 +351,13 @@ def test_an_interrupt_ends_every_process(meshes, tmp_path, number):
 def test_bad_flags(tmp_path, more, message):
     with pytest.raises(ArgumentError, match=message):
         render.main(flags(tmp_path, tmp_path / "out", **more))
+
+
+def test_nothing_but_bad_meshes_is_an_error(tmp_path, capsys):
+    (tmp_path / "scene.fbx").write_bytes(b"Kaydara")
+    with pytest.raises(InputFileError, match="none of the 1 assets of .* can be rendered"):
+        render.main(flags(tmp_path, tmp_path / "out", renderer="numpy"))
+    assert "skipped scene-fbx: scene.fbx: the format must be one of glb" in capsys.readouterr().out
 
 
 def test_limit_spreads_over_the_source(meshes, tmp_path):

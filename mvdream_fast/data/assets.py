@@ -17,6 +17,7 @@ import numpy as np
 from mvdream_fast.errors import InputFileError
 
 FORMATS = ("glb", "gltf", "obj", "dae", "ply", "stl", "3mf", "off")
+FOREIGN = ("fbx", "blend", "usd", "usdz", "3ds", "max", "wrl", "x3d")  # meshes that cannot be read: said so by name
 MAX_FILE_BYTES = 256 << 20
 MAX_FACES = 1_000_000
 MAX_VALUES, MAX_NODES = 20_000_000, 5_000  # of a glTF
@@ -104,7 +105,8 @@ def load_mesh(source: Path | bytes, file_type: str | None = None, siblings: Mapp
     name = source.name if isinstance(source, Path) else f"{file_type} mesh"
     file_type = (file_type or Path(name).suffix.lstrip(".")).lower()
     if file_type not in FORMATS:
-        raise MeshError(f"{name}: the format must be one of {', '.join(FORMATS)}")
+        hint = "; convert it to GLB" if file_type in FOREIGN else ""
+        raise MeshError(f"{name}: the format must be one of {', '.join(FORMATS)}{hint}")
     try:
         content = _read(source, name)
         _check_archive(content)
@@ -173,6 +175,9 @@ def _check_gltf(content: bytes, file_type: str) -> None:
     elif file_type != "gltf":
         return
     tree = json.loads(content)
+    version = str(tree.get("asset", {}).get("version", "1.0"))
+    if not version.startswith("2"):
+        raise MeshError(f"is glTF {version}, only glTF 2 can be read; convert it to GLB")
     promised = sum(int(accessor.get("count", 0)) for accessor in tree.get("accessors", []))
     for what, number, most in (("values", promised, MAX_VALUES), ("nodes", len(tree.get("nodes", [])), MAX_NODES)):
         if number > most:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mvdream_fast.data.assets import FORMATS, MAX_FILE_BYTES, WORLD_FROM_GLTF, Mesh, MeshError, load_mesh
+from mvdream_fast.data.assets import FOREIGN, FORMATS, MAX_FILE_BYTES, WORLD_FROM_GLTF, Mesh, MeshError, load_mesh
 from mvdream_fast.data.captions import clean
 from mvdream_fast.errors import InputFileError
 
@@ -59,17 +59,18 @@ def read_sweethome3d(folder: Path) -> list[Entry]:
     """Every asset of the libraries under `folder` (the unpacked package or the folder of its .sh3f files), by id."""
     archives = sorted(folder.rglob("*.sh3f")) if folder.is_dir() else []
     if not archives:
-        raise InputFileError(f"render: no sweethome3d-furniture libraries (*.sh3f) under {folder}; {HOW_TO_GET}")
+        raise InputFileError(f"no sweethome3d-furniture libraries (*.sh3f) under {folder}; {HOW_TO_GET}")
     return sorted((entry for path in archives for entry in _read_library(path)), key=lambda entry: entry.id)
 
 
 def read_folder(folder: Path) -> list[Entry]:
     """Every mesh file under `folder`, by id; captions from captions.csv or captions.json, else the file's name."""
     if not folder.is_dir():
-        raise InputFileError(f"render: {folder} is not a folder of meshes; give one, or the word sweethome3d")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in FORMATS and p.is_file())
+        raise InputFileError(f"{folder} is not a folder of meshes; give one, or the word sweethome3d")
+    suffixes = {f".{suffix}" for suffix in (*FORMATS, *FOREIGN)}  # foreign ones are named when they fail to load
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     if not paths:
-        raise InputFileError(f"render: no meshes in {folder}; the formats are {', '.join(FORMATS)}")
+        raise InputFileError(f"no meshes in {folder}; the formats are {', '.join(FORMATS)}")
     captions = _read_captions(folder)
     entries = []
     for path in paths:
@@ -97,7 +98,7 @@ def _read_captions(folder: Path) -> dict[str, str]:
         if (folder / "captions.json").is_file():
             table |= dict(json.loads((folder / "captions.json").read_text(encoding="utf-8")))
     except (ValueError, csv.Error, TypeError) as error:
-        raise InputFileError(f"render: unreadable captions in {folder} ({error}); two columns: file, caption") from None
+        raise InputFileError(f"unreadable captions in {folder} ({error}); two columns: file, caption") from None
     return {str(key): str(value) for key, value in table.items()}
 
 
@@ -106,7 +107,7 @@ def _read_library(path: Path) -> list[Entry]:
         with zipfile.ZipFile(path) as archive:
             text = archive.read(PROPERTIES).decode("iso-8859-1")
     except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise InputFileError(f"render: {path} is not a sweethome3d library ({error}); {HOW_TO_GET}") from None
+        raise InputFileError(f"{path} is not a sweethome3d library ({error}); {HOW_TO_GET}") from None
     head, rows = parse_properties(text)
     library = head.get("name", path.stem)
     licence = "CC0-1.0" if "public domain" in head.get("license", "").lower() else "CC-BY-3.0"

@@ -71,7 +71,7 @@ def make_renderer(kind: str):
         if kind == "auto":
             return NumpyRenderer()
         raise ArgumentError(
-            f"render: no OpenGL context through EGL ({error}); install moderngl and Debian's libegl1 and "
+            f"no OpenGL context through EGL ({error}); install moderngl and Debian's libegl1 and "
             "libgl1-mesa-dri, or pass --renderer numpy"
         ) from None
 
@@ -135,16 +135,14 @@ def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[s
         folder.mkdir(parents=True, exist_ok=True)
         found = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else None
     except OSError as error:
-        raise OutputError(f"render: {folder} cannot be used ({error.strerror}); name another with -o") from None
+        raise OutputError(f"{folder} cannot be used ({error.strerror}); name another with -o") from None
     except ValueError:
         found = {}
     if found is None and any(folder.glob("*.tar")):
-        raise OutputError(f"render: {folder} holds shards of something else; name another folder with -o")
+        raise OutputError(f"{folder} holds shards of something else; name another folder with -o")
     if found is not None and found != settings:
         different = sorted(k for k in settings if found.get(k) != settings[k])
-        raise OutputError(
-            f"render: {folder} was begun with another {', '.join(different)}; name another folder with -o"
-        )
+        raise OutputError(f"{folder} was begun with another {', '.join(different)}; name another folder with -o")
     remove_stale(folder)
     if found is None:
         atomic_write(folder / SETTINGS, json.dumps(settings))
@@ -282,7 +280,7 @@ class _pool:
                 if self.stop():
                     raise _Stopped
         except BrokenProcessPool:
-            message = "render: a rendering process was killed, perhaps for its memory; run again with fewer --workers"
+            message = "a rendering process was killed, perhaps for its memory; run again with fewer --workers"
             raise OutOfMemoryError(message) from None
 
 
