@@ -21,8 +21,8 @@ struct HashGrid {
   int n_features = 0;
   GridLevel levels[kMaxLevels];
 
-  int width() const { return n_levels * n_features; }
-  int64_t n_entries() const { return levels[n_levels - 1].offset + levels[n_levels - 1].size; }
+  MVDREAM_FAST_HD int width() const { return n_levels * n_features; }
+  MVDREAM_FAST_HD int64_t n_entries() const { return levels[n_levels - 1].offset + levels[n_levels - 1].size; }
 };
 
 namespace MVDREAM_FAST_ISA {

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
+from mvdream_fast.ops._checks import (
+    address,
+    check_float,
+    check_same_device,
+    load_native,
+    queue_of,
+    require,
+)
 from mvdream_fast.ops.march_rays import exclusive_sum_packed, pack_info
 
 
@@ -46,7 +53,7 @@ def composite(
     Source: Max, Optical models for direct volume rendering (1995); Mildenhall et al., arXiv 2003.08934, eq. 3.
     """
     packed_info = _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background)
-    if sigmas.is_cuda or _wide(sigmas, rgb, t_starts, t_ends, background):
+    if _wide(sigmas, rgb, t_starts, t_ends, background):
         return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
     return Rendered(*_Composite.apply(sigmas, rgb, t_starts, t_ends, packed_info, background))
 
@@ -77,7 +84,7 @@ class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sigmas, rgb, t_starts, t_ends, packed_info, background):
         inputs = [x if x is None else x.contiguous() for x in (sigmas, rgb, t_starts, t_ends, packed_info, background)]
-        outputs = _forward_cpu(*inputs)
+        outputs = _forward(*inputs)
         ctx.save_for_backward(*inputs, outputs[1], outputs[2])
         ctx.set_materialize_grads(False)
         return outputs
@@ -85,13 +92,13 @@ class _Composite(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
-        d_sigmas, d_rgb, d_background = _backward_cpu(*ctx.saved_tensors, cotangents, ctx.needs_input_grad[5])
+        d_sigmas, d_rgb, d_background = _backward(*ctx.saved_tensors, cotangents, ctx.needs_input_grad[5])
         return d_sigmas, d_rgb, None, None, None, d_background
 
 
-def _forward_cpu(sigmas, rgb, t_starts, t_ends, packed_info, background) -> tuple[torch.Tensor, ...]:
-    native, n_rays = load_native("composite"), packed_info.shape[0]
-    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, torch.get_num_threads())
+def _forward(sigmas, rgb, t_starts, t_ends, packed_info, background) -> tuple[torch.Tensor, ...]:
+    native, n_rays = load_native("composite", sigmas), packed_info.shape[0]
+    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, queue_of(sigmas))
     shapes = ((n_rays, 3), (n_rays,), (n_rays,), tuple(sigmas.shape), (n_rays,))
     outputs = tuple(sigmas.new_empty(shape) for shape in shapes)
     native.composite_forward(
@@ -100,11 +107,11 @@ def _forward_cpu(sigmas, rgb, t_starts, t_ends, packed_info, background) -> tupl
     return outputs
 
 
-def _backward_cpu(
+def _backward(
     sigmas, rgb, t_starts, t_ends, packed_info, background, opacity, depth, cotangents, needs_background
 ) -> tuple[torch.Tensor | None, ...]:
-    native, n_rays = load_native("composite"), packed_info.shape[0]
-    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, torch.get_num_threads())
+    native, n_rays = load_native("composite", sigmas), packed_info.shape[0]
+    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, queue_of(sigmas))
     cotangents = [x if x is None else x.contiguous() for x in cotangents]
     d_sigmas, d_rgb = torch.empty_like(sigmas), torch.empty_like(rgb)
     d_background = sigmas.new_empty(n_rays, 3) if needs_background else None

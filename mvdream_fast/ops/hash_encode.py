@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
+from mvdream_fast.ops._checks import address, aligned, check_float, check_same_device, load_native, queue_of, require
 
 PRIMES = (1, 2654435761, 805459861)
 
@@ -84,8 +84,9 @@ def hash_encode(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     positions: [P, 3] float32 or float64; clamped to [0, 1], so +-inf is allowed and NaN is refused.
     table:     [grid.n_entries, F], of the same dtype.
     Differentiable twice in positions and table; the derivative in positions is that of the clamped, piecewise
-    trilinear function. float32 on a CPU runs natively, bit-identical for any number of threads; float64, other devices
-    and second derivatives run through the plain-torch reference.
+    trilinear function. float32 runs natively: on a CPU bit-identical for any number of threads; on CUDA bit-identical
+    under torch.use_deterministic_algorithms (in fixed point), and a NaN position makes NaN features instead of an
+    error, which would cost a synchronisation. float64 and second derivatives run through the plain-torch reference.
 
     Returns [P, n_levels * F], level-major: column `level * F + feature`.
     Raises ValueError for wrong shapes and NaN, TypeError for other dtypes, RuntimeError for mixed devices.
@@ -132,10 +133,10 @@ class _HashEncode(torch.autograd.Function):
     def forward(ctx, grid, positions, table):
         ctx.grid = grid
         ctx.save_for_backward(positions, table)
-        positions, table = positions.contiguous(), table.contiguous()
+        positions, table = positions.contiguous(), aligned(table)
         out = positions.new_empty(len(positions), grid.width)
-        ok = load_native("hash_encode").hash_encode_forward(
-            grid.native, *map(address, (table, positions)), len(positions), address(out), torch.get_num_threads()
+        ok = load_native("hash_encode", positions).hash_encode_forward(
+            grid.native, *map(address, (table, positions)), len(positions), address(out), queue_of(positions)
         )
         require_no_nan("hash_encode", ok)
         return out
@@ -148,11 +149,11 @@ class _HashEncode(torch.autograd.Function):
         d_positions = torch.empty_like(positions, memory_format=torch.contiguous_format)
         d_positions = d_positions if ctx.needs_input_grad[1] else None
         d_table = torch.empty_like(table, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
-        positions, table, d_out = positions.contiguous(), table.contiguous(), d_out.contiguous()
+        positions, table, d_out = positions.contiguous(), aligned(table), d_out.contiguous()
         inputs = map(address, (table, positions))
         outputs = map(address, (d_out, d_table, d_positions))
-        load_native("hash_encode").hash_encode_backward(
-            ctx.grid.native, *inputs, len(positions), *outputs, torch.get_num_threads()
+        load_native("hash_encode", positions).hash_encode_backward(
+            ctx.grid.native, *inputs, len(positions), *outputs, queue_of(positions)
         )
         return None, d_positions, d_table
 
@@ -169,7 +170,7 @@ def vjp(
 
 
 def runs_natively(positions: Tensor) -> bool:
-    return positions.device.type == "cpu" and positions.dtype == torch.float32
+    return positions.device.type in ("cpu", "cuda") and positions.dtype == torch.float32
 
 
 def require_no_nan(op: str, ok: bool) -> None:

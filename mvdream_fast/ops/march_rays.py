@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, queue_of, require
 
 _RAYS_PER_BLOCK = 2048
 
@@ -43,8 +43,8 @@ class Samples:
     def positions(self, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
         """Midpoints in scene units, [S, 3]; differentiable in the rays."""
         differentiable = torch.is_grad_enabled() and (rays_o.requires_grad or rays_d.requires_grad)
-        if not (rays_o.is_cuda or differentiable or rays_o.dtype != torch.float32 or rays_d.dtype != torch.float32):
-            return _positions_cpu(self, rays_o, rays_d)
+        if not (differentiable or rays_o.dtype != torch.float32 or rays_d.dtype != torch.float32):
+            return _positions(self, rays_o, rays_d)
         return rays_o[self.ray_indices] + rays_d[self.ray_indices] * self.t_mids[:, None]
 
     def select(self, keep: torch.Tensor) -> "Samples":
@@ -88,8 +88,7 @@ def march_rays(
     box, shape = check_march(
         *("march_rays", rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
     )
-    march = march_rays_ref if rays_o.is_cuda else _march_cpu
-    return march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
+    return _march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
 
 
 @torch.no_grad()
@@ -133,8 +132,7 @@ def prune_samples(
     check_same_device("prune_samples", sigmas=sigmas, t_starts=samples.t_starts)
     for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
         require(0 <= value <= 1, "prune_samples", name, "in [0, 1]", value, "pass a probability")
-    prune = prune_samples_ref if sigmas.is_cuda else _prune_cpu
-    return prune(samples, sigmas, alpha_thre, early_stop_eps)
+    return _prune(samples, sigmas, alpha_thre, early_stop_eps)
 
 
 @torch.no_grad()
@@ -180,10 +178,10 @@ def pack_bits(occupied: torch.Tensor) -> torch.Tensor:
     return (padded.reshape(-1, 8) << shifts).sum(-1, dtype=torch.uint8)
 
 
-def _march_cpu(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples) -> Samples:
-    native = load_native("march_rays")
+def _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples) -> Samples:
+    native = load_native("march_rays", rays_o)
     args, _alive = march_args("march_rays", rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
-    counts = torch.empty(rays_o.shape[0], dtype=torch.int64)
+    counts = torch.empty(rays_o.shape[0], dtype=torch.int64, device=rays_o.device)
     raise_for("march_rays", native.march_count(args, counts.data_ptr()))
     samples = _empty_samples(counts)
     native.march_fill(args, *map(address, (samples.packed_info, samples.ray_indices, samples.t_starts, samples.t_ends)))
@@ -195,21 +193,21 @@ def march_args(op, rays_o, rays_d, box, bits, shape, step_size, jitter, near, fa
     per_ray = [_plain(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in (jitter, near, far)]
     near, far = (0.0 if isinstance(x, torch.Tensor) and x.ndim else float(x) for x in (near, far))
     tensors = [_plain(rays_o), _plain(rays_d), *per_ray, bits.contiguous()]
-    args = load_native(op).MarchArgs(
+    args = load_native(op, rays_o).MarchArgs(
         *map(address, tensors[:5]),
         *(near, far, rays_o.shape[0], tensors[5].data_ptr(), shape, box, step_size),
-        *(-1 if max_samples is None else max_samples, torch.get_num_threads()),
+        *(-1 if max_samples is None else max_samples, queue_of(rays_o)),
     )
     return args, tensors
 
 
-def _prune_cpu(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
-    native = load_native("prune_samples")
+def _prune(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
+    native = load_native("prune_samples", sigmas)
     sigmas, t_starts, t_ends = (_plain(x) for x in (sigmas, samples.t_starts, samples.t_ends))
     packed_info = samples.packed_info.contiguous()
-    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), samples.n_rays, torch.get_num_threads())
-    keep = torch.empty(samples.n_samples, dtype=torch.uint8)
-    counts = torch.empty(samples.n_rays, dtype=torch.int64)
+    packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), samples.n_rays, queue_of(sigmas))
+    keep = torch.empty(samples.n_samples, dtype=torch.uint8, device=sigmas.device)
+    counts = torch.empty(samples.n_rays, dtype=torch.int64, device=sigmas.device)
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     native.prune_count(packed, sigmas.data_ptr(), *depths, keep.data_ptr(), counts.data_ptr())
     kept = _empty_samples(counts)
@@ -217,11 +215,11 @@ def _prune_cpu(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
     return kept
 
 
-def _positions_cpu(samples, rays_o, rays_d) -> torch.Tensor:
-    native = load_native("march_rays")
+def _positions(samples, rays_o, rays_d) -> torch.Tensor:
+    native = load_native("march_rays", rays_o)
     tensors = [x.detach().contiguous() for x in (samples.t_starts, samples.t_ends, samples.packed_info, rays_o, rays_d)]
-    packed = native.Packed(*map(address, tensors[:3]), samples.n_rays, torch.get_num_threads())
-    positions = torch.empty(samples.n_samples, 3)
+    packed = native.Packed(*map(address, tensors[:3]), samples.n_rays, queue_of(rays_o))
+    positions = rays_o.new_empty(samples.n_samples, 3)
     native.sample_positions(packed, *map(address, (*tensors[3:], positions)))
     return positions
 
@@ -234,9 +232,8 @@ def _empty_samples(counts: torch.Tensor) -> Samples:
     ends = counts.cumsum(0)
     n_samples = int(ends[-1]) if ends.numel() else 0
     indices, t_starts, t_ends = (
-        torch.empty(n_samples, dtype=torch.int64),
-        torch.empty(n_samples),
-        torch.empty(n_samples),
+        torch.empty(n_samples, dtype=dtype, device=counts.device)
+        for dtype in (torch.int64, torch.float32, torch.float32)
     )
     return Samples(indices, t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
 
@@ -312,18 +309,6 @@ def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, n
     check_same_device(op, rays_o=rays_o, rays_d=rays_d, occupancy_bits=bits, **per_ray)
     few = max_samples is None or max_samples >= 0
     require(few, op, "max_samples", "None or at least 0", max_samples, "leave it out for no limit")
-    if rays_o.is_cuda:
-        raise_for(op, _status(rays_o, rays_d, jitter, near))
-    elif not isinstance(near, torch.Tensor) or near.ndim == 0:
+    if not isinstance(near, torch.Tensor) or near.ndim == 0:
         raise_for(op, 0 if math.isfinite(float(near)) else 1)
     return box, shape
-
-
-def _status(rays_o, rays_d, jitter, near) -> int:
-    """The MarchStatus of arguments on a GPU, in one synchronisation."""
-    finite = torch.isfinite(rays_o).all() & torch.isfinite(rays_d).all()
-    finite = finite & torch.isfinite(torch.as_tensor(near, device=rays_o.device)).all()
-    moving = (rays_d != 0).any(-1).all()
-    unit = ((jitter >= 0) & (jitter <= 1)).all() if jitter is not None else moving | True
-    fine = torch.stack([finite, moving, unit]).tolist()
-    return 0 if all(fine) else fine.index(False) + 1

@@ -2,7 +2,7 @@
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
+from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, queue_of, require
 from mvdream_fast.ops.march_rays import pack_bits
 
 
@@ -34,9 +34,7 @@ def update_occupancy(
         require(cells.dtype == torch.int64, op, "cells", "int64", cells.dtype, "convert with .long()", TypeError)
         within = cells.numel() == 0 or (int(cells.min()) >= 0 and int(cells.max()) < ema.shape[0])
         require(within, op, "cells", f"in [0, {ema.shape[0]})", "an index outside", "pass flat cell indices")
-    if ema.is_cuda:
-        return update_occupancy_ref(ema, values, cells, decay, threshold)
-    return _update_cpu(ema, values, cells, decay, threshold)
+    return _update(ema, values, cells, decay, threshold)
 
 
 @torch.no_grad()
@@ -56,13 +54,13 @@ def update_occupancy_ref(ema, values, cells=None, decay=0.95, threshold=0.01) ->
     return new, pack_bits(seen & (new > limit))
 
 
-def _update_cpu(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
-    native = load_native("update_occupancy")
+def _update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
+    native = load_native("update_occupancy", ema)
     ema, values = ema.detach().float().contiguous(), values.detach().float().contiguous()
     cells = cells if cells is None else cells.contiguous()
-    new, bits = torch.empty_like(ema), torch.empty((ema.shape[0] + 7) // 8, dtype=torch.uint8)
+    new, bits = torch.empty_like(ema), ema.new_empty((ema.shape[0] + 7) // 8, dtype=torch.uint8)
     native.update_occupancy(
         *(ema.data_ptr(), ema.shape[0], values.data_ptr(), address(cells), values.shape[0], decay, threshold),
-        *(new.data_ptr(), bits.data_ptr()),
+        *(new.data_ptr(), bits.data_ptr(), *([queue_of(ema)] if ema.is_cuda else [])),  # one thread on a CPU
     )
     return new, bits

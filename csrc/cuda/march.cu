@@ -1,0 +1,153 @@
+// march_rays and prune_samples on GPUs: a thread takes a ray and makes the CPU's steps in the CPU's order, so that both
+// find the same samples to the bit.
+#include "cuda/launch.cuh"
+#include "cuda/ops.h"
+#include "cuda/walks.cuh"
+#include "march.h"
+
+namespace mvdream_fast::cuda {
+namespace {
+
+using namespace device;
+
+constexpr int kThreads = 128;
+
+__device__ int ray_status(const MarchArgs& args, int64_t ray) {
+  const float *o = args.rays_o + 3 * ray, *d = args.rays_d + 3 * ray;
+  float finite = 0;
+  for (int a = 0; a < 3; ++a) finite += 0.0f * o[a] + 0.0f * d[a];  // NaN if anything is infinite or NaN
+  if (args.near) finite += 0.0f * args.near[ray];
+  if (!(finite == 0.0f)) return kMarchNotFinite;
+  if (d[0] == 0 && d[1] == 0 && d[2] == 0) return kMarchNoDirection;
+  if (args.jitter && !(args.jitter[ray] >= 0 && args.jitter[ray] <= 1)) return kMarchJitter;
+  return kMarchFine;
+}
+
+__global__ void __launch_bounds__(kThreads) march_status_kernel(MarchArgs args, int* worst) {
+  for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
+    const int status = ray_status(args, ray);
+    if (status != kMarchFine) atomicMax(worst, status);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    march_count_kernel(const __grid_constant__ MarchArgs args, const uint8_t* blocks, int64_t* counts) {
+  const OccupancyView grid = make_view(args.bits, blocks, args.resolution, args.aabb);
+  for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
+    RayWalk walk = walk_of(grid, args, ray);
+    int64_t begin, end, count = 0;
+    while (count < args.max_samples && next_run(grid, &walk, &begin, &end)) count += end - begin;
+    counts[ray] = count < args.max_samples ? count : args.max_samples;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    march_fill_kernel(const __grid_constant__ MarchArgs args, const uint8_t* blocks, const int64_t* packed_info,
+                      int64_t* ray_indices, float* t_starts, float* t_ends) {
+  const OccupancyView grid = make_view(args.bits, blocks, args.resolution, args.aabb);
+  for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
+    int64_t i = packed_info[2 * ray];
+    const int64_t last = i + packed_info[2 * ray + 1];
+    if (i == last) continue;
+    RayWalk walk = walk_of(grid, args, ray);
+    int64_t begin, end;
+    while (i < last && next_run(grid, &walk, &begin, &end)) {
+      for (int64_t k = begin; k < end && i < last; ++k, ++i) {
+        t_starts[i] = lattice_t(walk.start, walk.step, k);
+        t_ends[i] = lattice_t(walk.start, walk.step, k + 1);
+        ray_indices[i] = ray;
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    sample_positions_kernel(Packed samples, const float* rays_o, const float* rays_d, float* positions) {
+  for (int64_t ray = warp_index(); ray < samples.n_rays; ray += n_warps()) {
+    const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
+    for (int64_t i = first + lane_index(); i < last; i += kWarp) {
+      const float t = 0.5f * (samples.t_starts[i] + samples.t_ends[i]);
+      point_at(rays_o + 3 * ray, rays_d + 3 * ray, t, positions + 3 * i);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    prune_count_kernel(Packed samples, const float* sigmas, double least, double most, uint8_t* keep, int64_t* counts) {
+  for (int64_t ray = thread_index(); ray < samples.n_rays; ray += n_threads()) {
+    const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
+    double before = 0;
+    int64_t count = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const double depth = sigmas[i] * (samples.t_ends[i] - samples.t_starts[i]);
+      const bool kept = depth >= least && before <= most;
+      keep[i] = kept;
+      count += kept;
+      before += depth;
+    }
+    counts[ray] = count;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    prune_fill_kernel(Packed samples, const uint8_t* keep, const int64_t* packed_info, int64_t* ray_indices,
+                      float* t_starts, float* t_ends) {
+  for (int64_t ray = thread_index(); ray < samples.n_rays; ray += n_threads()) {
+    const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
+    int64_t out = packed_info[2 * ray];
+    for (int64_t i = first; i < last; ++i) {
+      if (!keep[i]) continue;
+      t_starts[out] = samples.t_starts[i];
+      t_ends[out] = samples.t_ends[i];
+      ray_indices[out++] = ray;
+    }
+  }
+}
+
+}  // namespace
+
+int march_status(const MarchArgs& args, Queue queue) {
+  const Scratch<int> worst(1, queue.stream);
+  worst.zero(1);
+  launch("march status", march_status_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
+         worst.get());
+  int status = kMarchFine;
+  check(cudaMemcpyAsync(&status, worst.get(), sizeof status, cudaMemcpyDeviceToHost, queue.stream), "march status");
+  check(cudaStreamSynchronize(queue.stream), "march status");
+  return status;
+}
+
+int march_count(const MarchArgs& args, int64_t* counts, Queue queue) {
+  const int status = march_status(args, queue);
+  if (status != kMarchFine) return status;
+  const Blocks blocks(args, queue.stream);
+  launch("march count", march_count_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
+         blocks.get(), counts);
+  return kMarchFine;
+}
+
+void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices, float* t_starts, float* t_ends,
+                Queue queue) {
+  const Blocks blocks(args, queue.stream);
+  launch("march fill", march_fill_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
+         blocks.get(), packed_info, ray_indices, t_starts, t_ends);
+}
+
+void sample_positions(const Packed& samples, const float* rays_o, const float* rays_d, float* positions, Queue queue) {
+  launch("sample positions", sample_positions_kernel, blocks_for(samples.n_rays, kThreads / kWarp), kThreads, 0,
+         queue.stream, samples, rays_o, rays_d, positions);
+}
+
+void prune_count(const Packed& samples, const float* sigmas, double least, double most, uint8_t* keep, int64_t* counts,
+                 Queue queue) {
+  launch("prune count", prune_count_kernel, blocks_for(samples.n_rays, kThreads), kThreads, 0, queue.stream, samples,
+         sigmas, least, most, keep, counts);
+}
+
+void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, int64_t* ray_indices,
+                float* t_starts, float* t_ends, Queue queue) {
+  launch("prune fill", prune_fill_kernel, blocks_for(samples.n_rays, kThreads), kThreads, 0, queue.stream, samples,
+         keep, packed_info, ray_indices, t_starts, t_ends);
+}
+
+}  // namespace mvdream_fast::cuda

@@ -1,0 +1,44 @@
+// Entry points of the CUDA backend, op by op those of csrc/cpu with a stream instead of a number of threads. Pointers
+// are device memory; calls return when the work is queued, unless a result by value says that they wait for it.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/field.h"
+#include "cpu/rays.h"
+
+struct CUstream_st;  // as the CUDA headers declare it, so that the bindings need none of them
+
+namespace mvdream_fast::cuda {
+
+// Where and how work runs.
+struct Queue {
+  CUstream_st* stream = nullptr;
+  bool deterministic = false;  // sums into the table in fixed point, which any order of the threads leaves alike
+  bool tf32 = false;           // one tensor-core product for a float32 one, to 10 bits, instead of three, to 21
+};
+
+// The MarchStatus of rays, waiting for it; then the samples of each ray, [R].
+int march_status(const MarchArgs& args, Queue queue);
+int march_count(const MarchArgs& args, int64_t* counts, Queue queue);
+void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices, float* t_starts, float* t_ends,
+                Queue queue);
+void sample_positions(const Packed& samples, const float* rays_o, const float* rays_d, float* positions, Queue queue);
+void prune_count(const Packed& samples, const float* sigmas, double least, double most, uint8_t* keep, int64_t* counts,
+                 Queue queue);
+void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, int64_t* ray_indices,
+                float* t_starts, float* t_ends, Queue queue);
+
+void update_occupancy(const float* ema, int64_t n_cells, const float* values, const int64_t* cells, int64_t n_values,
+                      float decay, float threshold, float* new_ema, uint8_t* bits, Queue queue);
+
+// As on the CPU, but true: a NaN position makes NaN features instead of an error, which would have to wait for it.
+bool hash_encode_forward(const HashGrid& grid, const float* table, const float* positions, int64_t n, float* out,
+                         Queue queue);
+bool hash_encode_backward(const HashGrid& grid, const float* table, const float* positions, int64_t n,
+                          const float* d_out, float* d_table, float* d_positions, Queue queue);
+
+void composite_forward(const Packed& samples, const CompositeForward& args, Queue queue);
+void composite_backward(const Packed& samples, const CompositeBackward& args, Queue queue);
+
+}  // namespace mvdream_fast::cuda
