@@ -4,6 +4,7 @@ Everything is a function of the surveys and a seed; nothing is drawn or written 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -161,22 +162,35 @@ def _jittered(name: str, u: np.ndarray) -> tuple[float, ...]:
 
 
 def choose_held_out(entries: list[Entry], surveys: dict[str, Survey], seed: int = 0, n: int = 40) -> list[Entry]:
-    """About `n` assets, spread over the categories by their size, whose captions are nobody else's, while every word of
-    their nouns stays in the names of at least two others."""
+    """About `n` assets, spread over the categories by their size, whose captions are nobody else's.
+
+    At least two assets of the same head noun and two thirds of them stay, and two with each word of the name.
+    """
     from mvdream_fast.rng import Stream
 
     words = {e.id: captions.noun(e.name) for e in entries}
+    heads = {e.id: captions.head_noun(words[e.id]) for e in entries}
     full = {e.id: captions.caption(captions.mentioned(surveys[e.id].colours), words[e.id]) for e in entries}
-    left = Counter(word for name in words.values() for word in name.split())
-    repeats = Counter(full.values())
-    sizes = Counter(e.category for e in entries)
-    quota = {category: max(1, round(n * size / len(entries))) for category, size in sizes.items()}
+    left, repeats, kinds = (Counter(x) for x in (_all_words(words.values()), full.values(), heads.values()))
+    quota = {c: max(1, round(n * k / len(entries))) for c, k in Counter(e.category for e in entries).items()}
+    taken: Counter[str] = Counter()
     chosen: list[Entry] = []
     for i in Stream(seed, 0, "held_out").permutation(len(entries)).tolist():
         e = entries[i]
-        own = Counter(words[e.id].split())
-        if quota[e.category] > 0 and repeats[full[e.id]] == 1 and all(left[w] - k >= 2 for w, k in own.items()):
+        own, head = Counter(words[e.id].split()), heads[e.id]
+        stays = kinds[head] - taken[head] - 1 >= max(2, 2 * kinds[head] / 3)
+        if (
+            quota[e.category] > 0
+            and repeats[full[e.id]] == 1
+            and stays
+            and all(left[w] - k >= 2 for w, k in own.items())
+        ):
             chosen.append(e)
             quota[e.category] -= 1
             left -= own
+            taken[head] += 1
     return sorted(chosen, key=lambda e: e.id)
+
+
+def _all_words(names: Iterable[str]) -> list[str]:
+    return [word for name in names for word in name.split()]
