@@ -4,6 +4,7 @@ Nanoseconds a sample; forward and forward+backward apart. The limit is a bare le
 multiply-adds of both networks (machine_limit.cpp). Ratios of this run alone are printed at the end.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -119,6 +120,7 @@ def bench_memory(benchmark, volume):
     call()
     volume.zero_grad()
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that the allocator kept would hide what is used again
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     benchmark.pedantic(call, rounds=1)

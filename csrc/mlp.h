@@ -31,7 +31,7 @@ MVDREAM_FAST_INLINE void dense_rows(const float* weights, int n_in, const float*
   for (int j = 0; j < J; ++j) {
     for (int v = 0; v < kPanel; ++v) {
       const int at = j * kTile + v * kLanes;
-      if (kThen == Then::relu) sum[j][v] = max(sum[j][v], splat(0.0f));
+      if (kThen == Then::relu) sum[j][v] = relu(sum[j][v]);
       if (kThen == Then::gate) sum[j][v] = load(gate + at) > 0.0f ? sum[j][v] : VecF{};
       store(out + at, sum[j][v]);
     }

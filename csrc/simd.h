@@ -38,6 +38,8 @@ MVDREAM_FAST_INLINE VecI truncate(VecF v) { return __builtin_convertvector(v, Ve
 MVDREAM_FAST_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
 // Of a NaN `a` these keep `b`: max(x, 0) maps NaN to 0.
 MVDREAM_FAST_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
+// Keeps NaN, so that broken weights show in the output.
+MVDREAM_FAST_INLINE VecF relu(VecF a) { return 0.0f > a ? VecF{} : a; }
 MVDREAM_FAST_INLINE VecF abs(VecF a) { return (VecF)((VecU)a & 0x7fffffffu); }
 
 MVDREAM_FAST_INLINE VecF sqrt(VecF a) {
@@ -86,7 +88,7 @@ MVDREAM_FAST_INLINE VecF fused_multiply_add(VecF a, float b, float c) {
 }
 
 // Cody-Waite reduction to |r| <= ln(2) / 2 and the Taylor polynomial of degree 7 there: relative error below 2e-7.
-// Above the largest float's logarithm the result is inf, below the smallest normal's it is 0.
+// Above the largest float's logarithm the result is inf, below the smallest normal's it is 0; NaN stays NaN.
 MVDREAM_FAST_INLINE VecF exp(VecF x) {
   const VecF clamped = min(max(x, splat(-87.3365f)), splat(88.7228f));
   const VecF k = to_float(truncate(clamped * 1.44269504f + (VecF)((VecU)splat(0.5f) | ((VecU)x & 0x80000000u))));
@@ -102,7 +104,8 @@ MVDREAM_FAST_INLINE VecF exp(VecF x) {
   const VecI half = truncate(k) >> 1;
   const VecF low = (VecF)((half + 127) << 23), high = (VecF)((truncate(k) - half + 127) << 23);
   const VecF y = p * low * high;
-  return x > 88.7228f ? splat(__builtin_inff()) : x < -87.3365f ? splat(0.0f) : y;
+  const VecF inner = x < -87.3365f ? splat(0.0f) : y;
+  return x > 88.7228f ? splat(__builtin_inff()) : x != x ? x : inner;
 }
 
 MVDREAM_FAST_INLINE VecF sigmoid(VecF x) {
@@ -121,7 +124,7 @@ MVDREAM_FAST_INLINE VecF softplus(VecF x) {
   p = p * q + 0.2f;
   p = p * q + 1.0f / 3;
   p = p * q + 1.0f;
-  return max(x, splat(0.0f)) + 2.0f * s * p;
+  return relu(x) + 2.0f * s * p;
 }
 
 // The sums over the lanes of four vectors, in the lanes 0..3 of the result.

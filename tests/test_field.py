@@ -191,6 +191,18 @@ def test_colours_far_from_zero():
         assert ((rgb[0] - expected).abs() <= 3e-6 * expected + 1.2e-38).all()
 
 
+@pytest.mark.parametrize("broken", range(1, 4))
+@pytest.mark.parametrize("activation", ["softplus", "exp"])
+def test_nan_in_parameters_shows(broken, activation):
+    # A diverged optimisation must not pass for an empty scene.
+    spec = FieldSpec(GRID, density_activation=activation)
+    arguments = [x.detach() if torch.is_tensor(x) else [w.detach() for w in x] for x in inputs(spec, n_points=50)[0]]
+    (arguments[broken] if broken == 1 else arguments[broken][0]).fill_(float("nan"))
+    for out, ref in zip(ops.field(*arguments, spec), ops.field_ref(*arguments, spec)):
+        assert torch.equal(out.isnan(), ref.isnan())
+        assert ref.isnan().all() or broken > 1
+
+
 def test_gradient_at_the_centre_is_finite():
     spec = FieldSpec(GRID)
     (_, table, density, features), _ = inputs(spec, n_points=1)

@@ -92,7 +92,7 @@ struct Batch {
     for (int l = 0; l < field.grid.n_levels; ++l) {
       fetch_level(field.grid.levels[l], field.grid.n_features, field.table, n_run, omp_get_thread_num(),
                   omp_get_num_threads());
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic, kBlockTiles) nowait
       for (int64_t t = 0; t < n_run; ++t) {
         float* rows = features_of(t) + l * field.grid.n_features * kTile;
         encode_tile(field.grid.levels[l], field.grid.n_features, field.table, unit_of(t), rows);
@@ -280,7 +280,7 @@ bool field_forward(const Field& field, const float* positions, int64_t n, float*
   for (int64_t begin = 0; begin < batch.n_tiles; begin += batch.per_run) {
     n_bad += batch.encode(begin);
     const int64_t n_run = batch.tiles(begin);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, kBlockTiles)
     for (int64_t t = 0; t < n_run; ++t) {
       float* own = batch.own_scratch();
       const int count = in_tile(n, begin + t);
