@@ -211,13 +211,20 @@ class MVDreamPipeline:
         Args: camera [V, 16] for the views of every prompt, or None for 2D mode, where the views are independent.
         Returns: a function of (latents [2*B*V, C, h, w], t), [uncond; cond]; of B*V latents for a guidance scale of 1.
         """
-        context = text.cond if guidance_scale == 1 else torch.cat([text.uncond, text.cond])
+        guided = guidance_scale != 1
+        context = torch.cat([text.uncond, text.cond]) if guided else text.cond
         if camera is None:
             context, views = context.repeat_interleave(n_views, dim=0), 1
         else:
-            camera, views = camera.to(self.device, self.dtype).repeat(len(context), 1), n_views
-        prepared = self.unet.prepare_context(context.to(self.dtype))
-        return lambda latents, t: self.unet(latents.to(self.dtype), t, prepared, camera, views)
+            camera, views = camera.to(self.device, self.dtype).repeat(len(text.cond), 1), n_views
+        prepared, n_prompts = self.unet.prepare_context(context.to(self.dtype)), 1 + guided
+
+        def denoise(latents: Tensor, t: Tensor) -> Tensor:
+            # Both halves are the same latents: given once, what comes before the first text attention is done once.
+            latents = latents[: len(latents) // n_prompts].to(self.dtype)
+            return self.unet(latents, t, prepared, camera, views, n_prompts)
+
+        return denoise
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -133,14 +133,15 @@ def test_2d_prompts_keep_their_own_text(pipe):
 
 
 class Counting:
-    """A module whose calls and batch sizes are counted."""
+    """A module whose calls and the batch sizes of their results are counted."""
 
     def __init__(self, module):
         self.module, self.calls = module, []
 
     def __call__(self, first, *rest):
-        self.calls.append(len(first))
-        return self.module(first, *rest)
+        out = self.module(first, *rest)
+        self.calls.append(len(out))
+        return out
 
     def prepare_context(self, context):
         self.calls.append("prepared")
