@@ -1,5 +1,6 @@
 """`python -m mvdream_fast.render`: 3D assets to multi-view training shards."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -131,6 +132,7 @@ class _Progress:
         self.console = Console(stderr=True)
         self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.tasks: dict[str, int] = {}
+        self.start = time.monotonic()
         self.bars.start()
         return self
 
@@ -138,10 +140,9 @@ class _Progress:
         self.bars.stop()
 
     def update(self, stage: str, done: int, total: int, views: int) -> None:
-        import time
-
+        if stage == "assets":
+            self.start = time.monotonic()  # views are counted from the end of the survey
         if stage not in self.tasks:
-            self.start = time.monotonic()
             self.tasks[stage] = self.bars.add_task(stage, total=total)
         rate = views / max(time.monotonic() - self.start, 1e-3)
         text = {"assets": "looking at assets"}.get(stage, f"shards, {rate:.0f} views/s")

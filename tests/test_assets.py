@@ -298,3 +298,8 @@ def test_a_folder_without_meshes(tmp_path):
         read_folder(tmp_path)
     with pytest.raises(InputFileError, match="is not a folder of meshes"):
         read_folder(tmp_path / "nothing")
+
+
+def test_a_mesh_without_any_colour_is_light_gray():
+    mesh = load_mesh(trimesh.creation.box().export(file_type="stl"), "stl")
+    np.testing.assert_allclose(mesh.parts[0].colours, 0.8)

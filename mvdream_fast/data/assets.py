@@ -310,7 +310,7 @@ def _material(geometry):
     material = getattr(visual, "material", None)
     if material is None:
         colours = np.asarray(getattr(visual, "vertex_colors", None), np.float32).reshape(-1, 4)
-        if len(colours) != n:
+        if len(colours) != n or visual.kind is None:
             return np.full(3, 0.8, np.float32), 1.0, None, uv, ""
         return colours[:, :3] / 255, float(colours[:, 3].mean() / 255), None, uv, ""
     name = str(getattr(material, "name", "") or "")
