@@ -15,8 +15,10 @@ namespace MVDREAM_FAST_ISA {
 
 constexpr int kBlock = 4;  // cells a side of a block
 
-// Cell (x, y, z) is bit i % 8 of bits[i / 8], i = (x n[1] + y) n[2] + z; a block's byte says whether any cell is
-// occupied.
+// What is known of a block: nothing in it, something, or every cell of a whole block (one that the grid doesn't cut).
+constexpr uint8_t kBlockEmpty = 0, kBlockMixed = 1, kBlockFull = 2;
+
+// Cell (x, y, z) is bit i % 8 of bits[i / 8], i = (x n[1] + y) n[2] + z.
 struct OccupancyView {
   const uint8_t* bits;
   const uint8_t* blocks;  // [n_blocks[0], n_blocks[1], n_blocks[2]], or null
@@ -25,6 +27,7 @@ struct OccupancyView {
   double low[3];
   double scale[3];  // cells per scene unit
   double size[3];   // scene units per cell
+  double clip[6];   // a box that holds every occupied cell: minimum, maximum
 };
 
 MVDREAM_FAST_HD OccupancyView make_view(const uint8_t* bits, const uint8_t* blocks, const int* n, const float* aabb) {
@@ -38,6 +41,8 @@ MVDREAM_FAST_HD OccupancyView make_view(const uint8_t* bits, const uint8_t* bloc
     view.low[a] = aabb[a];
     view.scale[a] = n[a] / extent;
     view.size[a] = extent / n[a];
+    view.clip[a] = aabb[a];
+    view.clip[a + 3] = aabb[a + 3];
   }
   return view;
 }
@@ -99,14 +104,13 @@ MVDREAM_FAST_HD RayWalk begin_walk(const OccupancyView& grid, const float* o, co
   walk.slack = 0;
   double enter = walk.start, exit = walk.far;
   for (int a = 0; a < 3; ++a) {
-    const double high = grid.low[a] + grid.size[a] * grid.n[a];
     walk.o[a] = o[a];
     walk.d[a] = d[a];
-    walk.slack += 1e-9 * (fabs(walk.o[a]) + fabs(grid.low[a]) + fabs(high));
+    walk.slack += 1e-9 * (fabs(walk.o[a]) + fabs(grid.low[a]) + grid.size[a] * grid.n[a]);
     // A direction this small moves no midpoint out of its cell: the axis never bounds a stretch.
     const bool parallel = fabs(walk.d[a]) < 1e-30;
     walk.inv[a] = parallel ? 0 : 1.0 / walk.d[a];
-    if (!parallel) clip_to_slab(grid.low[a], high, walk.o[a], walk.inv[a], &enter, &exit);
+    if (!parallel) clip_to_slab(grid.clip[a], grid.clip[a + 3], walk.o[a], walk.inv[a], &enter, &exit);
   }
   // Two steps generous on either side: next() tests the midpoints themselves.
   walk.k = enter <= exit + 4 * walk.step ? ceil_index((enter - walk.start) * walk.inv_step - 3) : 0;
@@ -146,9 +150,9 @@ MVDREAM_FAST_HD bool next_run(const OccupancyView& grid, RayWalk* walk, int64_t*
       walk->k = here + 1;
       continue;
     }
-    const bool occupied = cell_occupied(grid, cell);
-    const bool skip_block = !occupied && grid.blocks != nullptr && grid.blocks[block_index(grid, cell)] == 0;
-    const int64_t stretch = stretch_end(grid, *walk, cell, skip_block ? kBlock : 1);
+    const uint8_t block = grid.blocks != nullptr ? grid.blocks[block_index(grid, cell)] : kBlockMixed;
+    const bool occupied = block == kBlockMixed ? cell_occupied(grid, cell) : block == kBlockFull;
+    const int64_t stretch = stretch_end(grid, *walk, cell, block == kBlockMixed ? 1 : kBlock);
     walk->k = stretch > here ? stretch : here + 1;
     if (!occupied) continue;
     *begin = here;

@@ -61,6 +61,16 @@ def test_parity_of_sample_sets(share, resolution):
     assert equal(march_rays(*rays, BOX, bits, resolution, STEP), march_rays_ref(*rays, BOX, bits, resolution, STEP))
 
 
+@pytest.mark.parametrize("resolution", [32, 30])
+def test_parity_on_a_ball_with_full_blocks_inside(resolution):
+    centres = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
+    radius = torch.stack(torch.meshgrid(centres, centres, centres, indexing="ij")).norm(dim=0)
+    bits, rays = pack_bits(radius < 0.7), random_rays(400, spread=0.6)
+    fast, reference = (f(*rays, BOX, bits, resolution, STEP) for f in (march_rays, march_rays_ref))
+    assert reference.n_samples > 10_000
+    assert equal(fast, reference)
+
+
 @pytest.mark.parametrize(
     "options",
     [

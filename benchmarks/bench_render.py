@@ -1,0 +1,141 @@
+"""Marching, compositing and rendering with a tenth of the grid occupied and all of it, references beside ours.
+
+A tenth is a ball in the middle, as an object is. Rays are those of four cameras around it. The field of `render` is a
+fresh paper-size volume made dense inside the ball, so that rays end where a surface would end them.
+"""
+
+import os
+import statistics
+
+import pytest
+import torch
+
+from mvdream_fast import ops
+from mvdream_fast.camera import generate_rays, orbit_cameras
+from mvdream_fast.field.background import EnvironmentMap
+from mvdream_fast.field.occupancy import OccupancyGrid, default_step_size
+from mvdream_fast.field.renderer import Renderer
+from mvdream_fast.field.volume import Volume, VolumeConfig
+from mvdream_fast.ops.march_rays import pack_bits
+from mvdream_fast.rng import Stream
+
+THREADS = min(2, os.cpu_count() or 1)
+STEP, BOX, CELLS = default_step_size(1.0), (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0), 32
+VIEWS = {"4x64x64": (4, 64), "512x512": (1, 512)}
+_seconds: dict[str, float] = {}
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+def rays_of(views):
+    n_views, side = VIEWS[views]
+    return generate_rays(orbit_cameras(n_views, distance=3.0, fovy_deg=40.0), side, side)
+
+
+def grid_of(share):
+    """Bits of a full grid, or of the ball that holds a tenth of the box."""
+    centres = (torch.arange(CELLS) + 0.5) / CELLS * 2 - 1
+    radius = torch.stack(torch.meshgrid(centres, centres, centres, indexing="ij")).norm(dim=0)
+    return pack_bits(radius < (0.576 if share == "10 %" else 9))
+
+
+def measure(benchmark, group, name, call, rounds=7, **extra):
+    call()
+    benchmark.group = group
+    benchmark.pedantic(call, rounds=rounds)
+    benchmark.extra_info |= extra
+    _seconds[f"{group}: {name}"] = statistics.median(benchmark.stats.stats.data)
+
+
+@pytest.mark.parametrize("name", ["ours", "reference"])
+@pytest.mark.parametrize("share", ["10 %", "full"])
+@pytest.mark.parametrize("views", VIEWS)
+def bench_march(benchmark, views, share, name):
+    rays, bits = rays_of(views), grid_of(share)
+    march = ops.march_rays if name == "ours" else ops.march_rays_ref
+    n_samples = ops.march_rays(rays.rays_o, rays.rays_d, BOX, bits, CELLS, STEP).n_samples
+
+    def call():
+        march(rays.rays_o, rays.rays_d, BOX, bits, CELLS, STEP)
+
+    rounds = 7 if name == "ours" else 1
+    measure(benchmark, f"march {views} {share}", name, call, rounds, n_samples=n_samples)
+
+
+@pytest.mark.parametrize("name", ["ours", "reference"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("share", ["10 %", "full"])
+def bench_composite(benchmark, share, gradients, name):
+    rays = rays_of("4x64x64")
+    samples = ops.march_rays(rays.rays_o, rays.rays_d, BOX, grid_of(share), CELLS, STEP)
+    sigmas = (torch.rand(samples.n_samples) * 20).requires_grad_(gradients)
+    rgb = torch.rand(samples.n_samples, 3).requires_grad_(gradients)
+    composite = ops.composite_ref if name == "reference" else _composite
+
+    def call():
+        out = composite(sigmas, rgb, samples.t_starts, samples.t_ends, samples.packed_info)
+        if gradients:
+            torch.autograd.grad(out.rgb.sum() + out.opacity.sum(), (sigmas, rgb))
+
+    kind = "forward+backward" if gradients else "forward"
+    measure(benchmark, f"composite 4x64x64 {share} {kind}", name, call, n_samples=samples.n_samples)
+
+
+def _composite(sigmas, rgb, t_starts, t_ends, packed_info):
+    return ops.composite(sigmas, rgb, t_starts, t_ends, packed_info=packed_info)
+
+
+class Ball(Volume):
+    """A volume with a hard ball in it, whatever its parameters say."""
+
+    def forward(self, positions):
+        sigmas, rgb = super().forward(positions)
+        return sigmas * 0 + 100.0 * (positions.norm(dim=-1) < 0.5), rgb
+
+    def density(self, positions):
+        return super().density(positions) * 0 + 100.0 * (positions.norm(dim=-1) < 0.5)
+
+
+@pytest.mark.parametrize("share", ["10 %", "full"])
+@pytest.mark.parametrize("config", ["paper", "mini"])
+def bench_render(benchmark, config, share):
+    rays, volume = rays_of("512x512"), Ball(getattr(VolumeConfig, config)())
+    grid = grid_of(share)
+
+    def call():
+        return ops.render(rays.rays_o, rays.rays_d, volume, BOX, grid, CELLS, STEP, None, alpha_thre=0.01)
+
+    measure(benchmark, f"render 512x512 {config}", share, call, 3, n_samples=call().n_samples)
+
+
+@pytest.mark.parametrize("config", ["paper", "mini"])
+def bench_training_step(benchmark, config):
+    """March, prune, field, composite and all gradients of four 64 x 64 views of a ball."""
+    volume, rays = Volume(getattr(VolumeConfig, config)()), rays_of("4x64x64")
+    renderer = Renderer(volume, OccupancyGrid(), EnvironmentMap())
+    renderer.occupancy.update(0, volume.density, Stream(0, 0, "occupancy"))
+
+    def call():
+        volume.zero_grad()
+        out = renderer(rays, Stream(0, 1, "render"), training=True)
+        out.rgb.sum().backward()
+        return out
+
+    measure(benchmark, "training step 4x64x64", config, call, 3, n_samples=call().n_samples)
+
+
+def bench_ratios():
+    """The goals that are ratios of this run."""
+    for views in VIEWS:
+        a, b = (_seconds.get(f"march {views} {share}: ours") for share in ("full", "10 %"))
+        if a and b:
+            print(f"\nmarch {views}: full {a * 1e3:.1f} ms, 10 % occupied {b * 1e3:.1f} ms, {a / b:.1f} times faster")
+    a, b = (_seconds.get(f"render 512x512 paper: {share}") for share in ("full", "10 %"))
+    if a and b:
+        print(f"render 512x512: full {a:.2f} s, 10 % occupied {b:.2f} s, {a / b:.1f} times faster (goal 5)")
