@@ -32,7 +32,7 @@ class Report:
     check: bool = False
     """Compare with the kept file and exit 1 on a spill, a lost tensor-core instruction, or more than 10 % growth."""
     output: Path | None = None
-    """Where to write the JSON; nothing is written when omitted."""
+    """The JSON file to write to, where rows that are not compiled now stay; nothing is written when omitted."""
 
 
 @dataclass(frozen=True)
@@ -334,8 +334,23 @@ def load(path: Path = BASELINE) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def main(args: Report) -> None:
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One row a line, in the order of the workloads; rows of workloads that are no more are dropped."""
     import triton
+
+    merged = {key(r): r for r in (load(path)["rows"] if path.exists() else [])} | {key(r): r for r in rows}
+    order = [w.name for w in workloads()]
+    kept = sorted(
+        (r for r in merged.values() if r["workload"] in order),
+        key=lambda r: (order.index(r["workload"]), r["kernel"], r["arch"]),
+    )
+    gpus = {arch: gpu.name for arch, gpu in GPUS.items()}
+    head = json.dumps({"triton": triton.__version__, "gpus": gpus, "times": "predicted at datasheet rates"})
+    text = ",\n".join(json.dumps(r) for r in kept)
+    path.write_text(f'{head[:-1]}, "rows": [\n{text}\n]}}\n')
+
+
+def main(args: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -351,10 +366,7 @@ def main(args: Report) -> None:
         table.add_row(r["workload"], r["kernel"], *cells, f"{r['predicted_us']} ({r['predicted_bound']})")
     Console(width=200).print(table)
     if args.output:
-        gpus = {arch: gpu.name for arch, gpu in GPUS.items()}
-        text = ",\n".join(json.dumps(r) for r in rows)
-        head = json.dumps({"triton": triton.__version__, "gpus": gpus, "times": "predicted at datasheet rates"})
-        args.output.write_text(f'{head[:-1]}, "rows": [\n{text}\n]}}\n')
+        save(args.output, rows)
     if args.check:
         found = problems(rows, load()["rows"])
         print("\n".join(found) or f"{len(rows)} kernels: no spill, no lost tensor core, no growth", file=sys.stderr)

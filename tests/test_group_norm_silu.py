@@ -153,10 +153,10 @@ def test_kernels_hold_large_float16_values():
 
 
 def test_kernels_repeat_bit_for_bit():
-    inputs, d_y = draw((2, 6, 3, 5), dtype=torch.float16, device=DEVICE)
-    first = run(_GroupNormSiLU.apply, inputs, d_y, 2)
+    inputs, d_y = draw((2, 3, 3, 5), dtype=torch.float16, device=DEVICE)
+    first = run(_GroupNormSiLU.apply, inputs, d_y, 1)
     for _ in range(19):
-        again = run(_GroupNormSiLU.apply, inputs, d_y, 2)
+        again = run(_GroupNormSiLU.apply, inputs, d_y, 1)
         assert all(torch.equal(a, again[name]) for name, a in first.items())
 
 
