@@ -17,6 +17,8 @@ namespace py = pybind11;
 namespace mvdream_fast {
 void bind_field(py::module_& m);
 void bind_render(py::module_& m);
+void bind_cuda(py::module_& m);
+void bind_unet(py::module_& m);
 }  // namespace mvdream_fast
 
 PYBIND11_MODULE(_C, m) {
@@ -29,6 +31,11 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["openmp"] = "no";
 #endif
+#ifdef MVDREAM_FAST_HAS_CUDA
+    info["cuda"] = MVDREAM_FAST_HAS_CUDA;
+#else
+    info["cuda"] = "no";
+#endif
     using namespace mvdream_fast;
     info["isa"] = isa_name(current_isa());
     for (Isa isa : built_isas()) {
@@ -39,4 +46,9 @@ PYBIND11_MODULE(_C, m) {
   });
   mvdream_fast::bind_field(m);
   mvdream_fast::bind_render(m);
+#ifdef MVDREAM_FAST_HAS_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "The same ops on CUDA tensors");
+  mvdream_fast::bind_cuda(cuda);
+#endif
+  mvdream_fast::bind_unet(m);
 }

@@ -162,6 +162,25 @@ void bind_hash_encode(py::module_& m) {
       NoGil());
 }
 
+void bind_field(py::module_& m) {
+  m.def(
+      "field_forward",
+      [](const Field& field, Address positions, int64_t n, Address sigmas, Address rgb, cuda::Queue queue) {
+        return cuda::field_forward(field, at<float>(positions), n, at<float>(sigmas), at<float>(rgb), queue);
+      },
+      NoGil());
+  m.def(
+      "field_backward",
+      [](const Field& field, Address positions, int64_t n, Address d_sigmas, Address d_rgb, Address d_table,
+         Address d_density, Address d_color, Address d_positions, cuda::Queue queue) {
+        const FieldGradients gradients{at<float>(d_table), at<float>(d_density), at<float>(d_color),
+                                       at<float>(d_positions)};
+        return cuda::field_backward(field, at<float>(positions), n, at<float>(d_sigmas), at<float>(d_rgb), gradients,
+                                    queue);
+      },
+      NoGil());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -171,6 +190,7 @@ void bind_cuda(py::module_& m) {
   bind_prune(m);
   bind_occupancy(m);
   bind_hash_encode(m);
+  bind_field(m);
 }
 
 }  // namespace mvdream_fast

@@ -13,8 +13,8 @@ struct Mlp {
   int sizes[kMaxLayers + 1] = {};
   const float* weights[kMaxLayers] = {};
 
-  int n_out() const { return sizes[n_layers]; }
-  int64_t n_weights() const {
+  MVDREAM_FAST_HD int n_out() const { return sizes[n_layers]; }
+  MVDREAM_FAST_HD int64_t n_weights() const {
     int64_t n = 0;
     for (int i = 0; i < n_layers; ++i) n += int64_t(sizes[i]) * sizes[i + 1];
     return n;

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import test_composite
+import test_field
 import test_hash_encode
 import test_march_rays
 import test_update_occupancy
+import torch
 
 import mvdream_fast
+from mvdream_fast import ops
+from mvdream_fast.ops._checks import load_native
 
+field_op, hash_encode_op = (sys.modules[f"mvdream_fast.ops.{name}"] for name in ("field", "hash_encode"))
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,21 +53,105 @@ def host_instead_of_cpu(cuda_host, monkeypatch):
     monkeypatch.setattr(mvdream_fast, "_C", cuda_host)
 
 
-def borrow(module, without=()):
+def borrow(module, without):
     """The tests of an op's own file, for this backend."""
     tests = {name: test for name, test in vars(module).items() if name.startswith("test_") and name not in without}
     globals().update({f"{module.__name__}_{name.removeprefix('test_')}": test for name, test in tests.items()})
 
 
-THREADS = "test_same_bits_for_any_number_of_threads"
-borrow(test_composite, without=["test_gradcheck_of_the_reference", THREADS])
-borrow(test_march_rays, without=["test_parity_campaign", THREADS])
-borrow(test_update_occupancy, without=["test_grid_finds_the_ball"])
-borrow(
-    test_hash_encode,
-    without=[
-        "test_gradients_of_the_reference",
-        "test_batch_longer_than_a_run",
-        "test_same_bits_for_any_number_of_threads",
-    ],
-)
+NOT_HERE = [  # the references' own tests, the CPU's promises, and what takes long under the host build
+    "test_same_bits_for_any_number_of_threads",
+    "test_gradcheck_of_the_reference",
+    "test_gradients_of_the_reference",
+    "test_parity_campaign",
+    "test_batch_longer_than_a_run",
+    "test_grid_finds_the_ball",
+    "test_cells_that_empty_are_forgotten",
+    "test_instruction_sets_agree",
+    "test_instruction_sets_are_reported",
+    "test_extreme_positions",  # on CUDA a NaN position is not refused: see below
+    "test_wrong_arguments_are_named",
+    "test_frozen_inputs_change_no_other_gradient",  # to the bit in deterministic mode only: see below
+]
+for ops_tests in (test_composite, test_march_rays, test_update_occupancy, test_hash_encode, test_field):
+    borrow(ops_tests, NOT_HERE)
+
+
+@pytest.fixture
+def deterministic(monkeypatch, cuda_host):
+    """The ops' calls as torch.use_deterministic_algorithms makes them on CUDA."""
+    for op in (hash_encode_op, field_op):
+        monkeypatch.setattr(op, "queue_of", lambda like: cuda_host.Queue(0, deterministic=True))
+
+
+@pytest.mark.parametrize("n_features", [1, 2, 4, 8])
+def test_deterministic_table_gradient(deterministic, n_features):
+    test_hash_encode.test_native_matches_reference(n_points=1001, n_features=n_features)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_deterministic_gradients_are_equal_to_the_bit(deterministic, frozen):
+    test_field.test_frozen_inputs_change_no_other_gradient(frozen)
+
+
+def gradients_in_order(order, monkeypatch):
+    monkeypatch.setenv("MVDREAM_FAST_SHIM_ORDER", order)
+    spec = test_field.FieldSpec(test_field.GRID)
+    arguments, d = test_field.inputs(spec, n_points=200)
+    out = ops.field(*arguments, spec)
+    return [*out, *torch.autograd.grad(out, test_field.leaves(arguments), d)]
+
+
+def test_no_order_of_threads_changes_a_bit(deterministic, monkeypatch):
+    """A missing barrier, or a sum by float atomics, would show."""
+    forward, reverse = (gradients_in_order(order, monkeypatch) for order in ("forward", "reverse"))
+    assert all(torch.equal(a, b) for a, b in zip(forward, reverse, strict=True))
+
+
+def test_float_atomics_change_the_table_alone(monkeypatch):
+    forward, reverse = (gradients_in_order(order, monkeypatch) for order in ("forward", "reverse"))
+    equal = [torch.equal(a, b) for a, b in zip(forward, reverse, strict=True)]
+    assert equal[:3] + equal[4:] == [True] * (len(equal) - 1)  # outputs 0 and 1, positions 2, table 3, weights
+    test_hash_encode.close(reverse[3], forward[3])
+
+
+def test_fixed_point_of_cotangents_that_are_no_numbers(deterministic):
+    grid = test_hash_encode.HashGrid(**test_hash_encode.SMALL)
+    positions, table, d_out = test_hash_encode.inputs(grid, 50)
+    d_out[3, 1] = float("inf")
+    (d_table,) = torch.autograd.grad(ops.hash_encode(positions, table, grid), table, d_out)
+    assert d_table.isnan().all()
+
+
+def test_nan_positions_make_nan_outputs_and_no_gradient():
+    spec = test_field.FieldSpec(test_field.GRID)
+    arguments, d = test_field.inputs(spec, n_points=40)
+    arguments[0].data[7, 1] = float("nan")
+    sigmas, rgb = ops.field(*arguments, spec)
+    assert sigmas.isnan().nonzero().tolist() == [[7]]
+    assert rgb.isnan().any(-1).nonzero().tolist() == [[7]]
+    gradients = torch.autograd.grad((sigmas, rgb), test_field.leaves(arguments), d)
+    assert gradients[0].isnan().any(-1).nonzero().tolist() == [[7]]
+    assert all(g.isfinite().all() for g in gradients[1:])
+
+
+def test_tf32_has_the_error_of_ten_bits(monkeypatch, cuda_host):
+    monkeypatch.setattr(field_op, "queue_of", lambda like: cuda_host.Queue(0, tf32=True))
+    spec = test_field.FieldSpec(test_field.GRID, density_activation="softplus")
+    arguments, _ = test_field.inputs(spec, n_points=300)
+    for out, ref in zip(ops.field(*arguments, spec), ops.field_ref(*arguments, spec)):
+        error = ((out - ref).abs() / (1 + ref.abs())).max()
+        assert 1e-5 < error < 5e-3
+
+
+def test_a_build_without_cuda_says_so(monkeypatch):
+    monkeypatch.undo()
+    from types import SimpleNamespace
+
+    from mvdream_fast import _C
+
+    if hasattr(_C, "cuda"):
+        pytest.skip("this build has the CUDA backend")
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
+    with pytest.raises(RuntimeError, match="composite: tensors must be on a CPU where mvdream_fast was built without"):
+        load_native("composite", on_gpu)

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cuda/encode.cuh"
+#include "cuda/fixed_point.h"
 #include "cuda/ops.h"
 
 namespace mvdream_fast::cuda {
@@ -74,14 +75,15 @@ __device__ float fixed_scale(const int* largest, int64_t n) {
 template <int F>
 __global__ void __launch_bounds__(kThreads, 4)
     scatter_fixed_kernel(const __grid_constant__ HashGrid grid, const float* positions, int64_t n, int64_t per_level,
-                         const float* d_out, const int* largest, unsigned long long* sums) {
+                         float scale_in, float shift, const float* d_out, const int* largest,
+                         unsigned long long* sums) {
   const float scale = fixed_scale(largest, n);
   if (scale == 0) return;
   for (int64_t block = blockIdx.x; block < per_level * grid.n_levels; block += gridDim.x) {
     const Place at = place_of(block, per_level);
     if (at.sample >= n) continue;
     float unit[3];
-    if (!to_unit(positions + 3 * at.sample, 1, 0, unit)) continue;
+    if (!to_unit(positions + 3 * at.sample, scale_in, shift, unit)) continue;
     const GridLevel& level = grid.levels[at.level];
     const Cell cell = locate(level, unit);
     const float* d = d_out + at.sample * grid.width() + at.level * F;
@@ -123,24 +125,25 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <int F>
-void scatter_deterministic(const HashGrid& grid, const float* positions, int64_t n, const float* d_out, float* d_table,
-                           cudaStream_t stream) {
+}  // namespace
+
+void scatter_fixed(const HashGrid& grid, const float* positions, float scale, float shift, int64_t n,
+                   const float* d_out, float* d_table, cudaStream_t stream) {
   const char* name = "hash_encode backward, deterministic";
-  const int64_t size = grid.n_entries() * F, per_level = (n + kThreads - 1) / kThreads;
+  const int64_t size = grid.n_entries() * grid.n_features, per_level = (n + kThreads - 1) / kThreads;
   const Scratch<unsigned long long> sums(size, stream);
   const Scratch<int> largest(1, stream);
   sums.zero(size);
   largest.zero(1);
   launch(name, largest_kernel, blocks_for(n * grid.width(), kThreads, 1024), kThreads, 0, stream, d_out,
          n * grid.width(), largest.get());
-  launch(name, scatter_fixed_kernel<F>, blocks_for(per_level * grid.n_levels, 1, 1 << 30), kThreads, 0, stream, grid,
-         positions, n, per_level, d_out, largest.get(), sums.get());
+  with_features(grid.n_features, [&](auto f) {
+    launch(name, scatter_fixed_kernel<f>, blocks_for(per_level * grid.n_levels, 1, 1 << 30), kThreads, 0, stream, grid,
+           positions, n, per_level, scale, shift, d_out, largest.get(), sums.get());
+  });
   launch(name, from_fixed_kernel, blocks_for(size, kThreads), kThreads, 0, stream, sums.get(), size, largest.get(), n,
          d_table);
 }
-
-}  // namespace
 
 bool hash_encode_forward(const HashGrid& grid, const float* table, const float* positions, int64_t n, float* out,
                          Queue queue) {
@@ -157,7 +160,7 @@ bool hash_encode_backward(const HashGrid& grid, const float* table, const float*
   const int64_t per_level = (n + kThreads - 1) / kThreads;
   with_features(grid.n_features, [&](auto f) {
     if (d_table != nullptr && queue.deterministic) {
-      scatter_deterministic<f>(grid, positions, n, d_out, d_table, queue.stream);
+      scatter_fixed(grid, positions, 1, 0, n, d_out, d_table, queue.stream);
     } else if (d_table != nullptr) {
       check(cudaMemsetAsync(d_table, 0, grid.n_entries() * f * sizeof(float), queue.stream), "hash_encode backward");
       launch("hash_encode backward", scatter_kernel<f>, blocks_for(per_level * grid.n_levels, 1, 1 << 30), kThreads, 0,

@@ -50,6 +50,14 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t n_blocks, i
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
+// Bytes of shared memory that one block may have on the current device.
+inline size_t shared_limit() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  return static_cast<size_t>(bytes);
+}
+
 // Memory between kernels of one call, freed in the stream's order.
 template <typename T>
 class Scratch {

@@ -38,6 +38,10 @@ bool hash_encode_forward(const HashGrid& grid, const float* table, const float* 
 bool hash_encode_backward(const HashGrid& grid, const float* table, const float* positions, int64_t n,
                           const float* d_out, float* d_table, float* d_positions, Queue queue);
 
+bool field_forward(const Field& field, const float* positions, int64_t n, float* sigmas, float* rgb, Queue queue);
+bool field_backward(const Field& field, const float* positions, int64_t n, const float* d_sigmas, const float* d_rgb,
+                    const FieldGradients& gradients, Queue queue);
+
 void composite_forward(const Packed& samples, const CompositeForward& args, Queue queue);
 void composite_backward(const Packed& samples, const CompositeBackward& args, Queue queue);
 

@@ -1,4 +1,4 @@
-// The arguments of a march, ready to walk rays on a GPU: the grid's blocks of cells that hold anything, and the walk.
+// The arguments of a march, ready to walk rays on a GPU: the grid's blocks of cells, and the walk.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -7,7 +7,7 @@
 
 namespace mvdream_fast::cuda {
 
-// Whether any cell of each block is occupied.
+// Whether none, some or all cells of each block are occupied.
 static __global__ void blocks_kernel(const __grid_constant__ MarchArgs args, int64_t n_blocks, uint8_t* blocks) {
   using namespace device;
   const OccupancyView grid = make_view(args.bits, nullptr, args.resolution, args.aabb);
@@ -15,13 +15,13 @@ static __global__ void blocks_kernel(const __grid_constant__ MarchArgs args, int
     const int64_t plane = int64_t(grid.n_blocks[1]) * grid.n_blocks[2];
     const int first[3] = {int(i / plane) * kBlock, int(i % plane / grid.n_blocks[2]) * kBlock,
                           int(i % grid.n_blocks[2]) * kBlock};
-    bool any = false;
+    int n_occupied = 0;
     int cell[3];
     for (cell[0] = first[0]; cell[0] < first[0] + kBlock && cell[0] < grid.n[0]; ++cell[0])
       for (cell[1] = first[1]; cell[1] < first[1] + kBlock && cell[1] < grid.n[1]; ++cell[1])
         for (cell[2] = first[2]; cell[2] < first[2] + kBlock && cell[2] < grid.n[2]; ++cell[2])
-          any = any || cell_occupied(grid, cell);
-    blocks[i] = any;
+          n_occupied += cell_occupied(grid, cell);
+    blocks[i] = n_occupied == 0 ? kBlockEmpty : n_occupied == kBlock * kBlock * kBlock ? kBlockFull : kBlockMixed;
   }
 }
 
