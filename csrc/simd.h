@@ -8,7 +8,8 @@
 
 namespace mvdream_fast::MVDREAM_FAST_ISA {
 
-#if defined(__AVX512F__)
+#ifdef MVDREAM_FAST_LANES  // given by hand: 16 lanes can be tried on any processor
+#elif defined(__AVX512F__)
 #define MVDREAM_FAST_LANES 16
 #elif defined(__AVX__)
 #define MVDREAM_FAST_LANES 8
