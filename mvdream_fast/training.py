@@ -197,7 +197,8 @@ class Trainer:
             context = self.context([""] * b + prompts)
 
             def model(latents: Tensor, t: Tensor) -> Tensor:
-                return self.parts.unet(latents, t, context, camera[: len(latents)], v)
+                n = len(latents)  # both halves, or the prompts' alone where the guidance scale is 1
+                return self.parts.unet(latents, t, context[-n // v :], camera[:n], v)
 
             with self._autocast():
                 latents = ddim_sample(model, noise, self.schedule, SHEET_STEPS, guidance_scale)
