@@ -45,6 +45,46 @@ def test_cpu_path_matches_reference(shape, layout):
     assert geglu(x).is_contiguous()
 
 
+def by_threads(function):
+    """The results of a call on 1, 2 and 3 threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (7, 2 * 63), (3, 5, 2 * 100), (130, 2 * 264)])
+def test_native_sizes_and_threads(shape):
+    x, d_y = draw(shape, seed=1)
+    first, *others = by_threads(lambda: run(geglu, x, d_y))
+    for result, expected in zip(first, run(geglu_ref, x, d_y)):
+        close("geglu", result, expected)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+def test_native_gelu_over_the_range_of_gates():
+    gate = torch.linspace(-15, 15, 30001)
+    x = torch.cat([torch.ones_like(gate), gate])[None].requires_grad_()
+    y, d_x = run(geglu, x, torch.ones(1, len(gate)))
+    exact, d_exact = run(geglu_ref, x.detach().double().requires_grad_(), torch.ones(1, len(gate)).double())
+    assert (y - exact).abs().max() < 5e-7  # half an ulp at 15 is 4.8e-7
+    assert (d_x - d_exact).abs().max() < 5e-7
+    assert geglu(torch.tensor([[1.0, 1.0, float("nan"), 65504.0]])).isnan().tolist() == [[True, False]]
+
+
+def test_second_derivatives_of_the_native_path():
+    x = draw((2, 6))[0]
+    results = []
+    for function in (geglu, geglu_ref):
+        (d_x,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(d_x.square().sum(), x)[0])
+    torch.testing.assert_close(*results)
+
+
 def test_worked_by_hand():
     # gelu(0) = 0, gelu(1) = Phi(1) = 0.841345, gelu(-1) = -0.158655
     x = torch.tensor([[2.0, 3.0, 10.0, 0.0, 1.0, -1.0]])

@@ -64,6 +64,55 @@ def test_cpu_path_matches_reference(layout, emb, silu):
         assert results["y"].is_contiguous(memory_format=torch.channels_last)
 
 
+def by_threads(function):
+    """The results of a call on 1, 2 and 3 threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("emb", [True, False])
+@pytest.mark.parametrize("shape", [(1, 9, 1, 1), (2, 33, 7, 9), (3, 40, 5, 13), (2, 64, 32, 16)])
+def test_native_sizes_and_threads(shape, emb, silu):
+    groups = {9: 3, 33: 3}.get(shape[1], 8)
+    inputs, d_y = draw(shape, layout="channels_last", emb=emb, seed=1)
+    first, *others = by_threads(lambda: run(group_norm_silu, inputs, d_y, groups, silu))
+    exact = run(group_norm_silu_ref, double(inputs), d_y.double(), groups, silu)
+    size = {"d_weight": d_y[:, 0].numel() ** 0.5, "d_bias": d_y[:, 0].numel() ** 0.5, "d_emb": d_y[0, 0].numel() ** 0.5}
+    for name, result in first.items():
+        close(OP, result / size.get(name, 1), exact[name] / size.get(name, 1))
+        assert all(torch.equal(result, other[name]) for other in others)
+
+
+def test_native_takes_the_rows_of_a_wider_embedding():
+    inputs, _ = draw((3, 8, 4, 4), layout="channels_last")
+    x, weight, bias, emb = (a.detach() for a in inputs.values())
+    expected = group_norm_silu(x, weight, bias, 2, emb=emb)
+    wide = torch.randn(3, 20)
+    wide[:, 5:13] = emb
+    assert torch.equal(group_norm_silu(x, weight, bias, 2, emb=wide[:, 5:13]), expected)
+    columns = emb.t().contiguous().t()
+    assert torch.equal(group_norm_silu(x, weight, bias, 2, emb=columns), expected)
+    shared = emb[:1].expand(3, -1)
+    close(OP, group_norm_silu(x, weight, bias, 2, emb=shared), group_norm_silu_ref(x, weight, bias, 2, emb=shared))
+
+
+def test_second_derivatives_of_the_native_path():
+    inputs, d_y = draw((2, 6, 3, 5), layout="channels_last")
+    results = []
+    for function in (group_norm_silu, group_norm_silu_ref):
+        y = function(inputs["x"], inputs["weight"], inputs["bias"], 2, 1e-5, inputs["emb"])
+        (d_x,) = torch.autograd.grad(y, inputs["x"], d_y, create_graph=True)
+        results.append(torch.cat([g.flatten() for g in torch.autograd.grad(d_x.square().sum(), list(inputs.values()))]))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
 def test_worked_by_hand():
     # One group of 0 and 2, after emb adds 1 and 3: values 1 and 5, mean 3, deviation 2, so -1 and 1.
     x, emb = torch.tensor([0.0, 2.0]).reshape(1, 2, 1, 1), torch.tensor([[1.0, 3.0]])

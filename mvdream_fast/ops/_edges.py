@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -11,6 +12,22 @@ def is_batched(*tensors: Tensor | None) -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     return any(x is not None and torch._C._functorch.is_batchedtensor(x) for x in tensors)
+
+
+def runs_natively(*tensors: Tensor | None) -> bool:
+    """Whether the CPU extension may read and replace these: plain float32 tensors that no transform is watching."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return all(x is None or (_is_plain(x) and x.dtype == torch.float32 and not x.is_neg()) for x in tensors)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants a node for a call on these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def vmap_error(op: str) -> RuntimeError:

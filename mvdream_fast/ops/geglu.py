@@ -8,13 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
+from mvdream_fast.ops._checks import address, load_native
+from mvdream_fast.ops._edges import check_float, is_batched, is_recorded, load_kernels, runs_natively, vmap_error
+from mvdream_fast.ops.hash_encode import vjp
 
 
 def geglu(x: Tensor) -> Tensor:
     """value * gelu(gate) of a tensor whose last axis is [value | gate]; the exact GELU, computed in float32.
 
     Any strides and zero-size inputs are taken; where the leading axes cannot be flattened to one, CUDA makes a copy.
+    Contiguous float32 on a CPU runs natively, bit-identical for any number of threads; the rest there is plain torch.
     Autocast does not change the dtype: it is the input's.
 
     Args:
@@ -37,7 +40,7 @@ def geglu(x: Tensor) -> Tensor:
         raise vmap_error("geglu")
     if x.is_cuda:
         return _GEGLU.apply(x)
-    return _geglu_cpu(x)
+    return _OnCpu.apply(x) if is_recorded(x) and _is_native(x) else _forward_cpu(x)
 
 
 def geglu_ref(x: Tensor) -> Tensor:
@@ -57,12 +60,27 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _geglu_cpu(x: Tensor) -> Tensor:
-    value, gate = x.chunk(2, dim=-1)
-    return (value * F.gelu(gate)).contiguous()
+def _is_native(x: Tensor) -> bool:
+    return runs_natively(x) and x.is_contiguous() and x.numel() > 0
+
+
+def _forward_cpu(x: Tensor) -> Tensor:
+    if not _is_native(x):
+        value, gate = x.chunk(2, dim=-1)
+        return (value * F.gelu(gate)).contiguous()
+    n_columns = x.shape[-1] // 2
+    y = x.new_empty((*x.shape[:-1], n_columns))
+    sizes = (x.numel() // (2 * n_columns), n_columns)
+    load_native("geglu").geglu_forward(address(x), *sizes, address(y), torch.get_num_threads())
+    return y
 
 
 def _backward_cpu(d_y: Tensor, x: Tensor) -> Tensor:
+    if _is_native(x) and runs_natively(d_y):
+        n_columns, d_x, d_y = x.shape[-1] // 2, torch.empty_like(x), d_y.contiguous()
+        sizes = (x.numel() // (2 * n_columns), n_columns)
+        load_native("geglu").geglu_backward(address(d_y), address(x), *sizes, address(d_x), torch.get_num_threads())
+        return d_x
     value, gate = x.to(_wide(x)).chunk(2, dim=-1)
     cdf = 0.5 * (1 + torch.erf(gate / 2**0.5))
     pdf = torch.exp(-0.5 * gate.square()) / (2 * torch.pi) ** 0.5
@@ -83,9 +101,23 @@ class _GEGLU(torch.autograd.Function):
         return load_kernels("geglu", "x", x).backward(d_y, x)
 
 
+class _OnCpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _forward_cpu(x)
+
+    @staticmethod
+    def backward(ctx, d_y: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are asked for
+            return vjp(lambda x: (geglu_ref(x),), [x], [d_y])[0]
+        return _backward_cpu(d_y, x)
+
+
 @torch.library.custom_op("mvdream_fast::geglu", mutates_args=())
 def _op(x: Tensor) -> Tensor:
-    return load_kernels("geglu", "x", x).forward(x) if x.is_cuda else _geglu_cpu(x)
+    return load_kernels("geglu", "x", x).forward(x) if x.is_cuda else _forward_cpu(x)
 
 
 @torch.library.custom_op("mvdream_fast::geglu_backward", mutates_args=())

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, check_like, is_batched, load_kernels, vmap_error
+from mvdream_fast.ops._checks import address, load_native
+from mvdream_fast.ops._edges import (
+    check_float,
+    check_like,
+    is_batched,
+    is_recorded,
+    load_kernels,
+    runs_natively,
+    vmap_error,
+)
+from mvdream_fast.ops.hash_encode import vjp
 
 
 def group_norm_silu(
@@ -24,6 +34,7 @@ def group_norm_silu(
 
     Statistics are float32, two passes (mean, then variance: no cancellation). The memory format is kept; an x that is
     neither contiguous nor channels_last is copied first. Autocast does not change the dtype: it is the input's.
+    channels_last float32 on a CPU runs natively, bit-identical for any number of threads; the rest there is torch.
 
     Args:
         x: [B*V, C, h, w] contiguous or channels_last; float32, float16 or bfloat16 (float64 on the CPU).
@@ -49,6 +60,10 @@ def group_norm_silu(
         raise vmap_error("group_norm_silu")
     if x.is_cuda:
         return _GroupNormSiLU.apply(x, weight, bias, n_groups, eps, emb, silu)
+    if _is_native(x, weight, bias, emb):
+        if is_recorded(x, weight, bias, emb):
+            return _OnCpu.apply(x, weight, bias, n_groups, eps, emb, silu)
+        return _forward_native(x, weight, bias, n_groups, eps, emb, silu)
     return _cpu(x, weight, bias, n_groups, eps, emb, silu)
 
 
@@ -117,6 +132,9 @@ def _forward_cpu(
     sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], n_groups)
     if not x.numel():
         return torch.empty_like(x), *(x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
+    if _is_native(x, weight, bias, emb):
+        mean, rstd = (x.new_empty((x.shape[0], n_groups)) for _ in range(2))
+        return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
     u = _add(x, emb, wide)
     y, mean, rstd = torch.native_group_norm(u, weight.to(wide), bias.to(wide), *sizes, eps)
     return torch.empty_like(x).copy_(F.silu(y) if silu else y), mean, rstd
@@ -135,6 +153,8 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if not x.numel():
         return torch.empty_like(x), *(None if p is None else torch.zeros_like(p) for p in (weight, bias, emb))
+    if _is_native(x, weight, bias, emb) and runs_natively(d_y):
+        return _backward_native(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd)
     images, channels, height, width = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     u, d_z = _add(x, emb, wide), d_y.to(wide)
@@ -157,6 +177,61 @@ def _backward_cpu(
     )
     d_emb = None if emb is None else d_u.sum((2, 3)).to(emb.dtype)
     return torch.empty_like(x).copy_(d_u), d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_emb
+
+
+def _is_native(x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor | None) -> bool:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and x.numel() > 0
+    return channels_last and runs_natively(x, weight, bias, emb)
+
+
+def _native_norm(x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, emb: Tensor | None, silu: bool):
+    """The extension's view of contiguous (emb: row by row) arguments, which the caller keeps alive."""
+    sizes = (x.shape[0], x.shape[2] * x.shape[3], x.shape[1], n_groups, silu)
+    stride = 0 if emb is None else emb.stride(0)
+    pointers = map(address, (x, weight, bias, emb))
+    return load_native("group_norm_silu").GroupNorm(*pointers, stride, *sizes)
+
+
+def _rows(emb: Tensor | None) -> Tensor | None:
+    return emb if emb is None or emb.stride(1) == 1 else emb.contiguous()
+
+
+def _forward_native(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    n_groups: int,
+    eps: float,
+    emb: Tensor | None,
+    silu: bool,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> Tensor:
+    weight, bias, emb, y = weight.contiguous(), bias.contiguous(), _rows(emb), torch.empty_like(x)
+    norm, n_threads = _native_norm(x, weight, bias, n_groups, emb, silu), torch.get_num_threads()
+    load_native("group_norm_silu").group_norm_silu_forward(norm, eps, *map(address, (y, mean, rstd)), n_threads)
+    return y
+
+
+def _backward_native(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    n_groups: int,
+    emb: Tensor | None,
+    silu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    d_y = d_y.contiguous(memory_format=torch.channels_last)
+    weight, bias, emb = weight.contiguous(), bias.contiguous(), _rows(emb)
+    grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    d_emb = None if emb is None else emb.new_empty(emb.shape)
+    norm = _native_norm(x, weight, bias, n_groups, emb, silu)
+    pointers = map(address, (d_y, mean, rstd, *grads, d_emb))
+    load_native("group_norm_silu").group_norm_silu_backward(norm, *pointers, torch.get_num_threads())
+    return *grads, d_emb
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -190,6 +265,27 @@ class _GroupNormSiLU(torch.autograd.Function):
         n_groups, silu = ctx.flags
         kernels = load_kernels("group_norm_silu", "x", x)
         grads = kernels.backward(_dense(d_y), x, weight, bias, n_groups, emb, silu, mean, rstd)
+        return *grads[:3], None, None, grads[3], None
+
+
+class _OnCpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, n_groups, eps, emb, silu):
+        y, mean, rstd = _forward_cpu(x, weight, bias, n_groups, eps, emb, silu)
+        ctx.save_for_backward(x, weight, bias, emb, mean, rstd)
+        ctx.flags = n_groups, eps, silu
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight, bias, emb, mean, rstd = ctx.saved_tensors
+        n_groups, eps, silu = ctx.flags
+        if torch.is_grad_enabled():  # second derivatives are asked for
+            tensors = [t for t in (x, weight, bias, emb) if t is not None]
+            grads = vjp(lambda x, w, b, e=None: (_cpu(x, w, b, n_groups, eps, e, silu),), tensors, [d_y])
+            grads += [None] * (4 - len(grads))
+        else:
+            grads = _backward_cpu(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd)
         return *grads[:3], None, None, grads[3], None
 
 
