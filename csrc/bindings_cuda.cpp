@@ -181,6 +181,17 @@ void bind_field(py::module_& m) {
       NoGil());
 }
 
+void bind_render(py::module_& m) {
+  m.def(
+      "render",
+      [](const Field& field, const QueuedMarch& march, double least, double most, Address background,
+         int64_t background_stride, Address rgb, Address opacity, Address depth) {
+        return cuda::render(field, march.args, least, most, at<float>(background), background_stride, at<float>(rgb),
+                            at<float>(opacity), at<float>(depth), march.queue);
+      },
+      NoGil());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -191,6 +202,7 @@ void bind_cuda(py::module_& m) {
   bind_occupancy(m);
   bind_hash_encode(m);
   bind_field(m);
+  bind_render(m);
 }
 
 }  // namespace mvdream_fast

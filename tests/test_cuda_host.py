@@ -4,6 +4,7 @@ A GPU runs the same sources. What a GPU alone can show (speed, memory ordering b
 """
 
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import test_composite
 import test_field
 import test_hash_encode
 import test_march_rays
+import test_render_op
 import test_update_occupancy
 import torch
 
@@ -142,6 +144,56 @@ def test_tf32_has_the_error_of_ten_bits(monkeypatch, cuda_host):
     for out, ref in zip(ops.field(*arguments, spec), ops.field_ref(*arguments, spec)):
         error = ((out - ref).abs() / (1 + ref.abs())).max()
         assert 1e-5 < error < 5e-3
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """`render` with the one-kernel way that CUDA takes."""
+    render_op = sys.modules["mvdream_fast.ops.render"]
+    monkeypatch.setattr(render_op, "_render_cpu", render_op._render_fused)
+    return ops.render
+
+
+class Ball:
+    """A small hash-grid field, dense in the middle."""
+
+    def __init__(self, width=32, n_hidden=1):
+        self.spec = test_field.FieldSpec(test_field.GRID)
+        arguments = test_field.inputs(self.spec, width=width, n_hidden=n_hidden)[0]
+        self.table, self.density_weights, self.feature_weights = arguments[1:]
+
+    def __call__(self, positions):
+        parameters = (self.table, self.density_weights, self.feature_weights)
+        return tuple(x.detach() for x in ops.field(positions, *parameters, self.spec))
+
+
+@pytest.mark.parametrize("background", [None, torch.tensor([0.2, 0.5, 0.9]), torch.rand(70, 3)])
+@pytest.mark.parametrize(("alpha_thre", "early_stop_eps"), [(0.0, 0.0), (0.01, 1e-4), (0.02, 0.3)])
+def test_fused_render_equals_the_ops_in_a_row(fused, background, alpha_thre, early_stop_eps):
+    rays, bits, ball = test_render_op.rays_around(70), test_render_op.grid(0.1), Ball()
+    thresholds = (alpha_thre, early_stop_eps)
+    out = fused(*rays, ball, test_render_op.BOX, bits, 32, test_render_op.STEP, background, 0, math.inf, *thresholds)
+    wanted, n_samples = test_render_op.in_a_row(*rays, ball, bits, background, *thresholds)
+    for name in ("rgb", "opacity", "depth"):
+        torch.testing.assert_close(getattr(out, name), getattr(wanted, name), rtol=2e-5, atol=1e-5)
+    assert out.n_samples == n_samples if early_stop_eps == 0 else out.n_samples <= n_samples
+    assert out.opacity.max() > 0.2
+
+
+@pytest.mark.parametrize(("width", "n_hidden"), [(64, 1), (128, 2)])
+def test_fused_render_of_wider_networks(fused, width, n_hidden):
+    rays, bits, ball = test_render_op.rays_around(40), test_render_op.grid(0.02), Ball(width, n_hidden)
+    out = fused(*rays, ball, test_render_op.BOX, bits, 32, test_render_op.STEP)
+    wanted, _ = test_render_op.in_a_row(*rays, ball, bits, None, 0.0, 1e-4)
+    torch.testing.assert_close(out.rgb, wanted.rgb, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rays", [0, 3])
+def test_fused_render_of_nothing(fused, n_rays):
+    rays, bits = test_render_op.rays_around(n_rays), test_render_op.grid(0.0)
+    out = fused(*rays, Ball(), test_render_op.BOX, bits, 32, test_render_op.STEP, torch.ones(3))
+    assert torch.equal(out.rgb, torch.ones(n_rays, 3))
+    assert out.n_samples == 0
 
 
 def test_a_build_without_cuda_says_so(monkeypatch):

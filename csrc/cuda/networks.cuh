@@ -217,14 +217,16 @@ void pad_networks(const Field& field, const Networks& networks, float* out, cuda
 
 // Calls body(width of the hidden layers, tf32) with both as compile-time constants.
 template <typename Body>
-void with_width(int width, bool tf32, Body body) {
+void with_width([[maybe_unused]] int width, bool tf32, Body body) {
   const auto with_precision = [&](auto w) {
     if (tf32) return body(w, std::true_type());
     return body(w, std::false_type());
   };
+#ifndef MVDREAM_FAST_DEFAULT_WIDTH_ONLY  // what a quick look at the compiler's output sets
   if (width == 32) return with_precision(std::integral_constant<int, 32>());
-  if (width == 64) return with_precision(std::integral_constant<int, 64>());
-  return with_precision(std::integral_constant<int, 128>());
+  if (width == 128) return with_precision(std::integral_constant<int, 128>());
+#endif
+  return with_precision(std::integral_constant<int, 64>());
 }
 
 }  // namespace mvdream_fast::cuda

@@ -42,6 +42,11 @@ bool field_forward(const Field& field, const float* positions, int64_t n, float*
 bool field_backward(const Field& field, const float* positions, int64_t n, const float* d_sigmas, const float* d_rgb,
                     const FieldGradients& gradients, Queue queue);
 
+// The pixels of rays through a field with early termination, thresholds as in prune_count; waits for the number of
+// samples evaluated, which it returns.
+int64_t render(const Field& field, const MarchArgs& march, double least, double most, const float* background,
+               int64_t background_stride, float* rgb, float* opacity, float* depth, Queue queue);
+
 void composite_forward(const Packed& samples, const CompositeForward& args, Queue queue);
 void composite_backward(const Packed& samples, const CompositeBackward& args, Queue queue);
 

@@ -137,7 +137,7 @@ class _Field(torch.autograd.Function):
         rgb = positions.new_empty(len(positions), 3) if len(tensors) > 2 + n_density else None
         sizes = (len(positions), address(sigmas), address(rgb), queue_of(positions))
         ok = load_native("field", positions).field_forward(
-            _native(spec, n_density, parameters), address(positions), *sizes
+            native_of(spec, n_density, parameters), address(positions), *sizes
         )
         require_no_nan("field", ok)
         return sigmas, rgb
@@ -153,7 +153,7 @@ class _Field(torch.autograd.Function):
         d_density = _flat_like(parameters[1 : 1 + ctx.n_density], any(needed[2 : 2 + ctx.n_density]))
         d_color = _flat_like(parameters[1 + ctx.n_density :], any(needed[2 + ctx.n_density :]))
         load_native("field", positions).field_backward(
-            _native(ctx.spec, ctx.n_density, parameters),
+            native_of(ctx.spec, ctx.n_density, parameters),
             *(address(positions), len(positions)),
             *map(address, (d_sigmas, d_rgb, d_table, d_density, d_color, d_positions)),
             queue_of(positions),
@@ -162,7 +162,7 @@ class _Field(torch.autograd.Function):
         return None, None, d_positions, d_table, *_views(density, d_density), *_views(color, d_color)
 
 
-def _native(spec: FieldSpec, n_density: int, parameters: Sequence[Tensor]):
+def native_of(spec: FieldSpec, n_density: int, parameters: Sequence[Tensor]):
     """The field as an object of the extension, which points into the (contiguous) parameters."""
     table, *weights = parameters
     layers = [(address(w), *w.shape) for w in weights]

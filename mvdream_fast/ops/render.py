@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, require
+from mvdream_fast.ops._checks import address, aligned, check_float, check_same_device, load_native, require
 from mvdream_fast.ops.composite import composite_ref
+from mvdream_fast.ops.field import native_of
 from mvdream_fast.ops.march_rays import check_march, march_args, march_rays_ref, optical_depth, raise_for, visible_ref
 
 Field = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -44,7 +45,9 @@ def render(
 
     The pixels are those of march_rays, prune_samples and composite in a row, to the bit where the field's value at a
     point does not depend on the batch around it; but a ray that has become opaque is not evaluated further.
-    field: positions [P, 3] -> (sigmas [P], rgb [P, 3]), called with at most about 300,000 points.
+    field: positions [P, 3] -> (sigmas [P], rgb [P, 3]), called with at most about 300,000 points. On CUDA a field with
+    the parameters of `ops.field` (table, density_weights, feature_weights, spec; field.Volume is one) is not called but
+    evaluated in one kernel with the march and the sums; any other goes through the reference.
     The other arguments are those of `march_rays`, `prune_samples` and `composite`; near and far are numbers.
 
     Returns: RenderedImage. Raises: what the three ops raise.
@@ -55,7 +58,7 @@ def render(
         check_same_device("render", rays_o=rays_o, background=background)
     for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
         require(0 <= value <= 1, "render", name, "in [0, 1]", value, "pass a probability")
-    run = render_ref if rays_o.is_cuda else _render_cpu
+    run = (_render_fused if is_hash_grid_field(field) else render_ref) if rays_o.is_cuda else _render_cpu
     return run(
         *(rays_o, rays_d, field, box, occupancy_bits, shape, step_size, background, near, far),
         *(alpha_thre, early_stop_eps),
@@ -92,6 +95,29 @@ def render_ref(
         out = composite_ref(sigmas[keep], colours[keep], kept.t_starts, kept.t_ends, kept.packed_info, behind)
         rgb[part], opacity[part], depth[part] = out.rgb, out.opacity, out.depth
     return RenderedImage(rgb, opacity, depth, n_samples)
+
+
+def is_hash_grid_field(field: Field) -> bool:
+    """Whether a field's parameters are those of `ops.field`, in float32: then a CUDA kernel can evaluate it itself."""
+    names = ("table", "density_weights", "feature_weights", "spec")
+    return all(hasattr(field, name) for name in names) and field.table.dtype == torch.float32
+
+
+def _render_fused(
+    rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
+) -> RenderedImage:
+    native, n_rays = load_native("render", rays_o), rays_o.shape[0]
+    check_same_device("render", rays_o=rays_o, table=field.table)
+    args, _alive = march_args("render", rays_o, rays_d, box, bits, shape, step_size, None, near, far)
+    raise_for("render", native.march_status(args))
+    parameters = [aligned(x.detach()) for x in (field.table, *field.density_weights, *field.feature_weights)]
+    behind = None if background is None else background.detach().float().contiguous()
+    stride = 3 if behind is not None and behind.ndim == 2 else 0
+    depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
+    outputs = [rays_o.new_empty(*size, dtype=torch.float32) for size in ((n_rays, 3), (n_rays,), (n_rays,))]
+    native_field = native_of(field.spec, len(field.density_weights), parameters)
+    n_samples = native.render(native_field, args, *depths, address(behind), stride, *map(address, outputs))
+    return RenderedImage(*outputs, n_samples)
 
 
 def _rows(background: torch.Tensor | None, part: slice) -> torch.Tensor | None:
