@@ -222,13 +222,68 @@ def test_same_bits_for_any_number_of_threads(background):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
-    sigmas, rgb, t_starts, t_ends, packed_info = scene(5)
-    sigmas.requires_grad_()
-    out = composite(sigmas, rgb, t_starts, t_ends, packed_info=packed_info)
-    (d_sigmas,) = torch.autograd.grad(out.rgb.sum(), sigmas, create_graph=True)
-    with pytest.raises(RuntimeError):
-        d_sigmas.sum().backward()
+@pytest.mark.parametrize("background", ["none", "one", "each"])
+def test_second_derivatives(background):
+    args, behind = scene(8, longest=6), backgrounds(8)[background]
+    results = []
+    for function in (composite, composite_ref):
+        inputs = [x.detach().clone().requires_grad_() for x in (*args[:2], behind) if x is not None]
+        out = function(*inputs[:2], *args[2:4], packed_info=args[4], background=(inputs + [None])[2])
+        first = torch.autograd.grad(out.rgb.square().sum() + out.z_variance.sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(x.square().sum() for x in first), inputs))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+def test_forward_mode_goes_through_the_reference():
+    sigmas, rgb, t_starts, t_ends, packed_info = scene(8, longest=6)
+
+    def opacity(sigmas):
+        return composite(sigmas, rgb, t_starts, t_ends, packed_info=packed_info).opacity
+
+    _, tangent = torch.func.jvp(opacity, (sigmas,), (torch.ones_like(sigmas),))
+    step = 1e-3
+    wide = [x.double() for x in (sigmas, rgb, t_starts, t_ends)]
+    ends = [composite_ref(wide[0] + s, *wide[1:], packed_info).opacity for s in (step, -step)]
+    torch.testing.assert_close(tangent.double(), (ends[0] - ends[1]) / (2 * step), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "background"), [(torch.float32, "each"), (torch.float64, "none")])
+def test_the_registered_form(dtype, background):
+    sigmas, rgb, t_starts, t_ends, packed_info = scene(8, longest=6, dtype=dtype)
+    behind = backgrounds(8, dtype)[background]
+    behind = None if behind is None else behind.requires_grad_()
+    inputs = (sigmas.requires_grad_(), rgb.requires_grad_(), t_starts, t_ends, packed_info, behind)
+    torch.library.opcheck(torch.ops.mvdream_fast.composite.default, inputs)
+
+
+@pytest.mark.parametrize("background", ["none", "one", "each"])
+def test_gradients_of_the_registered_form(background):
+    args, behind = scene(30, dtype=torch.float64), backgrounds(30, torch.float64)[background]
+    _, wanted = outputs_and_gradients(composite, *args, behind)
+
+    def registered(sigmas, rgb, t_starts, t_ends, packed_info, background):
+        return Rendered(*torch.ops.mvdream_fast.composite(sigmas, rgb, t_starts, t_ends, packed_info, background))
+
+    _, got = outputs_and_gradients(registered, *args, behind)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_compiles_in_one_graph():
+    sigmas, rgb, t_starts, t_ends, packed_info = scene(20)
+    behind = backgrounds(20)["each"]
+
+    def loss(sigmas, rgb, background):
+        out = composite(sigmas, rgb, t_starts, t_ends, packed_info=packed_info, background=background)
+        return (out.rgb.sin() + out.depth[:, None]).sum()
+
+    compiled, results = torch.compile(loss, fullgraph=True, backend="aot_eager"), []
+    for function in (loss, compiled):
+        inputs = [x.detach().clone().requires_grad_() for x in (sigmas, rgb, behind)]
+        results.append(torch.autograd.grad(function(*inputs), inputs))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Where the samples come from, and how they are coloured, is nobody's business her
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from mvdream_fast.ops._checks import (
     address,
@@ -17,6 +18,7 @@ from mvdream_fast.ops._checks import (
     queue_of,
     require,
 )
+from mvdream_fast.ops.hash_encode import vjp
 from mvdream_fast.ops.march_rays import exclusive_sum_packed, pack_info
 
 
@@ -43,8 +45,9 @@ def composite(
     """Colour, opacity, depth, weights and depth variance of every ray.
 
     opacity = sum w; rgb = sum w c + (1 - opacity) background; depth = sum w t (not divided by the opacity);
-    z_variance = sum w (t - depth)^2, t the midpoint. Differentiable in sigmas, rgb and background, not in the
-    distances. A ray without samples shows the background, with opacity, depth and variance 0.
+    z_variance = sum w (t - depth)^2, t the midpoint. Differentiable in sigmas, rgb and background (a second time
+    through the plain-torch reference), not in the distances. A ray without samples shows the background, with opacity,
+    depth and variance 0.
 
     sigmas: [S], not negative. rgb: [S, 3]. t_starts, t_ends: [S]. Either packed_info [R, 2] int64 (start and count,
     ray after ray, without gaps) or ray_indices [S] int64, sorted, with n_rays. background: [R, 3], [3] or None (black).
@@ -52,8 +55,12 @@ def composite(
     Returns: Rendered. Raises: ValueError, TypeError, RuntimeError for unfitting arguments.
     Source: Max, Optical models for direct volume rendering (1995); Mildenhall et al., arXiv 2003.08934, eq. 3.
     """
+    if torch.compiler.is_compiling():
+        # The checks read values, which a graph cannot; the registered form trusts its caller.
+        packed_info = pack_info(ray_indices, n_rays) if packed_info is None else packed_info
+        return Rendered(*torch.ops.mvdream_fast.composite(sigmas, rgb, t_starts, t_ends, packed_info, background))
     packed_info = _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background)
-    if _wide(sigmas, rgb, t_starts, t_ends, background):
+    if not _runs_natively(sigmas, rgb, t_starts, t_ends, background):
         return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
     return Rendered(*_Composite.apply(sigmas, rgb, t_starts, t_ends, packed_info, background))
 
@@ -90,9 +97,12 @@ class _Composite(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
-        d_sigmas, d_rgb, d_background = _backward(*ctx.saved_tensors, cotangents, ctx.needs_input_grad[5])
+        saved, needs_background = ctx.saved_tensors, ctx.needs_input_grad[5]
+        if torch.is_grad_enabled():  # second derivatives are asked for
+            d_sigmas, d_rgb, d_background = _backward_ref(*saved[:6], cotangents)
+        else:
+            d_sigmas, d_rgb, d_background = _backward(*saved, cotangents, needs_background)
         return d_sigmas, d_rgb, None, None, None, d_background
 
 
@@ -125,8 +135,107 @@ def _backward(
     return d_sigmas, d_rgb, d_background
 
 
+def _backward_ref(sigmas, rgb, t_starts, t_ends, packed_info, background, cotangents) -> list[torch.Tensor | None]:
+    def run(sigmas, rgb, background=None):
+        return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
+
+    inputs = [sigmas, rgb] if background is None else [sigmas, rgb, background]
+    return [*vjp(run, inputs, cotangents), None][:3]
+
+
+def _adjoint_ref(
+    sigmas, rgb, t_starts, t_ends, packed_info, background, opacity, depth, cotangents
+) -> list[torch.Tensor | None]:
+    """The adjoint in closed form (csrc/composite.h), for where no graph can be kept."""
+    d_rgb, d_opacity, d_depth, d_weights, d_variance = cotangents
+    rays = torch.arange(packed_info.shape[0], device=sigmas.device)
+    rays = torch.repeat_interleave(rays, packed_info[:, 1], output_size=sigmas.shape[0])
+    t, delta = 0.5 * (t_starts + t_ends), t_ends - t_starts
+    transmittance = torch.exp(-exclusive_sum_packed(sigmas * delta, packed_info))
+    alphas = -torch.expm1(-sigmas * delta)
+    behind = 0 if background is None else background if background.ndim == 1 else background[rays]
+    own = depth[rays]
+    g = d_weights + d_opacity[rays] + d_depth[rays] * t + (d_rgb[rays] * (rgb - behind)).sum(-1)
+    g = g + d_variance[rays] * ((t - own) ** 2 - 2 * own * (1 - opacity[rays]) * t)
+    weighted = g * transmittance * alphas
+    total = weighted.new_zeros(len(packed_info)).index_add(0, rays, weighted)[rays]
+    farther = total - weighted - exclusive_sum_packed(weighted, packed_info)
+    d_sigmas = delta * (g * transmittance * (1 - alphas) - farther)
+    d_background = (1 - opacity)[:, None] * d_rgb
+    if background is None or background.ndim == 1:
+        d_background = d_background.sum(0)
+    return [d_sigmas, (transmittance * alphas)[:, None] * d_rgb[rays], d_background]
+
+
+@torch.library.custom_op("mvdream_fast::composite", mutates_args=())
+def _op(
+    sigmas: torch.Tensor,
+    rgb: torch.Tensor,
+    t_starts: torch.Tensor,
+    t_ends: torch.Tensor,
+    packed_info: torch.Tensor,
+    background: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = [x if x is None else x.contiguous() for x in (sigmas, rgb, t_starts, t_ends, packed_info, background)]
+    if _wide(sigmas, rgb, t_starts, t_ends, background):
+        return tuple(composite_ref(*inputs))
+    return _forward(*inputs)
+
+
+@_op.register_fake
+def _(sigmas, rgb, t_starts, t_ends, packed_info, background):
+    n_rays = packed_info.shape[0]
+    return tuple(sigmas.new_empty(shape) for shape in ((n_rays, 3), (n_rays,), (n_rays,), sigmas.shape, (n_rays,)))
+
+
+@torch.library.custom_op("mvdream_fast::composite_backward", mutates_args=())
+def _op_backward(
+    sigmas: torch.Tensor,
+    rgb: torch.Tensor,
+    t_starts: torch.Tensor,
+    t_ends: torch.Tensor,
+    packed_info: torch.Tensor,
+    background: torch.Tensor | None,
+    opacity: torch.Tensor,
+    depth: torch.Tensor,
+    cotangents: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = [x if x is None else x.contiguous() for x in (sigmas, rgb, t_starts, t_ends, packed_info, background)]
+    if _wide(sigmas, rgb, t_starts, t_ends, background):
+        gradients = _adjoint_ref(*inputs, opacity, depth, cotangents)
+    else:
+        gradients = list(
+            _backward(*inputs, opacity.contiguous(), depth.contiguous(), cotangents, background is not None)
+        )
+    return gradients[0], gradients[1], sigmas.new_zeros(0) if background is None else gradients[2]
+
+
+@_op_backward.register_fake
+def _(sigmas, rgb, t_starts, t_ends, packed_info, background, opacity, depth, cotangents):
+    like = sigmas.new_zeros(0) if background is None else background
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (sigmas, rgb, like))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1], output[2])
+
+
+def _op_gradients(ctx, *cotangents):
+    d_sigmas, d_rgb, d_background = torch.ops.mvdream_fast.composite_backward(*ctx.saved_tensors, list(cotangents))
+    return d_sigmas, d_rgb, None, None, None, d_background if ctx.needs_input_grad[5] else None
+
+
+_op.register_autograd(_op_gradients, setup_context=_setup)
+
+
 def _stride(background: torch.Tensor | None) -> int:
     return 3 if background is not None and background.ndim == 2 else 0
+
+
+def _runs_natively(*tensors: torch.Tensor | None) -> bool:
+    """float32, and no functorch transform or forward-mode derivative is watching."""
+    watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not watched and not _wide(*tensors)
 
 
 def _wide(*tensors: torch.Tensor | None) -> bool:
