@@ -21,7 +21,7 @@ from torch import Tensor
 # Multiply-add contraction is chosen here, not by Triton's default, which differs between versions.
 OPTIONS = {"enable_fp_fusion": True}
 LOG2_E = math.log2(math.e)
-SUM_ROWS = 64
+SUM_ROWS = 32
 
 
 @triton.jit
@@ -249,13 +249,17 @@ def block_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def forward_tile(block_d: int, itemsize: int, major: int) -> dict[str, int]:
+def forward_tile(block_d: int, itemsize: int, major: int, flat: bool) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward kernel for a compute capability's major number.
 
-    This and `backward_tile` are the whole list of configurations: report.py compiles each, and none of these spills.
+    `flat` as in `token_offsets`: otherwise every row has an address of its own, which takes registers.
+
+    This and `backward_tile` are the whole list of configurations; report.py compiles each, and none of these spills.
     """
     if itemsize == 4:  # exact float32 products keep whole rows in registers
         return _tile(64, 32, 8, 1) if block_d <= 64 else _tile(32, 32, 8, 1) if block_d == 128 else _tile(32, 16, 8, 1)
+    if block_d <= 64 and not flat:
+        return _tile(64, 32, 4, 2)
     if block_d <= 64:
         # Tensor cores of 9.x read keys from shared memory; elsewhere they pass through registers.
         return _tile(128, 64, 4, 3) if major == 9 else _tile(128, 128, 8, 3) if major == 10 else _tile(128, 32, 4, 3)
@@ -291,7 +295,7 @@ def forward(
     images, tokens, heads, width = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((2, images // views, heads, views * tokens), dtype=torch.float32, device=q.device)
-    tile = tile or forward_tile(block_width(width), q.element_size(), _major(q))
+    tile = tile or forward_tile(block_width(width), q.element_size(), _major(q), _flat(views, q, k, v))
     cameras = (camera_q, camera_k, camera_v)
     grid = (triton.cdiv(views * tokens, tile["BLOCK_M"]) * (images // views) * heads,)
     if q.numel():

@@ -85,7 +85,7 @@ def attention(shape: tuple[int, ...], *, dtype: str = "float16", camera: bool, t
         cameras = [_empty(images, heads, width, dtype=dtype) if camera else None] * 3
         block_d, itemsize, major = kernels.block_width(width), q.element_size(), capability // 10
         d_out = _empty(images, tokens, heads, width, dtype=dtype)
-        tile = kernels.forward_tile(block_d, itemsize, major)
+        tile = kernels.forward_tile(block_d, itemsize, major, flat)
         out, lse = kernels.forward(q, k, v, views, *cameras, 0.125, tf32, tile)
         tile = kernels.backward_tile(block_d, itemsize, major)
         kernels.backward(d_out, q, k, v, out, lse, views, *cameras, 0.125, tf32, tile)

@@ -12,9 +12,15 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
+    # Triton's own library is interpreted or not from its first import on; tests/conftest.py sets this before any.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language as tl
+
+import triton.language as tl  # noqa: E402
+
+if DEVICE == "cpu":
     from triton.runtime import interpreter
+
+    assert isinstance(tl.zeros, interpreter.InterpretedFunction), "triton was imported before tests/triton_on_cpu.py"
 
     _patch_lang = interpreter._patch_lang
 
