@@ -242,7 +242,7 @@ __device__ inline void store_d_positions(const Field& field, const Arguments& ar
 }
 
 template <int W, bool kTf32>
-__global__ void __launch_bounds__(kMostWarps* kWarp)
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     field_backward_kernel(const __grid_constant__ Field field, const __grid_constant__ Networks networks,
                           const __grid_constant__ Arguments args) {
   MVDREAM_FAST_DYNAMIC_SHARED(float, block);
