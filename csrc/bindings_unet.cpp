@@ -3,6 +3,7 @@
 
 #include "cpu/geglu.h"
 #include "cpu/group_norm_silu.h"
+#include "cpu/winograd.h"
 
 namespace py = pybind11;
 
@@ -48,6 +49,29 @@ void bind_unet(py::module_& m) {
       "geglu_backward",
       [](Address d_y, Address x, int64_t n_rows, int64_t n_columns, Address d_x, int n_threads) {
         MVDREAM_FAST_CPU(geglu_backward)(floats(d_y), floats(x), n_rows, n_columns, floats(d_x), n_threads);
+      },
+      NoGil());
+  py::class_<Images>(m, "Images").def(py::init([](int64_t n_images, int64_t height, int64_t width, int64_t n_channels) {
+    return Images{n_images, height, width, n_channels};
+  }));
+  m.def(
+      "winograd_weights",
+      [](Address weight, int64_t n_out, int64_t n_channels, Address out, int n_threads) {
+        MVDREAM_FAST_CPU(winograd_weights)(floats(weight), n_out, n_channels, floats(out), n_threads);
+      },
+      NoGil());
+  m.def(
+      "winograd_input",
+      [](Address x, const Images& images, int64_t first, int64_t n_tiles, Address out, int n_threads) {
+        MVDREAM_FAST_CPU(winograd_input)(floats(x), images, first, n_tiles, floats(out), n_threads);
+      },
+      NoGil());
+  m.def(
+      "winograd_output",
+      [](Address products, Address bias, const Images& images, int64_t first, int64_t n_tiles, Address y,
+         int64_t stride, int n_threads) {
+        MVDREAM_FAST_CPU(winograd_output)(floats(products), floats(bias), images, first, n_tiles, floats(y), stride,
+                                          n_threads);
       },
       NoGil());
 }

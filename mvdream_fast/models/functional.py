@@ -1,14 +1,15 @@
 """Layers of the UNet as functions of its modules: plain torch under autograd, without it a leaner way to do the same.
 
-A module that is not exactly the torch class (a LoRA wrapper, for one) is called as it is. No weights live here, and
-nothing is cached: packed weights are the parameters' own storage, so they cannot go stale.
+A module that is not exactly the torch class (a LoRA wrapper, for one) is called as it is. No weights live here: packed
+weights are the parameters' own storage, so they cannot go stale, and transformed ones are kept in transformed.py.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvdream_fast.ops import geglu, group_norm_silu
+from mvdream_fast.models.transformed import transformed_weights
+from mvdream_fast.ops import geglu, group_norm_silu, winograd_conv3x3, winograd_pays, winograd_tiles
 
 # Hidden rows of a feed-forward that are alive at a time. The next stage then finds them in the cache, and the
 # allocation stays under glibc's largest mmap threshold (32 MB), above which every call pays for fresh pages.
@@ -89,9 +90,14 @@ def linears(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 
 def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
     """A 3x3 convolution of stride 1 and padding 1: [B*V, C, h, w] -> [B*V, C_out, h, w], channels last."""
+    if not _by_gemm(module, x):
+        return module(x)
+    if winograd_pays(x, module.weight, module.bias):
+        planes = transformed_weights(module)
+        if planes is not None or winograd_tiles(x) >= _tiles_for_a_transform(module.weight):
+            return winograd_conv3x3(x, module.weight, module.bias, planes)
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
-    heavy = module.weight.numel() >= _GEMM_WEIGHTS and n_rows < module.weight.shape[0]
-    if not (heavy and _by_gemm(module, x)):
+    if module.weight.numel() < _GEMM_WEIGHTS or n_rows >= module.weight.shape[0]:
         return module(x)
     return _gemm_conv(F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight), module.bias).permute(0, 3, 1, 2)
 
@@ -127,6 +133,11 @@ def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) ->
 
 def _by_gemm(module: nn.Module, x: Tensor) -> bool:
     return lean(x) and x.device.type == "cpu" and type(module) is nn.Conv2d and x.dtype == torch.float32
+
+
+def _tiles_for_a_transform(weight: Tensor) -> int:
+    """From how many tiles on Winograd's algorithm pays although the weights must be transformed for it first."""
+    return 32 if weight.numel() >= _GEMM_WEIGHTS else 64
 
 
 def _nhwc(x: Tensor) -> Tensor:

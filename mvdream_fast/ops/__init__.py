@@ -20,6 +20,13 @@ from mvdream_fast.ops.time_camera_embedding import (
 )
 from mvdream_fast.ops.traverse_grids import Traversed, traverse_grids
 from mvdream_fast.ops.update_occupancy import update_occupancy, update_occupancy_ref
+from mvdream_fast.ops.winograd import (
+    winograd_conv3x3,
+    winograd_conv3x3_ref,
+    winograd_pays,
+    winograd_tiles,
+    winograd_weights,
+)
 
 __all__ = [
     "MLP",
@@ -59,4 +66,9 @@ __all__ = [
     "traverse_grids",
     "update_occupancy",
     "update_occupancy_ref",
+    "winograd_conv3x3",
+    "winograd_conv3x3_ref",
+    "winograd_pays",
+    "winograd_tiles",
+    "winograd_weights",
 ]

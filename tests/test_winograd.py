@@ -1,0 +1,190 @@
+"""ops.winograd: the convolution against torch's in float64, and the transformed weights that a model keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mvdream_fast.models import functional as fn
+from mvdream_fast.models import transformed
+from mvdream_fast.ops import winograd, winograd_conv3x3, winograd_conv3x3_ref, winograd_pays, winograd_weights
+
+LARGEST_ERROR = 3e-5  # of outputs of order 1: the transforms multiply rounding errors, by up to 20 times
+
+
+def draw(batch, n_in, n_out, height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n_in, height, width, generator=generator)
+    weight = torch.randn(n_out, n_in, 3, 3, generator=generator) / (9 * n_in) ** 0.5
+    bias = torch.randn(n_out, generator=generator)
+    return *(a.to(memory_format=torch.channels_last) for a in (x, weight)), bias
+
+
+def exact(x, weight, bias):
+    return F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+
+
+SHAPES = [
+    (2, 5, 7, 9, 6),
+    (1, 64, 32, 8, 8),
+    (3, 16, 24, 4, 12),
+    (1, 3, 9, 1, 2),
+    (2, 40, 33, 7, 11),
+    (1, 320, 64, 4, 4),
+]
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["transformed before", "on the way"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_torch(shape, ready):
+    x, weight, bias = draw(*shape)
+    y = winograd_conv3x3(x, weight, bias, winograd_weights(weight) if ready else None)
+    assert (y - exact(x, weight, bias)).abs().max() < LARGEST_ERROR
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, winograd_conv3x3_ref(x, weight, bias), atol=LARGEST_ERROR, rtol=0)
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_in_parts_equals_torch(ready, monkeypatch):
+    for name, value in (("_WEIGHT_BYTES", 144 * 20 * 7), ("_LEAST_TILE_BYTES", 1), ("_MOST_TILE_BYTES", 144 * 200)):
+        monkeypatch.setattr(winograd, name, value)
+    monkeypatch.setattr(winograd, "_TILES_PER_TRANSFORM", 3)
+    x, weight, bias = draw(2, 20, 33, 10, 9)
+    y = winograd_conv3x3(x, weight, bias, winograd_weights(weight) if ready else None)
+    assert (y - exact(x, weight, bias)).abs().max() < LARGEST_ERROR
+
+
+def test_worked_by_hand():
+    # All ones: each output counts the pixels of its 3x3 window that lie in the image, for each of two channels.
+    y = winograd_conv3x3(torch.ones(1, 2, 4, 5), torch.ones(1, 2, 3, 3), torch.tensor([0.5]))
+    rows, columns = torch.tensor([2.0, 3, 3, 2]), torch.tensor([2.0, 3, 3, 3, 2])
+    torch.testing.assert_close(y[0, 0], 2 * rows[:, None] * columns + 0.5, atol=1e-5, rtol=0)
+
+
+def test_any_layout_and_no_bias():
+    x, weight, _ = draw(2, 6, 8, 5, 7)
+    for a, w in (
+        (x.contiguous(), weight.contiguous()),
+        (x.transpose(2, 3), weight),
+        (x[:1].expand(3, -1, -1, -1), weight),
+    ):
+        assert (winograd_conv3x3(a, w) - exact(a, w, None)).abs().max() < LARGEST_ERROR
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8, 8, 8), (2, 4, 8, 0, 8), (2, 4, 0, 8, 8), (2, 0, 4, 8, 8)])
+def test_empty(shape):
+    x, weight, bias = draw(*shape)
+    expected = bias[:, None, None].expand(shape[0], shape[2], *shape[3:])
+    assert torch.equal(winograd_conv3x3(x, weight, bias), expected)
+
+
+def test_inputs_are_not_written_to():
+    inputs = draw(1, 8, 8, 8, 8)
+    copies = [a.clone() for a in inputs]
+    winograd_conv3x3(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"x": torch.zeros(1, 4, 8, 8).double()}, TypeError, "x must be float32, got torch.float64"),
+        ({"x": torch.zeros(1, 4, 8, 8, device="meta")}, RuntimeError, "x must be a plain CPU tensor, got one on meta"),
+        ({"x": torch.zeros(1, 5, 8, 8)}, ValueError, r"x and weight must be \[B\*V, C, h, w\]"),
+        ({"weight": torch.zeros(6, 4, 1, 1)}, ValueError, "x and weight must be"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[6\], got \(5,\)"),
+        ({"transformed": torch.zeros(36, 4, 6)}, ValueError, r"transformed must be contiguous \[36, 6, 4\]"),
+        ({"weight": torch.zeros(6, 4, 3, 3).requires_grad_()}, RuntimeError, "must not be recorded by autograd"),
+    ],
+)
+def test_bad_arguments(change, error, text):
+    arguments = {"x": torch.zeros(1, 4, 8, 8), "weight": torch.zeros(6, 4, 3, 3), "bias": torch.zeros(6)} | change
+    with pytest.raises(error, match=f"winograd_conv3x3: {text}|winograd_conv3x3: arguments {text}"):
+        winograd_conv3x3(**arguments)
+
+
+def test_vmap_is_refused():
+    x, weight, bias = draw(3, 4, 4, 8, 8)
+    with pytest.raises(RuntimeError, match="winograd_conv3x3: arguments must be plain tensors, got a vmapped one"):
+        torch.func.vmap(lambda x: winograd_conv3x3(x, weight, bias))(x[:, None])
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return nn.Conv2d(32, 40, 3, padding=1).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last)
+
+
+def check_model_path(module, x):
+    with torch.no_grad():
+        y = fn.conv3x3(module, x)
+    assert (y - exact(x, module.weight.detach(), module.bias.detach())).abs().max() < LARGEST_ERROR
+
+
+def replace_data(weight):
+    weight.data = torch.randn_like(weight).mul_(0.1)
+
+
+def write_through_data(weight):
+    weight.data.mul_(-1)
+
+
+@torch.no_grad()
+def train(weight):
+    weight.add_(0.1)
+
+
+@pytest.mark.parametrize("change", [replace_data, write_through_data, train])
+def test_kept_weights_follow_the_parameters(module, x, change):
+    check_model_path(module, x)
+    planes = transformed.transformed_weights(module)
+    assert transformed.transformed_weights(module) is planes
+    change(module.weight)
+    check_model_path(module, x)
+    assert transformed.transformed_weights(module) is not planes
+
+
+def test_a_module_gone_gives_its_memory_back(module, x):
+    check_model_path(module, x)
+    n_kept = len(transformed._kept)
+    del module
+    # The fixture's own reference stays until the test ends, so a module of our own goes.
+    other = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
+    check_model_path(other, x)
+    assert len(transformed._kept) == n_kept + 1
+    del other
+    assert len(transformed._kept) == n_kept
+
+
+def test_what_does_not_fit_the_budget_is_transformed_on_the_way(module, monkeypatch):
+    monkeypatch.setattr(transformed, "BUDGET_BYTES", 0)
+    images = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last)  # 64 tiles
+    check_model_path(module, images)
+    assert transformed.transformed_weights(module) is None
+
+
+def test_only_where_it_pays(module, x):
+    weight, bias = module.weight.detach(), module.bias.detach()
+    assert winograd_pays(x, weight, bias)
+    assert not winograd_pays(x.contiguous(), weight, bias)
+    assert not winograd_pays(x[:1], weight, bias)  # 4 tiles
+    assert not winograd_pays(torch.randn(8, 32, 5, 5).to(memory_format=torch.channels_last), weight, bias)
+    assert not winograd_pays(x.double(), weight.double(), bias.double())
+    assert not winograd_pays(x, module.weight, bias)  # recorded
+
+
+def test_gradients_still_flow_with_autograd(module, x):
+    y = fn.conv3x3(module, x)
+    y.sum().backward()
+    assert module.weight.grad is not None
+
+
+@torch.inference_mode()
+def test_weights_of_inference_mode(x):
+    module = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
+    check_model_path(module, x.clone())
