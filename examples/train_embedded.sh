@@ -1,6 +1,7 @@
 #!/bin/sh
 # The embedded model from nothing: assets -> renders -> autoencoder -> diffusion model -> model folder.
-# Times are estimates for 2 idle AVX2 cores from measured steps. Every stage can be stopped with Ctrl-C and goes on when the script is run again.
+# Times are estimates for 2 idle AVX2 cores from measured steps.
+# Every stage can be stopped with Ctrl-C and goes on when the script is run again.
 #   examples/train_embedded.sh ASSETS WORK
 # ASSETS: Debian's sweethome3d-furniture unpacked (apt-get download sweethome3d-furniture && dpkg -x *.deb ASSETS).
 set -eu
@@ -22,4 +23,5 @@ $PYTHON -m mvdream_fast.train --data "$WORK/shards" -o "$WORK/vae" --stage vae -
 $PYTHON -m mvdream_fast.train --data "$WORK/shards" -o "$WORK/unet" --vae "$WORK/vae/model" --cache-latents \
     --steps "$STEPS" --batch-size 8 --lr 3e-4 --warmup 200 --ema 0.9995 --seed 0 $(resume "$WORK/unet")
 
-echo "the model is in $WORK/unet/model; try: $PYTHON -m mvdream_fast.generate --model $WORK/unet/model --prompt 'a red armchair'"
+echo "the model is in $WORK/unet/model; try:"
+echo "$PYTHON -m mvdream_fast.generate --model $WORK/unet/model --prompt 'a red armchair'"
