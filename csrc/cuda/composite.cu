@@ -36,7 +36,7 @@ __device__ Lane load_lane(const Packed& samples, const float* sigmas, int64_t st
   return lane;
 }
 
-__global__ void __launch_bounds__(kThreads) composite_forward_kernel(Packed samples, CompositeForward args) {
+__global__ void __launch_bounds__(kThreads, 4) composite_forward_kernel(Packed samples, CompositeForward args) {
   for (int64_t ray = warp_index(); ray < samples.n_rays; ray += n_warps()) {
     const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
     RaySums sums;  // of this lane's samples
@@ -85,7 +85,7 @@ __device__ double weighted_cotangent(const CompositeBackward& args, const RayAdj
 }
 
 // What lies behind a sample, sum_{j>i} g_j w_j, is the ray's total less a scan: a first pass makes the total.
-__global__ void __launch_bounds__(kThreads) composite_backward_kernel(Packed samples, CompositeBackward args) {
+__global__ void __launch_bounds__(kThreads, 4) composite_backward_kernel(Packed samples, CompositeBackward args) {
   for (int64_t ray = warp_index(); ray < samples.n_rays; ray += n_warps()) {
     const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
     const RayAdjoint adjoint = adjoint_of(args, ray);
