@@ -1,9 +1,25 @@
 // SiLU and the exact GELU on vectors of floats, with their derivatives: what the UNet's native ops share.
 #pragma once
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #include "simd.h"
 
 namespace mvdream_fast::MVDREAM_FAST_ISA {
+
+// min and max of simd.h in one instruction, which GCC does not make of a comparison: the same down to NaN and -0.
+#if MVDREAM_FAST_LANES == 16
+MVDREAM_FAST_INLINE VecF at_most(VecF a, float b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)splat(b)); }
+MVDREAM_FAST_INLINE VecF at_least(VecF a, float b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)splat(b)); }
+#elif MVDREAM_FAST_LANES == 8
+MVDREAM_FAST_INLINE VecF at_most(VecF a, float b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)splat(b)); }
+MVDREAM_FAST_INLINE VecF at_least(VecF a, float b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)splat(b)); }
+#else
+MVDREAM_FAST_INLINE VecF at_most(VecF a, float b) { return min(a, splat(b)); }
+MVDREAM_FAST_INLINE VecF at_least(VecF a, float b) { return max(a, splat(b)); }
+#endif
 
 // exp of -87 <= x <= 88, where results are normal floats: a caller clamps, which turns NaN into a bound, and multiplies
 // by something that still carries it. Cody-Waite reduction, Cephes' expf polynomial; relative error below 2e-7.
@@ -22,9 +38,7 @@ MVDREAM_FAST_INLINE VecF exp_in_range(VecF x) {
 }
 
 // 1 + exp(-x): what x is divided by for silu, and 1 for the sigmoid.
-MVDREAM_FAST_INLINE VecF sigmoid_divisor(VecF x) {
-  return 1.0f + exp_in_range(min(max(-x, splat(-87.0f)), splat(88.0f)));
-}
+MVDREAM_FAST_INLINE VecF sigmoid_divisor(VecF x) { return 1.0f + exp_in_range(at_most(at_least(-x, -87.0f), 88.0f)); }
 
 MVDREAM_FAST_INLINE VecF silu(VecF x) { return x / sigmoid_divisor(x); }
 
@@ -42,7 +56,7 @@ struct Normal {
 // The tail beyond |x| is exp(-x^2 / 2) t Q(t) with t = 1 / (1 + 0.3 |x|), the form of Abramowitz and Stegun 7.1.26; Q
 // is a minimax fit for |x| <= 14, good to 2.5e-9 of the tail itself.
 MVDREAM_FAST_INLINE Normal normal(VecF x) {
-  const VecF e = exp_in_range(max(x * x * -0.5f, splat(-87.0f)));
+  const VecF e = exp_in_range(at_least(x * x * -0.5f, -87.0f));
   const VecF t = 1.0f / (1.0f + 0.3f * abs(x));
   VecF q = t * 0.02949991449713707f - 0.1255216896533966f;
   q = q * t + 0.1382080316543579f;

@@ -126,6 +126,16 @@ def check_model_path(module, x):
     assert (y - exact(x, module.weight.detach(), module.bias.detach())).abs().max() < LARGEST_ERROR
 
 
+@torch.no_grad()
+def test_upsampling_of_the_model(module, x, monkeypatch):
+    called = []
+    monkeypatch.setattr(fn, "winograd_conv3x3", lambda *a: called.append(1) or winograd_conv3x3(*a))
+    y = fn.upsample_conv(module, x)
+    wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert (y - exact(wide, module.weight, module.bias)).abs().max() < LARGEST_ERROR
+    assert called
+
+
 def replace_data(weight):
     weight.data = torch.randn_like(weight).mul_(0.1)
 

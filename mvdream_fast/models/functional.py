@@ -92,10 +92,9 @@ def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
     """A 3x3 convolution of stride 1 and padding 1: [B*V, C, h, w] -> [B*V, C_out, h, w], channels last."""
     if not _by_gemm(module, x):
         return module(x)
-    if winograd_pays(x, module.weight, module.bias):
-        planes = transformed_weights(module)
-        if planes is not None or winograd_tiles(x) >= _tiles_for_a_transform(module.weight):
-            return winograd_conv3x3(x, module.weight, module.bias, planes)
+    y = _winograd(module, x, 32 if module.weight.numel() >= _GEMM_WEIGHTS else 64)
+    if y is not None:
+        return y
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
     if module.weight.numel() < _GEMM_WEIGHTS or n_rows >= module.weight.shape[0]:
         return module(x)
@@ -105,12 +104,16 @@ def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
 def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
     """Nearest up-sampling by 2, then a 3x3 convolution: [B*V, C, h, w] -> [B*V, C_out, 2h, 2w], channels last.
 
-    Each of the four sub-pixels sees only 2x2 different inputs, so four 2x2 convolutions with summed weights do the work
-    with 4/9 of the arithmetic. The sums cost what few rows do not repay.
+    Where Winograd's algorithm does not pay: each of the four sub-pixels sees only 2x2 different inputs, so four 2x2
+    convolutions with summed weights do the work with 4/9 of the arithmetic. The sums cost what few rows do not repay.
     """
+    wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
     if not _by_gemm(module, x) or 4 * n_rows < module.weight.shape[0]:
-        return conv3x3(module, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return conv3x3(module, wide)
+    y = _winograd(module, wide, 128)
+    if y is not None:
+        return y
     batch, _, height, width = x.shape
     padded, weight = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight)
     out = x.new_empty(batch, height, 2, width, 2, weight.shape[0])
@@ -135,9 +138,17 @@ def _by_gemm(module: nn.Module, x: Tensor) -> bool:
     return lean(x) and x.device.type == "cpu" and type(module) is nn.Conv2d and x.dtype == torch.float32
 
 
-def _tiles_for_a_transform(weight: Tensor) -> int:
-    """From how many tiles on Winograd's algorithm pays although the weights must be transformed for it first."""
-    return 32 if weight.numel() >= _GEMM_WEIGHTS else 64
+def _winograd(module: nn.Module, x: Tensor, tiles_for_a_transform: int) -> Tensor | None:
+    """The 3x3 convolution by Winograd's algorithm; None where that does not pay.
+
+    Where the transformed weights are not kept, it pays from `tiles_for_a_transform` on.
+    """
+    if not winograd_pays(x, module.weight, module.bias):
+        return None
+    planes = transformed_weights(module)
+    if planes is None and winograd_tiles(x) < tiles_for_a_transform:
+        return None
+    return winograd_conv3x3(x, module.weight, module.bias, planes)
 
 
 def _nhwc(x: Tensor) -> Tensor:
