@@ -65,7 +65,7 @@ $(VENV)/.built-test: $(VENV)/.built $(VENV)/.deps-test
 # The native ops' tests on an AddressSanitizer and UBSan build, in a copy of the package that shadows the installed one.
 SANITIZED := build/sanitize
 NATIVE_TESTS ?= tests/test_hash_encode.py tests/test_field.py tests/test_march_rays.py tests/test_composite.py \
-	tests/test_update_occupancy.py tests/test_render_op.py
+	tests/test_update_occupancy.py tests/test_render_op.py tests/test_nerfacc_compat.py
 sanitize: $(VENV)/.built-test
 	mkdir -p $(SANITIZED)/site
 	rm -rf $(SANITIZED)/site/mvdream_fast && cp -r mvdream_fast $(SANITIZED)/site/ && rm -f $(SANITIZED)/site/mvdream_fast/_C*
