@@ -81,7 +81,7 @@ def march_rays(
     aabb: [6], minimum then maximum. occupancy_bits: [ceil(cells / 8)] uint8. jitter: [R] in [0, 1), None for none.
     near, far: numbers, or [R]. max_samples: at most this many samples of one ray, the nearest; None for all.
 
-    Returns: Samples; with no ray or no occupied cell it has no sample and `packed_info` is [R, 2] of zeros' counts.
+    Returns: Samples; with no ray or no occupied cell there are none, and every count is 0.
     Raises: ValueError for shapes, for a NaN, infinite or zero ray and for an empty box; TypeError; RuntimeError.
     Source: the conventions of nerfacc 0.5.3's occupancy-grid estimator (Li et al., arXiv 2305.04966).
     """
