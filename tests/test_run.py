@@ -164,12 +164,13 @@ def test_log_survives_a_torn_line_and_forgets_later_steps(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_become_a_request(number, code):
+    before = signal.getsignal(number)
     with run.Interrupt() as interrupt:
         assert interrupt.exit_code == 0
         os.kill(os.getpid(), number)
         assert interrupt.requested == number
         assert interrupt.exit_code == code
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
 
 
 def test_a_second_interrupt_is_immediate():

@@ -20,7 +20,7 @@ SD15 = dataclasses.replace(SD21, num_heads=2, num_head_channels=None, use_linear
 SMALL = dataclasses.replace(SD21, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2))
 STEM = dataclasses.replace(SMALL, channel_mult=(2, 3))  # as the mini model: a first layer narrower than its level
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # fp32, outputs of O(1): orders of summation differ
-EXACT = {"atol": 2e-6, "rtol": 1e-5}  # the same arithmetic in batches of another size
+EXACT = {"atol": 1e-5, "rtol": 1e-5}  # the same sums, another order or batch; a Winograd convolution errs by 1e-5
 TEXT = 5
 
 
