@@ -126,9 +126,7 @@ def attention_delta(
     pair = tl.program_id(0) // n_blocks
     scene, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     rows = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x = load_tile(
-        out, out, scene, head, rows, views, tokens, out_strides, out_strides, D, BLOCK_D, False, EVEN, False
-    )
+    x = load_tile(out, out, scene, head, rows, views, tokens, out_strides, out_strides, D, BLOCK_D, False, EVEN, False)
     y = load_tile(
         d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides, D, BLOCK_D, False, EVEN, False
     )

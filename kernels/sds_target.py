@@ -44,9 +44,7 @@ def sds_target_x0(
     for start in range(0, scene_size, BLOCK):
         local = start + tl.arange(0, BLOCK)
         inside = local < scene_size
-        x0_m, x0_c = _reconstructions(
-            z_t, cond, uncond, abar, first + local, size, scene, scale, inside, ABAR_STEP, V
-        )
+        x0_m, x0_c = _reconstructions(z_t, cond, uncond, abar, first + local, size, scene, scale, inside, ABAR_STEP, V)
         sum_m += x0_m
         sum_c += x0_c
     n = scene_size.to(tl.float32)
@@ -55,9 +53,7 @@ def sds_target_x0(
     for start in range(0, scene_size, BLOCK):
         local = start + tl.arange(0, BLOCK)
         inside = local < scene_size
-        x0_m, x0_c = _reconstructions(
-            z_t, cond, uncond, abar, first + local, size, scene, scale, inside, ABAR_STEP, V
-        )
+        x0_m, x0_c = _reconstructions(z_t, cond, uncond, abar, first + local, size, scene, scale, inside, ABAR_STEP, V)
         x0_m, x0_c = tl.where(inside, x0_m - mean_m, 0.0), tl.where(inside, x0_c - mean_c, 0.0)
         square_m += x0_m * x0_m
         square_c += x0_c * x0_c
