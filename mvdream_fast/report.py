@@ -7,8 +7,11 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from mvdream_fast.field.export import viewer_html
+from mvdream_fast.field.mesh import Mesh
 from mvdream_fast.files import atomic_write
 
 STYLE = """
@@ -19,15 +22,17 @@ td:last-child{font-variant-numeric:tabular-nums} .row{display:flex;gap:1em;flex-
 """
 
 
-def write_report(folder: Path, config: dict, records: list[dict], notes: list[str] = ()) -> Path:
+def write_report(
+    folder: Path, config: dict, records: list[dict], notes: Sequence[str] = (), mesh: Mesh | None = None
+) -> Path:
     """Writes `folder/report.html` from what the run has left there so far; parts that are missing are left out.
 
     Args:
-        config: the run's config.json. records: the lines of log.jsonl. notes: sentences to show on top.
+        config: the run's config.json. records: the lines of log.jsonl. notes: sentences to show on top. mesh: to turn.
     """
     parts = [f"<h1>{html.escape(config.get('prompt', ''))}</h1>"]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
-    parts += _section("The asset", _viewer(folder / "mesh.glb"), _picture(folder / "turntable.webp"))
+    parts += _section("The asset", _viewer(mesh), _picture(folder / "turntable.webp"))
     parts += _section("Views sampled from the model", _picture(folder / "views.png"))
     previews = sorted((folder / "preview").glob("*.png"))
     parts += _section("How it grew", *(_picture(path, f"step {int(path.stem)}") for path in thin(previews, 6)))
@@ -81,15 +86,12 @@ def _picture(path: Path, title: str = "") -> str:
     return f'<img src="{uri}" alt="{html.escape(title or path.stem)}" title="{html.escape(title or path.stem)}">'
 
 
-def _viewer(path: Path) -> str:
-    """trimesh's page for the mesh, in a frame of its own that may run scripts and reach nothing else."""
-    if not path.exists():
+def _viewer(mesh: Mesh | None) -> str:
+    """The mesh to turn, in a frame of its own that may run scripts and reach nothing else."""
+    if mesh is None:
         return ""
-    import trimesh
-    from trimesh.viewer.notebook import scene_to_html
-
-    page = scene_to_html(trimesh.load_scene(path, process=False))
-    return f'<iframe sandbox="allow-scripts" title="the asset" srcdoc="{html.escape(page, quote=True)}"></iframe>'
+    page = html.escape(viewer_html(mesh), quote=True)
+    return f'<iframe sandbox="allow-scripts" title="the asset" srcdoc="{page}"></iframe>'
 
 
 def _curves(records: list[dict]) -> str:

@@ -236,7 +236,7 @@ def optimise(pipeline, prompt: str, seed: int, config: "SDSConfig", folder: Path
             notes.append(f"There is no mesh: {error}.")
             write_report(folder, about, watcher.log.read(), notes)
             raise
-        write_report(folder, about, watcher.log.read(), notes)
+        write_report(folder, about, watcher.log.read(), notes, mesh)
     return 0
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvdream_fast.field.export import save_mesh
 from mvdream_fast.field.mesh import Mesh
 from mvdream_fast.report import thin, time_split, write_report
 
@@ -24,20 +23,26 @@ def folder(tmp_path):
     for step in range(10, 100, 10):
         Image.new("RGB", (8, 8), (step, 0, 0)).save(tmp_path / "preview" / f"{step:06d}.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "views.png")
-    vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
-    faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]], dtype=np.int32)
-    save_mesh(Mesh(vertices, faces, np.ones_like(vertices)), tmp_path / "mesh.glb")
     return tmp_path
 
 
-def test_page_holds_everything_and_fetches_nothing(folder):
-    page = write_report(folder, CONFIG, RECORDS, ["4 vertices"]).read_text()
+@pytest.fixture(scope="module")
+def mesh():
+    """A red tetrahedron."""
+    vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
+    faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]], dtype=np.int32)
+    return Mesh(vertices, faces, np.array([[1, 0, 0]] * 4, dtype=np.float32))
+
+
+def test_page_holds_everything_and_fetches_nothing(folder, mesh):
+    page = write_report(folder, CONFIG, RECORDS, ["4 vertices"], mesh).read_text()
     assert "a &lt;b&gt;red&lt;/b&gt; &quot;chair&quot; &amp; lamp" in page
     assert "<b>red" not in page
     assert page.count("data:image/png") == 7  # the sampled views and six of nine previews
     assert "data:image/svg+xml" in page
     assert 'sandbox="allow-scripts"' in page
     assert "4 vertices" in page
+    assert page.count("<iframe") == 1
     outside = re.sub(r'srcdoc="[^"]*"', "", page)
     assert not re.findall(r'(?:src|href)="(?!data:)', outside)
 

@@ -22,14 +22,32 @@ def to_linear(srgb: np.ndarray) -> np.ndarray:
 
 def glb_bytes(mesh: Mesh, name: str = "asset") -> bytes:
     """The mesh as binary glTF 2.0: Y up, float linear COLOR_0, and a matt, double-sided material."""
+    scene = _scene(mesh, to_linear(mesh.colors.astype(np.float64)), name)
+    return scene.export(file_type="glb", include_normals=True, tree_postprocessor=_add_material)
+
+
+def viewer_html(mesh: Mesh) -> str:
+    """A page that turns the mesh in a browser: trimesh's viewer, which carries its own three.js and fetches nothing.
+
+    That viewer shows colours as they are, so they go in as sRGB.
+    """
+    from trimesh.viewer.notebook import scene_to_html
+
+    scene = _scene(mesh, mesh.colors, "asset")
+    plain = scene.export
+    scene.export = lambda **options: plain(**options, include_normals=True, tree_postprocessor=_add_material)
+    return scene_to_html(scene)
+
+
+def _scene(mesh: Mesh, colors: np.ndarray, name: str):
+    """A trimesh scene, Y up, with float colours [n, 3] that trimesh carries as a custom attribute."""
     import trimesh
 
-    linear = to_linear(mesh.colors.astype(np.float64))
-    rgba = np.concatenate([linear, np.ones((len(linear), 1))], axis=1).astype(np.float32)
+    rgba = np.concatenate([colors, np.ones((len(colors), 1))], axis=1).astype(np.float32)
     body = trimesh.Trimesh(mesh.vertices @ Y_UP.T, mesh.faces, process=False, vertex_attributes={"_COLOR": rgba})
     scene = trimesh.Scene()
     scene.add_geometry(body, geom_name=name, node_name=name)
-    return scene.export(file_type="glb", include_normals=True, tree_postprocessor=_add_material)
+    return scene
 
 
 def _add_material(tree: dict) -> None:
