@@ -1,4 +1,4 @@
-"""`python -m mvdream_fast.train`: trains a multi-view diffusion model, or its autoencoder, on rendered shards."""
+"""`python -m mvdream_fast.train`: trains a diffusion model, its autoencoder or the evaluator on rendered shards."""
 
 import sys
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Flags:
     """folder of webdataset shards (*.tar)"""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """folder for checkpoints, log, sample sheets and the exported model"""
-    stage: Literal["vae", "unet"] = "unet"
-    """unet trains UNet and text tower on the autoencoder's latents"""
+    stage: Literal["vae", "unet", "evaluator"] = "unet"
+    """unet trains UNet and text tower on the autoencoder's latents; evaluator what `mvdream_fast.evaluate` judges by"""
     config: str = "mini"
     """configuration of a new model: mini, sd21-4view, sd15-4view"""
     init: str | None = None
@@ -38,15 +38,15 @@ class Flags:
     steps: int = 20000
     """updates in all, those before a resume included"""
     batch_size: int | None = None
-    """scenes a step (unet, default 8) or images (vae, default 16)"""
+    """scenes a step (unet, default 8; evaluator 96) or images (vae, default 16)"""
     n_views: int = 4
     """orthogonal views of a scene"""
     lr: float | None = None
-    """learning rate (default 3e-4; vae 1e-3)"""
+    """learning rate (default 3e-4; vae 1e-3, evaluator 2e-3)"""
     warmup: int | None = None
-    """steps of linear warm-up (default 200; vae 50)"""
+    """steps of linear warm-up (default 200; vae 50, evaluator 50)"""
     ema: float | None = None
-    """decay of the weights' moving average (default 0.9995; vae 0.995)"""
+    """decay of the weights' moving average (default 0.9995; vae 0.995, evaluator 0.99)"""
     multi_view_share: float = 0.7
     """share of multi-view steps; the others are 2D mode"""
     caption_dropout: float = 0.1

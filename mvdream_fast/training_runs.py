@@ -17,11 +17,14 @@ from mvdream_fast import run
 from mvdream_fast.config import NAMED
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError, OutputError
+from mvdream_fast.evaluation_reference import measure
 from mvdream_fast.models.checkpoint import Model, load_model, save_model
+from mvdream_fast.models.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.models.manifest import build
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.training import Loop, LoopOptions, Parts, Trainer, TrainOptions, sheet
+from mvdream_fast.training_evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -43,8 +46,8 @@ def run_stage(args: "Flags") -> int:
     shards = Shards(args.data)
     held_out = _held_out(args.data)
     folder = _output(args)
-    stage = _train_vae if args.stage == "vae" else _train_unet
-    return stage(args, folder, shards, held_out)
+    stages = {"vae": _train_vae, "unet": _train_unet, "evaluator": _train_evaluator}
+    return stages[args.stage](args, folder, shards, held_out)
 
 
 def _output(args: "Flags") -> Path:
@@ -182,6 +185,36 @@ def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | 
     code = loop.run()
     _export(model, trainer, folder / "model")
     return code
+
+
+def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    """The evaluator, and what real renders score in its eyes: all of weights/evaluator but the prompts."""
+    if held_out is None:
+        raise InputFileError(f"no held-out shards in {args.data}; the evaluator's accuracy is measured on them")
+    vocabulary = _vocabulary(args, folder, shards.captions())
+    torch.manual_seed(args.seed)
+    config = EvaluatorConfig(vocabulary_size=len(vocabulary))
+    evaluator = Evaluator(config, vocabulary).to(_device(args))
+    fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
+    softener = Softener(Linear.fit(fit, PATCH), config.image_size)
+    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options)
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            save_evaluator(evaluator, folder / "model")
+        saved = load_evaluator(folder / "model")  # measured as it ships: in half precision
+        reference = measure(saved, shards, held_out)
+        saved.about = {"steps": trainer.step, "seed": args.seed, "orbits": len(shards), "held_out": reference.scores}
+        save_evaluator(saved, folder / "model")
+        reference.save(folder / "model")
+        return reference.scores
+
+    loop = Loop(trainer, folder, _loop_options(args), report)
+    if args.resume:
+        loop.resume()
+    return loop.run()
 
 
 def _options(args: "Flags") -> TrainOptions:
