@@ -177,7 +177,9 @@ def _print(report: dict[str, Any], judge: "Judge") -> None:
         for name in ("measure", *columns):
             table.add_column(name, justify="left" if name == "measure" else "right")
         for key, label, form in MODEL_ROWS:
-            table.add_row(label, *(_number(part.get(key), form) for part in (result["held_out"], result["prompts"], real)))
+            table.add_row(
+                label, *(_number(part.get(key), form) for part in (result["held_out"], result["prompts"], real))
+            )
         console.print(table)
         console.print(f"{target}: {_ratio(result, real)}; took {result['seconds']:.0f} s")
     if report["runs"]:

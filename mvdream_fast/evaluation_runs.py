@@ -50,7 +50,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a model is asked. `n_captions` and `n_prompts` cut the lists of what is sampled, not of what is told apart."""
+    """How a model is asked. `n_captions` and `n_prompts` cut what is sampled, not what it is told apart from."""
 
     steps: int = 25
     guidance_scale: float = 7.5
@@ -150,7 +150,6 @@ def _against_real(judge: Judge, views: Tensor) -> dict[str, float]:
     return scores
 
 
-@torch.no_grad()
 def evaluate_run(folder: Path, judge: Judge) -> dict[str, Any]:
     """The measures of one finished run's turntable.
 
@@ -159,15 +158,22 @@ def evaluate_run(folder: Path, judge: Judge) -> dict[str, Any]:
     about = read_json(folder / "config.json")
     path = folder / "asset.safetensors"
     if not path.exists():
-        raise InputFileError(f"{folder} has no asset.safetensors: the run is not finished; go on with --resume {folder}")
+        raise InputFileError(
+            f"{folder} has no asset.safetensors: the run is not finished; go on with --resume {folder}"
+        )
     prompt = str(about.get("prompt", ""))
     asset = Asset.load(path)
     cameras = orbit_cameras(TURN, ELEVATION_DEG, 0.0, 360.0, DISTANCE, FOVY_DEG)
     views = asset.render(cameras, SIZE)
     azimuths = torch.arange(TURN) * (360.0 / TURN)
-    return {"run": str(folder), "prompt": prompt, **turntable(views.rgb.clamp(0, 1), views.opacity, azimuths, prompt, judge)}
+    return {
+        "run": str(folder),
+        "prompt": prompt,
+        **turntable(views.rgb.clamp(0, 1), views.opacity, azimuths, prompt, judge),
+    }
 
 
+@torch.no_grad()
 def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, judge: Judge) -> dict[str, Any]:
     """The measures of pictures rgb [V, 3, s, s] and opacities [V, s, s] from azimuths [V] around an object.
 

@@ -15,7 +15,7 @@ from mvdream_fast.training import check_same_model, exchanged, restore_moments
 
 
 class Options(Protocol):
-    """The settings that an update goes by; the learning rate falls to zero over `steps`. Dataclasses, as they are saved."""
+    """The settings that an update goes by, a dataclass; the learning rate falls to zero over `steps`."""
 
     steps: int
     lr: float

@@ -76,7 +76,9 @@ class EvaluatorSource:
         which = [view_group(self.shards.records[i].n_views, n_views, stream) for i in picks]
         colours = backgrounds(stream, n_scenes)
         pictures = torch.stack([composite(self.shards.views(i)[w], c) for i, w, c in zip(picks, which, colours)])
-        azimuths = torch.tensor([[self.shards.records[i].meta["azimuth_deg"][k] for k in w] for i, w in zip(picks, which)])
+        azimuths = torch.tensor(
+            [[self.shards.records[i].meta["azimuth_deg"][k] for k in w] for i, w in zip(picks, which)]
+        )
         more = stream.integers(0, len(self.shards), n_more).tolist()
         captions = [self.shards.caption(i, stream) for i in [*picks, *more]]
         plain = [caption.removesuffix(SUFFIX) for caption in captions]

@@ -41,9 +41,7 @@ class VAETrainer(AveragedTrainer):
 
     def __init__(self, config: ModelConfig, vae: nn.Module, source: "ImageSource", options: VAEOptions):
         self.config, self.vae, self.source = config, vae, source
-        optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         sizes = json.loads(config.to_json())["vae"]
         super().__init__(vae, optimizer, options, {"kind": "train-vae", "config": {"vae": sizes}})
 

@@ -116,7 +116,14 @@ def test_the_reference_comes_back(place, judge):
 def test_fronts_are_known_by_caption_and_by_the_longest_noun(judge):
     fronts = {"a red thing4": 1.0, "thing4": 0.0, "chair": 1.0, "high chair": HAS_FRONT / 2}
     reference = Reference([], torch.zeros(0, 1, 2), judge.reference.moments, fronts, {})
-    prompts = ("a red thing4", "a blue thing4", "A green chair", "a green high chair", "a rocking chair set", "a chairs")
+    prompts = (
+        "a red thing4",
+        "a blue thing4",
+        "A green chair",
+        "a green high chair",
+        "a rocking chair set",
+        "a chairs",
+    )
     assert [reference.has_front(p) for p in prompts] == [True, False, True, False, True, False]
 
 
@@ -176,7 +183,7 @@ def test_mistakes_are_one_sentence_and_a_code(place, capsys):
     (place / "begun").mkdir()
     (place / "begun" / "config.json").write_text('{"kind": "sds", "prompt": "a cat"}')
     cases = (
-        (("nowhere",), 3, "there is no model at"),
+        (("nowhere", *ARGUMENTS), 3, "there is no model at"),
         (("other",), 5, "is of kind 'views', which has no evaluation"),
         (("begun", *ARGUMENTS), 5, "the run is not finished"),
         (("tiny", "tiny"), 2, "given once"),

@@ -28,9 +28,7 @@ from mvdream_fast.training_evaluator import (
 from mvdream_fast.training_vae import Linear
 
 WORDS = ["a red thing", "a blue thing", "a very long caption of a thing"]
-SMALL = EvaluatorConfig(
-    image_size=8, channels=(16,), blocks=1, features=16, embedding=8, n_azimuths=8, text_width=16
-)
+SMALL = EvaluatorConfig(image_size=8, channels=(16,), blocks=1, features=16, embedding=8, n_azimuths=8, text_width=16)
 
 
 def small(seed: int = 0) -> Evaluator:

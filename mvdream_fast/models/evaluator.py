@@ -50,9 +50,7 @@ class EvaluatorConfig:
     @property
     def text(self) -> TextConfig:
         """What the tokenizer goes by."""
-        return TextConfig(
-            context_length=self.context_length, vocabulary="subset", vocabulary_size=self.vocabulary_size
-        )
+        return TextConfig(context_length=self.context_length, vocabulary="subset", vocabulary_size=self.vocabulary_size)
 
 
 @dataclass(frozen=True)
