@@ -43,6 +43,7 @@ class VAEConfig:
     """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
 
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
+    `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -53,6 +54,7 @@ class VAEConfig:
     scale_factor: float = 0.18215
     image_size: int = 256
     patch_size: int = 1
+    decoder_width: int | None = None
 
     @property
     def downsampling(self) -> int:
