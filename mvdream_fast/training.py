@@ -243,7 +243,7 @@ class Trainer:
 
 
 def trapezoid(step: int, warmup: int, steps: int, decay: int) -> float:
-    """The learning rate's factor: linear warm-up, a plateau, and a linear fall over the last `decay` of `steps` updates.
+    """The learning rate's factor: linear warm-up, a plateau, a linear fall over the last `decay` of `steps` updates.
 
     A plateau leaves the end open: a run is ended by resuming it with --decay, whenever its time is up.
     """
@@ -252,7 +252,7 @@ def trapezoid(step: int, warmup: int, steps: int, decay: int) -> float:
 
 
 def spread_timesteps(stream: Stream, n: int, n_timesteps: int) -> Tensor:
-    """n rising timesteps [n], one in each n-th of the schedule, which quietens the gradient; for scenes in random order.
+    """n rising timesteps [n], one in each n-th of the schedule, for scenes in random order: a quieter gradient.
 
     Source: the low-discrepancy sampler of Kingma et al. 2021 (variational diffusion models), appendix I.1.
     """
