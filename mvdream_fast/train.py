@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvdream_fast import cli
+from mvdream_fast import cli, distributed
 from mvdream_fast.config import NAMED
 from mvdream_fast.errors import ArgumentError
 
@@ -71,11 +71,13 @@ class Flags:
     """minutes between validation and sample sheets (0: only at the end)"""
     checkpoint_minutes: float = 5.0
     """minutes between checkpoints"""
+    shard: Literal["none", "fsdp2"] = "none"
+    """several processes (accelerate launch) hold a whole model each, or share its memory by FSDP2"""
     seed: int = 0
     device: str | None = None
     """cpu, cuda, ... (default: cuda if there is one)"""
     threads: int | None = None
-    """CPU threads"""
+    """CPU threads (default: all, shared among the processes of a machine)"""
 
 
 def _check(args: Flags) -> None:
@@ -97,7 +99,7 @@ def _check(args: Flags) -> None:
 
 def main(args: Flags) -> None:
     _check(args)
-    cli.set_threads(args.threads)
+    cli.set_threads(args.threads or max(1, cli.available_cores() // distributed.launched()[1]))
     from mvdream_fast import training_runs
 
     code = training_runs.run_stage(args)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mvdream_fast import run
 from mvdream_fast.config import NAMED
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
+from mvdream_fast.distributed import Ranks, join, launched, leave
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.models.checkpoint import Model, load_model, save_model
 from mvdream_fast.models.manifest import build
@@ -41,10 +42,32 @@ SHEET_PROMPTS = 8
 def run_stage(args: "Flags") -> int:
     """Trains as the flags say and writes `output/model`; returns the exit code."""
     shards = Shards(args.data)
+    _check_ranks(args, launched()[0], shards)
     held_out = _held_out(args.data)
     folder = _output(args)
-    stage = _train_vae if args.stage == "vae" else _train_unet
-    return stage(args, folder, shards, held_out)
+    if args.stage == "vae":
+        return _train_vae(args, folder, shards, held_out)
+    ranks = join()
+    code = _train_unet(args, folder, shards, held_out, ranks)
+    leave(ranks)
+    return code
+
+
+def _check_ranks(args: "Flags", world: int, shards: Shards) -> None:
+    """Refuses what several processes cannot share, before they meet."""
+    n_shards = len({record.path for record in shards.records})
+    if world > n_shards:
+        raise ArgumentError(
+            f"the data must be at least as many train shards as there are processes, got {n_shards} for {world}; start "
+            "fewer processes or render more"
+        )
+    batch = args.batch_size or TrainOptions.batch_size
+    if batch % world:
+        raise ArgumentError(f"--batch-size must be divisible by the {world} processes, got {batch}")
+    if world > 1 and args.stage == "vae":
+        raise ArgumentError(f"--stage vae must run in one process, got {world}; an autoencoder is small")
+    if world == 1 and args.shard != "none":
+        raise ArgumentError(f"--shard {args.shard} must have several processes; start them with `accelerate launch`")
 
 
 def _output(args: "Flags") -> Path:
@@ -110,7 +133,13 @@ def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
 
 
 def _device(args: "Flags") -> torch.device:
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device that is named, or a GPU; each process of a machine has a GPU of its own."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    world, _, local = launched()
+    if world > 1 and device == torch.device("cuda"):
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return device
 
 
 def _given(**values) -> dict:
@@ -153,34 +182,42 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
     return code
 
 
-def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
     model = _begin(args, folder, shards.captions())
     unknown = model.tokenizer.encode(shards.captions()).unknown
     words = sorted({word for found in unknown for word in found})
-    if words:
+    if words and ranks.first:
         print(f"{len(words)} words of the captions are outside the vocabulary: {', '.join(words[:8])}", flush=True)
     device = _device(args)
     for module in (model.unet, model.vae, model.text):
         module.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     parts = Parts(model.config, model.unet.train(), model.text.train(), model.vae, model.tokenizer)
-    source = _source(args, folder / "latents", parts, shards)
-    trainer = Trainer(parts, source, _options(args))
+    for turn in range(2):  # the first process makes the cache's files, then the others open them
+        if ranks.first == (turn == 0):
+            source = _source(args, folder / "latents", parts, shards)
+        ranks.wait()
+    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2")
     validation = ImageSource(held_out or shards)
     prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
 
     def report() -> dict[str, float]:
-        images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
-        _write_sheet(folder, trainer.step, images.cpu())
-        (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        _export(model, trainer, folder / "model")
-        return trainer.validate(validation)
+        with trainer.averaged():
+            if not ranks.first:
+                return {}
+            images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
+            _write_sheet(folder, trainer.step, images.cpu())
+            (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+            _export(model, folder / "model")
+            return trainer.validate(validation)
 
-    loop = Loop(trainer, folder, _loop_options(args), report)
+    loop = Loop(trainer, folder, _loop_options(args), report, ranks)
     if args.resume:
         loop.resume()
     code = loop.run()
-    _export(model, trainer, folder / "model")
+    with trainer.averaged():
+        if ranks.first:
+            _export(model, folder / "model")
     return code
 
 
@@ -240,8 +277,7 @@ def _write_sheet(folder: Path, step: int, images: Tensor) -> None:
     run.atomic_write(folder / "samples" / f"{step:06d}.png", out.getvalue())
 
 
-def _export(model: Model, trainer: Trainer, folder: Path) -> None:
-    """Writes the averaged weights as a model folder in fp16."""
-    with trainer.averaged():
-        halves = {part: copy.deepcopy(getattr(model, part)).cpu().half() for part in ("unet", "vae", "text")}
+def _export(model: Model, folder: Path) -> None:
+    """Writes the weights as a model folder in fp16."""
+    halves = {part: copy.deepcopy(getattr(model, part)).cpu().half() for part in ("unet", "vae", "text")}
     save_model(Model(model.config, tokenizer=model.tokenizer, **halves), folder, overwrite=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mvdream_fast.camera import normalize_camera
 from mvdream_fast.data.shards import decode_views, list_shards
+from mvdream_fast.distributed import ALONE, Ranks
 from mvdream_fast.errors import ArgumentError, InputFileError
 from mvdream_fast.rng import Stream
 
@@ -59,8 +60,10 @@ class Batch:
 class Source(Protocol):
     """Where a trainer's batches come from."""
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
-        """The batch that the stream's key stands for."""
+    def batch(
+        self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE
+    ) -> Batch:
+        """The batch that the stream's key stands for, or this process' share of it: nothing else is read or decoded."""
 
 
 class Shards:
@@ -163,16 +166,18 @@ class ImageSource:
     def __init__(self, shards: Shards):
         self.shards = shards
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+    def batch(
+        self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE
+    ) -> Batch:
         """Multi-view: scenes of orthogonal views of an orbit. 2D: as many single views of as many orbits, no camera."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
-        pictures = torch.cat([self.pictures(i, which, stream) for i, which in groups])
+        colours = [background(draw_background(stream), stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
-        return Batch(pictures, _cameras(self.shards, groups) if multi_view else None, captions, v, encoded=False)
-
-    def pictures(self, i: int, which: list[int], stream: Stream) -> Tensor:
-        """Views of record i on one background, [n, 3, s, s]."""
-        return composite(self.shards.views(i)[which], background(draw_background(stream), stream))
+        groups = ranks.part(groups)
+        views = (self.shards.views(i)[which] for i, which in groups)
+        pictures = torch.cat([composite(rgba, colour) for rgba, colour in zip(views, ranks.part(colours))])
+        cameras = _cameras(self.shards, groups) if multi_view else None
+        return Batch(pictures, cameras, ranks.part(captions), v, encoded=False)
 
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single pictures for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
@@ -206,17 +211,24 @@ class LatentSource:
         fresh = not note.exists() or note.read_text() != f"{key} {full}"
         mode = "w+" if fresh else "r+"
         file.parent.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
+        if fresh:
+            note.unlink(missing_ok=True)
         self.latents = np.lib.format.open_memmap(file.with_suffix(".npy"), mode, np.float16, full)
         self.filled = np.lib.format.open_memmap(file.with_suffix(".filled.npy"), mode, np.uint8, full[:2])
-        note.write_text(f"{key} {full}")
+        if fresh:
+            note.write_text(f"{key} {full}")
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+    def batch(
+        self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE
+    ) -> Batch:
         """As ImageSource.batch, but encoded."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
-        pictures = torch.cat([self._get(i, draw_background(stream))[which] for i, which in groups])
+        kinds = [draw_background(stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
-        return Batch(pictures, _cameras(self.shards, groups) if multi_view else None, captions, v, encoded=True)
+        groups = ranks.part(groups)
+        pictures = torch.cat([self._get(i, kind)[which] for (i, which), kind in zip(groups, ranks.part(kinds))])
+        cameras = _cameras(self.shards, groups) if multi_view else None
+        return Batch(pictures, cameras, ranks.part(captions), v, encoded=True)
 
     def _get(self, i: int, kind: int) -> Tensor:
         """Latents of all views of record i on a background, [V, C, h, w] float32."""
