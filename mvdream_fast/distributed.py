@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 Rows = TypeVar("Rows", "Tensor", list)

@@ -87,9 +87,7 @@ class Trainer:
     `parts` is then a copy for samples and validation, which the first process alone holds.
     """
 
-    def __init__(
-        self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False
-    ):
+    def __init__(self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False):
         self.parts, self.source, self.options, self.ranks, self.step = parts, source, options, ranks, 0
         self.device = next(parts.unet.parameters()).device
         self.schedule = NoiseSchedule.from_config(parts.config.schedule, self.device)
@@ -374,9 +372,7 @@ class Loop:
     counts, and it alone writes.
     """
 
-    def __init__(
-        self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE
-    ):
+    def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE):
         self.trainer, self.folder, self.options, self.report, self.ranks = trainer, folder, options, report, ranks
         self.log = run.JsonlLog(folder / "log.jsonl")
         self.checkpoints = folder / "checkpoints"
