@@ -5,6 +5,7 @@ Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are 
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -144,6 +145,29 @@ def from_dict(cls: type, data: Any, source: str) -> Any:
                 raise ModelError(f"{source}: {name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
         values[name] = value
     return cls(**values)
+
+
+def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
+    """The configuration with single values replaced, each as `unet.view_mixing=2d`: JSON, or a bare word.
+
+    Raises ArgumentError naming a setting that is unknown or mistyped.
+    """
+    data = dataclasses.asdict(config)
+    for setting in settings:
+        path, sign, text = setting.partition("=")
+        part, _, name = path.partition(".")
+        section = data.get(part)
+        if not sign or not isinstance(section, dict) or name not in section:
+            known = ", ".join(f"{p}.{n}" for p, values in data.items() if isinstance(values, dict) for n in values)
+            raise ArgumentError(f"--set must be NAME=VALUE, got {setting!r}; the names are {known}")
+        try:
+            section[name] = json.loads(text)
+        except ValueError:
+            section[name] = text
+    try:
+        return from_dict(ModelConfig, data, "--set")
+    except ModelError as error:
+        raise ArgumentError(str(error)) from None
 
 
 def _fits(value: Any, hint: Any) -> bool:
