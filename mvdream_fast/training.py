@@ -282,13 +282,15 @@ def check_same_model(found: dict, wanted: dict) -> None:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """When the loop stops, and what it writes on the way (minutes of wall time; 0 = never)."""
+    """When the loop stops, and what it writes on the way (minutes of wall time, or steps; 0 = never)."""
 
     steps: int
     checkpoint_minutes: float = 5.0
     sheet_minutes: float = 15.0
     validate_minutes: float = 10.0
     log_every: int = 10
+    checkpoint_steps: int = 0
+    report_steps: int = 0
 
 
 class Loop:
@@ -325,16 +327,21 @@ class Loop:
                 if self.trainer.step % options.log_every == 0:
                     self._log(window, (now - since) / len(window))
                     window, since = [], now
-                if self.report and options.sheet_minutes and now - reported > 60 * options.sheet_minutes:
+                if self.report and self._due(options.sheet_minutes, now - reported, options.report_steps):
                     self._report()
                     reported = since = time.monotonic()
-                if options.checkpoint_minutes and now - saved > 60 * options.checkpoint_minutes:
+                if self._due(options.checkpoint_minutes, now - saved, options.checkpoint_steps):
                     self.save()
                     saved = since = time.monotonic()
         if self.report and interrupt.requested is None:
             self._report()
         self.save()
         return interrupt.exit_code
+
+    def _due(self, minutes: float, seconds: float, steps: int) -> bool:
+        """Whether the time is over, or the step is one of every `steps`; the last step has its own save and report."""
+        at_step = bool(steps) and self.trainer.step % steps == 0 and self.trainer.step < self.options.steps
+        return at_step or (bool(minutes) and seconds > 60 * minutes)
 
     def _log(self, window: list[dict[str, float]], seconds: float) -> None:
         means = {key: sum(w[key] for w in window) / len(window) for key in window[0]}
