@@ -180,8 +180,8 @@ def announce(plan: Plan, n_photos: int, device: torch.device) -> estimate.Estima
     rate = estimate.measured_rate(device, half and device.type == "cuda")
     seconds = step.flops / rate
     print(
-        f"{s['model']} ({plan.config.name}, {step.trained / 1e6:.1f} M weights to tune) on {device}; {n_photos} photos; "
-        f"{s['max_train_steps']} steps of {s['gradient_accumulation_steps'] * s['train_batch_size']} at "
+        f"{s['model']} ({plan.config.name}, {step.trained / 1e6:.1f} M weights to tune) on {device}; "
+        f"{n_photos} photos; {s['max_train_steps']} steps of {s['gradient_accumulation_steps'] * s['train_batch_size']} at "
         f"{s['resolution']} px; learning rate {s['learning_rate']:g}, lambda {s['lambda_preserve']:g}, seed {s['seed']}"
     )
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in step.memory.items() if size >= 2**20)

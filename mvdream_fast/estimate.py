@@ -20,6 +20,7 @@ from mvdream_fast.models.blocks import MultiViewTransformer, ResBlock
 from mvdream_fast.models.manifest import build
 
 FLOAT = 4  # bytes of a float32
+PROGRAM = 700 << 20  # Python, torch, diffusers and transformers once imported
 TEXT_ACTIVATIONS = 34  # numbers that a transformer layer keeps for each token and channel, about
 PROBE = 1024  # side of the matrix product that tells a machine's speed
 
@@ -73,6 +74,7 @@ def estimate_step(
     frozen = text + sum(p.numel() for p in vae.parameters())
     copies = 1 if preserve and not lora_rank else 0
     memory = {
+        "the program": PROGRAM,
         "UNet weights": FLOAT * n_weights,
         "text tower and autoencoder": FLOAT * frozen,
         "gradients": FLOAT * trained,
@@ -206,6 +208,6 @@ def check_disk(folder: Path, n_bytes: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < n_bytes:
         raise OutputError(
-            f"{what} will take about {n_bytes / 2**30:.2f} GB and {place} has {free / 2**30:.2f} GB of free disk space; "
-            "free some, or name another folder with -o"
+            f"{what} will take about {n_bytes / 2**30:.2f} GB of disk and {place} has {free / 2**30:.2f} GB free; "
+            "make room, or name another folder with -o"
         )

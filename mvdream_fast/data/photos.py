@@ -95,7 +95,7 @@ def _square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
     """Upright, square, RGBA, `size` pixels a side. A small picture is enlarged."""
     from PIL import Image, ImageOps
 
-    image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
+    image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
     image = ImageOps.exif_transpose(_to_rgba(image))
     if fit == "auto":
         fit = "pad" if image.getchannel("A").getextrema()[0] < 255 else "crop"

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, through peft) on the UNet's attention projections, and the plain weights that they stand for.
+"""Low-rank adapters (LoRA, through peft) on the UNet's attention projections, and the plain weights they stand for.
 
 Training them is a trainer's job; the model that is saved has none left.
 """
