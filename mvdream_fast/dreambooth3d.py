@@ -24,7 +24,7 @@ from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
 from mvdream_fast.config import SDSConfig, resolve_config
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.data.photos import PhotoSource, draw
-from mvdream_fast.dreambooth_runs import Plan, latest, load_parts, photo_source, tune
+from mvdream_fast.dreambooth_runs import Plan, latest, load_parts, photo_source, png, tune
 from mvdream_fast.errors import ModelError
 from mvdream_fast.field.asset import Asset
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -107,7 +107,7 @@ class Stages:
             )
             views.append(PseudoViews(images.cpu(), cameras.c2w, cameras.fovy))
         folder = self.folder / "4-pseudo"
-        sheet(torch.stack([view.images for view in views])).save(folder / "views.png")
+        run.atomic_write(folder / "views.png", png(sheet(torch.stack([view.images for view in views]))))
         PseudoViews(*(torch.stack(rows) for rows in zip(*views))).save(folder / "views.safetensors")
         return 0
 
@@ -161,9 +161,8 @@ class Progress:
         record = getattr(record, "record", record)
         if now - self.last > PROGRESS_S:
             self.last = now
-            print(
-                f"step {record.step + 1}/{self.steps}: loss {record.loss:.4g} opacity {record.opacity:.2f}", flush=True
-            )
+            done = f"step {record.step + 1}/{self.steps}"
+            print(f"{done}: loss {record.loss:.4g} opacity {record.opacity:.2f}", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mvdream_fast.data.batches import Source, composite
 from mvdream_fast.data.photos import PhotoSource, list_photos, load_photo
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.models.adapters import add_adapters, merged_state
-from mvdream_fast.models.checkpoint import load_model, open_source, write_folder
+from mvdream_fast.models.checkpoint import Model, load_model, open_source, write_folder
 from mvdream_fast.models.manifest import owner
 from mvdream_fast.models.tokenizer import SPECIAL_ROWS
 from mvdream_fast.rng import Stream
@@ -181,8 +181,9 @@ def announce(plan: Plan, n_photos: int, device: torch.device) -> estimate.Estima
     seconds = step.flops / rate
     print(
         f"{s['model']} ({plan.config.name}, {step.trained / 1e6:.1f} M weights to tune) on {device}; "
-        f"{n_photos} photos; {s['max_train_steps']} steps of {s['gradient_accumulation_steps'] * s['train_batch_size']} at "
-        f"{s['resolution']} px; learning rate {s['learning_rate']:g}, lambda {s['lambda_preserve']:g}, seed {s['seed']}"
+        f"{n_photos} photos of {s['resolution']} px; {s['max_train_steps']} steps of "
+        f"{s['gradient_accumulation_steps'] * s['train_batch_size']}; learning rate {s['learning_rate']:g}, "
+        f"lambda {s['lambda_preserve']:g}, seed {s['seed']}"
     )
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in step.memory.items() if size >= 2**20)
     print(f"a step takes about {step.total / 2**30:.2f} GB ({parts})")
@@ -222,7 +223,7 @@ def write_run(folder: Path, settings: dict[str, Any], photos: np.ndarray) -> Non
 
     (folder / "photos").mkdir()
     for i, photo in enumerate(photos):
-        run.atomic_write(folder / "photos" / f"{i:02d}.png", _png(Image.fromarray(photo)))
+        run.atomic_write(folder / "photos" / f"{i:02d}.png", png(Image.fromarray(photo)))
     run.atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.dreambooth", *sys.argv[1:]]) + "\n")
     about = {"processor": machine.cpu_name(), "cores": cli.available_cores(), "memory": machine.total_memory()}
     record = {"kind": "dreambooth", "version": __version__, "settings": settings, "machine": about}
@@ -247,21 +248,28 @@ def load_parts(plan: Plan, device: torch.device) -> Parts:
     """The model in float32, with the token's row and, where asked for, adapters."""
     settings = plan.settings
     model = load_model(settings["model"], torch.float32)
-    tokenizer, text, token = model.tokenizer, model.text, settings["instance_token"]
-    if model.config.text.vocabulary == "subset":
-        row = f"<word:{token.lower()}>"
-        if row not in tokenizer.vocabulary:  # a model that was tuned before has it
-            text = text.with_token(torch.arange(len(SPECIAL_ROWS), len(tokenizer.vocabulary)))
-            tokenizer = tokenizer.with_token(token)
-    _name_words(tokenizer, settings["instance_prompt"], token)
+    add_token(model, settings["instance_token"])
+    _name_words(model.tokenizer, settings["instance_prompt"], settings["instance_token"])
     if settings["lora_rank"]:
         model.unet.requires_grad_(False)
         add_adapters(model.unet, settings["lora_rank"], settings["seed"])
-    for module in (model.unet, model.vae, text):
+    for module in (model.unet, model.vae, model.text):
         module.to(device)
     model.unet.gradient_checkpointing = settings["gradient_checkpointing"]
-    config = dataclasses.replace(model.config, text=text.config)
-    return Parts(config, model.unet.train(), text.train(settings["train_text_encoder"]), model.vae, tokenizer)
+    text = model.text.train(settings["train_text_encoder"])
+    return Parts(model.config, model.unet.train(), text, model.vae, model.tokenizer)
+
+
+def add_token(model: Model, token: str) -> None:
+    """A row of its own for the word, in a model whose tower has a subset of CLIP's rows; the others have all of them.
+
+    The row begins as the mean of all rows: it means nothing yet, and the frozen tower can be tuned around it.
+    """
+    if model.config.text.vocabulary != "subset" or f"<word:{token.lower()}>" in model.tokenizer.vocabulary:
+        return  # a model that was tuned before has it
+    model.text = model.text.with_token(torch.arange(len(SPECIAL_ROWS), len(model.tokenizer.vocabulary)))
+    model.tokenizer = model.tokenizer.with_token(token)
+    model.config = dataclasses.replace(model.config, text=model.text.config)
 
 
 def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
@@ -272,9 +280,7 @@ def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
             print(f"of the prompt, {', '.join(map(repr, words))} {'are' if len(words) > 1 else 'is'} {what}")
     n_tokens = int((encoded.ids[1] != 0).sum()) - 2
     if n_tokens > 1:
-        print(
-            f"{token!r} is {n_tokens} tokens of CLIP's vocabulary; a rare word of one token, such as sks, learns faster"
-        )
+        print(f"{token!r} is {n_tokens} tokens of CLIP's vocabulary; a rare word of one, such as sks, is clearer")
 
 
 def photo_source(plan: Plan, photos: np.ndarray) -> PhotoSource:
@@ -302,10 +308,9 @@ def tune(
     prompt = settings["validation_prompt"] or settings["instance_prompt"]
 
     def report() -> dict[str, float]:
-        out = io.BytesIO()
-        sheet(trainer.sample([prompt], 4, settings["guidance_scale"]).cpu()).save(out, "PNG")
+        views = trainer.sample([prompt], 4, settings["guidance_scale"]).cpu()
         (folder / "samples").mkdir(exist_ok=True)
-        run.atomic_write(folder / "samples" / f"{trainer.step:06d}.png", out.getvalue())
+        run.atomic_write(folder / "samples" / f"{trainer.step:06d}.png", png(sheet(views)))
         return {"val_photos": validate(trainer)}
 
     every = {"checkpoint_steps": settings["checkpointing_steps"], "report_steps": settings["validation_steps"]}
@@ -343,7 +348,8 @@ def export(plan: Plan, parts: Parts, folder: Path) -> None:
     write_folder(folder, parts.config, ((part, lambda part=part: state(part)) for part in modules), vocabulary, True)
 
 
-def _png(image: Any) -> bytes:
+def png(image: Any) -> bytes:
+    """A PIL image as a file's content."""
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()

@@ -78,7 +78,7 @@ def load_photo(path: Path, size: int, fit: Fit = "auto") -> np.ndarray:
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise InputFileError(_too_large(path, f"{image.width} x {image.height}"))
-                return np.asarray(_square(image, size, fit))
+                return np.array(_square(image, size, fit))
     except InputFileError:
         raise
     except Image.DecompressionBombError:
