@@ -43,6 +43,7 @@ class VAEConfig:
     """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
 
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
+    `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -53,6 +54,7 @@ class VAEConfig:
     scale_factor: float = 0.18215
     image_size: int = 256
     patch_size: int = 1
+    decoder_width: int | None = None
 
     @property
     def downsampling(self) -> int:
@@ -174,8 +176,8 @@ SD15 = ModelConfig(
 MINI = ModelConfig(
     name="mini",
     unet=UNetConfig(
-        in_channels=16,
-        out_channels=16,
+        in_channels=24,
+        out_channels=24,
         model_channels=64,
         channel_mult=(2, 3),
         num_res_blocks=1,
@@ -185,12 +187,13 @@ MINI = ModelConfig(
     vae=VAEConfig(
         block_out_channels=(128,),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=24,
         norm_num_groups=8,
         mid_block_add_attention=False,
         scale_factor=1.0,
         image_size=64,
         patch_size=8,
+        decoder_width=160,
     ),
     text=TextConfig(
         width=192,

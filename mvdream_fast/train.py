@@ -45,8 +45,12 @@ class Flags:
     """learning rate (default 3e-4; vae 1e-3)"""
     warmup: int | None = None
     """steps of linear warm-up (default 200; vae 50)"""
+    decay: int = 0
+    """last updates of --steps over which the learning rate falls to zero (0: it stays; --stage vae always falls)"""
     ema: float | None = None
     """decay of the weights' moving average (default 0.9995; vae 0.995)"""
+    decoder_only: bool = False
+    """--stage vae --init MODEL: train its decoder and leave the latents as they are"""
     multi_view_share: float = 0.7
     """share of multi-view steps; the others are 2D mode"""
     caption_dropout: float = 0.1
@@ -86,6 +90,10 @@ def _check(args: Flags) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.decoder_only and (args.stage != "vae" or args.init is None):
+        raise ArgumentError("--decoder-only must come with --stage vae and --init: there is no trained encoder to keep")
+    if not 0 <= args.decay <= args.steps:
+        raise ArgumentError(f"--decay must be from 0 to --steps, got {args.decay}")
     for name, value in (("multi-view-share", args.multi_view_share), ("caption-dropout", args.caption_dropout)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"--{name} must be from 0 to 1, got {value}")

@@ -40,6 +40,8 @@ class TrainOptions:
     n_views: int = 4
     lr: float = 3e-4
     warmup: int = 200
+    steps: int = 0  # the run's end, which `decay` counts back from
+    decay: int = 0  # last updates, over which the learning rate falls to zero; 0: it stays
     weight_decay: float = 0.01
     ema: float = 0.9995
     multi_view_share: float = 0.7
@@ -109,7 +111,7 @@ class Trainer:
     def _update(self) -> float:
         options = self.options
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * min(1.0, (self.step + 1) / max(options.warmup, 1))
+            group["lr"] = options.lr * trapezoid(self.step, options.warmup, options.steps, options.decay)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
         self.scaler.step(self.optimizer)
@@ -126,7 +128,7 @@ class Trainer:
         """The mean squared error of the UNet's output at a random step of each scene (or at t [B]); scalar."""
         latents = self.latents(batch, stream)
         n, v = len(batch.captions), batch.n_views
-        drawn = stream.integers(0, self.parts.config.schedule.n_timesteps, n)
+        drawn = spread_timesteps(stream, n, self.parts.config.schedule.n_timesteps)
         t = (drawn if t is None else t).repeat_interleave(v).to(self.device)  # the views of a scene share t
         noise = stream.normal(*latents.shape, device=self.device)
         drop = (stream.uniform(n) < dropout).tolist()
@@ -238,6 +240,24 @@ class Trainer:
         if meta.get("scaler"):
             self.scaler.load_state_dict(meta["scaler"])
         self.step = step
+
+
+def trapezoid(step: int, warmup: int, steps: int, decay: int) -> float:
+    """The learning rate's factor: linear warm-up, a plateau, a linear fall over the last `decay` of `steps` updates.
+
+    A plateau leaves the end open: a run is ended by resuming it with --decay, whenever its time is up.
+    """
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    return rise * min(1.0, max(0, steps - step) / decay) if decay else rise
+
+
+def spread_timesteps(stream: Stream, n: int, n_timesteps: int) -> Tensor:
+    """n rising timesteps [n], one in each n-th of the schedule, for scenes in random order: a quieter gradient.
+
+    Source: the low-discrepancy sampler of Kingma et al. 2021 (variational diffusion models), appendix I.1.
+    """
+    offsets = (torch.arange(n, dtype=torch.float64) + stream.uniform(1).double()) / n
+    return (offsets * n_timesteps).long().clamp(max=n_timesteps - 1)
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str, tensors: dict[str, Tensor]) -> None:

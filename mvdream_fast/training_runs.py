@@ -132,7 +132,8 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
         linear_start(model.vae, linear)
     vae = model.vae.to(_device(args)).train()
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
-    trainer = VAETrainer(model.config, vae, source, VAEOptions(steps=args.steps, seed=args.seed, **given))
+    options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **given)
+    trainer = VAETrainer(model.config, vae, source, options)
     check = check.to(trainer.device)
 
     def report() -> dict[str, float]:
@@ -146,7 +147,7 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
         loop.resume()
     code = loop.run()
     with trainer.averaged():
-        scale = measure_scale(vae, fit.to(trainer.device))
+        scale = vae.config.scale_factor if args.decoder_only else measure_scale(vae, fit.to(trainer.device))
         model.config = replace(model.config, vae=replace(model.config.vae, scale_factor=scale))
         model.vae = vae.cpu()
         save_model(model, folder / "model", overwrite=True)
@@ -188,6 +189,8 @@ def _options(args: "Flags") -> TrainOptions:
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     return TrainOptions(
         n_views=args.n_views,
+        steps=args.steps,
+        decay=args.decay,
         multi_view_share=args.multi_view_share,
         caption_dropout=args.caption_dropout,
         accumulate=args.accumulate,

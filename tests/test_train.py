@@ -20,7 +20,7 @@ from mvdream_fast.models.checkpoint import load_model
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.train import Flags, main
-from mvdream_fast.training import Parts, Trainer, TrainOptions
+from mvdream_fast.training import Parts, Trainer, TrainOptions, spread_timesteps, trapezoid
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -274,6 +274,40 @@ def test_the_learning_rate_rises_and_falls():
     assert [round(rate(s, 4, 100), 6) for s in (0, 3, 50, 100)] == [0.25, pytest.approx(0.997781), 0.5, 0.0]
 
 
+def test_the_plateau_ends_where_it_is_told():
+    assert [trapezoid(s, 4, 100, 0) for s in (0, 1, 3, 4, 500)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert [trapezoid(s, 4, 100, 20) for s in (0, 50, 80, 90, 99, 100)] == [0.25, 1.0, 1.0, 0.5, 0.05, 0.0]
+
+
+def test_a_resumed_run_can_be_ended(data, tmp_path):
+    trainer = make_trainer(data)
+    training.Loop(trainer, tmp_path, training.LoopOptions(steps=2)).run()
+    ending = make_trainer(data, steps=4, decay=2)
+    loop = training.Loop(ending, tmp_path, training.LoopOptions(steps=4))
+    assert loop.resume()
+    assert loop.run() == 0
+    assert ending.step == 4
+    assert ending.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3)  # the last update's
+
+
+def test_timesteps_of_a_batch_are_spread():
+    draws = torch.stack([spread_timesteps(Stream(0, i, "t"), 8, 1000) for i in range(500)])  # [500, 8]
+    assert torch.equal(draws // 125, torch.arange(8).expand(500, 8))  # one in each eighth of the schedule
+    counts = torch.histc(draws.float(), 10, 0, 1000)  # and together uniform: 400 each, deviation under 20
+    assert (counts - 400).abs().max() < 90
+    assert spread_timesteps(Stream(0, 0, "t"), 1, 1000).shape == (1,)
+
+
+def test_decoder_only_leaves_the_latents(data, vae_model, tmp_path):
+    main(flags(data, tmp_path, stage="vae", init=str(vae_model), decoder_only=True, steps=3, batch_size=4))
+    before, after = load_model(vae_model), load_model(tmp_path / "model")
+    images = pictures(2)
+    assert before.config == after.config
+    assert torch.equal(before.vae.float().encode(images), after.vae.float().encode(images))
+    z = torch.ones(1, 4, 4, 4)
+    assert not torch.equal(before.vae.decode(z), after.vae.decode(z))
+
+
 @pytest.fixture(scope="module")
 def vae_model(data, tmp_path_factory):
     """The first stage's output, through the command's main."""
@@ -338,6 +372,8 @@ def command(*arguments):
         (("--data", ".", "-o", "out", "--config", "big"), 2, "--config must be one of"),
         (("--data", ".", "-o", "out", "--multi-view-share", "1.5"), 2, "--multi-view-share must be from 0 to 1"),
         (("--data", ".", "-o", "out", "--steps", "0"), 2, "--steps must be at least 1"),
+        (("--data", ".", "-o", "out", "--steps", "9", "--decay", "10"), 2, "--decay must be from 0 to --steps"),
+        (("--data", ".", "-o", "out", "--stage", "vae", "--decoder-only"), 2, "--decoder-only must come with"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, arguments, code, text):
