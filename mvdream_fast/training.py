@@ -109,10 +109,11 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns its loss, gradient norm and mode. Raises DivergedError before a weight is touched."""
         options, total, multi_view = self.options, 0.0, self._multi_view()
+        share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
         for micro in range(options.accumulate):
             purpose = f"train/{micro}"
             stream = Stream(options.seed, self.step, f"{purpose}/batch")
-            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, self.ranks)
+            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
             with distributed.unsynchronised(self.model, micro < options.accumulate - 1):
                 stream = Stream(options.seed, self.step, purpose)
                 loss = self.loss(batch, stream, options.caption_dropout, ranks=self.ranks)
