@@ -285,7 +285,7 @@ class Trainer:
 
 
 def trapezoid(step: int, warmup: int, steps: int, decay: int) -> float:
-    """The learning rate's factor: linear warm-up, a plateau, and a linear fall over the last `decay` of `steps` updates.
+    """The learning rate's factor: linear warm-up, a plateau, a linear fall over the last `decay` of `steps` updates.
 
     A plateau leaves the end open: a run is ended by resuming it with --decay, whenever its time is up.
     """
@@ -294,7 +294,7 @@ def trapezoid(step: int, warmup: int, steps: int, decay: int) -> float:
 
 
 def spread_timesteps(stream: Stream, n: int, n_timesteps: int) -> Tensor:
-    """n rising timesteps [n], one in each n-th of the schedule, which quietens the gradient; for scenes in random order.
+    """n rising timesteps [n], one in each n-th of the schedule, for scenes in random order: a quieter gradient.
 
     Source: the low-discrepancy sampler of Kingma et al. 2021 (variational diffusion models), appendix I.1.
     """
@@ -357,13 +357,15 @@ def check_same_model(found: dict, wanted: dict) -> None:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """When the loop stops, and what it writes on the way (minutes of wall time; 0 = never)."""
+    """When the loop stops, and what it writes on the way (minutes of wall time, or steps; 0 = never)."""
 
     steps: int
     checkpoint_minutes: float = 5.0
     sheet_minutes: float = 15.0
     validate_minutes: float = 10.0
     log_every: int = 10
+    checkpoint_steps: int = 0
+    report_steps: int = 0
 
 
 class Loop:
@@ -404,8 +406,9 @@ class Loop:
                 if self.trainer.step % options.log_every == 0:
                     self._log(window, (now - since) / len(window))
                     window, since = [], now
-                due = self._due(options.sheet_minutes, reported), self._due(options.checkpoint_minutes, saved)
-                stopped, show, save = self.ranks.largest(interrupt.exit_code, *due)
+                show = self._due(options.sheet_minutes, now - reported, options.report_steps)
+                save = self._due(options.checkpoint_minutes, now - saved, options.checkpoint_steps)
+                stopped, show, save = self.ranks.largest(interrupt.exit_code, show, save)
                 if show and self.report:
                     self._report()
                     reported = since = time.monotonic()
@@ -418,8 +421,13 @@ class Loop:
         self.save()
         return stopped
 
-    def _due(self, minutes: float, last: float) -> int:
-        return int(self.ranks.first and minutes > 0 and time.monotonic() - last > 60 * minutes)
+    def _due(self, minutes: float, seconds: float, steps: int) -> int:
+        """1 where the time is over, or the step is one of every `steps`; the last step has its own save and report.
+
+        The first process' clock counts.
+        """
+        at_step = steps > 0 and self.trainer.step % steps == 0 and self.trainer.step < self.options.steps
+        return int(self.ranks.first and (at_step or (minutes > 0 and seconds > 60 * minutes)))
 
     def _log(self, window: list[dict[str, float]], seconds: float) -> None:
         means = {key: sum(w[key] for w in window) / len(window) for key in window[0]}

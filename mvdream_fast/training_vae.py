@@ -31,8 +31,8 @@ class VAEOptions:
     lr: float = 1e-3
     warmup: int = 50
     ema: float = 0.995
-    l1: float = 0.1
-    edges: float = 0.2
+    l1: float = 0.05
+    edges: float = 0.05
     kl: float = 1e-6
     clip: float = 1.0
     decoder_only: bool = False  # the latents stay as they are, so that a diffusion model trained on them still fits

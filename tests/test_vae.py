@@ -97,17 +97,17 @@ def test_weights_are_channels_last(vae):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_mini_has_sixteen_channels_and_no_attention():
+def test_mini_has_24_channels_and_no_attention():
     vae = VAE(MINI.vae)
     assert not any("attentions" in name for name in vae.model.state_dict())
     z = vae.encode(images(1, 3, 64, 64))
-    assert z.shape == (1, 16, 8, 8)
+    assert z.shape == (1, 24, 8, 8)
     assert vae.decode(z).shape == (1, 3, 64, 64)
 
 
 def test_a_wide_decoder_leaves_the_encoder():
     config = replace(MINI.vae, decoder_width=160)
-    wide, plain = VAE(config), VAE(MINI.vae)
+    wide, plain = VAE(config), VAE(replace(MINI.vae, decoder_width=None))
     assert wide.model.encoder.conv_in.weight.shape == plain.model.encoder.conv_in.weight.shape
     assert wide.model.decoder.conv_out.in_channels == 160
     assert wide.decode(wide.encode(images(1, 3, 64, 64))).shape == (1, 3, 64, 64)
