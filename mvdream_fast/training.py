@@ -94,8 +94,8 @@ class Trainer:
         parts.vae.requires_grad_(False).eval()
         parts.text.requires_grad_(options.train_text)
         self.denoiser = Denoiser(parts.unet, parts.text)
-        self.shown = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.model = _sharded(self.denoiser, ranks) if shard else distributed.replicated(self.denoiser, ranks)
+        self.shown = [p for p in self.denoiser.parameters() if p.requires_grad]
         trained = self.model if shard else self.denoiser
         self.named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
