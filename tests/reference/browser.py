@@ -1,6 +1,7 @@
 """A small DevTools client for headless Chromium: opens a page, waits for a picture, and says what was fetched."""
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -95,9 +96,12 @@ class Browser:
         """The first picture for which `holds`; raises AssertionError when none comes in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            picture = self.picture()
-            if holds(picture):
-                return picture
+            with contextlib.suppress(
+                RuntimeError
+            ):  # while a page is being exchanged there is none to take a picture of
+                picture = self.picture()
+                if holds(picture):
+                    return picture
             time.sleep(0.2)
         raise AssertionError(
             f"the page never showed it; complaints: {self.complaints}, requested: {self.requested[:9]}"
