@@ -5,6 +5,7 @@ Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are 
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,7 @@ class VAEConfig:
     """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
 
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
+    `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -53,6 +55,7 @@ class VAEConfig:
     scale_factor: float = 0.18215
     image_size: int = 256
     patch_size: int = 1
+    decoder_width: int | None = None
 
     @property
     def downsampling(self) -> int:
@@ -144,6 +147,29 @@ def from_dict(cls: type, data: Any, source: str) -> Any:
     return cls(**values)
 
 
+def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
+    """The configuration with single values replaced, each as `unet.view_mixing=2d`: JSON, or a bare word.
+
+    Raises ArgumentError naming a setting that is unknown or mistyped.
+    """
+    data = dataclasses.asdict(config)
+    for setting in settings:
+        path, sign, text = setting.partition("=")
+        part, _, name = path.partition(".")
+        section = data.get(part)
+        if not sign or not isinstance(section, dict) or name not in section:
+            known = ", ".join(f"{p}.{n}" for p, values in data.items() if isinstance(values, dict) for n in values)
+            raise ArgumentError(f"--set must be NAME=VALUE, got {setting!r}; the names are {known}")
+        try:
+            section[name] = json.loads(text)
+        except ValueError:
+            section[name] = text
+    try:
+        return from_dict(ModelConfig, data, "--set")
+    except ModelError as error:
+        raise ArgumentError(str(error)) from None
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of an annotated type: the handful of forms that configurations use."""
     from types import NoneType, UnionType
@@ -175,8 +201,8 @@ SD15 = ModelConfig(
 MINI = ModelConfig(
     name="mini",
     unet=UNetConfig(
-        in_channels=16,
-        out_channels=16,
+        in_channels=24,
+        out_channels=24,
         model_channels=64,
         channel_mult=(2, 3),
         num_res_blocks=1,
@@ -186,12 +212,13 @@ MINI = ModelConfig(
     vae=VAEConfig(
         block_out_channels=(128,),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=24,
         norm_num_groups=8,
         mid_block_add_attention=False,
         scale_factor=1.0,
         image_size=64,
         patch_size=8,
+        decoder_width=160,
     ),
     text=TextConfig(
         width=192,

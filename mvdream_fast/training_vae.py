@@ -31,10 +31,11 @@ class VAEOptions:
     lr: float = 1e-3
     warmup: int = 50
     ema: float = 0.995
-    l1: float = 0.1
-    edges: float = 0.2
+    l1: float = 0.05
+    edges: float = 0.05
     kl: float = 1e-6
     clip: float = 1.0
+    decoder_only: bool = False  # the latents stay as they are, so that a diffusion model trained on them still fits
     seed: int = 0
 
 
@@ -44,7 +45,10 @@ class VAETrainer:
     def __init__(self, config: ModelConfig, vae: nn.Module, source: "ImageSource", options: VAEOptions):
         self.config, self.vae, self.source, self.options, self.step = config, vae, source, options, 0
         self.device = next(vae.parameters()).device
-        self.named = dict(vae.named_parameters())
+        if options.decoder_only:
+            for module in (vae.model.encoder, vae.model.quant_conv):
+                module.requires_grad_(False)
+        self.named = {name: p for name, p in vae.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
         self.ema = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(

@@ -7,6 +7,17 @@ from torch.autograd import forward_ad
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def by_name(x: Tensor) -> bool:
+    """Whether a call goes through the registered op: torch.compile is tracing, or x is on the meta device, where only
+    shapes are asked for."""
+    return torch.compiler.is_compiling() or x.is_meta
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; torch refuses to answer for the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def is_batched(*tensors: Tensor | None) -> bool:
     """Whether any tensor is being vmapped over (torch.func.vmap); cheap when no transform is active."""
     if not torch._C._are_functorch_transforms_active():

@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvdream_fast.ops._checks import address, load_native
-from mvdream_fast.ops._edges import check_float, is_batched, is_recorded, load_kernels, runs_natively, vmap_error
+from mvdream_fast.ops._edges import (
+    by_name,
+    check_float,
+    is_batched,
+    is_recorded,
+    load_kernels,
+    runs_natively,
+    vmap_error,
+)
 from mvdream_fast.ops.hash_encode import vjp
 
 
@@ -34,7 +42,7 @@ def geglu(x: Tensor) -> Tensor:
     Source: Shazeer 2020, equation 6.
     """
     _check(x)
-    if torch.compiler.is_compiling():
+    if by_name(x):
         return torch.ops.mvdream_fast.geglu(x)
     if is_batched(x):
         raise vmap_error("geglu")

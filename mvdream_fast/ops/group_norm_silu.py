@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mvdream_fast.ops._checks import address, load_native
 from mvdream_fast.ops._edges import (
+    by_name,
     check_float,
     check_like,
     is_batched,
@@ -54,7 +55,7 @@ def group_norm_silu(
     Source: Wu and He 2018, "Group Normalization"; the place of emb is the ResBlock's of latent diffusion.
     """
     _check(x, weight, bias, n_groups, eps, emb)
-    if torch.compiler.is_compiling():
+    if by_name(x):
         return torch.ops.mvdream_fast.group_norm_silu(x, weight, bias, n_groups, eps, emb, silu)[0]
     if is_batched(x, weight, bias, emb):
         raise vmap_error("group_norm_silu")
