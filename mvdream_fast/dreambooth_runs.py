@@ -304,6 +304,7 @@ def tune(
     Returns: the exit code; there is no model yet where it is not 0.
     """
     settings, options = plan.settings, options or plan.options
+    folder.mkdir(exist_ok=True)
     trainer = DreamBoothTrainer(parts, source, options)
     prompt = settings["validation_prompt"] or settings["instance_prompt"]
 

@@ -155,15 +155,20 @@ def test_one_step_is_the_whole_formula(base, weight, monkeypatch):
             torch.testing.assert_close(found[f"unet.{name}"], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_large_lambda_holds_the_weights_back(base):
-    """Without momentum's noise: many steps on one batch end nearer to theta_0, the more so the larger lambda is."""
-    distances = []
-    for weight in (0.0, 1e4, 1e6):
-        one = trainer(base, preservation=weight)
-        for _ in range(5):
-            record = one.train_step()
-        distances.append(record["distance"])
-    assert distances[0] > distances[1] > distances[2] > 0
+@pytest.mark.parametrize(("weight", "ends"), [(0.0, [3.0, 0.1]), (2.0, [2.5, 0.0]), (20.0, [0.0, 0.0])])
+def test_weights_that_are_needed_go_and_the_others_stay(weight, ends):
+    """The loss (p - 3)^2 + (q - 0.1)^2 with lambda/2 (|p| + |q|) has its minimum lambda/4 nearer to zero, or there."""
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    pull, rate_of = Preservation(weights, weight), 0.01
+    for _ in range(600):
+        for p in weights:
+            p.grad = None
+        ((weights[0] - 3).square() + (weights[1] - 0.1).square()).sum().backward()
+        pull.backward()
+        with torch.no_grad():
+            for p in weights:
+                p.sub_(rate_of * p.grad)
+    assert [p.item() for p in weights] == pytest.approx(ends, abs=rate_of * weight / 2 + 1e-3)
 
 
 def test_2d_mode_has_no_camera_and_one_view(base, monkeypatch):
@@ -471,21 +476,20 @@ def test_a_disk_without_room_is_refused_before_anything(photos, model, monkeypat
 
 
 def test_a_disk_that_fills_loses_nothing(whole, photos, model, monkeypatch, capsys):
-    replace, calls = run.replace_file, []
+    replace = run.replace_file
 
     def fills(path, write, n_bytes):
-        calls.append(path)
         if path.name == "000004.safetensors":
             write = lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
         replace(path, write, n_bytes)
 
-    monkeypatch.setattr(run, "replace_file", fills)
     arguments = wanted(photos, model, "-o", "out", "--max_train_steps", 6, "--checkpointing_steps", 2)
-    assert command(*arguments) == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "replace_file", fills)
+        assert command(*arguments) == 7
     assert "No space left on device" in capsys.readouterr().err
     assert run.load_latest(Path("out/checkpoints"))[0] == 2
-    monkeypatch.undo()
-    assert command("--resume", Path("out").absolute(), "--threads", 1) == 0
+    assert command("--resume", "out", "--threads", 1) == 0
     assert_same(checkpoint(Path("out")), checkpoint(whole))
 
 
