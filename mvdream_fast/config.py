@@ -5,6 +5,7 @@ Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are 
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -146,6 +147,29 @@ def from_dict(cls: type, data: Any, source: str) -> Any:
     return cls(**values)
 
 
+def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
+    """The configuration with single values replaced, each as `unet.view_mixing=2d`: JSON, or a bare word.
+
+    Raises ArgumentError naming a setting that is unknown or mistyped.
+    """
+    data = dataclasses.asdict(config)
+    for setting in settings:
+        path, sign, text = setting.partition("=")
+        part, _, name = path.partition(".")
+        section = data.get(part)
+        if not sign or not isinstance(section, dict) or name not in section:
+            known = ", ".join(f"{p}.{n}" for p, values in data.items() if isinstance(values, dict) for n in values)
+            raise ArgumentError(f"--set must be NAME=VALUE, got {setting!r}; the names are {known}")
+        try:
+            section[name] = json.loads(text)
+        except ValueError:
+            section[name] = text
+    try:
+        return from_dict(ModelConfig, data, "--set")
+    except ModelError as error:
+        raise ArgumentError(str(error)) from None
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of an annotated type: the handful of forms that configurations use."""
     from types import NoneType, UnionType
@@ -157,7 +181,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is UnionType:
         return any(_fits(value, a) for a in args)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+        wanted = len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else len(args)
+        return isinstance(value, tuple) and len(value) == wanted and all(_fits(v, args[0]) for v in value)
     if hint is NoneType:
         return value is None
     if hint is float:
@@ -252,6 +277,7 @@ class SDSConfig:
     background: Literal["learned", "grey", "white"] = "learned"
     background_aug_prob: float = 0.5
     shading: bool = False
+    shading_from: int = 5000  # the step of the first lit picture
     lambda_orient: Ramp = (0.0, 0.0, 0.0, 0.0)
     lambda_sparsity: Ramp = (0.0, 0.0, 0.0, 0.0)
     lambda_opaque: Ramp = (0.0, 0.0, 0.0, 0.0)
@@ -264,9 +290,27 @@ class SDSConfig:
     adam_eps: float = 1e-15
     max_samples: int = 1 << 23
 
+    updates_per_guidance: int = 1  # updates of the volume towards one answer of the model; the paper makes one
+    match: Literal["latents", "pixels"] = "latents"  # where a render is compared with that answer
+
+    def asked(self, step: int) -> int:
+        """The step whose cameras, resolution and answer of the model `step` uses: its own, unless they are reused."""
+        return step - step % self.updates_per_guidance
+
     def stage(self, step: int) -> int:
         """Index of the stage that `step` belongs to."""
-        return sum(step >= milestone for milestone in self.milestones)
+        return sum(self.asked(step) >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is made of the finished volume: mesh.glb always, other formats beside it."""
+
+    mesh_resolution: int = 128
+    faces: int | None = None  # at most this many triangles
+    texture: int | None = None  # pixels a side of a baked texture; None colours the vertices
+    formats: tuple[Literal["glb", "obj", "ply"], ...] = ("glb",)
+    up: Literal["y", "z"] = "y"  # of OBJ and PLY; GLB is always y-up
 
 
 SDS_PRESETS = {
@@ -289,11 +333,28 @@ SDS_PRESETS = {
         background="grey",
     ),
 }
+SDS_PRESETS["fast"] = dataclasses.replace(
+    SDS_PRESETS["mini"],
+    preset="fast",
+    steps=300,
+    render_size=(32, 64),
+    n_groups=(1, 1),
+    milestones=(150,),
+    samples_per_ray=96,
+    min_step=(0.0, 0.98, 0.02, 240.0),
+    max_step=(0.0, 0.98, 0.50, 240.0),
+)
+
+
+def preset_for(image_size: int) -> str:
+    """The preset that fits a model which draws `image_size` pixels a side."""
+    return "mini" if image_size <= MINI.vae.image_size else "paper"
 
 
 def shaded(config: SDSConfig) -> SDSConfig:
-    """The shading variant of a recipe: a point light after step 5000, and an orientation loss of 10 to 1000."""
-    return dataclasses.replace(config, shading=True, lambda_orient=(0.0, 10.0, 1000.0, 5000.0))
+    """The shading variant of a recipe: a point light in its second half, and an orientation loss of 10 to 1000."""
+    half = config.steps // 2
+    return dataclasses.replace(config, shading=True, shading_from=half, lambda_orient=(0.0, 10.0, 1000.0, float(half)))
 
 
 def resolve_config(base: str | SDSConfig, **overrides) -> SDSConfig:
@@ -319,5 +380,6 @@ def _stretched(config: SDSConfig, steps: int) -> dict:
     for name in ramps:
         start, first, last, end = getattr(config, name)
         out[name] = (start * factor, first, last, end * factor)
+    out["shading_from"] = round(config.shading_from * factor)
     out["milestones"] = tuple(round(m * factor) for m in config.milestones)
     return out

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvdream_fast import cli
-from mvdream_fast.config import NAMED
+from mvdream_fast import cli, distributed
+from mvdream_fast.config import NAMED, with_settings
 from mvdream_fast.errors import ArgumentError
 
 
@@ -27,10 +27,15 @@ class Flags:
     """unet trains UNet and text tower on the autoencoder's latents"""
     config: str = "mini"
     """configuration of a new model: mini, sd21-4view, sd15-4view"""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
+    """changes to the configuration, as unet.view_mixing=2d or unet.camera_in=text"""
     init: str | None = None
-    """model folder or name to go on from, instead of a new model of --config"""
+    """model to go on from, instead of a new one of --config: a folder, a name, the released MVDream .pt, or Stable
+    Diffusion 2.1's own .safetensors file (its new camera layers begin at zero)"""
     vae: str | None = None
     """model folder whose autoencoder a new model takes: the output of --stage vae"""
+    text: str | None = None
+    """model folder whose text tower and words a new model takes"""
     vocabulary: Path | None = None
     """captions, one a line, whose words a new text tower has rows for beside those of the data"""
     resume: bool = False
@@ -67,6 +72,8 @@ class Flags:
     """train the UNet alone"""
     cache_latents: bool = False
     """encode every view once, on three backgrounds, and train on those"""
+    latents: Path | None = None
+    """where --cache-latents keeps them (default: in the output folder)"""
     sheet_prompts: tuple[str, ...] = ()
     """prompts of the sample sheets (default: captions of the data)"""
     sheet_guidance: float = 5.0
@@ -75,17 +82,21 @@ class Flags:
     """minutes between validation and sample sheets (0: only at the end)"""
     checkpoint_minutes: float = 5.0
     """minutes between checkpoints"""
+    shard: Literal["none", "fsdp2"] = "none"
+    """several processes (accelerate launch) hold a whole model each, or share its memory by FSDP2"""
     seed: int = 0
     device: str | None = None
     """cpu, cuda, ... (default: cuda if there is one)"""
     threads: int | None = None
-    """CPU threads"""
+    """CPU threads (default: all, shared among the processes of a machine)"""
 
 
 def _check(args: Flags) -> None:
     """Refuses values that no run can use, before torch is imported."""
     if args.config not in NAMED:
         raise ArgumentError(f"--config must be one of {', '.join(NAMED)}, got {args.config}")
+    if args.init is None:
+        with_settings(NAMED[args.config], args.settings)
     for name in ("steps", "n_views", "accumulate", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -105,7 +116,7 @@ def _check(args: Flags) -> None:
 
 def main(args: Flags) -> None:
     _check(args)
-    cli.set_threads(args.threads)
+    cli.set_threads(args.threads or max(1, cli.available_cores() // distributed.launched()[1]))
     from mvdream_fast import training_runs
 
     code = training_runs.run_stage(args)

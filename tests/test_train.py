@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from reference import upstream
+from safetensors.torch import save_file
 from test_batches import make_sample
 
 from mvdream_fast import training, training_runs
-from mvdream_fast.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from mvdream_fast.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, with_settings
 from mvdream_fast.data.batches import Batch, ImageSource, Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.errors import ArgumentError, DivergedError, ModelError, OutputError
@@ -335,6 +337,39 @@ def test_both_stages_make_a_model_that_loads(data, vae_model, tmp_path):
     assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() == "000003.safetensors"
 
 
+@pytest.mark.parametrize("kind", ["released", "stable diffusion"])
+def test_training_goes_on_from_published_files(data, tmp_path, kind):
+    """Narrow files in the released layout, at the size of the data; a multi-view step teaches the new camera layers."""
+    tensors = upstream.flat(upstream.NARROW21)
+    if kind == "released":
+        torch.save(tensors, tmp_path / "model.pt")
+    else:
+        tensors = {name: x for name, x in tensors.items() if "camera_embed" not in name}
+        save_file(tensors, tmp_path / "model.pt")
+    more = {"init": str(tmp_path / "model.pt"), "settings": ("vae.image_size=16",), "freeze_text": True}
+    main(flags(data, tmp_path / "out", n_views=2, steps=1, multi_view_share=1.0, **more))
+    model = load_model(tmp_path / "out" / "model")
+    assert model.config.unet.camera_in == "time"
+    assert model.config.vae.image_size == 16
+    assert model.unet.camera_embed[2].weight.any()
+    with pytest.raises(ArgumentError, match=r"--set must leave the weights of --init as they are, got unet.camera_in"):
+        main(flags(data, tmp_path / "no", **more | {"settings": ("unet.camera_in=none",)}))
+
+
+@pytest.mark.parametrize(
+    "setting", ["unet.view_mixing=2d", "unet.view_mixing=temporal", "unet.camera_in=text", "unet.camera_in=attention"]
+)
+def test_a_new_model_with_settings_and_a_trained_text_tower(data, vae_model, tmp_path, setting):
+    out = tmp_path / "out"
+    shared = {"vae": str(vae_model), "text": str(vae_model), "freeze_text": True}
+    main(flags(data, out, steps=1, settings=(setting,), cache_latents=True, latents=tmp_path / "latents", **shared))
+    before, after = load_model(vae_model), load_model(out / "model")
+    assert after.config.unet == with_settings(TINY, [setting]).unet
+    for name, weight in before.text.state_dict().items():
+        assert torch.equal(weight.half(), after.text.state_dict()[name])
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "latents.npy", "latents.filled.npy", "latents.key"}
+
+
 def test_output_folders(data, vae_model, tmp_path):
     with pytest.raises(ArgumentError, match="--resume must find a checkpoint"):
         main(flags(data, tmp_path, vae=str(vae_model), resume=True))
@@ -372,6 +407,7 @@ def command(*arguments):
         (("--data", ".", "-o", "out", "--config", "big"), 2, "--config must be one of"),
         (("--data", ".", "-o", "out", "--multi-view-share", "1.5"), 2, "--multi-view-share must be from 0 to 1"),
         (("--data", ".", "-o", "out", "--steps", "0"), 2, "--steps must be at least 1"),
+        (("--data", ".", "-o", "out", "--set", "unet.views=2d"), 2, "--set must be NAME=VALUE, got 'unet.views=2d'"),
         (("--data", ".", "-o", "out", "--steps", "9", "--decay", "10"), 2, "--decay must be from 0 to --steps"),
         (("--data", ".", "-o", "out", "--stage", "vae", "--decoder-only"), 2, "--decoder-only must come with"),
     ],
