@@ -17,7 +17,7 @@ from PIL import Image
 from reference.random_model import random_model
 from torch import nn
 
-from mvdream_fast import cli, dreambooth, dreambooth_runs, estimate, run
+from mvdream_fast import cli, dreambooth, dreambooth_runs, estimate, memory, run
 from mvdream_fast.config import TextConfig
 from mvdream_fast.data.photos import PhotoSource
 from mvdream_fast.models import adapters
@@ -26,7 +26,7 @@ from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import CLIP_ROWS, Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.rng import Stream
-from mvdream_fast.training import Parts
+from mvdream_fast.training import Parts, spread_timesteps
 from mvdream_fast.training_dreambooth import (
     AdapterPreservation,
     DreamBoothOptions,
@@ -131,7 +131,7 @@ def test_one_step_is_the_whole_formula(base, weight, monkeypatch):
     stream, schedule = Stream(0, 0, "train/0"), one.schedule
     batch = one.source.batch(Stream(0, 0, "train/0/batch"), 2, 1, False)
     z = one.parts.vae.encode(batch.pictures, stream.normal(2, 4, 8, 8))
-    t = stream.integers(0, 1000, 2)
+    t = spread_timesteps(stream, 2, 1000)
     noise = stream.normal(*z.shape)
     a, s = schedule.alphas[t][:, None, None, None], schedule.sigmas[t][:, None, None, None]
     context = one.parts.text(one.parts.tokenizer.encode(["a red car"] * 2).ids)
@@ -435,6 +435,7 @@ def bad_photos(folder: Path) -> None:
         ("good", ("--resolution", "17"), 2, "--resolution must be a multiple of 4"),
         ("good", ("--lora_rank", "2", "--train_text_encoder"), 2, "--lora_rank tunes the UNet alone"),
         ("good", ("--stages", "dreambooth3d", "--partial_steps", "9", "--max_train_steps", "5"), 2, "--partial_steps"),
+        ("good", ("--sds_preset", "huge"), 2, "preset must be one of"),
         ("good", ("--resume", "nowhere"), 2, "must name a run folder"),
         ("good", ("--resume", "full"), 5, "is not the configuration of a dreambooth run"),
     ],
@@ -458,11 +459,11 @@ def test_a_mistake_is_one_sentence_and_a_code(data, more, code, message, model, 
 
 
 def test_a_step_that_does_not_fit_is_refused(photos, model, monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "free_memory", lambda _: 10 << 20)
+    monkeypatch.setattr(memory, "available", lambda _: (10 << 20, "free on this machine"))
     assert command(*wanted(photos, model, "-o", "out")) == 4
     errors = capsys.readouterr().err
     assert "a step needs about" in errors
-    assert "the largest parts are the program 0.7 GB and" in errors
+    assert "0.0 GB is free on this machine; the largest parts are" in errors
     assert "--lora_rank 16 or --gradient_checkpointing or --train_batch_size 1" in errors
     assert not Path("out").exists()
 

@@ -92,7 +92,7 @@ class Flat:
     def cameras(self, step, stream):
         return sample_cameras(MINI, stream)
 
-    def score(self, rgb, cameras, step, stream, *lap):
+    def score(self, rgb, cameras, step, stream, lap):
         assert len(rgb) == len(cameras) == 4
         return (rgb - 0.5).square().sum() / len(rgb), 7
 
