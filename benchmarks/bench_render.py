@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from reference.memory import peak_memory, settled_memory
 
 from mvdream_fast import ops
 from mvdream_fast.camera import generate_rays, orbit_cameras
@@ -23,6 +24,7 @@ THREADS = min(2, os.cpu_count() or 1)
 STEP, BOX, CELLS = default_step_size(1.0), (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0), 32
 VIEWS = {"4x64x64": (4, 64), "512x512": (1, 512)}
 _seconds: dict[str, float] = {}
+_bytes: dict[str, float] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -131,11 +133,38 @@ def bench_training_step(benchmark, config):
     measure(benchmark, "training step 4x64x64", config, call, 3, n_samples=call().n_samples)
 
 
+@pytest.mark.parametrize("share", ["10 %", "full"])
+def bench_training_memory(benchmark, share):
+    """Peak of a training step beyond parameters and their gradients, in bytes a sample that is evaluated with gradient.
+
+    Thin everywhere, so that rays keep all of the samples that the grid allows.
+    """
+    config = VolumeConfig(bias_scale=0.0)
+    volume, rays = Volume(config), rays_of("4x64x64")
+    renderer = Renderer(volume, OccupancyGrid(), EnvironmentMap(), alpha_thre=0.0)
+    renderer.occupancy.bits.copy_(grid_of(share))
+
+    def call():
+        out = renderer(rays, Stream(0, 1, "render"), training=True)
+        out.rgb.sum().backward()
+        return out.n_samples
+
+    n_samples = call()
+    volume.zero_grad()
+    before = settled_memory()
+    benchmark.pedantic(call, rounds=1)
+    gradients = sum(p.numel() * 4 for p in volume.parameters())
+    extra = (peak_memory() - before - gradients) / n_samples
+    benchmark.extra_info |= {"bytes_per_sample": extra, "n_samples": n_samples}
+    _bytes[f"training step, grid {share}"] = extra
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _ratios(request):
     """Prints the medians, and how much faster a tenth of the grid is than all of it."""
     yield
     lines = [f"{name:60} {seconds * 1e3:10.1f} ms" for name, seconds in _seconds.items()]
+    lines += [f"{name:60} {value:10.1f} B a sample" for name, value in _bytes.items()]
     for label, full, tenth in [
         *((f"march {v}, 10 % against full", f"march {v} full: ours", f"march {v} 10 %: ours") for v in VIEWS),
         ("render 512x512 paper, 10 % against full", "render 512x512 paper: full", "render 512x512 paper: 10 %"),

@@ -24,14 +24,17 @@ from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
 from mvdream_fast.config import SDSConfig, resolve_config
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.data.photos import PhotoSource, draw
+from mvdream_fast.distributed import ALONE, Ranks
 from mvdream_fast.dreambooth_runs import Plan, latest, load_parts, photo_source, png, tune
 from mvdream_fast.errors import ModelError
 from mvdream_fast.field.asset import Asset
+from mvdream_fast.guidance import Lap, no_lap
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.rng import Stream
 from mvdream_fast.sampler import ddim_sample
 from mvdream_fast.schedule import ddim_timesteps
-from mvdream_fast.text_to_3d import Distillation, TextTo3D
+from mvdream_fast.teachers import Distillation
+from mvdream_fast.text_to_3d import Progress, TextTo3D
 from mvdream_fast.training import sheet
 from mvdream_fast.training_dreambooth import DreamBoothTrainer
 
@@ -138,7 +141,7 @@ class Stages:
         loop = TextTo3D(self._pipeline(model)) if views is None else Anchored3D(self._pipeline(model), views, weight)
         with run.Interrupt() as interrupt:
             asset = loop(
-                self.prompt, config=self.config, seed=self.plan.settings["seed"], callback=Progress(self.config.steps),
+                self.prompt, config=self.config, seed=self.plan.settings["seed"], callback=Lines(self.config.steps),
                 checkpoints=folder / "ckpt", interrupt=interrupt,
             )  # fmt: skip
             if interrupt.requested is not None:
@@ -150,15 +153,14 @@ class Stages:
         return 0
 
 
-class Progress:
+class Lines:
     """A callback that prints a line every ten seconds."""
 
     def __init__(self, steps: int):
         self.steps, self.last = steps, time.monotonic()
 
-    def __call__(self, *what) -> None:
-        record, now = what[0], time.monotonic()
-        record = getattr(record, "record", record)
+    def __call__(self, progress: Progress) -> None:
+        record, now = progress.record, time.monotonic()
         if now - self.last > PROGRESS_S:
             self.last = now
             done = f"step {record.step + 1}/{self.steps}"
@@ -223,12 +225,12 @@ class MixedSource:
         self.photos, self.pictures = photos, views.images * 2 - 1
         self.cameras = torch.stack([normalize_camera(c2w) for c2w in views.c2w])  # [G, V, 16]
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """As many pictures either way, but at least one group."""
         if not multi_view:
-            return self.photos.batch(stream, n_scenes, n_views, False)
+            return self.photos.batch(stream, n_scenes, n_views, False, ranks)
         n_groups, v = self.cameras.shape[:2]
-        rows = draw(n_groups, max(1, n_scenes * n_views // v), stream)
+        rows = ranks.part(draw(n_groups, max(1, n_scenes * n_views // v), stream))
         captions = [self.photos.caption] * len(rows)
         return Batch(self.pictures[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1), captions, v, encoded=False)
 
@@ -250,12 +252,18 @@ class Anchored:
         known = self.views.cameras(self.group)
         return Cameras(torch.cat([free.c2w, known.c2w.to(free.c2w)]), torch.cat([free.fovy, known.fovy.to(free.fovy)]))
 
-    def score(self, rgb: Tensor, cameras: Cameras, step: int, stream: Stream, *lap) -> tuple[Tensor, int]:
+    def score(self, rgb: Tensor, cameras: Cameras, step: int, stream: Stream, lap: Lap = no_lap) -> tuple[Tensor, int]:
         target = self.views.images[self.group].to(rgb)
         n = len(rgb) - len(target)
-        loss, t = self.distillation.score(rgb[:n], Cameras(cameras.c2w[:n], cameras.fovy[:n]), step, stream, *lap)
+        loss, t = self.distillation.score(rgb[:n], Cameras(cameras.c2w[:n], cameras.fovy[:n]), step, stream, lap)
         target = torch.nn.functional.interpolate(target, rgb.shape[-2:], mode="area")
         return loss + self.weight * (rgb[n:] - target).square().sum() / len(target), t
+
+    def state(self) -> dict[str, Tensor]:
+        return self.distillation.state()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.distillation.restore(tensors)
 
 
 class Anchored3D(TextTo3D):

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvdream_fast import __version__, cli, estimate, machine, run
-from mvdream_fast.config import NAMED, ModelConfig
+from mvdream_fast import __version__, cli, estimate, machine, memory, run
+from mvdream_fast.config import NAMED, ModelConfig, preset_for, resolve_config
 from mvdream_fast.data.batches import Source, composite
 from mvdream_fast.data.photos import PhotoSource, list_photos, load_photo
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError
@@ -32,9 +32,8 @@ from mvdream_fast.rng import Stream
 from mvdream_fast.training import Loop, LoopOptions, Parts, sheet
 from mvdream_fast.training_dreambooth import DreamBoothOptions, DreamBoothTrainer
 
-SMALL_IMAGE = 64  # pixels a side up to which a model gets the small recipe
-RECIPES = {"full": {"max_train_steps": 600, "learning_rate": 2e-6, "partial_steps": 150},
-           "small": {"max_train_steps": 400, "learning_rate": 5e-5, "partial_steps": 100}}  # fmt: skip
+RECIPES = {"paper": {"max_train_steps": 600, "learning_rate": 2e-6, "partial_steps": 150},
+           "mini": {"max_train_steps": 400, "learning_rate": 5e-5, "partial_steps": 100}}  # fmt: skip
 PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "threads", "quiet")  # not part of what a run is
 GREY = 0.5  # the background that models are mostly trained on
 OUTPUTS = Path("outputs")
@@ -88,7 +87,7 @@ def _begin(given: dict[str, Any]) -> int:
     step = announce(plan, len(photos), device)
     if given["dry_run"]:
         return 0
-    estimate.check_memory(step, estimate.free_memory(device), _advice(plan.settings))
+    estimate.check_memory(step, memory.available(str(device)), _advice(plan.settings))
     output = given["output"]
     estimate.check_disk(output or OUTPUTS, disk_bytes(step, plan), "checkpoints and the tuned model")
     if output:
@@ -113,7 +112,7 @@ def _resume(given: dict[str, Any]) -> int:
     step = announce(plan, len(photos), device)
     if given["dry_run"]:
         return 0
-    estimate.check_memory(step, estimate.free_memory(device), _advice(settings))
+    estimate.check_memory(step, memory.available(str(device)), _advice(settings))
     return _go(plan, photos, folder, device)
 
 
@@ -142,15 +141,16 @@ def _configuration(model: str, dry_run: bool) -> ModelConfig:
 
 
 def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
-    """Settles what was left open. Raises ArgumentError for a resolution that the model cannot work at."""
-    small = config.vae.image_size <= SMALL_IMAGE
+    """Settles what was left open. Raises ArgumentError for numbers that do not fit the model or each other."""
+    preset = preset_for(config.vae.image_size)
     settings = {name: value for name, value in given.items() if name not in PASSING}
-    for name, value in RECIPES["small" if small else "full"].items():
+    for name, value in RECIPES[preset].items():
         if settings[name] is None:
             settings[name] = value
     settings["resolution"] = settings["resolution"] or config.vae.image_size
     if settings["sds_preset"] == "auto":
-        settings["sds_preset"] = "mini" if small else "paper"
+        settings["sds_preset"] = preset
+    resolve_config(settings["sds_preset"])
     factor = config.vae.downsampling * 2 ** (len(config.unet.channel_mult) - 1)
     if settings["resolution"] % factor or settings["resolution"] > 4 * config.vae.image_size:
         raise ArgumentError(
@@ -304,6 +304,7 @@ def tune(
     Returns: the exit code; there is no model yet where it is not 0.
     """
     settings, options = plan.settings, options or plan.options
+    folder.mkdir(exist_ok=True)
     trainer = DreamBoothTrainer(parts, source, options)
     prompt = settings["validation_prompt"] or settings["instance_prompt"]
 

@@ -4,7 +4,6 @@ have shapes and no memory. Nothing is trained here.
 
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvdream_fast import machine
 from mvdream_fast.config import ModelConfig, TextConfig
 from mvdream_fast.errors import OutOfMemoryError, OutputError
 from mvdream_fast.models.adapters import add_adapters
@@ -22,6 +20,7 @@ from mvdream_fast.models.manifest import build
 FLOAT = 4  # bytes of a float32
 PROGRAM = 700 << 20  # Python, torch, diffusers and transformers once imported
 TEXT_ACTIVATIONS = 34  # numbers that a transformer layer keeps for each token and channel, about
+PART = "the program"
 PROBE = 1024  # side of the matrix product that tells a machine's speed
 
 
@@ -38,7 +37,7 @@ class Estimate:
         return sum(self.memory.values())
 
     def largest(self, n: int = 2) -> list[str]:
-        parts = sorted(self.memory.items(), key=lambda item: -item[1])[:n]
+        parts = sorted((item for item in self.memory.items() if item[0] != PART), key=lambda item: -item[1])[:n]
         return [f"{name} {size / 2**30:.1f} GB" for name, size in parts]
 
 
@@ -74,7 +73,7 @@ def estimate_step(
     frozen = text + sum(p.numel() for p in vae.parameters())
     copies = 1 if preserve and not lora_rank else 0
     memory = {
-        "the program": PROGRAM,
+        PART: PROGRAM,
         "UNet weights": FLOAT * n_weights,
         "text tower and autoencoder": FLOAT * frozen,
         "gradients": FLOAT * trained,
@@ -177,27 +176,16 @@ def measured_rate(device: torch.device, half: bool = False) -> float:
     return 2 * PROBE**3 / best
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a run may still take there; None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    bounds = [machine.memory_limit(), machine.total_memory(), _available()]
-    return min((bound for bound in bounds if bound), default=None)
+def check_memory(estimate: Estimate, free: tuple[int | None, str], advice: str) -> None:
+    """Raises OutOfMemoryError where a step will not fit: needed, what there is, the two largest parts, what to do.
 
-
-def _available(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    try:
-        lines: Iterable[str] = meminfo.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
-
-
-def check_memory(estimate: Estimate, free: int | None, advice: str) -> None:
-    """Raises OutOfMemoryError where a step will not fit: needed, free, the two largest parts, what to do."""
-    if free is not None and estimate.total > free:
+    Args: free is what `memory.available` says.
+    """
+    have, limit = free
+    need = estimate.total - PROGRAM  # that much is taken already
+    if have is not None and need > have:
         raise OutOfMemoryError(
-            f"a step needs about {estimate.total / 2**30:.1f} GB and {free / 2**30:.1f} GB are free; the largest parts "
+            f"a step needs about {need / 2**30:.1f} GB and {have / 2**30:.1f} GB is {limit}; the largest parts "
             f"are {' and '.join(estimate.largest())}; {advice}"
         )
 

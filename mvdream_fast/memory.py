@@ -12,7 +12,8 @@ from mvdream_fast.errors import OutOfMemoryError
 from mvdream_fast.machine import memory_limit, resident_memory
 
 PROGRAM = 650 << 20  # Python, torch, diffusers and transformers once imported
-ADDRESS_SPACE = 1500 << 20  # of the imported libraries and a few threads; hardly any of it is touched
+ADDRESS_SPACE = 1000 << 20  # of the imported libraries
+RESERVED = 512 << 20  # address space for stacks and heaps of threads, hardly any of which is ever touched
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
 VAE_FACTOR = 26  # feature maps of the first level that the encoder's backward pass keeps
 BYTES_PER_SAMPLE = 80  # of a training step of the renderer
@@ -98,7 +99,7 @@ def _address_space() -> int | None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return None
-    return soft - used
+    return soft - used - RESERVED
 
 
 def check_start() -> None:

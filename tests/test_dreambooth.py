@@ -17,7 +17,7 @@ from PIL import Image
 from reference.random_model import random_model
 from torch import nn
 
-from mvdream_fast import cli, dreambooth, dreambooth_runs, estimate, run
+from mvdream_fast import cli, dreambooth, dreambooth_runs, estimate, memory, run
 from mvdream_fast.config import TextConfig
 from mvdream_fast.data.photos import PhotoSource
 from mvdream_fast.models import adapters
@@ -26,7 +26,7 @@ from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import CLIP_ROWS, Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.rng import Stream
-from mvdream_fast.training import Parts
+from mvdream_fast.training import Parts, spread_timesteps
 from mvdream_fast.training_dreambooth import (
     AdapterPreservation,
     DreamBoothOptions,
@@ -131,7 +131,7 @@ def test_one_step_is_the_whole_formula(base, weight, monkeypatch):
     stream, schedule = Stream(0, 0, "train/0"), one.schedule
     batch = one.source.batch(Stream(0, 0, "train/0/batch"), 2, 1, False)
     z = one.parts.vae.encode(batch.pictures, stream.normal(2, 4, 8, 8))
-    t = stream.integers(0, 1000, 2)
+    t = spread_timesteps(stream, 2, 1000)
     noise = stream.normal(*z.shape)
     a, s = schedule.alphas[t][:, None, None, None], schedule.sigmas[t][:, None, None, None]
     context = one.parts.text(one.parts.tokenizer.encode(["a red car"] * 2).ids)
@@ -155,15 +155,20 @@ def test_one_step_is_the_whole_formula(base, weight, monkeypatch):
             torch.testing.assert_close(found[f"unet.{name}"], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_large_lambda_holds_the_weights_back(base):
-    """Without momentum's noise: many steps on one batch end nearer to theta_0, the more so the larger lambda is."""
-    distances = []
-    for weight in (0.0, 1e4, 1e6):
-        one = trainer(base, preservation=weight)
-        for _ in range(5):
-            record = one.train_step()
-        distances.append(record["distance"])
-    assert distances[0] > distances[1] > distances[2] > 0
+@pytest.mark.parametrize(("weight", "ends"), [(0.0, [3.0, 0.1]), (2.0, [2.5, 0.0]), (20.0, [0.0, 0.0])])
+def test_weights_that_are_needed_go_and_the_others_stay(weight, ends):
+    """The loss (p - 3)^2 + (q - 0.1)^2 with lambda/2 (|p| + |q|) has its minimum lambda/4 nearer to zero, or there."""
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    pull, rate_of = Preservation(weights, weight), 0.01
+    for _ in range(600):
+        for p in weights:
+            p.grad = None
+        ((weights[0] - 3).square() + (weights[1] - 0.1).square()).sum().backward()
+        pull.backward()
+        with torch.no_grad():
+            for p in weights:
+                p.sub_(rate_of * p.grad)
+    assert [p.item() for p in weights] == pytest.approx(ends, abs=rate_of * weight / 2 + 1e-3)
 
 
 def test_2d_mode_has_no_camera_and_one_view(base, monkeypatch):
@@ -430,6 +435,7 @@ def bad_photos(folder: Path) -> None:
         ("good", ("--resolution", "17"), 2, "--resolution must be a multiple of 4"),
         ("good", ("--lora_rank", "2", "--train_text_encoder"), 2, "--lora_rank tunes the UNet alone"),
         ("good", ("--stages", "dreambooth3d", "--partial_steps", "9", "--max_train_steps", "5"), 2, "--partial_steps"),
+        ("good", ("--sds_preset", "huge"), 2, "preset must be one of"),
         ("good", ("--resume", "nowhere"), 2, "must name a run folder"),
         ("good", ("--resume", "full"), 5, "is not the configuration of a dreambooth run"),
     ],
@@ -453,11 +459,11 @@ def test_a_mistake_is_one_sentence_and_a_code(data, more, code, message, model, 
 
 
 def test_a_step_that_does_not_fit_is_refused(photos, model, monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "free_memory", lambda _: 10 << 20)
+    monkeypatch.setattr(memory, "available", lambda _: (10 << 20, "free on this machine"))
     assert command(*wanted(photos, model, "-o", "out")) == 4
     errors = capsys.readouterr().err
     assert "a step needs about" in errors
-    assert "the largest parts are the program 0.7 GB and" in errors
+    assert "0.0 GB is free on this machine; the largest parts are" in errors
     assert "--lora_rank 16 or --gradient_checkpointing or --train_batch_size 1" in errors
     assert not Path("out").exists()
 
@@ -471,21 +477,20 @@ def test_a_disk_without_room_is_refused_before_anything(photos, model, monkeypat
 
 
 def test_a_disk_that_fills_loses_nothing(whole, photos, model, monkeypatch, capsys):
-    replace, calls = run.replace_file, []
+    replace = run.replace_file
 
     def fills(path, write, n_bytes):
-        calls.append(path)
         if path.name == "000004.safetensors":
             write = lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
         replace(path, write, n_bytes)
 
-    monkeypatch.setattr(run, "replace_file", fills)
     arguments = wanted(photos, model, "-o", "out", "--max_train_steps", 6, "--checkpointing_steps", 2)
-    assert command(*arguments) == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "replace_file", fills)
+        assert command(*arguments) == 7
     assert "No space left on device" in capsys.readouterr().err
     assert run.load_latest(Path("out/checkpoints"))[0] == 2
-    monkeypatch.undo()
-    assert command("--resume", Path("out").absolute(), "--threads", 1) == 0
+    assert command("--resume", "out", "--threads", 1) == 0
     assert_same(checkpoint(Path("out")), checkpoint(whole))
 
 

@@ -83,10 +83,10 @@ def test_the_full_size_step():
 
 def test_refusals(model, tmp_path, monkeypatch):
     step = estimate.estimate_step(model.config, BATCH, 16)
-    estimate.check_memory(step, None, "")
-    estimate.check_memory(step, step.total, "")
-    with pytest.raises(OutOfMemoryError, match=r"a step needs about 0\.7 GB and 0\.0 GB are free; .*; use less"):
-        estimate.check_memory(step, 1 << 20, "use less")
+    estimate.check_memory(step, (None, ""), "")
+    estimate.check_memory(step, (step.total - estimate.PROGRAM, "free"), "")
+    with pytest.raises(OutOfMemoryError, match=r"a step needs about 0\.0 GB and 0\.0 GB is left; .*; use less"):
+        estimate.check_memory(step, (1 << 20, "left"), "use less")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     estimate.check_disk(tmp_path / "new" / "er", 1000, "it")
@@ -95,6 +95,4 @@ def test_refusals(model, tmp_path, monkeypatch):
 
 
 def test_what_the_machine_says():
-    cpu = torch.device("cpu")
-    assert estimate.measured_rate(cpu) > 1e8
-    assert estimate.free_memory(cpu) > 1 << 28
+    assert estimate.measured_rate(torch.device("cpu")) > 1e8

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mvdream_fast.distributed import ALONE, Ranks
 from mvdream_fast.errors import InputFileError
 
 if TYPE_CHECKING:
@@ -130,14 +131,14 @@ class PhotoSource:
     def __init__(self, pictures: Tensor, caption: str):
         self.pictures, self.caption = pictures, caption
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """n_scenes*n_views pictures: every one of them as often as any other, in an order of the stream's."""
         from mvdream_fast.data.batches import Batch
 
         if multi_view:
             raise ValueError("PhotoSource: multi_view must be False, got True; photos have no cameras")
-        n = n_scenes * n_views
-        return Batch(self.pictures[draw(len(self.pictures), n, stream)], None, [self.caption] * n, 1, encoded=False)
+        rows = ranks.part(draw(len(self.pictures), n_scenes * n_views, stream))
+        return Batch(self.pictures[rows], None, [self.caption] * len(rows), 1, encoded=False)
 
 
 def draw(total: int, n: int, stream: Stream) -> list[int]:

@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvdream_fast.ops._checks import address, load_native
-from mvdream_fast.ops._edges import is_batched, is_recorded, runs_natively, vmap_error
+from mvdream_fast.ops._edges import (
+    address,
+    is_batched,
+    is_recorded,
+    load_native,
+    runs_natively,
+    thread_count,
+    vmap_error,
+)
 
 OP = "winograd_conv3x3"
 TILE = 4  # pixels along a side of a tile's output; its input has two more
@@ -48,7 +55,7 @@ def winograd_conv3x3(
         return y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
     n_tiles = winograd_tiles(x)
     rows, columns = _parts(n_tiles, weight, transformed is not None)
-    images, native, n_threads = _images(x), load_native(OP), torch.get_num_threads()
+    images, native, n_threads = _images(x), load_native(OP), thread_count()
     tiles, planes = x.new_empty(PLANES * rows * x.shape[1]), None
     for first in range(0, n_tiles, rows):
         n = min(rows, n_tiles - first)
@@ -77,7 +84,7 @@ def winograd_weights(weight: Tensor) -> Tensor:
     n_out, n_channels = weight.shape[:2]
     weight = weight.detach().contiguous(memory_format=torch.channels_last)
     planes = torch.empty(PLANES, n_out, n_channels)
-    load_native(OP).winograd_weights(address(weight), n_out, n_channels, address(planes), torch.get_num_threads())
+    load_native(OP).winograd_weights(address(weight), n_out, n_channels, address(planes), thread_count())
     return planes
 
 
