@@ -10,6 +10,7 @@ The table goes into DOCS/ablations.md between its two marks, the picture beside 
 import argparse
 import json
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from mvdream_fast import train
+from mvdream_fast import evaluate, train
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.errors import InputFileError
 from mvdream_fast.files import atomic_write
@@ -26,6 +27,14 @@ from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.run import JsonlLog
 from mvdream_fast.training import Parts, Trainer, TrainOptions
 
+COLUMNS = {
+    "val_multi_view": "loss, multi-view",
+    "val_2d": "loss, 2D",
+    "azimuth_error_deg": "azimuth error (deg)",
+    "hull_support": "consistency",
+    "top1": "R-precision",
+    "frechet": "Fréchet distance",
+}
 BATCH, N_VIEWS = 8, 4  # of the first variant; all others see as many pictures a step
 BEGIN, END = "<!-- results: written by examples/ablations.py -->", "<!-- end of the results -->"
 PROMPTS = ("a red armchair", "a brown teddy bear", "a blue car")
@@ -71,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--no-evaluator", dest="evaluator", action="store_false", help="losses and the picture alone")
     parser.add_argument("--threads", type=int)
     return parser.parse_args(argv)
 
@@ -117,14 +127,14 @@ def validation(data: Path, folder: Path) -> dict[str, float]:
 
 
 def judged(args: argparse.Namespace, model: Path) -> dict[str, float]:
-    """What the evaluator says of four views of held-out captions."""
-    return {}
-
-
-COLUMNS = {
-    "val_multi_view": "loss, multi-view",
-    "val_2d": "loss, 2D",
-}
+    """What the evaluator says of four views of held-out captions; nothing with --no-evaluator."""
+    if not args.evaluator:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        asked = {"seeds": 1, "guidance_scale": args.guidance_scale, "threads": args.threads, "quiet": True}
+        evaluate.main(evaluate.Flags(targets=(str(model),), json=report, **asked))
+        return json.loads(report.read_text())["models"][str(model)]["held_out"]
 
 
 def table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str:

@@ -17,6 +17,8 @@ class Flags:
     """Trains a multi-view diffusion model on shards written by `python -m mvdream_fast.render`.
 
     A new model begins with its autoencoder (--stage vae); OUTPUT/model of that is the --vae of the next stage.
+    In several processes: accelerate launch --multi_gpu --num_processes 2 -m mvdream_fast.train ... (without GPUs too,
+    with --device cpu); --batch-size stays that of them all.
     """
 
     data: Path
