@@ -63,7 +63,8 @@ $(VENV)/.built-test: $(VENV)/.built $(VENV)/.deps-test
 	touch $@
 
 # The native ops' tests on an AddressSanitizer and UBSan build, in a copy of the package that shadows the installed one;
-# the CUDA kernels' host build is sanitized, too. `kernels` are Triton's, which have nothing native here.
+# the CUDA kernels' host build is sanitized, too. `kernels` are Triton's, which have nothing native here. Without -P the
+# current folder would come first, and with it the installed build: tests/conftest.py refuses that.
 SANITIZED := build/sanitize
 NATIVE_TESTS ?= tests/test_hash_encode.py tests/test_field.py tests/test_march_rays.py tests/test_composite.py \
 	tests/test_update_occupancy.py tests/test_render_op.py tests/test_nerfacc_compat.py \
@@ -77,7 +78,7 @@ sanitize: $(VENV)/.built-test
 	$(BIN)/cmake --build $(SANITIZED)/tree
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZED)/site) MVDREAM_FAST_SANITIZE=1 \
-		$(BIN)/python -m pytest -m "not slow" -k "not kernels" -p no:cacheprovider --timeout 2400 $(NATIVE_TESTS) $(ARGS)
+		$(BIN)/python -P -m pytest -m "not slow" -k "not kernels" -p no:cacheprovider --timeout 2400 $(NATIVE_TESTS) $(ARGS)
 
 clean:
 	rm -rf build mvdream_fast/_C*.so $(VENV)

@@ -71,6 +71,36 @@ def bench_march(benchmark, views, share, name):
 
 
 @pytest.mark.parametrize("name", ["ours", "reference"])
+def bench_prune(benchmark, name):
+    """Half of the samples seen: those in front, with a density that varies."""
+    rays = rays_of("4x64x64")
+    samples = ops.march_rays(rays.rays_o, rays.rays_d, BOX, grid_of("full"), CELLS, STEP)
+    sigmas = torch.rand(samples.n_samples, generator=torch.Generator().manual_seed(0)) * 20
+    prune = ops.prune_samples if name == "ours" else ops.prune_samples_ref
+
+    def call():
+        prune(samples, sigmas, 0.01, 1e-2)
+
+    measure(benchmark, "prune 4x64x64 full", name, call, 5, n_samples=samples.n_samples)
+
+
+@pytest.mark.parametrize("name", ["ours", "reference"])
+@pytest.mark.parametrize("cells", ["all", "half"])
+def bench_update_occupancy(benchmark, cells, name):
+    """All cells of the paper's grid, or half of them as after the warm-up."""
+    generator = torch.Generator().manual_seed(0)
+    ema, values = torch.rand(2, CELLS**3, generator=generator)
+    chosen = None if cells == "all" else torch.randint(0, CELLS**3, (CELLS**3 // 2,), generator=generator)
+    values = values if chosen is None else values[: len(chosen)]
+    update = ops.update_occupancy if name == "ours" else ops.update_occupancy_ref
+
+    def call():
+        update(ema, values, chosen)
+
+    measure(benchmark, f"update_occupancy 32^3 {cells}", name, call, 20)
+
+
+@pytest.mark.parametrize("name", ["ours", "reference"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("share", ["10 %", "full"])
 def bench_composite(benchmark, share, gradients, name):

@@ -31,6 +31,7 @@ from mvdream_fast.training_vae import (
     linear_start,
     measure_scale,
     reconstruction,
+    settle,
 )
 
 if TYPE_CHECKING:
@@ -209,6 +210,7 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
     with trainer.averaged():
         scale = vae.config.scale_factor if args.decoder_only else measure_scale(vae, fit.to(trainer.device))
         model.config = replace(model.config, vae=replace(model.config.vae, scale_factor=scale))
+        settle(vae)
         model.vae = vae.cpu()
         save_model(model, folder / "model", overwrite=True)
     return code

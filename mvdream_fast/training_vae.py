@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mvdream_fast.config import ModelConfig
 from mvdream_fast.errors import DivergedError, ModelError
+from mvdream_fast.models.vae import LOGVAR_RANGE
 from mvdream_fast.rng import Stream
 from mvdream_fast.training import check_same_model, exchanged, restore_moments
 
@@ -137,6 +138,18 @@ def measure_scale(vae: nn.Module, images: Tensor) -> float:
     """One factor for all latent components that gives them unit variance together; their spectrum stays natural."""
     latents = torch.cat([vae.encode(x) for x in images.split(32)]) / vae.config.scale_factor
     return float(1 / latents.std())
+
+
+@torch.no_grad()
+def settle(vae: nn.Module) -> None:
+    """Sets the posterior's variance to its lower clamp, so that its sample is its mean.
+
+    The noise makes the decoder forgiving while it is trained. Afterwards it would only be in the way: a small
+    autoencoder's is a third of its latents, and the diffusion model is trained on the means that are cached.
+    """
+    conv, n = vae.model.quant_conv, vae.config.latent_channels
+    conv.weight[n:] = 0
+    conv.bias[n:] = LOGVAR_RANGE[0]
 
 
 @dataclass(frozen=True)

@@ -322,12 +322,32 @@ def run_isa(isa, *arguments):
 
 
 def outputs_of_every_op():
+    """What the packed-sample ops answer to one input: to be compared between instruction sets."""
     spec = FieldSpec(GRID)
     arguments, d = inputs(spec)
     out = ops.field(*arguments, spec)
     grids = [HashGrid(3, n_features, 8, 4) for n_features in (1, 4, 8)]
     encoded = [ops.hash_encode(*inputs(FieldSpec(grid))[0][:2], grid) for grid in grids]
-    return [x.detach() for x in (*out, *torch.autograd.grad(out, leaves(arguments), d), *encoded)]
+    return [*out, *torch.autograd.grad(out, leaves(arguments), d), *encoded, *outputs_along_rays()]
+
+
+def outputs_along_rays():
+    generator = torch.Generator().manual_seed(7)
+    rays_o = torch.nn.functional.normalize(torch.randn(60, 3, generator=generator), dim=-1) * 2.5
+    rays_d = torch.nn.functional.normalize(-rays_o + 0.3 * torch.randn(60, 3, generator=generator), dim=-1)
+    box, bits = (-1.0,) * 3 + (1.0,) * 3, torch.randint(0, 256, (512,), generator=generator, dtype=torch.uint8)
+    samples = ops.march_rays(rays_o, rays_d, box, bits, 16, 0.02, torch.rand(60, generator=generator))
+    positions = samples.positions(rays_o, rays_d)
+    sigmas = (20 * positions[:, 0] ** 2).detach().requires_grad_()
+    rgb = positions.abs().requires_grad_()
+    out = ops.composite(sigmas, rgb, samples.t_starts, samples.t_ends, packed_info=samples.packed_info)
+    gradients = torch.autograd.grad(out.rgb.sum() + out.z_variance.sum(), (sigmas, rgb))
+    kept = ops.prune_samples(samples, sigmas.detach(), 0.01, 0.1)
+    scans = [ops.packed_scan(sigmas.detach() / 20, samples.packed_info, product) for product in (False, True)]
+    image = ops.render(rays_o, rays_d, lambda x: (20 * x[:, 0] ** 2, x.abs()), box, bits, 16, 0.02)
+    occupancy = ops.update_occupancy(torch.rand(4096, generator=generator), torch.rand(4096, generator=generator))
+    geometry = (samples.t_starts, samples.t_ends, kept.t_starts, kept.packed_info)
+    return [*geometry, *out, *gradients, *scans, *image[:3], *occupancy]
 
 
 def test_instruction_sets_agree(tmp_path):
@@ -366,4 +386,4 @@ if __name__ == "__main__":
     from mvdream_fast import _C
 
     print(_C.build_info()["isa"])
-    torch.save(outputs_of_every_op(), Path(sys.argv[1]))
+    torch.save([x.detach().double() for x in outputs_of_every_op()], Path(sys.argv[1]))

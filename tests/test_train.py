@@ -32,6 +32,7 @@ from mvdream_fast.training_vae import (
     psnr,
     rate,
     reconstruction,
+    settle,
 )
 
 TINY = ModelConfig(
@@ -283,6 +284,14 @@ def test_the_latent_scale_makes_unit_variance():
     vae, images = training_runs.build("vae", TINY), pictures()
     scale = measure_scale(vae, images)
     assert (vae.encode(images) * scale).std().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_settled_posterior_is_its_mean():
+    vae, images = training_runs.build("vae", TINY), pictures(2)
+    mean, noise = vae.encode(images), torch.ones(2, 4, 4, 4)
+    settle(vae)
+    assert torch.equal(vae.encode(images), mean)
+    torch.testing.assert_close(vae.encode(images, noise), mean, rtol=0, atol=1e-6)
 
 
 def test_the_learning_rate_rises_and_falls():

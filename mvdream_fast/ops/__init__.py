@@ -20,13 +20,7 @@ from mvdream_fast.ops.time_camera_embedding import (
 )
 from mvdream_fast.ops.traverse_grids import Traversed, traverse_grids
 from mvdream_fast.ops.update_occupancy import update_occupancy, update_occupancy_ref
-from mvdream_fast.ops.winograd import (
-    winograd_conv3x3,
-    winograd_conv3x3_ref,
-    winograd_pays,
-    winograd_tiles,
-    winograd_weights,
-)
+from mvdream_fast.ops.winograd import winograd_conv3x3, winograd_conv3x3_ref, winograd_pays
 
 __all__ = [
     "MLP",
@@ -70,6 +64,4 @@ __all__ = [
     "winograd_conv3x3",
     "winograd_conv3x3_ref",
     "winograd_pays",
-    "winograd_tiles",
-    "winograd_weights",
 ]

@@ -136,8 +136,7 @@ def _forward_cpu(
     if not x.numel():
         return torch.empty_like(x), *(x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
     if _is_native(x, weight, bias, emb):
-        mean, rstd = (x.new_empty((x.shape[0], n_groups)) for _ in range(2))
-        return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
+        return _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
     u = _add(x, emb, wide)
     y, mean, rstd = torch.native_group_norm(u, weight.to(wide), bias.to(wide), *sizes, eps)
     return torch.empty_like(x).copy_(F.silu(y) if silu else y), mean, rstd
@@ -216,6 +215,14 @@ def _forward_native(
     return y
 
 
+def _forward_and_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """_forward_cpu where the extension runs."""
+    mean, rstd = (x.new_empty((x.shape[0], n_groups)) for _ in range(2))
+    return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
+
+
 def _backward_native(
     d_y: Tensor,
     x: Tensor,
@@ -272,9 +279,11 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 class _OnCpu(torch.autograd.Function):
+    """Only for what the extension takes: `_is_native`."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, n_groups, eps, emb, silu):
-        y, mean, rstd = _forward_cpu(x, weight, bias, n_groups, eps, emb, silu)
+        y, mean, rstd = _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
         ctx.save_for_backward(x, weight, bias, emb, mean, rstd)
         ctx.flags = n_groups, eps, silu
         return y
