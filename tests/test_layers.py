@@ -17,7 +17,8 @@ PACKAGE = "mvdream_fast"
 FLOORS = [
     {"loops": ["dreambooth3d", "dreambooth_runs", "estimate", "evaluation", "evaluation_reference", "evaluation_runs",
                "memory", "optimization", "report", "settings", "teachers", "text_to_3d", "training",
-               "training_averaged", "training_dreambooth", "training_evaluator", "training_runs", "training_vae", "viewer", "watch"],
+               "training_averaged", "training_dreambooth", "training_evaluator", "training_runs", "training_vae",
+               "viewer", "watch"],
      "surfaces": ["diffusers", "nerfacc_compat", "tcnn_compat"]},
     {"pipeline": ["pipeline"]},
     {"guidance": ["guidance"], "sampler": ["sampler"], "data": ["data"], "run": ["run"]},
