@@ -25,14 +25,14 @@ class Options(Protocol):
 
 
 class AveragedTrainer:
-    """One optimisation of a module; the state is weights, EMA, Adam's moments and the step.
+    """One optimisation of a module's trainable weights; the state is weights, EMA, Adam's moments and the step.
 
     Args: `about`, what a checkpoint must agree with (kind, config and, where there is one, vocabulary).
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, options: Options, about: dict[str, Any]):
         self.optimizer, self.options, self.about, self.step = optimizer, options, about, 0
-        self.named = dict(module.named_parameters())
+        self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
         self.device = self.parameters[0].device
         self.ema = [p.detach().clone() for p in self.parameters]

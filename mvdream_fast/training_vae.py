@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast.config import ModelConfig
+from mvdream_fast.models.vae import LOGVAR_RANGE
 from mvdream_fast.rng import Stream
 from mvdream_fast.training_averaged import AveragedTrainer
 
@@ -29,10 +30,11 @@ class VAEOptions:
     lr: float = 1e-3
     warmup: int = 50
     ema: float = 0.995
-    l1: float = 0.1
-    edges: float = 0.2
+    l1: float = 0.05
+    edges: float = 0.05
     kl: float = 1e-6
     clip: float = 1.0
+    decoder_only: bool = False  # the latents stay as they are, so that a diffusion model trained on them still fits
     seed: int = 0
 
 
@@ -41,7 +43,11 @@ class VAETrainer(AveragedTrainer):
 
     def __init__(self, config: ModelConfig, vae: nn.Module, source: "ImageSource", options: VAEOptions):
         self.config, self.vae, self.source = config, vae, source
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        if options.decoder_only:
+            for module in (vae.model.encoder, vae.model.quant_conv):
+                module.requires_grad_(False)
+        trained = [p for p in vae.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         sizes = json.loads(config.to_json())["vae"]
         super().__init__(vae, optimizer, options, {"kind": "train-vae", "config": {"vae": sizes}})
 
@@ -84,6 +90,18 @@ def measure_scale(vae: nn.Module, images: Tensor) -> float:
     """One factor for all latent components that gives them unit variance together; their spectrum stays natural."""
     latents = torch.cat([vae.encode(x) for x in images.split(32)]) / vae.config.scale_factor
     return float(1 / latents.std())
+
+
+@torch.no_grad()
+def settle(vae: nn.Module) -> None:
+    """Sets the posterior's variance to its lower clamp, so that its sample is its mean.
+
+    The noise makes the decoder forgiving while it is trained. Afterwards it would only be in the way: a small
+    autoencoder's is a third of its latents, and the diffusion model is trained on the means that are cached.
+    """
+    conv, n = vae.model.quant_conv, vae.config.latent_channels
+    conv.weight[n:] = 0
+    conv.bias[n:] = LOGVAR_RANGE[0]
 
 
 @dataclass(frozen=True)
