@@ -35,6 +35,7 @@ RUN_ROWS = (
     ("top1", "top-1", ".2f"),
     ("similarity", "similarity", ".3f"),
     ("janus", "Janus", ".2f"),
+    ("shows_front", "front seen", ".2f"),
     ("azimuth_error_deg", "azimuth error", ".0f"),
     ("turn_overlap", "silhouettes", ".3f"),
     ("turn_colour_spread", "colours", ".3f"),

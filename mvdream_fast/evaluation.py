@@ -13,7 +13,7 @@ from mvdream_fast.camera import Cameras, generate_rays
 
 FRONT_DEG = 45.0  # a view reads as front when its predicted azimuth is that close to 0
 OPPOSITE_DEG = 120.0  # two fronts that far apart are two faces: one mistake at the edge of the front is less
-CONFIDENT = 0.5  # views that the evaluator is less sure of read as no side
+CONFIDENT = 0.3  # views that the evaluator is less sure of read as no side; at this, it accuses few real objects
 FOREGROUND = 0.06  # largest difference of a channel from the background, in [0, 1], that is still background
 HULL_SAMPLES = 64  # along a ray through the unit ball: as many as the picture has pixels
 

@@ -140,10 +140,15 @@ def _views(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
 
 
 def _against_real(judge: Judge, views: Tensor) -> dict[str, float]:
-    """Frechet distance to the held-out renders, a seed at a time (it depends on the number of views), and diversity."""
-    by_seed = [judge.evaluator.features(seed.flatten(0, 1)) for seed in views]
-    distances = [ev.frechet_distance(ev.moments(features), judge.reference.moments) for features in by_seed]
-    scores = {"frechet": _mean(distances)}
+    """Frechet distance to the held-out renders, and diversity.
+
+    The distance depends on the number of views: it is taken a seed at a time, and only where every caption was sampled,
+    so that it compares with that of real renders.
+    """
+    scores = {}
+    if views.shape[1] == len(judge.reference.captions):
+        by_seed = [ev.moments(judge.evaluator.features(seed.flatten(0, 1))) for seed in views]
+        scores["frechet"] = _mean([ev.frechet_distance(found, judge.reference.moments) for found in by_seed])
     if len(views) > 1:
         embeddings = torch.stack([judge.evaluator.embed_views(seed) for seed in views], dim=1)  # [n, S, E]
         scores["diversity"] = _mean([ev.spread(e) for e in embeddings])
@@ -177,7 +182,8 @@ def evaluate_run(folder: Path, judge: Judge) -> dict[str, Any]:
 def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, judge: Judge) -> dict[str, Any]:
     """The measures of pictures rgb [V, 3, s, s] and opacities [V, s, s] from azimuths [V] around an object.
 
-    `janus` and the azimuth error are None for objects without a front.
+    `janus` and the azimuth error are None for objects without a front; `shows_front` is whether any view reads as one:
+    without it, `janus` says nothing.
     """
     evaluator = judge.evaluator
     texts = list(dict.fromkeys([*judge.prompts, prompt]))
@@ -194,7 +200,7 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
         "candidates": len(texts),
         "empty": bool(opacity.mean((1, 2)).max() < EMPTY_OPACITY),
         "janus": float(ev.is_janus(azimuth_deg, front)) if has_front else None,
-        "views_read_as_front": int(front.sum()),
+        "shows_front": float(front.any()) if has_front else None,
         "azimuth_error_deg": float(error) if has_front else None,
         "turn_overlap": ev.neighbour_overlap(masks),
         "turn_colour_spread": ev.colour_spread(rgb, masks),
@@ -204,7 +210,7 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Means over the runs that have a number."""
-    names = ("top1", "similarity", "janus", "azimuth_error_deg", "turn_overlap", "turn_colour_spread")
+    names = ("top1", "similarity", "janus", "shows_front", "azimuth_error_deg", "turn_overlap", "turn_colour_spread")
     values = {name: [run[name] for run in runs if run[name] is not None] for name in names}
     return {name: _mean(x) for name, x in values.items() if x} | {"runs": len(runs), "with_front": len(values["janus"])}
 

@@ -102,6 +102,7 @@ def test_the_same_figures_twice(judge):
         assert first[part] == second[part]
     assert first["held_out"]["scenes"] == 2
     assert "diversity" not in first["held_out"]  # that needs a second seed
+    assert "frechet" not in first["held_out"]  # and that all captions
 
 
 def test_the_reference_comes_back(place, judge):
@@ -153,7 +154,8 @@ def test_a_turntable_with_two_faces(judge, monkeypatch):
         return turntable(rgb, rgb[:, 0], azimuth, "a face", Judge(evaluator, reference, PROMPTS))
 
     assert run(0, 1, 7)["janus"] == 0
-    assert run(0, 1, 7)["views_read_as_front"] == 3
+    assert run(0, 1, 7)["shows_front"] == 1
+    assert run()["shows_front"] == 0
     assert run(0, 4)["janus"] == 1
     assert run()["empty"]
     assert run(0)["turn_overlap"] == 0
@@ -161,11 +163,11 @@ def test_a_turntable_with_two_faces(judge, monkeypatch):
 
 
 def test_means_leave_out_what_does_not_apply():
-    run = {"top1": 1.0, "similarity": 0.5, "janus": None, "azimuth_error_deg": None, "turn_overlap": 1.0,
-           "turn_colour_spread": 0.0}  # fmt: skip
-    mean = summary([run, run | {"top1": 0.0, "janus": 1.0, "azimuth_error_deg": 30.0}])
-    assert mean == {"top1": 0.5, "similarity": 0.5, "janus": 1.0, "azimuth_error_deg": 30.0, "turn_overlap": 1.0,
-                    "turn_colour_spread": 0.0, "runs": 2, "with_front": 1}  # fmt: skip
+    run = {"top1": 1.0, "similarity": 0.5, "janus": None, "shows_front": None, "azimuth_error_deg": None,
+           "turn_overlap": 1.0, "turn_colour_spread": 0.0}  # fmt: skip
+    mean = summary([run, run | {"top1": 0.0, "janus": 1.0, "shows_front": 1.0, "azimuth_error_deg": 30.0}])
+    expected = {"top1": 0.5, "similarity": 0.5, "janus": 1.0, "shows_front": 1.0, "azimuth_error_deg": 30.0}
+    assert mean == expected | {"turn_overlap": 1.0, "turn_colour_spread": 0.0, "runs": 2, "with_front": 1}
 
 
 def test_the_training_needs_a_held_out_split(place, tmp_path, capsys):

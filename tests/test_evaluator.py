@@ -12,7 +12,15 @@ from mvdream_fast import training
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.data.shards import Sample, write_shard
 from mvdream_fast.errors import ModelError
-from mvdream_fast.models.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
+from mvdream_fast.evaluation_reference import Reference
+from mvdream_fast.evaluation_runs import read_prompts
+from mvdream_fast.models.evaluator import (
+    EMBEDDED_FOLDER,
+    Evaluator,
+    EvaluatorConfig,
+    load_evaluator,
+    save_evaluator,
+)
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.training_evaluator import (
@@ -250,3 +258,17 @@ def test_it_learns(shards):
     for name in ("match", "azimuth"):
         first, last = (sum(x[name] for x in part) for part in (losses[:10], losses[-10:]))
         assert last < 0.85 * first, name
+
+
+def test_the_shipped_evaluator():
+    """It loads, says its own accuracy, is small, knows the words of the prompts, and tells opposite sentences apart."""
+    evaluator, reference = load_evaluator(), Reference.load()
+    assert evaluator.about["held_out"] == reference.scores
+    assert reference.scores["top1"] > 0.4  # of 40 captions; chance is 0.025
+    assert len(reference.captions) == 40
+    assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) < 4 << 20
+    assert not any(evaluator.tokenizer.encode(read_prompts()).unknown)
+    with torch.no_grad():
+        red, blue, again = evaluator.embed_text(["a red car", "a blue bed", "a red car"])
+    assert red @ again > 0.999
+    assert red @ blue < 0.5
