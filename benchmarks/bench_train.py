@@ -6,6 +6,7 @@ share of diffusers' step that is glue (normalisation, activations, copies, addit
 """
 
 import copy
+import itertools
 import statistics
 
 import pytest
@@ -14,7 +15,9 @@ THREADS, N_SCENES, N_VIEWS, ROUNDS = 2, 8, 4, 12
 CONTESTANTS = ("diffusers-contiguous", "diffusers-channels_last", "ours")
 ARITHMETIC = ("convolution", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "scaled_dot_product", "flash",
               "_fused_adamw")  # fmt: skip
+MULTI_VIEW_SHARE = 0.7  # of the steps
 _results: dict[str, tuple[float, float, float]] = {}
+_batches: dict[str, dict[str, float]] = {}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,57 @@ def bench_step(benchmark, setting, contestant):
         trainer.train_step()
     benchmark.pedantic(trainer.train_step, rounds=ROUNDS)
     _results[contestant] = statistics.median(benchmark.stats.stats.data), glue_share(trainer), loss
+
+
+@pytest.mark.parametrize("kind", ["pictures", "latents"])
+@pytest.mark.parametrize("mode", ["multi-view", "2d"])
+def bench_batch(benchmark, shards, tmp_path_factory, kind, mode):
+    """The batch of such a step: strips that were never decoded before, or latents of the cache."""
+    import torch
+
+    from mvdream_fast.config import MINI
+    from mvdream_fast.data.batches import ImageSource, LatentSource
+    from mvdream_fast.rng import Stream
+
+    benchmark.group = "batch of 32 pictures"
+    shape = (MINI.unet.in_channels, MINI.latent_size, MINI.latent_size)
+    source, steps = ImageSource(shards), itertools.count()
+    if kind == "latents":
+        file = tmp_path_factory.mktemp("cache") / "latents"
+        source = LatentSource(shards, lambda images: torch.zeros(len(images), *shape), file, shape, "k")
+        for i in range(len(shards)):
+            for background in range(3):
+                source._get(i, background)
+
+    def draw():
+        source.batch(Stream(0, next(steps), "batch"), N_SCENES, N_VIEWS, mode == "multi-view")
+
+    benchmark.pedantic(draw, setup=shards.views.cache_clear, rounds=ROUNDS)
+    _batches.setdefault(kind, {})[mode] = statistics.median(benchmark.stats.stats.data)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """256 orbits of 16 views at 64 px: a shaded ball in one colour each, which packs like a render."""
+    import numpy as np
+
+    from mvdream_fast.data.batches import Shards
+    from mvdream_fast.data.orbits import PRESETS, orbit
+    from mvdream_fast.data.shards import Sample, write_shard
+
+    folder, n, size = tmp_path_factory.mktemp("shards"), 16, 64
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    light = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
+    cameras = orbit(PRESETS["embedded"], np.full(4, 0.5))
+    meta = {"variants": [], "size": size, "columns": n, "c2w": cameras.c2w.reshape(n, 16).tolist(), "fovy": [0.7] * n}
+    samples = []
+    for k in range(256):
+        views = np.zeros((n, size, size, 4), np.uint8)
+        views[..., :3] = (light[..., None] * (k, 255 - k, 128)).astype(np.uint8)
+        views[..., 3] = np.where(light > 0, 255, 0)
+        samples.append(Sample(meta | {"key": f"ball{k}", "caption": f"a ball {k}"}, views))
+    write_shard(folder / "train-00000.tar", samples)
+    return Shards(folder)
 
 
 def make_trainer(model, batch, contestant: str):
@@ -113,5 +167,9 @@ def _ratios(request):
         speed, limit = seconds / _results["ours"][0], 1 / (1 - share)
         lines.append(f"ours against the better layout: {speed:.2f}x; without any glue: {limit:.2f}x, of which "
                      f"{speed / limit:.0%}; losses differ by {abs(loss - _results['ours'][2]):.1e}")  # fmt: skip
+    for kind, seconds in _batches.items():
+        mean = MULTI_VIEW_SHARE * seconds["multi-view"] + (1 - MULTI_VIEW_SHARE) * seconds["2d"]
+        share = f", {mean / (mean + _results['ours'][0]):.1%} of our step" if "ours" in _results else ""
+        lines.append(f"drawing a batch of {kind}: {mean * 1e3:.1f} ms{share}")
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         print("", *lines, sep="\n")

@@ -55,23 +55,10 @@ void bind_unet(py::module_& m) {
     return Images{n_images, height, width, n_channels};
   }));
   m.def(
-      "winograd_weights",
-      [](Address weight, int64_t n_out, int64_t n_channels, Address out, int n_threads) {
-        MVDREAM_FAST_CPU(winograd_weights)(floats(weight), n_out, n_channels, floats(out), n_threads);
-      },
-      NoGil());
-  m.def(
-      "winograd_input",
-      [](Address x, const Images& images, int64_t first, int64_t n_tiles, Address out, int n_threads) {
-        MVDREAM_FAST_CPU(winograd_input)(floats(x), images, first, n_tiles, floats(out), n_threads);
-      },
-      NoGil());
-  m.def(
-      "winograd_output",
-      [](Address products, Address bias, const Images& images, int64_t first, int64_t n_tiles, Address y,
-         int64_t stride, int n_threads) {
-        MVDREAM_FAST_CPU(winograd_output)(floats(products), floats(bias), images, first, n_tiles, floats(y), stride,
-                                          n_threads);
+      "winograd_conv3x3",
+      [](Address x, const Images& images, Address weight, Address bias, int64_t n_out, Address y, int n_threads) {
+        MVDREAM_FAST_CPU(winograd_conv3x3)(floats(x), images, floats(weight), floats(bias), n_out, floats(y),
+                                           n_threads);
       },
       NoGil());
 }

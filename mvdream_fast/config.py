@@ -142,7 +142,7 @@ def from_dict(cls: type, data: Any, source: str) -> Any:
         else:
             value = tuple(value) if isinstance(value, list) else value
             if not _fits(value, hint):
-                raise ModelError(f"{source}: {name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+                raise ModelError(f"{source}: {name} must be {_worded(hint)}, got {value!r}")
         values[name] = value
     return cls(**values)
 
@@ -168,6 +168,15 @@ def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
         return from_dict(ModelConfig, data, "--set")
     except ModelError as error:
         raise ArgumentError(str(error)) from None
+
+
+def _worded(hint: Any) -> str:
+    """An annotated type as an error names it."""
+    from typing import get_args, get_origin
+
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return getattr(hint, "__name__", str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

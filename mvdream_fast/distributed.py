@@ -5,6 +5,7 @@ step draws at random does not depend on the number of processes. A leaf; torch.d
 """
 
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def replicated(model: "nn.Module", ranks: Ranks) -> "nn.Module":
         return model
     from torch.nn.parallel import DistributedDataParallel
 
+    # Said of 1x1 convolutions, whose two memory layouts are one.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # 2D steps leave the camera's layers out: of those no process has a gradient, and they stay as they are.
     return DistributedDataParallel(model, find_unused_parameters=True)
 

@@ -89,13 +89,13 @@ class Optimization:
         clock.lap("optimiser")
         renderer.occupancy.update(step, renderer.density, Stream(self.seed, step, "occupancy"))
         clock.lap("occupancy")
-        opacity = rendered.opacity.detach().mean().item()
+        opacity = math.nan if rendered is None else rendered.opacity.detach().mean().item()
         self._watch(opacity)
         event, self.event = self.event, ""
         clock.lap("rest")
         return Record(
-            step, loss.item(), t, opacity, renderer.occupancy.fraction, rendered.n_samples, clock.take(), not finite,
-            event,
+            step, loss.item(), t, opacity, renderer.occupancy.fraction, rendered.n_samples if rendered else 0,
+            clock.take(), not finite, event,
         )  # fmt: skip
 
     def rehearse(self) -> None:
@@ -104,11 +104,13 @@ class Optimization:
         self._gradients(self.config.asked(self.config.steps - 1), Clock())
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _gradients(self, step: int, clock: "Clock") -> tuple[Tensor, int, Rendered, bool]:
+    def _gradients(self, step: int, clock: "Clock") -> tuple[Tensor, int, Rendered | None, bool]:
         """Leaves the step's gradients in the parameters: (loss, timestep, what was rendered, all of it finite)."""
         asked = self.config.asked(step)
         cameras = self.teacher.cameras(asked, Stream(self.seed, asked, "cameras"))
         clock.lap("rest")
+        if not (cameras.c2w.isfinite().all() and cameras.fovy.isfinite().all()):
+            return torch.tensor(math.nan), 0, None, False
         rays, rendered, rgb = self._render(cameras, step)
         clock.lap("renderer")
         views = rgb.detach().requires_grad_()

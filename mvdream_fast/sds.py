@@ -268,7 +268,7 @@ def optimise(
     viewer = open_viewer(flags, request, say)
     watcher = Watcher(folder, request.config, flags.preview_every, say, viewer)
     try:
-        asset = TextTo3D(pipeline)(
+        asset = TextTo3D(pipeline, keep=flags.prompts_file is not None)(
             request.prompt, seed=request.seed, config=request.config, callback=watcher, checkpoints=folder / "ckpt",
             checkpoint_every=flags.checkpoint_every, interrupt=interrupt,
         )  # fmt: skip

@@ -54,8 +54,10 @@ class Progress:
 class TextTo3D:
     """Turns prompts into assets with one model; see `Optimization` for the loop's state."""
 
-    def __init__(self, pipeline: MVDreamPipeline):
-        self.pipeline = pipeline
+    def __init__(self, pipeline: MVDreamPipeline, keep: bool = True):
+        """keep: False frees what a run does not need, the text tower and the VAE's decoder, once it has begun; the
+        pipeline makes one asset then and no more views."""
+        self.pipeline, self.keep = pipeline, keep
 
     def __call__(
         self,
@@ -91,7 +93,10 @@ class TextTo3D:
         if config is None and preset == "auto":
             preset = preset_for(self.pipeline.config.vae.image_size)
         config = resolve_config(config or preset, **overrides)
-        state = Optimization(config, prompt, seed, self.teacher(prompt, config, seed), self.device)
+        teacher = self.teacher(prompt, config, seed)
+        if not self.keep:
+            self._release(config)
+        state = Optimization(config, prompt, seed, teacher, self.device)
         first = self._resume(state, checkpoints)
         if config.stage(first) < config.stage(config.steps - 1):
             self._attempt(state, first, state.rehearse)
@@ -121,6 +126,11 @@ class TextTo3D:
         if config.method == "reconstruct":
             return Reconstruction(self.pipeline, prompt, config, seed)
         return Distillation(self.pipeline, prompt, config)
+
+    def _release(self, config: SDSConfig) -> None:
+        self.pipeline.text = self.pipeline.model.text = None
+        if config.match == "latents":
+            self.pipeline.vae.drop_decoder()
 
     def _attempt(self, state: Optimization, step: int, work: Callable[[], Any]) -> Any:
         """`work()`; where memory runs out, once more with half of the samples, and then an end with advice."""

@@ -94,8 +94,8 @@ class Trainer:
         parts.vae.requires_grad_(False).eval()
         parts.text.requires_grad_(options.train_text)
         self.denoiser = Denoiser(parts.unet, parts.text)
-        self.shown = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.model = _sharded(self.denoiser, ranks) if shard else distributed.replicated(self.denoiser, ranks)
+        self.shown = [p for p in self.denoiser.parameters() if p.requires_grad]
         trained = self.model if shard else self.denoiser
         self.named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
@@ -109,10 +109,11 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns its loss, gradient norm and mode. Raises DivergedError before a weight is touched."""
         options, total, multi_view = self.options, 0.0, self._multi_view()
+        share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
         for micro in range(options.accumulate):
             purpose = f"train/{micro}"
             stream = Stream(options.seed, self.step, f"{purpose}/batch")
-            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, self.ranks)
+            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
             with distributed.unsynchronised(self.model, micro < options.accumulate - 1):
                 stream = Stream(options.seed, self.step, purpose)
                 loss = self.loss(batch, stream, options.caption_dropout, ranks=self.ranks)

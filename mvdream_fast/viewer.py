@@ -89,7 +89,7 @@ class Viewer:
         self._server.flush()
 
     def close(self) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # viser says goodbye, whatever its `verbose`
+        with _silent():
             self._server.stop()
 
 
@@ -129,7 +129,7 @@ def _start(port: int) -> Any:
     except ImportError as error:
         raise ArgumentError("--viewer needs viser: pip install 'mvdream_fast[viewer]'") from error
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # a broken client is no concern of the run's
-    with _guarded():
+    with _guarded(), _silent():
         server = viser.ViserServer(HOST, port, verbose=False)
     if not _refuses_strangers(server.get_port()):
         server.stop()
@@ -144,6 +144,11 @@ def _close_ears(server: Any) -> None:
     for kind in list(messages._incoming_handlers):
         messages.unregister_handler(kind)
     server.request_share_url = lambda *_, **__: None
+
+
+def _silent() -> contextlib.AbstractContextManager:
+    """viser prints a banner and a goodbye, whatever its `verbose`; the address that we print is enough."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ def twenty_steps(trainer: Trainer) -> dict:
 
 def run_and_resume(data: Path, folder: Path, ranks, shard: bool) -> dict:
     """Three steps, a checkpoint, and two more steps by another trainer that starts from it."""
+    folder.mkdir(exist_ok=True)
     first = make_trainer(data, ranks, shard)
     Loop(first, folder, LoopOptions(steps=3, log_every=1), ranks=ranks).run()
     ranks.wait()

@@ -66,8 +66,8 @@ def test_the_live_page_shows_the_growing_asset(browser):
     try:
         viewer.show(Ball())
         browser.requested.clear()
-        browser.open(viewer.url)
-        browser.wait_for(lambda picture: n_red(picture) > 2000)
+        browser.open(viewer.url, 480, 360)
+        browser.wait_for(lambda picture: n_red(picture) > 1000)
         own = (f"http://127.0.0.1:{viewer.port}", f"ws://127.0.0.1:{viewer.port}")
         assert outside(browser, *own) == []
     finally:

@@ -100,10 +100,10 @@ def test_permuting_views_permutes_the_output_and_scenes_do_not_mix():
 
 
 def test_regrouping_packed_views_makes_no_copy():
-    from mvdream_fast.ops.cross_view_attention import _scenes
+    from mvdream_fast.ops.cross_view_attention import _scene_shape, _scenes
 
     q = torch.randn(8, 6, 3, 2, 16).unbind(2)[1]
-    assert _scenes(q, 4).data_ptr() == q.data_ptr()
+    assert _scenes(q, _scene_shape(q, 4)).data_ptr() == q.data_ptr()
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (4, 0, 2, 8), (4, 5, 0, 8)])
@@ -307,10 +307,10 @@ def test_vmap_is_refused():
         ({"n_views": 3}, ValueError, "n_views must divide the batch of 4 images, got 3"),
         ({"n_views": 0}, ValueError, "n_views must divide the batch"),
         ({"q": torch.zeros(4, 5, 16)}, ValueError, r"q must be \[B\*V, N, H, D\], got \(4, 5, 16\)"),
-        ({"k": torch.zeros(4, 6, 2, 8)}, ValueError, r"k must be \(4, 5, 2, 8\) as q, got \(4, 6, 2, 8\)"),
+        ({"k": torch.zeros(4, 6, 2, 8)}, ValueError, r"k must be \(4, 5, 2, 8\), got \(4, 6, 2, 8\); it is q's"),
         ({"v": torch.zeros(4, 5, 2, 8).double()}, TypeError, "v must be torch.float32 as q, got torch.float64"),
         ({"q": torch.zeros(4, 5, 2, 8).int()}, TypeError, "q must be float32, float16, bfloat16 or float64"),
-        ({"camera_k": torch.zeros(4, 2, 9)}, ValueError, r"camera_k must be \[B\*V, H, D\] = \(4, 2, 8\)"),
+        ({"camera_k": torch.zeros(4, 2, 9)}, ValueError, r"camera_k must be \(4, 2, 8\), got \(4, 2, 9\)"),
         ({"k": torch.zeros(4, 5, 2, 8, device="meta")}, RuntimeError, "k must be on the device of q, got meta and cpu"),
         ({n: torch.zeros(4, 5, 1, 257) for n in "qkv"}, ValueError, "a head width of 1 to 256, got 257"),
     ],

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from threads import by_threads
 from tolerances import close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
 from triton_on_cpu import DEVICE
@@ -43,18 +44,6 @@ def test_cpu_path_matches_reference(shape, layout):
     for result, expected in zip(run(geglu, x, d_y), run(geglu_ref, x, d_y)):
         close("geglu", result, expected)
     assert geglu(x).is_contiguous()
-
-
-def by_threads(function):
-    """The results of a call on 1, 2 and 3 threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(function())
-    finally:
-        torch.set_num_threads(before)
-    return results
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (7, 2 * 63), (3, 5, 2 * 100), (130, 2 * 264)])

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from threads import by_threads
 from tolerances import close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
 from triton_on_cpu import DEVICE
@@ -62,18 +63,6 @@ def test_cpu_path_matches_reference(layout, emb, silu):
         close(OP, results[name], expected)
     if layout == "channels_last":
         assert results["y"].is_contiguous(memory_format=torch.channels_last)
-
-
-def by_threads(function):
-    """The results of a call on 1, 2 and 3 threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(function())
-    finally:
-        torch.set_num_threads(before)
-    return results
 
 
 @pytest.mark.parametrize("silu", [True, False])

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -224,10 +226,15 @@ def test_a_full_disk_is_7_and_keeps_the_last_checkpoint(model, capsys, monkeypat
     assert digest(latest()) == whole
 
 
-def test_random_seed_is_told(model, capsys):
-    assert command("a red car", "--model", model, "--steps", "2", "--seed", "random", *SETTLED) == 0
+def test_random_seed_and_live_page_are_told(model, capsys):
+    arguments = ["--steps", "2", "--seed", "random", "--viewer", *SETTLED]
+    assert command("a red car", "--model", model, *arguments) == 0
     seed = json.loads((latest() / "config.json").read_text())["seed"]
-    assert f"seed {seed};" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"seed {seed};" in out
+    port = re.search(r"^live view: http://127\.0\.0\.1:(\d+) \(.*ssh -L ", out, re.MULTILINE).group(1)
+    with pytest.raises(ConnectionRefusedError):  # it has closed with the run
+        socket.create_connection(("127.0.0.1", int(port)), timeout=5)
 
 
 def start(*arguments: str) -> subprocess.Popen:

@@ -23,6 +23,7 @@ from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.train import Flags, main
 from mvdream_fast.training import Parts, Trainer, TrainOptions, spread_timesteps, trapezoid
+from mvdream_fast.training_averaged import rate
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -30,8 +31,8 @@ from mvdream_fast.training_vae import (
     linear_start,
     measure_scale,
     psnr,
-    rate,
     reconstruction,
+    settle,
 )
 
 TINY = ModelConfig(
@@ -206,6 +207,19 @@ def test_gradient_checkpointing_changes_no_number(data):
     assert_same(weights(plain), weights(saving))
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_half_precision_is_for_the_arithmetic_alone(data, kind):
+    """The loss is about that of fp32; weights, average and moments are fp32; a resumed run has the same bytes."""
+    exact, half, again = make_trainer(data), make_trainer(data, autocast=kind), make_trainer(data, autocast=kind)
+    first = half.train_step()["loss"]
+    assert first == pytest.approx(exact.train_step()["loss"], rel=0.02)
+    assert {tensor.dtype for tensor in half.state().values()} == {torch.float32}
+    again.restore(half.step, weights(half), json.loads(json.dumps(half.meta())))
+    assert again.train_step() == half.train_step()
+    assert_same(weights(half), weights(again))
+    assert again.scaler.get_scale() == (65536.0 if kind == "fp16" else 1.0)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights(data):
     trainer = make_trainer(data)
     with torch.no_grad():
@@ -272,6 +286,14 @@ def test_the_latent_scale_makes_unit_variance():
     assert (vae.encode(images) * scale).std().item() == pytest.approx(1, rel=1e-4)
 
 
+def test_a_settled_posterior_is_its_mean():
+    vae, images = training_runs.build("vae", TINY), pictures(2)
+    mean, noise = vae.encode(images), torch.ones(2, 4, 4, 4)
+    settle(vae)
+    assert torch.equal(vae.encode(images), mean)
+    torch.testing.assert_close(vae.encode(images, noise), mean, rtol=0, atol=1e-6)
+
+
 def test_the_learning_rate_rises_and_falls():
     assert [round(rate(s, 4, 100), 6) for s in (0, 3, 50, 100)] == [0.25, pytest.approx(0.997781), 0.5, 0.0]
 
@@ -333,7 +355,8 @@ def test_both_stages_make_a_model_that_loads(data, vae_model, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 2
     assert records[-1].keys() >= {"val_multi_view", "val_2d"}
-    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, resume=True, steps=3))
+    more = {"dtype": "bf16", "gradient_checkpointing": True, "accumulate": 2}
+    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, resume=True, steps=3, **more))
     assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() == "000003.safetensors"
 
 

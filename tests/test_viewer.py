@@ -16,6 +16,12 @@ from mvdream_fast.field.asset import Asset
 from mvdream_fast.rng import Stream
 
 
+def test_nothing_is_printed_but_what_we_say(capsys):
+    page = viewer.Viewer()
+    page.close()
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture(scope="module")
 def live():
     page = viewer.Viewer(title="a *red* ball")

@@ -1,13 +1,13 @@
-"""ops.winograd: the convolution against torch's in float64, and the transformed weights that a model keeps."""
+"""ops.winograd: the convolution against torch's in float64, and where the models use it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from threads import by_threads
 from torch import nn
 
 from mvdream_fast.models import functional as fn
-from mvdream_fast.models import transformed
-from mvdream_fast.ops import winograd, winograd_conv3x3, winograd_conv3x3_ref, winograd_pays, winograd_weights
+from mvdream_fast.ops import winograd_conv3x3, winograd_conv3x3_ref, winograd_pays
 
 LARGEST_ERROR = 3e-5  # of outputs of order 1: the transforms multiply rounding errors, by up to 20 times
 
@@ -31,27 +31,19 @@ SHAPES = [
     (1, 3, 9, 1, 2),
     (2, 40, 33, 7, 11),
     (1, 320, 64, 4, 4),
+    (2, 100, 21, 4, 17),  # weights in two pieces, the last of them odd; 10 tiles
+    (5, 33, 50, 20, 15),  # 100 tiles, a chunk of 64 and one of 36
 ]
 
 
-@pytest.mark.parametrize("ready", [True, False], ids=["transformed before", "on the way"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torch(shape, ready):
+def test_equals_torch_on_any_number_of_threads(shape):
     x, weight, bias = draw(*shape)
-    y = winograd_conv3x3(x, weight, bias, winograd_weights(weight) if ready else None)
+    y, *others = by_threads(lambda: winograd_conv3x3(x, weight, bias))
     assert (y - exact(x, weight, bias)).abs().max() < LARGEST_ERROR
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, winograd_conv3x3_ref(x, weight, bias), atol=LARGEST_ERROR, rtol=0)
-
-
-@pytest.mark.parametrize("ready", [True, False])
-def test_in_parts_equals_torch(ready, monkeypatch):
-    for name, value in (("_WEIGHT_BYTES", 144 * 20 * 7), ("_LEAST_TILE_BYTES", 1), ("_MOST_TILE_BYTES", 144 * 200)):
-        monkeypatch.setattr(winograd, name, value)
-    monkeypatch.setattr(winograd, "_TILES_PER_TRANSFORM", 3)
-    x, weight, bias = draw(2, 20, 33, 10, 9)
-    y = winograd_conv3x3(x, weight, bias, winograd_weights(weight) if ready else None)
-    assert (y - exact(x, weight, bias)).abs().max() < LARGEST_ERROR
+    assert all(torch.equal(y, other) for other in others)
 
 
 def test_worked_by_hand():
@@ -93,7 +85,6 @@ def test_inputs_are_not_written_to():
         ({"x": torch.zeros(1, 5, 8, 8)}, ValueError, r"x and weight must be \[B\*V, C, h, w\]"),
         ({"weight": torch.zeros(6, 4, 1, 1)}, ValueError, "x and weight must be"),
         ({"bias": torch.zeros(5)}, ValueError, r"bias must be \[6\], got \(5,\)"),
-        ({"transformed": torch.zeros(36, 4, 6)}, ValueError, r"transformed must be contiguous \[36, 6, 4\]"),
         ({"weight": torch.zeros(6, 4, 3, 3).requires_grad_()}, RuntimeError, "must not be recorded by autograd"),
     ],
 )
@@ -134,48 +125,6 @@ def test_upsampling_of_the_model(module, x, monkeypatch):
     wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
     assert (y - exact(wide, module.weight, module.bias)).abs().max() < LARGEST_ERROR
     assert called
-
-
-def replace_data(weight):
-    weight.data = torch.randn_like(weight).mul_(0.1)
-
-
-def write_through_data(weight):
-    weight.data.mul_(-1)
-
-
-@torch.no_grad()
-def train(weight):
-    weight.add_(0.1)
-
-
-@pytest.mark.parametrize("change", [replace_data, write_through_data, train])
-def test_kept_weights_follow_the_parameters(module, x, change):
-    check_model_path(module, x)
-    planes = transformed.transformed_weights(module)
-    assert transformed.transformed_weights(module) is planes
-    change(module.weight)
-    check_model_path(module, x)
-    assert transformed.transformed_weights(module) is not planes
-
-
-def test_a_module_gone_gives_its_memory_back(module, x):
-    check_model_path(module, x)
-    n_kept = len(transformed._kept)
-    del module
-    # The fixture's own reference stays until the test ends, so a module of our own goes.
-    other = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
-    check_model_path(other, x)
-    assert len(transformed._kept) == n_kept + 1
-    del other
-    assert len(transformed._kept) == n_kept
-
-
-def test_what_does_not_fit_the_budget_is_transformed_on_the_way(module, monkeypatch):
-    monkeypatch.setattr(transformed, "BUDGET_BYTES", 0)
-    images = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last)  # 64 tiles
-    check_model_path(module, images)
-    assert transformed.transformed_weights(module) is None
 
 
 def test_only_where_it_pays(module, x):

@@ -1,7 +1,8 @@
 """From shards to training batches: an index into the tar files, backgrounds, view groups, and a cache of latents.
 
 Batches are drawn by index, not streamed, so that batch k is a function of (seed, k) alone and a resumed run sees the
-same pictures. Writing shards is shards.py's.
+same pictures. Several processes draw the indices of the whole batch alike, and each reads and decodes its own share.
+Writing shards is shards.py's.
 """
 
 import json

@@ -1,15 +1,14 @@
 """Layers of the UNet as functions of its modules: plain torch under autograd, without it a leaner way to do the same.
 
 A module that is not exactly the torch class (a LoRA wrapper, for one) is called as it is. No weights live here: packed
-weights are the parameters' own storage, so they cannot go stale, and transformed ones are kept in transformed.py.
+weights are the parameters' own storage, so they cannot go stale.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvdream_fast.models.transformed import transformed_weights
-from mvdream_fast.ops import geglu, group_norm_silu, winograd_conv3x3, winograd_pays, winograd_tiles
+from mvdream_fast.ops import geglu, group_norm_silu, winograd_conv3x3, winograd_pays
 
 # Hidden rows of a feed-forward that are alive at a time. The next stage then finds them in the cache, and the
 # allocation stays under glibc's largest mmap threshold (32 MB), above which every call pays for fresh pages.
@@ -92,9 +91,8 @@ def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
     """A 3x3 convolution of stride 1 and padding 1: [B*V, C, h, w] -> [B*V, C_out, h, w], channels last."""
     if not _by_gemm(module, x):
         return module(x)
-    y = _winograd(module, x, 32 if module.weight.numel() >= _GEMM_WEIGHTS else 64)
-    if y is not None:
-        return y
+    if winograd_pays(x, module.weight, module.bias):
+        return winograd_conv3x3(x, module.weight, module.bias)
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
     if module.weight.numel() < _GEMM_WEIGHTS or n_rows >= module.weight.shape[0]:
         return module(x)
@@ -109,11 +107,9 @@ def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
     """
     wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
-    if not _by_gemm(module, x) or 4 * n_rows < module.weight.shape[0]:
+    few = 4 * n_rows < module.weight.shape[0]
+    if few or not _by_gemm(module, x) or winograd_pays(wide, module.weight, module.bias):
         return conv3x3(module, wide)
-    y = _winograd(module, wide, 128)
-    if y is not None:
-        return y
     batch, _, height, width = x.shape
     padded, weight = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight)
     out = x.new_empty(batch, height, 2, width, 2, weight.shape[0])
@@ -136,19 +132,6 @@ def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) ->
 
 def _by_gemm(module: nn.Module, x: Tensor) -> bool:
     return lean(x) and x.device.type == "cpu" and type(module) is nn.Conv2d and x.dtype == torch.float32
-
-
-def _winograd(module: nn.Module, x: Tensor, tiles_for_a_transform: int) -> Tensor | None:
-    """The 3x3 convolution by Winograd's algorithm; None where that does not pay.
-
-    Where the transformed weights are not kept, it pays from `tiles_for_a_transform` on.
-    """
-    if not winograd_pays(x, module.weight, module.bias):
-        return None
-    planes = transformed_weights(module)
-    if planes is None and winograd_tiles(x) < tiles_for_a_transform:
-        return None
-    return winograd_conv3x3(x, module.weight, module.bias, planes)
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -105,33 +105,31 @@ def _check(
     camera_v: Tensor | None,
     scale: float | None,
 ) -> None:
+    """Raises what is wrong with the arguments; good ones pass by a few comparisons, as every microsecond counts."""
     check_float(OP, "q", q)
     if scale is not None and not scale >= 0:
         raise ValueError(f"{OP}: scale must not be negative, got {scale}; None is 1/sqrt(D)")
-    if q.ndim != 4:
-        raise ValueError(f"{OP}: q must be [B*V, N, H, D], got {tuple(q.shape)}; split the heads first")
-    images, _, heads, width = q.shape
+    shape = q.shape
+    if len(shape) != 4:
+        raise ValueError(f"{OP}: q must be [B*V, N, H, D], got {tuple(shape)}; split the heads first")
+    images, _, heads, width = shape
     if not 1 <= width <= MAX_HEAD_DIM:
         raise ValueError(f"{OP}: q must have a head width of 1 to {MAX_HEAD_DIM}, got {width}; use more heads")
     if n_views < 1 or images % n_views:
         raise ValueError(f"{OP}: n_views must divide the batch of {images} images, got {n_views}; views are fastest")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape:
-            raise ValueError(
-                f"{OP}: {name} must be {tuple(q.shape)} as q, got {tuple(x.shape)}; tokens attend in pairs"
-            )
-        _check_like(name, x, q)
+    if not (k.shape == shape == v.shape and k.dtype == q.dtype == v.dtype and k.device == q.device == v.device):
+        for name, x in (("k", k), ("v", v)):
+            _check_like(name, x, q, shape, "it is q's, as tokens attend in pairs")
+    if camera_q is camera_k is camera_v is None:
+        return
     for name, x in (("camera_q", camera_q), ("camera_k", camera_k), ("camera_v", camera_v)):
-        if x is None:
-            continue
-        if x.shape != (images, heads, width):
-            raise ValueError(
-                f"{OP}: {name} must be [B*V, H, D] = {(images, heads, width)}, got {tuple(x.shape)}; one row per view"
-            )
-        _check_like(name, x, q)
+        if x is not None:
+            _check_like(name, x, q, (images, heads, width), "it is [B*V, H, D], one row per view")
 
 
-def _check_like(name: str, x: Tensor, q: Tensor) -> None:
+def _check_like(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], why: str) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{OP}: {name} must be {tuple(shape)}, got {tuple(x.shape)}; {why}")
     if x.device != q.device:
         raise RuntimeError(f"{OP}: {name} must be on the device of q, got {x.device} and {q.device}; move one")
     if x.dtype != q.dtype and not is_autocast(q):
@@ -144,12 +142,16 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
-def _scenes(x: Tensor, views: int, camera: Tensor | None = None) -> Tensor:
-    """[B*V, N, H, D] -> [B, H, V*N, D], the camera rows added; a view wherever the strides allow."""
-    images, tokens, heads, width = x.shape
+def _scenes(x: Tensor, shape: tuple[int, ...], camera: Tensor | None = None) -> Tensor:
+    """[B*V, N, H, D] -> [B, H, V*N, D], the camera rows added; a view where strides allow. shape: [B, V*N, H, D]."""
     if camera is not None:
         x = x + camera[:, None]
-    return x.reshape(images // views, views * tokens, heads, width).transpose(1, 2)
+    return x.reshape(shape).transpose(1, 2)
+
+
+def _scene_shape(q: Tensor, views: int) -> tuple[int, ...]:
+    images, tokens, heads, width = q.shape
+    return images // views, views * tokens, heads, width
 
 
 def _cpu(
@@ -163,8 +165,8 @@ def _cpu(
     scale: float,
 ) -> Tensor:
     """torch's attention on regrouped views, under torch's own autograd; views = 1 attends within a view."""
-    shape = q.shape
-    q, k, v = _scenes(q, views, camera_q), _scenes(k, views, camera_k), _scenes(v, views, camera_v)
+    shape, scenes = q.shape, _scene_shape(q, views)
+    q, k, v = _scenes(q, scenes, camera_q), _scenes(k, scenes, camera_k), _scenes(v, scenes, camera_v)
     if q.numel() == 0:
         return (q + k + v).reshape(shape)  # zero-size, and still a function of all of them
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(shape)
@@ -175,7 +177,8 @@ def _forward_cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> tuple[T
     images, tokens, heads, _ = q.shape
     if q.numel() == 0:
         return q.new_empty(q.shape), _empty_lse(q, views)
-    rows = [_unit_stride(_scenes(x, views, c)) for x, c in ((q, camera_q), (k, camera_k), (v, camera_v))]
+    scenes = _scene_shape(q, views)
+    rows = [_unit_stride(_scenes(x, scenes, c)) for x, c in ((q, camera_q), (k, camera_k), (v, camera_v))]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, scale=scale)
     return out.transpose(1, 2).reshape(q.shape), lse.reshape(1, images // views, heads, views * tokens).contiguous()
 
@@ -184,8 +187,9 @@ def _backward_cpu(d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v,
     cameras = (camera_q, camera_k, camera_v)
     if q.numel() == 0:
         return *(q.new_empty(q.shape) for _ in range(3)), *(None if c is None else torch.zeros_like(c) for c in cameras)
-    rows = [_unit_stride(_scenes(x, views, c)) for x, c in zip((q, k, v), cameras)]
-    d_out, out = _unit_stride(_scenes(d_out, views)), _scenes(out, views)
+    scenes = _scene_shape(q, views)
+    rows = [_unit_stride(_scenes(x, scenes, c)) for x, c in zip((q, k, v), cameras)]
+    d_out, out = _unit_stride(_scenes(d_out, scenes)), _scenes(out, scenes)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         d_out, *rows, out, lse[0], 0.0, False, scale=scale
     )

@@ -8,18 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._checks import address, load_native
 from mvdream_fast.ops._edges import (
+    address,
     by_name,
     check_float,
     check_like,
     is_batched,
     is_recorded,
     load_kernels,
+    load_native,
     runs_natively,
+    thread_count,
+    vjp,
     vmap_error,
 )
-from mvdream_fast.ops.hash_encode import vjp
 
 
 def group_norm_silu(
@@ -134,8 +136,7 @@ def _forward_cpu(
     if not x.numel():
         return torch.empty_like(x), *(x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
     if _is_native(x, weight, bias, emb):
-        mean, rstd = (x.new_empty((x.shape[0], n_groups)) for _ in range(2))
-        return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
+        return _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
     u = _add(x, emb, wide)
     y, mean, rstd = torch.native_group_norm(u, weight.to(wide), bias.to(wide), *sizes, eps)
     return torch.empty_like(x).copy_(F.silu(y) if silu else y), mean, rstd
@@ -209,9 +210,17 @@ def _forward_native(
     rstd: Tensor | None = None,
 ) -> Tensor:
     weight, bias, emb, y = weight.contiguous(), bias.contiguous(), _rows(emb), torch.empty_like(x)
-    norm, n_threads = _native_norm(x, weight, bias, n_groups, emb, silu), torch.get_num_threads()
+    norm, n_threads = _native_norm(x, weight, bias, n_groups, emb, silu), thread_count()
     load_native("group_norm_silu").group_norm_silu_forward(norm, eps, *map(address, (y, mean, rstd)), n_threads)
     return y
+
+
+def _forward_and_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """_forward_cpu where the extension runs."""
+    mean, rstd = (x.new_empty((x.shape[0], n_groups)) for _ in range(2))
+    return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
 
 
 def _backward_native(
@@ -231,7 +240,7 @@ def _backward_native(
     d_emb = None if emb is None else emb.new_empty(emb.shape)
     norm = _native_norm(x, weight, bias, n_groups, emb, silu)
     pointers = map(address, (d_y, mean, rstd, *grads, d_emb))
-    load_native("group_norm_silu").group_norm_silu_backward(norm, *pointers, torch.get_num_threads())
+    load_native("group_norm_silu").group_norm_silu_backward(norm, *pointers, thread_count())
     return *grads, d_emb
 
 
@@ -270,9 +279,11 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 class _OnCpu(torch.autograd.Function):
+    """Only for what the extension takes: `_is_native`."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, n_groups, eps, emb, silu):
-        y, mean, rstd = _forward_cpu(x, weight, bias, n_groups, eps, emb, silu)
+        y, mean, rstd = _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
         ctx.save_for_backward(x, weight, bias, emb, mean, rstd)
         ctx.flags = n_groups, eps, silu
         return y

@@ -1,6 +1,7 @@
 """A small DevTools client for headless Chromium: opens a page, waits for a picture, and says what was fetched."""
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -67,7 +68,7 @@ class Browser:
         self._n_calls += 1
         self._socket.send(json.dumps({"id": self._n_calls, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self._socket.recv(timeout=60))
+            message = json.loads(self._socket.recv(timeout=200))
             if message.get("id") == self._n_calls:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
@@ -83,7 +84,9 @@ class Browser:
         elif event.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(parameters["exceptionDetails"])[:500])
 
-    def open(self, address: str) -> None:
+    def open(self, address: str, width: int = 1000, height: int = 900) -> None:
+        """Small pages are drawn sooner: all of it is done by the processor."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=address)
 
     def picture(self) -> np.ndarray:
@@ -91,13 +94,16 @@ class Browser:
         data = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
-    def wait_for(self, holds: Callable[[np.ndarray], bool], seconds: float = 60) -> np.ndarray:
+    def wait_for(self, holds: Callable[[np.ndarray], bool], seconds: float = 200) -> np.ndarray:
         """The first picture for which `holds`; raises AssertionError when none comes in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            picture = self.picture()
-            if holds(picture):
-                return picture
+            with contextlib.suppress(
+                RuntimeError
+            ):  # while a page is being exchanged there is none to take a picture of
+                picture = self.picture()
+                if holds(picture):
+                    return picture
             time.sleep(0.2)
         raise AssertionError(
             f"the page never showed it; complaints: {self.complaints}, requested: {self.requested[:9]}"

@@ -32,7 +32,7 @@ class Studio(TextTo3D):
     def __init__(self, teacher=None):
         self._teacher = teacher or Painter()
 
-    device = torch.device("cpu")
+    keep, device = True, torch.device("cpu")
     pipeline = None
 
     def teacher(self, prompt, config, seed):
