@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from reference.memory import peak_memory, settled_memory
 
 from mvdream_fast import ops
 from mvdream_fast.camera import generate_rays, orbit_cameras
@@ -23,6 +24,7 @@ THREADS = min(2, os.cpu_count() or 1)
 STEP, BOX, CELLS = default_step_size(1.0), (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0), 32
 VIEWS = {"4x64x64": (4, 64), "512x512": (1, 512)}
 _seconds: dict[str, float] = {}
+_bytes: dict[str, float] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,36 @@ def bench_march(benchmark, views, share, name):
 
     rounds = 7 if name == "ours" else 1
     measure(benchmark, f"march {views} {share}", name, call, rounds, n_samples=n_samples)
+
+
+@pytest.mark.parametrize("name", ["ours", "reference"])
+def bench_prune(benchmark, name):
+    """Half of the samples seen: those in front, with a density that varies."""
+    rays = rays_of("4x64x64")
+    samples = ops.march_rays(rays.rays_o, rays.rays_d, BOX, grid_of("full"), CELLS, STEP)
+    sigmas = torch.rand(samples.n_samples, generator=torch.Generator().manual_seed(0)) * 20
+    prune = ops.prune_samples if name == "ours" else ops.prune_samples_ref
+
+    def call():
+        prune(samples, sigmas, 0.01, 1e-2)
+
+    measure(benchmark, "prune 4x64x64 full", name, call, 5, n_samples=samples.n_samples)
+
+
+@pytest.mark.parametrize("name", ["ours", "reference"])
+@pytest.mark.parametrize("cells", ["all", "half"])
+def bench_update_occupancy(benchmark, cells, name):
+    """All cells of the paper's grid, or half of them as after the warm-up."""
+    generator = torch.Generator().manual_seed(0)
+    ema, values = torch.rand(2, CELLS**3, generator=generator)
+    chosen = None if cells == "all" else torch.randint(0, CELLS**3, (CELLS**3 // 2,), generator=generator)
+    values = values if chosen is None else values[: len(chosen)]
+    update = ops.update_occupancy if name == "ours" else ops.update_occupancy_ref
+
+    def call():
+        update(ema, values, chosen)
+
+    measure(benchmark, f"update_occupancy 32^3 {cells}", name, call, 20)
 
 
 @pytest.mark.parametrize("name", ["ours", "reference"])
@@ -131,11 +163,38 @@ def bench_training_step(benchmark, config):
     measure(benchmark, "training step 4x64x64", config, call, 3, n_samples=call().n_samples)
 
 
+@pytest.mark.parametrize("share", ["10 %", "full"])
+def bench_training_memory(benchmark, share):
+    """Peak of a training step beyond parameters and their gradients, in bytes a sample that is evaluated with gradient.
+
+    Thin everywhere, so that rays keep all of the samples that the grid allows.
+    """
+    config = VolumeConfig(bias_scale=0.0)
+    volume, rays = Volume(config), rays_of("4x64x64")
+    renderer = Renderer(volume, OccupancyGrid(), EnvironmentMap(), alpha_thre=0.0)
+    renderer.occupancy.bits.copy_(grid_of(share))
+
+    def call():
+        out = renderer(rays, Stream(0, 1, "render"), training=True)
+        out.rgb.sum().backward()
+        return out.n_samples
+
+    n_samples = call()
+    volume.zero_grad()
+    before = settled_memory()
+    benchmark.pedantic(call, rounds=1)
+    gradients = sum(p.numel() * 4 for p in volume.parameters())
+    extra = (peak_memory() - before - gradients) / n_samples
+    benchmark.extra_info |= {"bytes_per_sample": extra, "n_samples": n_samples}
+    _bytes[f"training step, grid {share}"] = extra
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _ratios(request):
     """Prints the medians, and how much faster a tenth of the grid is than all of it."""
     yield
     lines = [f"{name:60} {seconds * 1e3:10.1f} ms" for name, seconds in _seconds.items()]
+    lines += [f"{name:60} {value:10.1f} B a sample" for name, value in _bytes.items()]
     for label, full, tenth in [
         *((f"march {v}, 10 % against full", f"march {v} full: ours", f"march {v} 10 %: ours") for v in VIEWS),
         ("render 512x512 paper, 10 % against full", "render 512x512 paper: full", "render 512x512 paper: 10 %"),

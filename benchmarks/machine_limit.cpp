@@ -2,7 +2,9 @@
 // multiply-adds of its two networks on registers. Prints nanoseconds a sample, each the best of several tries.
 //
 //   c++ -O3 -march=native -std=c++17 -fopenmp -Icsrc benchmarks/machine_limit.cpp -o machine_limit
-//   ./machine_limit THREADS
+//   ./machine_limit THREADS [SAMPLES OF A CALL]
+//
+// A small call shares a level's cache lines among few samples: its limit is higher, by what memory has to deliver.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -85,7 +87,7 @@ static double gather_ns(const HashGrid& grid, const std::vector<double>& table, 
       for (int l = 0; l < grid.n_levels; ++l) {
         const GridLevel& level = grid.levels[l];
         const double* entries = table.data() + level.offset;
-        for (int64_t s = begin; s < begin + block; s += kLanes) {
+        for (int64_t s = begin; s < std::min(begin + block, kSamples); s += kLanes) {
           sum += level.hashed ? gather<true>(level, entries, &x[s]) : gather<false>(level, entries, &x[s]);
         }
       }
@@ -124,7 +126,9 @@ int main(int argc, char** argv) {
   std::mt19937 random(0);
   for (float& value : x) value = std::uniform_real_distribution<float>(0, 1)(random);
   double gathered = 1e30;
-  for (int64_t block = int64_t(1) << 16; block <= kSamples / n_threads; block *= 2) {
+  const int64_t whole = kSamples / n_threads;
+  const int64_t call = argc > 2 ? std::atoll(argv[2]) / n_threads / kLanes * kLanes : 0;
+  for (int64_t block = call > 0 ? call : int64_t(1) << 16; block <= whole; block = call > 0 ? whole + 1 : 2 * block) {
     gathered = std::min(gathered, gather_ns(grid, table, x, block, n_threads));
   }
   const double multiplied = multiply_add_ns(n_threads);

@@ -70,9 +70,8 @@ void bind_march(py::module_& m) {
       NoGil());
   m.def(
       "march_fill",
-      [](const QueuedMarch& march, Address packed_info, Address ray_indices, Address t_starts, Address t_ends) {
-        cuda::march_fill(march.args, at<int64_t>(packed_info), at<int64_t>(ray_indices), at<float>(t_starts),
-                         at<float>(t_ends), march.queue);
+      [](const QueuedMarch& march, Address packed_info, Address t_starts, Address t_ends) {
+        cuda::march_fill(march.args, at<int64_t>(packed_info), at<float>(t_starts), at<float>(t_ends), march.queue);
       },
       NoGil());
 }
@@ -93,10 +92,9 @@ void bind_prune(py::module_& m) {
       NoGil());
   m.def(
       "prune_fill",
-      [](const QueuedPacked& samples, Address keep, Address packed_info, Address ray_indices, Address t_starts,
-         Address t_ends) {
-        cuda::prune_fill(samples.args, at<uint8_t>(keep), at<int64_t>(packed_info), at<int64_t>(ray_indices),
-                         at<float>(t_starts), at<float>(t_ends), samples.queue);
+      [](const QueuedPacked& samples, Address keep, Address packed_info, Address t_starts, Address t_ends) {
+        cuda::prune_fill(samples.args, at<uint8_t>(keep), at<int64_t>(packed_info), at<float>(t_starts),
+                         at<float>(t_ends), samples.queue);
       },
       NoGil());
 }

@@ -55,9 +55,9 @@ static void bind_march(py::module_& m) {
       NoGil());
   m.def(
       "march_fill",
-      [](const MarchArgs& args, Address packed_info, Address ray_indices, Address t_starts, Address t_ends) {
+      [](const MarchArgs& args, Address packed_info, Address t_starts, Address t_ends) {
         MVDREAM_FAST_CPU(march_fill)
-        (args, at<int64_t>(packed_info), at<int64_t>(ray_indices), at<float>(t_starts), at<float>(t_ends));
+        (args, at<int64_t>(packed_info), at<float>(t_starts), at<float>(t_ends));
       },
       NoGil());
   m.def(
@@ -75,11 +75,9 @@ static void bind_march(py::module_& m) {
       NoGil());
   m.def(
       "prune_fill",
-      [](const Packed& samples, Address keep, Address packed_info, Address ray_indices, Address t_starts,
-         Address t_ends) {
+      [](const Packed& samples, Address keep, Address packed_info, Address t_starts, Address t_ends) {
         MVDREAM_FAST_CPU(prune_fill)
-        (samples, at<uint8_t>(keep), at<int64_t>(packed_info), at<int64_t>(ray_indices), at<float>(t_starts),
-         at<float>(t_ends));
+        (samples, at<uint8_t>(keep), at<int64_t>(packed_info), at<float>(t_starts), at<float>(t_ends));
       },
       NoGil());
 }

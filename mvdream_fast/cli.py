@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from mvdream_fast.errors import OutOfMemoryError, OutputError, UserError
+from mvdream_fast.machine import available_cores
 
 Args = TypeVar("Args")
 
@@ -27,18 +27,6 @@ def set_threads(threads: int | None) -> int:
     torch.set_num_threads(n)
     os.environ["OMP_NUM_THREADS"] = str(n)
     return n
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity mask, cut by the cgroup's CPU quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return cores
 
 
 def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: list[str] | None = None) -> None:

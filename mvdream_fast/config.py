@@ -5,6 +5,7 @@ Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are 
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,7 @@ class VAEConfig:
     """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
 
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
+    `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -53,6 +55,7 @@ class VAEConfig:
     scale_factor: float = 0.18215
     image_size: int = 256
     patch_size: int = 1
+    decoder_width: int | None = None
 
     @property
     def downsampling(self) -> int:
@@ -139,9 +142,41 @@ def from_dict(cls: type, data: Any, source: str) -> Any:
         else:
             value = tuple(value) if isinstance(value, list) else value
             if not _fits(value, hint):
-                raise ModelError(f"{source}: {name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+                raise ModelError(f"{source}: {name} must be {_worded(hint)}, got {value!r}")
         values[name] = value
     return cls(**values)
+
+
+def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
+    """The configuration with single values replaced, each as `unet.view_mixing=2d`: JSON, or a bare word.
+
+    Raises ArgumentError naming a setting that is unknown or mistyped.
+    """
+    data = dataclasses.asdict(config)
+    for setting in settings:
+        path, sign, text = setting.partition("=")
+        part, _, name = path.partition(".")
+        section = data.get(part)
+        if not sign or not isinstance(section, dict) or name not in section:
+            known = ", ".join(f"{p}.{n}" for p, values in data.items() if isinstance(values, dict) for n in values)
+            raise ArgumentError(f"--set must be NAME=VALUE, got {setting!r}; the names are {known}")
+        try:
+            section[name] = json.loads(text)
+        except ValueError:
+            section[name] = text
+    try:
+        return from_dict(ModelConfig, data, "--set")
+    except ModelError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _worded(hint: Any) -> str:
+    """An annotated type as an error names it."""
+    from typing import get_args, get_origin
+
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return getattr(hint, "__name__", str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -155,7 +190,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is UnionType:
         return any(_fits(value, a) for a in args)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+        wanted = len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else len(args)
+        return isinstance(value, tuple) and len(value) == wanted and all(_fits(v, args[0]) for v in value)
     if hint is NoneType:
         return value is None
     if hint is float:
@@ -174,8 +210,8 @@ SD15 = ModelConfig(
 MINI = ModelConfig(
     name="mini",
     unet=UNetConfig(
-        in_channels=16,
-        out_channels=16,
+        in_channels=24,
+        out_channels=24,
         model_channels=64,
         channel_mult=(2, 3),
         num_res_blocks=1,
@@ -185,12 +221,13 @@ MINI = ModelConfig(
     vae=VAEConfig(
         block_out_channels=(128,),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=24,
         norm_num_groups=8,
         mid_block_add_attention=False,
         scale_factor=1.0,
         image_size=64,
         patch_size=8,
+        decoder_width=160,
     ),
     text=TextConfig(
         width=192,
@@ -249,6 +286,7 @@ class SDSConfig:
     background: Literal["learned", "grey", "white"] = "learned"
     background_aug_prob: float = 0.5
     shading: bool = False
+    shading_from: int = 5000  # the step of the first lit picture
     lambda_orient: Ramp = (0.0, 0.0, 0.0, 0.0)
     lambda_sparsity: Ramp = (0.0, 0.0, 0.0, 0.0)
     lambda_opaque: Ramp = (0.0, 0.0, 0.0, 0.0)
@@ -261,9 +299,27 @@ class SDSConfig:
     adam_eps: float = 1e-15
     max_samples: int = 1 << 23
 
+    updates_per_guidance: int = 1  # updates of the volume towards one answer of the model; the paper makes one
+    match: Literal["latents", "pixels"] = "latents"  # where a render is compared with that answer
+
+    def asked(self, step: int) -> int:
+        """The step whose cameras, resolution and answer of the model `step` uses: its own, unless they are reused."""
+        return step - step % self.updates_per_guidance
+
     def stage(self, step: int) -> int:
         """Index of the stage that `step` belongs to."""
-        return sum(step >= milestone for milestone in self.milestones)
+        return sum(self.asked(step) >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is made of the finished volume: mesh.glb always, other formats beside it."""
+
+    mesh_resolution: int = 128
+    faces: int | None = None  # at most this many triangles
+    texture: int | None = None  # pixels a side of a baked texture; None colours the vertices
+    formats: tuple[Literal["glb", "obj", "ply"], ...] = ("glb",)
+    up: Literal["y", "z"] = "y"  # of OBJ and PLY; GLB is always y-up
 
 
 SDS_PRESETS = {
@@ -286,11 +342,28 @@ SDS_PRESETS = {
         background="grey",
     ),
 }
+SDS_PRESETS["fast"] = dataclasses.replace(
+    SDS_PRESETS["mini"],
+    preset="fast",
+    steps=300,
+    render_size=(32, 64),
+    n_groups=(1, 1),
+    milestones=(150,),
+    samples_per_ray=96,
+    min_step=(0.0, 0.98, 0.02, 240.0),
+    max_step=(0.0, 0.98, 0.50, 240.0),
+)
+
+
+def preset_for(image_size: int) -> str:
+    """The preset that fits a model which draws `image_size` pixels a side."""
+    return "mini" if image_size <= MINI.vae.image_size else "paper"
 
 
 def shaded(config: SDSConfig) -> SDSConfig:
-    """The shading variant of a recipe: a point light after step 5000, and an orientation loss of 10 to 1000."""
-    return dataclasses.replace(config, shading=True, lambda_orient=(0.0, 10.0, 1000.0, 5000.0))
+    """The shading variant of a recipe: a point light in its second half, and an orientation loss of 10 to 1000."""
+    half = config.steps // 2
+    return dataclasses.replace(config, shading=True, shading_from=half, lambda_orient=(0.0, 10.0, 1000.0, float(half)))
 
 
 def resolve_config(base: str | SDSConfig, **overrides) -> SDSConfig:
@@ -316,5 +389,6 @@ def _stretched(config: SDSConfig, steps: int) -> dict:
     for name in ramps:
         start, first, last, end = getattr(config, name)
         out[name] = (start * factor, first, last, end * factor)
+    out["shading_from"] = round(config.shading_from * factor)
     out["milestones"] = tuple(round(m * factor) for m in config.milestones)
     return out

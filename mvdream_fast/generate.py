@@ -59,7 +59,8 @@ class Flags:
     seed: int | Literal["random"] = 0
     """The same seed gives the same views."""
     output: Annotated[Path | None, conf.arg(aliases=["-o"])] = None
-    """A new or empty folder; by default one under outputs/ named after the prompt, the time and the seed."""
+    """The folder of the views itself, new or empty; by default one under outputs/ named after the prompt, the time and
+    the seed. (sds's -o is the root under which such folders are made.)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -3,6 +3,7 @@
 Knows latents, noise and the UNet; knows no volume: images come in as a tensor that carries its own graph.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,12 @@ from mvdream_fast.config import Ramp
 from mvdream_fast.ops.sds_target import sds_target
 from mvdream_fast.rng import Stream
 from mvdream_fast.schedule import NoiseSchedule
+
+Lap = Callable[[str], None]  # told the name of the part that has just ended, for the report's timing split
+
+
+def no_lap(_: str) -> None:
+    """For callers who don't measure."""
 
 
 def ramp(schedule: Ramp, step: int) -> float:
@@ -38,11 +45,20 @@ class GuidanceConfig:
 
 @dataclass(frozen=True)
 class GuidanceLoss:
-    """`loss` is differentiable; `t` is the timestep it was taken at, `grad_norm` the norm of d loss / d latents."""
+    """`loss` is differentiable; `t` is the timestep it was taken at, `grad_norm` the norm of d loss / d latents.
+
+    `target` [B*V, C, h, w]: the latents that the model would rather see; constant.
+    """
 
     loss: Tensor
     t: int
     grad_norm: Tensor
+    target: Tensor
+
+
+def distance(z: Tensor, target: Tensor) -> Tensor:
+    """sum (z - target)^2 / (2 B V): [B*V, ...] twice -> a scalar."""
+    return (z - target).square().sum() / (2 * len(z))
 
 
 class Guidance:
@@ -65,12 +81,15 @@ class Guidance:
         high = min(max(int(n * ramp(self.config.max_step, step)), low), n - 1)
         return int(stream.integers(low, high + 1))
 
-    def __call__(self, rgb: Tensor, c2w: Tensor | None, n_views: int, step: int, stream: Stream) -> GuidanceLoss:
+    def __call__(
+        self, rgb: Tensor, c2w: Tensor | None, n_views: int, step: int, stream: Stream, lap: Lap = no_lap
+    ) -> GuidanceLoss:
         """L = sum (z - sg(target))^2 / (2 B V), whose gradient on the latents is that of FACTS' formulas.
 
         Args:
             rgb: [B*V, 3, Hp, Wp] in [0, 1], views fastest; resized to the model's image size (bilinear).
             c2w: [B*V, 4, 4] poses, normalised here; None asks the model in 2D mode (then n_views is 1).
+            lap: called after the encoder ("vae") and after the UNet ("unet").
 
         Returns:
             GuidanceLoss.
@@ -79,6 +98,7 @@ class Guidance:
         """
         t = self.timestep(step, stream)
         z = self.encode(rgb, stream)
+        lap("vae")
         noise = stream.normal(*z.shape, device=z.device).to(z.dtype)
         with torch.no_grad():
             z_t = self.schedule.add_noise(z.detach(), noise, t)
@@ -88,9 +108,18 @@ class Guidance:
             z, z_t, cond, uncond, noise, self.schedule.alphas_cumprod[t].reshape(1), self.config.guidance_scale,
             self.schedule.prediction, self.config.rescale, self.config.loss, n_views,
         )  # fmt: skip
+        lap("unet")
         # A zero-valued second term is not needed: d/dz of this is exactly `result.gradient`.
-        loss = (z - result.target).square().sum() / (2 * len(z))
-        return GuidanceLoss(loss, t, result.gradient.norm())
+        return GuidanceLoss(distance(z, result.target), t, result.gradient.norm(), result.target)
+
+    def match_latents(self, rgb: Tensor, target: Tensor, stream: Stream) -> Tensor:
+        """The loss of `rgb` against an earlier answer's target, without asking the model again."""
+        return distance(self.encode(rgb, stream), target)
+
+    @torch.no_grad()
+    def picture(self, target: Tensor) -> Tensor:
+        """A target as images [B*V, 3, Hp, Wp] in [0, 1]; needs the VAE's decoder."""
+        return (self.vae.decode(target) / 2 + 0.5).clamp(0, 1)
 
     def encode(self, rgb: Tensor, stream: Stream) -> Tensor:
         """Images in [0, 1] to scaled latents [B*V, C, h, w]; differentiable in the posterior's mean and deviation."""

@@ -1,6 +1,6 @@
 """The machine as the commands see it: processor features, memory limits, and the device and dtype that "auto" means.
 
-Nothing here imports torch before a function that needs it is called; `cli.available_cores` counts the cores.
+Nothing here imports torch before a function that needs it is called.
 """
 
 from __future__ import annotations
@@ -42,6 +42,20 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def available_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores this process may use: its affinity mask, cut by the CPU quota of its control group and those above it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder, name in _groups(root, own, "cpu", "cpu.max", "cpu.cfs_quota_us"):
+        try:
+            numbers = (folder / name).read_text().split()
+            period = numbers[1] if name == "cpu.max" else (folder / "cpu.cfs_period_us").read_text()
+            quota = int(numbers[0]) // int(period)
+        except (OSError, ValueError, IndexError, ZeroDivisionError):  # no such file, or "max"
+            continue
+        cores = min(cores, max(1, quota)) if int(numbers[0]) > 0 else cores  # -1: no limit
+    return cores
+
+
 def total_memory() -> int | None:
     """Bytes of main memory, None where that cannot be told."""
     try:
@@ -61,7 +75,7 @@ def resident_memory() -> int:
 def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
     """Bytes that this process' control group, or any group above it, allows (both versions); None without a limit."""
     limits = []
-    for folder, name in _groups(root, own):
+    for folder, name in _groups(root, own, "memory", "memory.max", "memory.limit_in_bytes"):
         try:
             limits.append(int((folder / name).read_text()))
         except (OSError, ValueError):  # no such file, or "max"
@@ -71,20 +85,20 @@ def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     return min(limits, default=None)
 
 
-def _groups(root: Path, own: Path) -> list[tuple[Path, str]]:
+def _groups(root: Path, own: Path, controller: str, name: str, name_v1: str) -> list[tuple[Path, str]]:
     """The folders whose limits apply, with the file that holds one: the process' own groups and all above them."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
         lines = []
-    found = [(root, "memory.max"), (root / "memory", "memory.limit_in_bytes")]
+    found = [(root, name), (root / controller, name_v1)]
     for line in lines:
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         unified = controllers == ""
-        if unified or "memory" in controllers.split(","):
-            top, name = (root, "memory.max") if unified else (root / "memory", "memory.limit_in_bytes")
+        if unified or controller in controllers.split(","):
+            top, file = (root, name) if unified else (root / controller, name_v1)
             parts = Path(path.lstrip("/")).parts
-            found += [(top.joinpath(*parts[:n]), name) for n in range(1, len(parts) + 1)]
+            found += [(top.joinpath(*parts[:n]), file) for n in range(1, len(parts) + 1)]
     return found
 
 

@@ -4,12 +4,17 @@ Opens from file:// without a network: pictures are data URIs, and trimesh's view
 """
 
 import base64
+import dataclasses
 import html
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mvdream_fast.config import SDS_PRESETS
+from mvdream_fast.errors import DivergedError
+from mvdream_fast.field.animation import webp_bytes
+from mvdream_fast.field.asset import Asset
 from mvdream_fast.field.export import viewer_html
 from mvdream_fast.field.mesh import Mesh
 from mvdream_fast.files import atomic_write
@@ -30,24 +35,61 @@ def write_report(
     Args:
         config: the run's config.json. records: the lines of log.jsonl. notes: sentences to show on top. mesh: to turn.
     """
-    parts = [f"<h1>{html.escape(config.get('prompt', ''))}</h1>"]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
-    parts += _section("The asset", _viewer(mesh), _picture(folder / "turntable.webp"))
-    parts += _section("Views sampled from the model", _picture(folder / "views.png"))
     previews = sorted((folder / "preview").glob("*.png"))
-    parts += _section("How it grew", *(_picture(path, f"step {int(path.stem)}") for path in thin(previews, 6)))
-    parts += _section("Curves", _curves(records))
-    parts += _section("Where the time went", _table(time_split(records), "part of a step", "share"))
-    settings = {k: v for k, v in config.items() if not isinstance(v, dict)} | config.get("sds", {})
-    parts += _section("Settings", _table({k: json.dumps(v) for k, v in settings.items()}, "setting", "value"))
-    parts += _section("Machine", _table(config.get("machine", {}), "", ""))
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.get("prompt", ""))}</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    pictures = {f"step {int(path.stem)}": _file_uri(path) for path in thin(previews, 6)}
+    page = _page(
+        config, records, notes, mesh, _file_uri(folder / "turntable.webp"), _file_uri(folder / "views.png"), pictures
     )
     path = folder / "report.html"
     atomic_write(path, page)
     return path
+
+
+def asset_report(asset: Asset, records: list[dict], path: Path) -> Path:
+    """The same page of an asset alone, as `asset.report("report.html")` writes it: without files of a run."""
+    try:
+        mesh = asset.mesh()
+        notes = [f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles"]
+    except DivergedError as error:
+        mesh, notes = None, [f"There is no mesh: {error}."]
+    config = {"prompt": asset.prompt, "seed": asset.seed, "sds": dataclasses.asdict(asset.config)}
+    turntable = _data_uri(webp_bytes(asset.frames()), "image/webp")
+    atomic_write(path, _page(config, records, notes, mesh, turntable, "", {}))
+    return path
+
+
+def _page(
+    config: dict, records: list[dict], notes: Sequence[str], mesh: Mesh | None, turntable: str, views: str,
+    previews: dict[str, str],
+) -> str:  # fmt: skip
+    """The whole page; pictures are data URIs, "" where there is none."""
+    title = html.escape(config.get("prompt", ""))
+    settings = config.get("sds", {})
+    parts = [f"<h1>{title}</h1>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
+    parts += _section("The asset", _viewer(mesh), _picture(turntable, "turntable"))
+    parts += _section("Views sampled from the model", _picture(views, "views"))
+    parts += _section("How it grew", *(_picture(uri, step) for step, uri in previews.items()))
+    parts += _section("Curves", _curves(records))
+    parts += _section("Where the time went", _table(time_split(records), "part of a step", "share"))
+    events = {f"step {r['step'] + 1}": r["event"] for r in records if r.get("event")}
+    parts += _section("What went wrong and was mended", _table(events, "", ""))
+    parts += _section("Run", _table({k: json.dumps(v) for k, v in config.items() if not isinstance(v, dict)}, "", ""))
+    differing = differences(settings)
+    parts += _section("Settings that differ from the preset", _table(differing, "setting", "value (preset's)"))
+    parts += _section("All settings", _table({k: json.dumps(v) for k, v in settings.items()}, "setting", "value"))
+    parts += _section("Machine", _table(config.get("machine", {}), "", ""))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}<body>{"".join(parts)}</body></html>'
+
+
+def differences(settings: dict) -> dict[str, str]:
+    """Settings that are not their preset's: the value, and the preset's in brackets."""
+    preset = SDS_PRESETS.get(settings.get("preset", ""))
+    if preset is None:
+        return {}
+    plain = json.loads(json.dumps(dataclasses.asdict(preset)))
+    found = json.loads(json.dumps(settings))
+    return {k: f"{json.dumps(v)} ({json.dumps(plain.get(k))})" for k, v in found.items() if v != plain.get(k)}
 
 
 def time_split(records: list[dict]) -> dict[str, str]:
@@ -79,11 +121,12 @@ def _data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _picture(path: Path, title: str = "") -> str:
-    if not path.exists():
-        return ""
-    uri = _data_uri(path.read_bytes(), f"image/{path.suffix[1:]}")
-    return f'<img src="{uri}" alt="{html.escape(title or path.stem)}" title="{html.escape(title or path.stem)}">'
+def _file_uri(path: Path) -> str:
+    return _data_uri(path.read_bytes(), f"image/{path.suffix[1:]}") if path.exists() else ""
+
+
+def _picture(uri: str, title: str) -> str:
+    return f'<img src="{uri}" alt="{html.escape(title)}" title="{html.escape(title)}">' if uri else ""
 
 
 def _viewer(mesh: Mesh | None) -> str:
@@ -103,7 +146,8 @@ def _curves(records: list[dict]) -> str:
     figure = Figure(figsize=(9.5, 2.6), layout="constrained")
     for i, name in enumerate(("loss", "opacity", "occupancy")):
         axes = figure.add_subplot(1, 3, i + 1)
-        axes.plot([r["step"] for r in records], [r.get(name) for r in records], linewidth=0.8)
+        values = [float("nan") if r.get(name) is None else r[name] for r in records]
+        axes.plot([r["step"] for r in records], values, linewidth=0.8)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)

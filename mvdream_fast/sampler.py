@@ -34,8 +34,12 @@ def ddim_sample(
     *,
     eta: float = 0.0,
     stream: Stream | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """Denoises `noise` [n, C, h, w] with DDIM; nothing is clipped.
+
+    `skip` leaves out as many of the first timesteps, for image to image: `noise` is then the latents of a picture as
+    `schedule.add_noise` makes them at the timestep that comes next.
 
     "ldm" visits another number of timesteps than `n_steps` where it doesn't divide 1000 (30 gives 31). `eta` > 0 adds
     fresh noise from `stream` at every step, the last included, as upstream does (1 is DDPM's variance).
@@ -49,7 +53,7 @@ def ddim_sample(
     timesteps = ddim_timesteps(n_steps, convention, len(schedule.alphas_cumprod))
     abar = schedule.alphas_cumprod.double().tolist()
     schedule, latents = schedule.to(noise.device), noise
-    for i, t in enumerate(timesteps):
+    for i, t in list(enumerate(timesteps))[skip:]:
         out = guided(model_fn, latents, torch.tensor(t, device=noise.device), guidance_scale)
         abar_prev = abar[_previous(timesteps, i, n_steps, convention, len(abar))]
         sigma = eta * ((1 - abar_prev) / (1 - abar[t]) * (1 - abar[t] / abar_prev)) ** 0.5

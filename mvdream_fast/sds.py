@@ -5,300 +5,312 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mvdream_fast import cli
-from mvdream_fast.errors import ArgumentError, DivergedError, InputFileError
+from mvdream_fast.errors import ArgumentError, DivergedError, UserError
 
 if TYPE_CHECKING:
-    from mvdream_fast.config import SDSConfig
-    from mvdream_fast.field.asset import Asset
+    from mvdream_fast.optimization import GrownAsset
     from mvdream_fast.pipeline import MVDreamPipeline
-    from mvdream_fast.text_to_3d import Record
+    from mvdream_fast.run import Interrupt
+    from mvdream_fast.settings import Request
+    from mvdream_fast.viewer import Viewer
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Turns a sentence into a 3D asset: mesh.glb, turntable.webp and report.html in a folder of its own."""
+    """Turns a sentence into a 3D asset: mesh.glb, turntable.webp and report.html in a folder of its own.
 
-    text: Annotated[str, tyro.conf.Positional] = ""
+    The folder is OUTPUT/<prompt>/<time>-s<seed>/, and OUTPUT/latest links to it.
+    """
+
+    text: Annotated[str | None, tyro.conf.Positional] = None
     """The prompt, as a bare sentence."""
-    prompt: str = ""
-    """The prompt."""
-    model: str = "embedded"
-    """A model folder, a released checkpoint, or "embedded": the small model that ships with the package."""
-    preset: Literal["auto", "mini", "paper"] = "auto"
-    """mini: the embedded model on a CPU. paper: MVDream's recipe. auto: mini for the embedded model, else paper."""
-    method: Literal["sds", "reconstruct"] = "sds"
-    """reconstruct: fit the volume to sampled views instead of distilling."""
+    prompt: str | None = None
+    """The prompt, as a flag."""
+    prompts_file: Path | None = None
+    """One run for each line of a JSONL file, such as {"prompt": "a red chair", "seed": 1}; all are checked first."""
+    config: Path | None = None
+    """A TOML file of settings, or the config.json of an earlier run; flags win over it."""
+    model: str | None = None
+    """A model folder, a released checkpoint, or "embedded" (the default): the small model of the package."""
+    preset: Literal["auto", "mini", "fast", "paper"] = "auto"
+    """mini: the embedded model on a CPU. fast: the same in a third of the time. paper: MVDream's recipe. auto: mini for
+    the embedded model and others that draw 64 pixels, else paper."""
+    method: Literal["sds", "reconstruct"] | None = None
+    """reconstruct: fit the volume to views that are sampled once, instead of distilling."""
     steps: int | None = None
     """Number of steps; schedules stretch with it. Default: the preset's."""
-    seed: str = "0"
-    """A number, or "random" (the drawn seed is printed)."""
+    seed: str | None = None
+    """A number, 0 if left out, or "random" (the drawn seed is printed)."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "outputs"
-    """Folder in which the run's folder is made."""
-    resume: str = ""
-    """Go on with a run: its folder, or "latest". Other settings then come from the run."""
+    """Root of the run folders: each run makes one of its own below it. (generate's -o is the folder itself.)"""
+    resume: str | None = None
+    """Go on with a run: its folder, or "latest" for the last one under OUTPUT. Its settings come from the run."""
     guidance_scale: float | None = None
-    n_views: int | None = None
-    """Views a group; for --method reconstruct, the number of views that are sampled."""
+    """How closely to follow the prompt."""
+    n_views: Annotated[int | None, tyro.conf.arg(aliases=["--views"])] = None
+    """Views a step; for --method reconstruct, the number of views that are sampled."""
     render_size: int | None = None
     """Pixels a side, at every stage."""
     negative_prompt: str | None = None
+    """What not to make."""
     rescale: float | None = None
     """Share of the guided prediction whose deviation is rescaled to the unguided one's."""
     lr: float | None = None
     """Learning rate of the hash grid."""
     elevation_range_deg: tuple[float, float] | None = None
+    """Heights of the cameras over the horizon."""
     fovy_range_deg: tuple[float, float] | None = None
+    """Their fields of view."""
     shading: bool = False
     """The recipe's shading variant: point light and orientation loss."""
     preview_every: int | None = None
     """Steps between preview pictures. Default: one at 2 % of the steps, then every 10 %."""
     checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    viewer: bool = False
+    """Opens a live page on 127.0.0.1 where the asset can be turned while it grows; closes with the run."""
+    viewer_port: int = 7007
+    """Port of that page; the next free one if it is taken."""
     faces: int | None = None
     """At most this many triangles in the mesh."""
-    mesh_resolution: int = 128
+    mesh_resolution: int | None = None
+    """Cells a side that the surface is taken from. Default: 128."""
+    texture: int | None = None
+    """Bakes a texture of this many pixels a side into mesh.glb, instead of colouring its vertices."""
+    formats: tuple[Literal["glb", "obj", "ply"], ...] | None = None
+    """Files of the mesh; mesh.glb is always made."""
+    up: Literal["y", "z"] | None = None
+    """Upward axis of .obj and .ply (default y); .glb is always y-up."""
     device: str = "auto"
-    dtype: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the UNet's weights; auto is what the device is fast at."""
     threads: int | None = None
+    """CPU threads; by default one a core."""
     quiet: bool = False
-    """No progress lines."""
+    """Prints the run's folder and warnings only."""
+
+
+# Flags that say how and where a run is made, not what.
+HOW = ("text", "config", "prompts_file", "output", "resume", "preview_every", "checkpoint_every", "viewer",
+       "viewer_port", "device", "dtype", "threads", "quiet")  # fmt: skip
 
 
 def main(flags: Flags) -> None:
-    from mvdream_fast import run
+    from mvdream_fast import memory, run
 
-    say = (lambda *_: None) if flags.quiet else (lambda line: print(line, flush=True))
-    if flags.resume:
-        folder = run.resolve_resume(flags.resume, flags.output)
-        prompt, seed, model, config = read_run(folder)
-    else:
-        prompt, seed, model, config, why = plan(flags)
-        say(f"preset {config.preset}: {why}; {config.steps} steps; seed {seed}")
-        folder = run.make_run_folder(flags.output, prompt, seed)
-        write_run(folder, prompt, seed, model, config)
+    say: Say = (lambda _: None) if flags.quiet else (lambda line: print(line, flush=True))
+    check_flags(flags)
+    folder = run.resolve_resume(flags.resume, flags.output) if flags.resume else None
+    requests = plan(flags, folder)
+    memory.check_start()
     cli.set_threads(flags.threads)
     start = time.perf_counter()
-    pipeline = load_pipeline(model, flags, say)
-    if not (folder / "views.png").exists():
-        sample_views(pipeline, prompt, seed, folder, config)
-        say(f"first views after {time.perf_counter() - start:.1f} s: {folder / 'views.png'}")
-    code = optimise(pipeline, prompt, seed, config, folder, flags, say)
+    fits(requests, flags)
+    if folder is None:
+        folder = new_folder(flags, requests[0])
+    pipeline = load_pipeline(requests[0].model, flags)
+    if len(requests) == 1:
+        make(pipeline, requests[0], folder, flags, say, start)
+    else:
+        make_all(pipeline, requests, folder, flags, say)
+
+
+def check_flags(flags: Flags) -> None:
+    """What is wrong with the flags by themselves. Raises ArgumentError."""
+    given = [name for name in ("text", "prompt", "prompts_file") if getattr(flags, name) is not None]
+    if len(given) > 1:
+        raise ArgumentError("give the prompt once: by itself, with --prompt, or with --prompts-file")
+    if flags.resume and (given or flags.config):
+        raise ArgumentError("--resume takes prompt and settings from the run; leave out the prompt and --config")
+    for name in ("checkpoint_every", "preview_every", "threads"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 1 <= flags.viewer_port < 65536:
+        raise ArgumentError(f"--viewer-port must be 1 to 65535, got {flags.viewer_port}")
+
+
+def plan(flags: Flags, resumed: Path | None = None) -> list["Request"]:
+    """The runs that are asked for, every one checked. Raises ArgumentError, InputFileError."""
+    from mvdream_fast import settings
+
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(Flags) if f.name not in HOW}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    if flags.text is not None:
+        given["prompt"] = flags.text
+    if resumed is not None:
+        request = settings.read_run(resumed)
+        export = {f.name for f in dataclasses.fields(request.export)} & given.keys()
+        export = dataclasses.replace(request.export, **{name: given[name] for name in export})
+        settings.check_export(export)
+        return [dataclasses.replace(request, export=export, why="as the run was started")]
+    file = settings.read_settings(flags.config) if flags.config else None
+    if flags.prompts_file is not None:
+        return settings.read_prompts(flags.prompts_file, given, file)
+    return [settings.resolve(given, file)]
+
+
+def fits(requests: list["Request"], flags: Flags) -> None:
+    """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
+    from mvdream_fast import memory
+    from mvdream_fast.machine import choose_device
+    from mvdream_fast.models.checkpoint import open_source
+
+    device = choose_device(flags.device)
+    source = open_source(requests[0].model)
+    weights = memory.files_bytes(source.path)
+    for config in {request.config: None for request in requests}:
+        memory.check(memory.estimate(source.config, config, weights), config, str(device))
+
+
+def new_folder(flags: Flags, request: "Request") -> Path:
+    """A run folder with config.json (what --resume reads), cmd.txt and env.json."""
+    from mvdream_fast import __version__, machine, run
+    from mvdream_fast.files import atomic_write
+
+    folder = run.make_run_folder(flags.output, request.prompt, request.seed)
+    about = {"processor": machine.cpu_name(), "cores": cli.available_cores(), "memory": machine.total_memory()}
+    record = request.to_dict() | {"version": __version__, "machine": about}
+    atomic_write(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.sds", *sys.argv[1:]]) + "\n")
+    about = about | {"python": sys.version, "version": __version__}
+    atomic_write(folder / "env.json", json.dumps(about, indent=2) + "\n")
+    return folder
+
+
+def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
+    from mvdream_fast.pipeline import MVDreamPipeline
+
+    return MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype)
+
+
+def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:
+    """One run, in its folder. Exits with 130 or 143 when a signal stopped it."""
+    from mvdream_fast import run
+
+    say(first_line(pipeline, request))
+    if flags.quiet:
+        print(folder, flush=True)
+    with run.Interrupt() as interrupt:
+        if not (folder / "views.png").exists():
+            sample_views(pipeline, request, folder)
+            say(f"first views after {time.perf_counter() - start:.1f} s: {folder / 'views.png'}")
+        code = optimise(pipeline, request, folder, flags, say, interrupt)
     if code:
         print(f"sds: stopped; go on with --resume {folder}", file=sys.stderr)
         sys.exit(code)
     say(f"done in {time.perf_counter() - start:.0f} s: {folder}")
 
 
-def plan(flags: Flags) -> tuple[str, int, str, "SDSConfig", str]:
-    """Prompt, seed, model, configuration and the reason for the preset, from the flags. Raises ArgumentError."""
-    import secrets
-
-    from mvdream_fast.config import resolve_config, shaded
-    from mvdream_fast.models.tokenizer import check_prompt
-
-    if flags.text and flags.prompt:
-        raise ArgumentError(f"give the prompt once: got {flags.text!r} and --prompt {flags.prompt!r}")
-    prompt = flags.prompt or flags.text
-    check_prompt(prompt)
-    if flags.seed != "random" and not flags.seed.isdigit():
-        raise ArgumentError(f'--seed must be a number from 0 up or "random", got {flags.seed!r}')
-    seed = secrets.randbelow(2**31) if flags.seed == "random" else int(flags.seed)
-    preset, why = flags.preset, "as asked"
-    if preset == "auto":
-        embedded = flags.model == "embedded"
-        preset = "mini" if embedded else "paper"
-        why = "no --model given: the embedded model" if embedded else f"the model is {flags.model}"
-    names = (
-        "steps",
-        "guidance_scale",
-        "n_views",
-        "negative_prompt",
-        "rescale",
-        "elevation_range_deg",
-        "fovy_range_deg",
-    )
-    overrides = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    config = resolve_config(preset, method=flags.method, **overrides)
-    if flags.lr is not None:
-        config = dataclasses.replace(config, lr_encoding=flags.lr)
-    if flags.render_size is not None:
-        config = dataclasses.replace(config, render_size=(flags.render_size,) * len(config.render_size))
-    config = shaded(config) if flags.shading else config
-    check_config(config)
-    return prompt, seed, flags.model, config, why
+def make_all(pipeline: "MVDreamPipeline", requests: list["Request"], folder: Path, flags: Flags, say: Say) -> None:
+    """One run after the other; one that fails doesn't stop the rest, and the first failure's code is the command's."""
+    lines, code = [], 0
+    for i, request in enumerate(requests):
+        folder, start = folder if i == 0 else new_folder(flags, request), time.perf_counter()
+        try:
+            make(pipeline, request, folder, flags, say, start)
+            state = "done"
+        except UserError as error:
+            print(f"sds: {request.prompt!r}: {error}", file=sys.stderr)
+            state, code = f"failed ({type(error).__name__}, {error.exit_code})", code or error.exit_code
+        lines.append(
+            f"{state:24} {time.perf_counter() - start:6.0f} s  {request.prompt!r}, seed {request.seed}: {folder}"
+        )
+    say("\n".join([f"{len(requests)} runs:", *lines]))
+    if code:
+        sys.exit(code)
 
 
-def check_config(config: "SDSConfig") -> None:
-    """Raises ArgumentError for numbers that no run can use."""
-    rules = (
-        (config.steps >= 1, "--steps must be at least 1", config.steps),
-        (config.n_views >= 1, "--n-views must be at least 1", config.n_views),
-        (8 <= min(config.render_size) <= max(config.render_size) <= 1024, "--render-size must be 8 to 1024",
-         config.render_size),
-        (abs(config.guidance_scale) < 1e6, "--guidance-scale must be below a million", config.guidance_scale),
-        (0 <= config.rescale <= 1, "--rescale must be within 0 and 1", config.rescale),
-        (0 < config.lr_encoding < 10, "--lr must be within 0 and 10", config.lr_encoding),
-        (0 < config.fovy_range_deg[0] <= config.fovy_range_deg[1] < 180,
-         "--fovy-range-deg must be two angles, low and high, within 0 and 180", config.fovy_range_deg),
-        (-90 <= config.elevation_range_deg[0] <= config.elevation_range_deg[1] <= 90,
-         "--elevation-range-deg must be two angles, low and high, within -90 and 90", config.elevation_range_deg),
-    )  # fmt: skip
-    for holds, sentence, value in rules:
-        if not holds:
-            raise ArgumentError(f"{sentence}, got {value}")
+def first_line(pipeline: "MVDreamPipeline", request: "Request") -> str:
+    """Which recipe and which model, why, and what of the prompt the model won't see."""
+    config = request.config
+    method = "" if config.method == "sds" else f", {config.method}"
+    unseen = pipeline.unseen_words(request.prompt, config.negative_prompt, config.suffix)
+    parts = [f"preset {config.preset}{method}: {request.why}", f"{config.steps} steps", f"seed {request.seed}"]
+    return "; ".join([*parts, f"model {pipeline.describe()}", *unseen])
 
 
-def write_run(folder: Path, prompt: str, seed: int, model: str, config: "SDSConfig") -> None:
-    """config.json (what --resume reads), cmd.txt and env.json."""
-    from mvdream_fast import __version__, machine
-    from mvdream_fast.files import atomic_write
-
-    about = {"processor": machine.cpu_name(), "cores": cli.available_cores(), "memory": machine.total_memory()}
-    record = {"kind": "sds", "prompt": prompt, "seed": seed, "model": model, "sds": dataclasses.asdict(config)}
-    record |= {"version": __version__, "machine": about}
-    atomic_write(folder / "config.json", json.dumps(record, indent=2) + "\n")
-    atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.sds", *sys.argv[1:]]) + "\n")
-    atomic_write(
-        folder / "env.json", json.dumps(about | {"python": sys.version, "version": __version__}, indent=2) + "\n"
-    )
-
-
-def read_run(folder: Path) -> tuple[str, int, str, "SDSConfig"]:
-    """Prompt, seed, model and configuration of a run folder. Raises InputFileError."""
-    from mvdream_fast.config import SDSConfig, from_dict
-
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["kind"] != "sds":
-            raise ValueError(f"it describes a {data['kind']}")
-        return str(data["prompt"]), int(data["seed"]), str(data["model"]), from_dict(SDSConfig, data["sds"], str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputFileError(f"{path} is not the configuration of an sds run: {error}") from error
-
-
-def load_pipeline(model: str, flags: Flags, say) -> "MVDreamPipeline":
-    from mvdream_fast.pipeline import MVDreamPipeline
-
-    pipeline = MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype)
-    say(f"model {model}: {pipeline.describe()}")
-    return pipeline
-
-
-def sample_views(pipeline: "MVDreamPipeline", prompt: str, seed: int, folder: Path, config: "SDSConfig") -> None:
+def sample_views(pipeline: "MVDreamPipeline", request: "Request", folder: Path) -> None:
     """views.png: four views as the model draws them, so that a bad prompt is seen before the long part."""
     import io
 
     from mvdream_fast.files import atomic_write
 
-    warn = lambda sentence: print(f"sds: {sentence}", file=sys.stderr)  # noqa: E731
-    views = pipeline(prompt, seed=seed, n_steps=25, negative_prompt=config.negative_prompt, warn=warn)
+    views = pipeline(
+        request.prompt, seed=request.seed, n_steps=25, negative_prompt=request.config.negative_prompt,
+        warn=lambda _: None,
+    )  # fmt: skip
     out = io.BytesIO()
     views.sheet().save(out, "PNG")
     atomic_write(folder / "views.png", out.getvalue())
 
 
-def optimise(pipeline, prompt: str, seed: int, config: "SDSConfig", folder: Path, flags: Flags, say) -> int:
+def optimise(
+    pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, interrupt: "Interrupt"
+) -> int:
     """Runs the loop and leaves everything in `folder`. Returns 0, or 130 / 143 when a signal stopped it."""
-    from mvdream_fast import run
     from mvdream_fast.report import write_report
     from mvdream_fast.text_to_3d import TextTo3D
+    from mvdream_fast.watch import Watcher
 
-    (folder / "preview").mkdir(exist_ok=True)
-    watcher = Watcher(folder, config, flags.preview_every, say)
     about = json.loads((folder / "config.json").read_text())
-    notes: list[str] = []
-    with run.Interrupt() as interrupt:
-        try:
-            asset = TextTo3D(pipeline)(
-                prompt, seed=seed, config=config, callback=watcher, checkpoints=folder / "ckpt",
-                checkpoint_every=flags.checkpoint_every, interrupt=interrupt,
-            )  # fmt: skip
-        except DivergedError as error:
-            write_report(folder, about, watcher.log.read(), [f"The run did not finish: {error}."])
-            raise
+    viewer = open_viewer(flags, request, say)
+    watcher = Watcher(folder, request.config, flags.preview_every, say, viewer)
+    try:
+        asset = TextTo3D(pipeline, keep=flags.prompts_file is not None)(
+            request.prompt, seed=request.seed, config=request.config, callback=watcher, checkpoints=folder / "ckpt",
+            checkpoint_every=flags.checkpoint_every, interrupt=interrupt,
+        )  # fmt: skip
         if interrupt.requested is not None:
             write_report(folder, about, watcher.log.read(), ["The run was stopped before its end."])
             return interrupt.exit_code
         say("writing the mesh, the turntable and the report")
-        asset.save(folder / "asset.safetensors")
-        asset.turntable(folder / "turntable.webp", size=128)
-        try:
-            mesh = asset.save_glb(folder / "mesh.glb", flags.mesh_resolution, flags.faces)
-            notes.append(f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles")
-        except DivergedError as error:
-            notes.append(f"There is no mesh: {error}.")
-            write_report(folder, about, watcher.log.read(), notes)
-            raise
-        write_report(folder, about, watcher.log.read(), notes, mesh)
+        export(asset, request, folder, about, watcher.log.read())
+    except DivergedError as error:
+        write_report(folder, about, watcher.log.read(), [f"The run did not finish: {error}."])
+        raise
+    finally:
+        if viewer is not None:
+            viewer.close()
     return 0
 
 
-class Watcher:
-    """The callback of a run: log.jsonl, previews, and a progress line a second (a plain line every ten, in a pipe)."""
+def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
+    if not flags.viewer:
+        return None
+    from mvdream_fast.viewer import Viewer
 
-    def __init__(self, folder: Path, config: "SDSConfig", preview_every: int | None, say):
-        from mvdream_fast import run
-
-        self.folder, self.config, self.say = folder, config, say
-        self.log = run.JsonlLog(folder / "log.jsonl")
-        self.preview_every = preview_every
-        self.begin = self.last = time.perf_counter()
-        self.n_done = 0
-
-    def __call__(self, record: "Record", asset: "Asset") -> None:
-        if self.n_done == 0:
-            self.log.truncate_after(record.step - 1)
-        self.n_done += 1
-        self.log.write(dataclasses.asdict(record))
-        if self.is_preview(record.step + 1):
-            save_preview(asset, self.folder / "preview" / f"{record.step + 1:06d}.png")
-        now = time.perf_counter()
-        if now - self.last > (1 if sys.stdout.isatty() else 10):
-            self.last = now
-            self.progress(record, now)
-
-    def is_preview(self, done: int) -> bool:
-        if self.preview_every:
-            return done % self.preview_every == 0
-        steps = self.config.steps
-        return done == max(1, steps // 50) or done % max(1, steps // 10) == 0
-
-    def progress(self, record: "Record", now: float) -> None:
-        from mvdream_fast.machine import resident_memory
-
-        pace = (now - self.begin) / self.n_done
-        left = pace * (self.config.steps - record.step - 1)
-        self.say(
-            f"step {record.step + 1}/{self.config.steps}  {pace:.2f} s/it  {left / 60:.1f} min left  "
-            f"loss {record.loss:.4g}  occupancy {100 * record.occupancy:.0f} %  "
-            f"memory {resident_memory() / 2**30:.1f} GB"
-        )
+    viewer = Viewer(flags.viewer_port, request.prompt)
+    print(viewer.describe(), flush=True)
+    return viewer
 
 
-def save_preview(asset: "Asset", path: Path, size: int = 64) -> None:
-    """Four views of the growing asset: colour, opacity and depth, one row each."""
-    import io
+def export(asset: "GrownAsset", request: "Request", folder: Path, about: dict[str, Any], records: list[dict]) -> None:
+    """asset.safetensors, turntable, mesh in every format, report. Raises DivergedError where there is no surface."""
+    from mvdream_fast.field.animation import has_video
+    from mvdream_fast.field.export import save_mesh
+    from mvdream_fast.report import write_report
 
-    import torch
-    from PIL import Image
-
-    from mvdream_fast.files import atomic_write
-
-    views = asset.render(size=size)
-    depth = views.depth / views.depth.amax().clamp(min=1e-6)
-    rows = [views.rgb, views.opacity[:, None].expand(-1, 3, -1, -1), depth[:, None].expand(-1, 3, -1, -1)]
-    sheet = torch.cat([torch.cat([*row], dim=2) for row in rows], dim=1)
-    out = io.BytesIO()
-    pixels = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(out, "PNG")
-    atomic_write(path, out.getvalue())
+    wanted = request.export
+    asset.save(folder / "asset.safetensors")
+    asset.turntable(*[folder / f"turntable.{ending}" for ending in ("webp", "mp4") if ending == "webp" or has_video()])
+    mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, wanted.texture)
+    for ending in dict.fromkeys(("glb", *wanted.formats)):
+        save_mesh(mesh, folder / f"mesh.{ending}", wanted.up)
+    texture = f", a texture of {wanted.texture} x {wanted.texture}" if wanted.texture else ""
+    notes = [f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles{texture}"]
+    write_report(folder, about, records, notes, mesh)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m mvdream_fast.train`: trains a multi-view diffusion model, or its autoencoder, on rendered shards."""
+"""`python -m mvdream_fast.train`: trains a diffusion model, its autoencoder or the evaluator on rendered shards."""
 
 import sys
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvdream_fast import cli
-from mvdream_fast.config import NAMED
+from mvdream_fast import cli, distributed
+from mvdream_fast.config import NAMED, with_settings
 from mvdream_fast.errors import ArgumentError
 
 
@@ -17,20 +17,27 @@ class Flags:
     """Trains a multi-view diffusion model on shards written by `python -m mvdream_fast.render`.
 
     A new model begins with its autoencoder (--stage vae); OUTPUT/model of that is the --vae of the next stage.
+    In several processes: accelerate launch --multi_gpu --num_processes 2 -m mvdream_fast.train ... (without GPUs too,
+    with --device cpu); --batch-size stays that of them all.
     """
 
     data: Path
     """folder of webdataset shards (*.tar)"""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """folder for checkpoints, log, sample sheets and the exported model"""
-    stage: Literal["vae", "unet"] = "unet"
-    """unet trains UNet and text tower on the autoencoder's latents"""
+    stage: Literal["vae", "unet", "evaluator"] = "unet"
+    """unet trains UNet and text tower on the autoencoder's latents; evaluator what `mvdream_fast.evaluate` judges by"""
     config: str = "mini"
     """configuration of a new model: mini, sd21-4view, sd15-4view"""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
+    """changes to the configuration, as unet.view_mixing=2d or unet.camera_in=text"""
     init: str | None = None
-    """model folder or name to go on from, instead of a new model of --config"""
+    """model to go on from, instead of a new one of --config: a folder, a name, the released MVDream .pt, or Stable
+    Diffusion 2.1's own .safetensors file (its new camera layers begin at zero)"""
     vae: str | None = None
     """model folder whose autoencoder a new model takes: the output of --stage vae"""
+    text: str | None = None
+    """model folder whose text tower and words a new model takes"""
     vocabulary: Path | None = None
     """captions, one a line, whose words a new text tower has rows for beside those of the data"""
     resume: bool = False
@@ -38,15 +45,19 @@ class Flags:
     steps: int = 20000
     """updates in all, those before a resume included"""
     batch_size: int | None = None
-    """scenes a step (unet, default 8) or images (vae, default 16)"""
+    """scenes a step (unet, default 8; evaluator 96) or images (vae, default 16)"""
     n_views: int = 4
     """orthogonal views of a scene"""
     lr: float | None = None
-    """learning rate (default 3e-4; vae 1e-3)"""
+    """learning rate (default 3e-4; vae 1e-3, evaluator 2e-3)"""
     warmup: int | None = None
-    """steps of linear warm-up (default 200; vae 50)"""
+    """steps of linear warm-up (default 200; vae 50, evaluator 50)"""
+    decay: int = 0
+    """last updates of --steps over which the learning rate falls to zero (0: it stays; other stages always fall)"""
     ema: float | None = None
-    """decay of the weights' moving average (default 0.9995; vae 0.995)"""
+    """decay of the weights' moving average (default 0.9995; vae 0.995, evaluator 0.99)"""
+    decoder_only: bool = False
+    """--stage vae --init MODEL: train its decoder and leave the latents as they are"""
     multi_view_share: float = 0.7
     """share of multi-view steps; the others are 2D mode"""
     caption_dropout: float = 0.1
@@ -63,6 +74,8 @@ class Flags:
     """train the UNet alone"""
     cache_latents: bool = False
     """encode every view once, on three backgrounds, and train on those"""
+    latents: Path | None = None
+    """where --cache-latents keeps them (default: in the output folder)"""
     sheet_prompts: tuple[str, ...] = ()
     """prompts of the sample sheets (default: captions of the data)"""
     sheet_guidance: float = 5.0
@@ -71,21 +84,29 @@ class Flags:
     """minutes between validation and sample sheets (0: only at the end)"""
     checkpoint_minutes: float = 5.0
     """minutes between checkpoints"""
+    shard: Literal["none", "fsdp2"] = "none"
+    """several processes (accelerate launch) hold a whole model each, or share its memory by FSDP2"""
     seed: int = 0
     device: str | None = None
     """cpu, cuda, ... (default: cuda if there is one)"""
     threads: int | None = None
-    """CPU threads"""
+    """CPU threads (default: all, shared among the processes of a machine)"""
 
 
 def _check(args: Flags) -> None:
     """Refuses values that no run can use, before torch is imported."""
     if args.config not in NAMED:
         raise ArgumentError(f"--config must be one of {', '.join(NAMED)}, got {args.config}")
+    if args.init is None:
+        with_settings(NAMED[args.config], args.settings)
     for name in ("steps", "n_views", "accumulate", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.decoder_only and (args.stage != "vae" or args.init is None):
+        raise ArgumentError("--decoder-only must come with --stage vae and --init: there is no trained encoder to keep")
+    if not 0 <= args.decay <= args.steps:
+        raise ArgumentError(f"--decay must be from 0 to --steps, got {args.decay}")
     for name, value in (("multi-view-share", args.multi_view_share), ("caption-dropout", args.caption_dropout)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"--{name} must be from 0 to 1, got {value}")
@@ -97,7 +118,7 @@ def _check(args: Flags) -> None:
 
 def main(args: Flags) -> None:
     _check(args)
-    cli.set_threads(args.threads)
+    cli.set_threads(args.threads or max(1, cli.available_cores() // distributed.launched()[1]))
     from mvdream_fast import training_runs
 
     code = training_runs.run_stage(args)

@@ -3,12 +3,13 @@
 Where batches come from is data/batches.py; the autoencoder's own loop is training_vae.py; flags are train.py's.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mvdream_fast import run
+from mvdream_fast import distributed, run
 from mvdream_fast.camera import get_camera
 from mvdream_fast.config import ModelConfig
 from mvdream_fast.data.batches import Batch, Source
+from mvdream_fast.distributed import ALONE, Ranks
 from mvdream_fast.errors import DivergedError, ModelError
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.rng import Stream
@@ -40,6 +42,8 @@ class TrainOptions:
     n_views: int = 4
     lr: float = 3e-4
     warmup: int = 200
+    steps: int = 0  # the run's end, which `decay` counts back from
+    decay: int = 0  # last updates, over which the learning rate falls to zero; 0: it stays
     weight_decay: float = 0.01
     ema: float = 0.9995
     multi_view_share: float = 0.7
@@ -64,22 +68,38 @@ class Parts:
     tokenizer: Tokenizer
 
 
+class Denoiser(nn.Module):
+    """UNet and text tower as the one module that several processes share."""
+
+    def __init__(self, unet: nn.Module, text: nn.Module):
+        super().__init__()
+        self.unet, self.text = unet, text
+
+    def forward(self, latents: Tensor, t: Tensor, ids: Tensor, cameras: Tensor | None, n_views: int) -> Tensor:
+        return self.unet(latents, t, self.text(ids), cameras, n_views)
+
+
 class Trainer:
     """One optimisation of UNet and text tower. `step` is the number of updates done so far.
 
     Everything random is keyed by (seed, step, purpose), so the state is weights, EMA, Adam's moments and the step.
+    Several processes (`ranks`) take equal shares of each batch; with `shard` they also share the weights' memory, and
+    `parts` is then a copy for samples and validation, which the first process alone holds.
     """
 
-    def __init__(self, parts: Parts, source: Source, options: TrainOptions):
-        self.parts, self.source, self.options, self.step = parts, source, options, 0
+    def __init__(self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False):
+        self.parts, self.source, self.options, self.ranks, self.step = parts, source, options, ranks, 0
         self.device = next(parts.unet.parameters()).device
         self.schedule = NoiseSchedule.from_config(parts.config.schedule, self.device)
         parts.vae.requires_grad_(False).eval()
         parts.text.requires_grad_(options.train_text)
-        modules = {"unet": parts.unet, "text": parts.text}
-        named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
-        self.named = {name: p for name, p in named.items() if p.requires_grad}
+        self.denoiser = Denoiser(parts.unet, parts.text)
+        self.model = _sharded(self.denoiser, ranks) if shard else distributed.replicated(self.denoiser, ranks)
+        self.shown = [p for p in self.denoiser.parameters() if p.requires_grad]
+        trained = self.model if shard else self.denoiser
+        self.named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
+        self._averaged = False
         self.ema = [p.detach().float().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True
@@ -89,14 +109,17 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns its loss, gradient norm and mode. Raises DivergedError before a weight is touched."""
         options, total, multi_view = self.options, 0.0, self._multi_view()
+        share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
         for micro in range(options.accumulate):
             purpose = f"train/{micro}"
-            batch = self.source.batch(
-                Stream(options.seed, self.step, f"{purpose}/batch"), options.batch_size, options.n_views, multi_view
-            )
-            loss = self.loss(batch, Stream(options.seed, self.step, purpose), options.caption_dropout)
-            self.scaler.scale(loss / options.accumulate).backward()
+            stream = Stream(options.seed, self.step, f"{purpose}/batch")
+            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
+            with distributed.unsynchronised(self.model, micro < options.accumulate - 1):
+                stream = Stream(options.seed, self.step, purpose)
+                loss = self.loss(batch, stream, options.caption_dropout, ranks=self.ranks)
+                self.scaler.scale(loss / options.accumulate).backward()
             total += loss.item() / options.accumulate
+        total = self.ranks.mean(total)
         if not math.isfinite(total):
             raise DivergedError(f"the loss is {total} at step {self.step}; resume with a smaller --lr")
         norm = self._update()
@@ -109,9 +132,9 @@ class Trainer:
     def _update(self) -> float:
         options = self.options
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * min(1.0, (self.step + 1) / max(options.warmup, 1))
+            group["lr"] = options.lr * trapezoid(self.step, options.warmup, options.steps, options.decay)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
+        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,38 +143,46 @@ class Trainer:
         decay = min(options.ema, self.step / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, [p.float() for p in self.parameters], 1 - decay)
-        return norm
+        return distributed.number(norm)
 
-    def loss(self, batch: Batch, stream: Stream, dropout: float, t: Tensor | None = None) -> Tensor:
-        """The mean squared error of the UNet's output at a random step of each scene (or at t [B]); scalar."""
-        latents = self.latents(batch, stream)
-        n, v = len(batch.captions), batch.n_views
-        drawn = stream.integers(0, self.parts.config.schedule.n_timesteps, n)
+    def loss(
+        self, batch: Batch, stream: Stream, dropout: float, t: Tensor | None = None, ranks: Ranks = ALONE
+    ) -> Tensor:
+        """The mean squared error of the UNet's output at a random step of each scene (or at t [B]); scalar.
+
+        `batch` is the share of `ranks`: what is random is drawn for all of them, so it is what one process would draw.
+        """
+        latents = self.latents(batch, stream, ranks)
+        n, v = ranks.world * len(batch.captions), batch.n_views
+        drawn = ranks.part(spread_timesteps(stream, n, self.parts.config.schedule.n_timesteps))
         t = (drawn if t is None else t).repeat_interleave(v).to(self.device)  # the views of a scene share t
-        noise = stream.normal(*latents.shape, device=self.device)
-        drop = (stream.uniform(n) < dropout).tolist()
+        noise = ranks.part(stream.normal(n * v, *latents.shape[1:])).to(self.device)
+        drop = ranks.part((stream.uniform(n) < dropout).tolist())
         captions = ["" if gone else caption for gone, caption in zip(drop, batch.captions)]
+        # Validation runs on the first process alone, so it must not meet the others in a shared model.
+        model = self.model if torch.is_grad_enabled() else self.denoiser
         with self._autocast():
-            out = self.parts.unet(
-                self.schedule.add_noise(latents, noise, t), t, self.context(captions), batch.cameras, v
-            )
+            out = model(self.schedule.add_noise(latents, noise, t), t, self._ids(captions), batch.cameras, v)
         error = (out.float() - self.schedule.target(latents, noise, t)).square().flatten(1).mean(1)
         return (error * self._weights(t)).mean()
 
-    def latents(self, batch: Batch, stream: Stream) -> Tensor:
+    def latents(self, batch: Batch, stream: Stream, ranks: Ranks = ALONE) -> Tensor:
         """The batch's latents [B*V, C, h, w]: as cached, or a sample of the VAE's posterior."""
         if batch.encoded:
             return batch.pictures.to(self.device)
         images = batch.pictures.to(self.device)
         vae = self.parts.config.vae
         height, width = (side // vae.downsampling for side in images.shape[2:])
-        noise = stream.normal(len(images), vae.latent_channels, height, width, device=self.device)
+        noise = stream.normal(ranks.world * len(images), vae.latent_channels, height, width)
         with torch.no_grad():
-            return self.parts.vae.encode(images, noise)
+            return self.parts.vae.encode(images, ranks.part(noise).to(self.device))
 
     def context(self, captions: list[str]) -> Tensor:
         """Text states [B, L, width] of the captions."""
-        return self.parts.text(self.parts.tokenizer.encode(captions).ids.to(self.device))
+        return self.parts.text(self._ids(captions))
+
+    def _ids(self, captions: list[str]) -> Tensor:
+        return self.parts.tokenizer.encode(captions).ids.to(self.device)
 
     def _weights(self, t: Tensor) -> Tensor:
         """Loss weights [B*V]. Source of min-SNR: Hang et al. 2023, for both parameterisations."""
@@ -167,9 +198,22 @@ class Trainer:
         dtype = kinds.get(self.options.autocast)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def averaged(self):
-        """Inside, the modules hold the EMA weights; outside they are as before, bit for bit."""
-        return exchanged(self.parameters, self.ema)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, `parts` holds the EMA weights (on the first process); outside it is as before, bit for bit.
+
+        All processes enter together; what the first does inside may enter again.
+        """
+        if self._averaged:
+            yield
+            return
+        average = [distributed.whole(a, self.ranks) for a in self.ema]
+        self._averaged = True
+        try:
+            with exchanged(self.shown, average) if self.ranks.first else nullcontext():
+                yield
+        finally:
+            self._averaged = False
 
     @torch.no_grad()
     def validate(self, source: Source) -> dict[str, float]:
@@ -206,13 +250,13 @@ class Trainer:
         return (images.clamp(-1, 1) / 2 + 0.5).unflatten(0, (b, v))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name."""
+        """Everything that a resumed run needs, by name; whole tensors, whoever holds them. All processes call it."""
         tensors = {}
         for (name, p), average in zip(self.named.items(), self.ema):
             moments = self.optimizer.state.get(p, {})
             tensors |= {f"model.{name}": p.detach(), f"ema.{name}": average}
             tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
-        return tensors
+        return {name: distributed.whole(tensor, self.ranks) for name, tensor in tensors.items()}
 
     def meta(self) -> dict:
         return {
@@ -232,12 +276,30 @@ class Trainer:
             raise ModelError(f"the checkpoint has no {missing[0]}; it was trained with other options")
         with torch.no_grad():
             for (name, p), average in zip(self.named.items(), self.ema):
-                p.copy_(tensors[f"model.{name}"])
-                average.copy_(tensors[f"ema.{name}"])
+                p.copy_(distributed.placed(tensors[f"model.{name}"], p))
+                average.copy_(distributed.placed(tensors[f"ema.{name}"], average))
                 restore_moments(self.optimizer, p, name, tensors)
         if meta.get("scaler"):
             self.scaler.load_state_dict(meta["scaler"])
         self.step = step
+
+
+def trapezoid(step: int, warmup: int, steps: int, decay: int) -> float:
+    """The learning rate's factor: linear warm-up, a plateau, a linear fall over the last `decay` of `steps` updates.
+
+    A plateau leaves the end open: a run is ended by resuming it with --decay, whenever its time is up.
+    """
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    return rise * min(1.0, max(0, steps - step) / decay) if decay else rise
+
+
+def spread_timesteps(stream: Stream, n: int, n_timesteps: int) -> Tensor:
+    """n rising timesteps [n], one in each n-th of the schedule, for scenes in random order: a quieter gradient.
+
+    Source: the low-discrepancy sampler of Kingma et al. 2021 (variational diffusion models), appendix I.1.
+    """
+    offsets = (torch.arange(n, dtype=torch.float64) + stream.uniform(1).double()) / n
+    return (offsets * n_timesteps).long().clamp(max=n_timesteps - 1)
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str, tensors: dict[str, Tensor]) -> None:
@@ -245,8 +307,21 @@ def restore_moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str
     if f"adam.step.{name}" in tensors:
         state = {"step": tensors[f"adam.step.{name}"].to(p.device)}
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = torch.empty_like(p).copy_(tensors[f"adam.{key}.{name}"])
+            state[key] = torch.empty_like(p).copy_(distributed.placed(tensors[f"adam.{key}.{name}"], p))
         optimizer.state[p] = state
+
+
+def _sharded(denoiser: Denoiser, ranks: Ranks) -> nn.Module:
+    """A copy of the model spread over all processes. The others than the first keep nothing of the original."""
+    model = copy.deepcopy(denoiser)
+    unet, text = model.unet, model.text
+    # Units are called as modules and own all that they read: a ResBlock's convolutions, but not its norms.
+    units = [conv for block in unet._res_blocks for conv in (block.in_layers[2], block.out_layers[3])]
+    units += [transformer.transformer_blocks[0] for transformer in unet._transformers]
+    units += list(text.model.encoder.layers)
+    if not ranks.first:
+        denoiser.to("meta")
+    return distributed.sharded(model, units, ranks)
 
 
 @contextmanager
@@ -282,23 +357,26 @@ def check_same_model(found: dict, wanted: dict) -> None:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """When the loop stops, and what it writes on the way (minutes of wall time; 0 = never)."""
+    """When the loop stops, and what it writes on the way (minutes of wall time, or steps; 0 = never)."""
 
     steps: int
     checkpoint_minutes: float = 5.0
     sheet_minutes: float = 15.0
     validate_minutes: float = 10.0
     log_every: int = 10
+    checkpoint_steps: int = 0
+    report_steps: int = 0
 
 
 class Loop:
     """Runs a trainer to a number of steps: log lines, checkpoints, and `report` every so often.
 
-    Works on anything with `step`, `train_step()`, `state()` and `meta()`.
+    Works on anything with `step`, `train_step()`, `state()` and `meta()`. Of several processes the first one's clock
+    counts, and it alone writes.
     """
 
-    def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None):
-        self.trainer, self.folder, self.options, self.report = trainer, folder, options, report
+    def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE):
+        self.trainer, self.folder, self.options, self.report, self.ranks = trainer, folder, options, report, ranks
         self.log = run.JsonlLog(folder / "log.jsonl")
         self.checkpoints = folder / "checkpoints"
 
@@ -308,33 +386,48 @@ class Loop:
         if latest is None:
             return False
         self.trainer.restore(*latest)
-        self.log.truncate_after(self.trainer.step)
+        if self.ranks.first:
+            self.log.truncate_after(self.trainer.step)
         return True
 
     def save(self) -> None:
-        run.save_checkpoint(self.checkpoints, self.trainer.step, self.trainer.state(), self.trainer.meta())
+        state = self.trainer.state()
+        if self.ranks.first:
+            run.save_checkpoint(self.checkpoints, self.trainer.step, state, self.trainer.meta())
 
     def run(self) -> int:
         """Trains until `steps` or until a signal asks to stop; always leaves a checkpoint. Returns the exit code."""
         options, now = self.options, time.monotonic()
-        saved, reported, window, since = now, now, [], now
+        saved, reported, window, since, stopped = now, now, [], now, 0
         with run.Interrupt() as interrupt:
-            while self.trainer.step < options.steps and interrupt.requested is None:
+            while self.trainer.step < options.steps and not stopped:
                 window.append(self.trainer.train_step())
                 now = time.monotonic()
                 if self.trainer.step % options.log_every == 0:
                     self._log(window, (now - since) / len(window))
                     window, since = [], now
-                if self.report and options.sheet_minutes and now - reported > 60 * options.sheet_minutes:
+                show = self._due(options.sheet_minutes, now - reported, options.report_steps)
+                save = self._due(options.checkpoint_minutes, now - saved, options.checkpoint_steps)
+                stopped, show, save = self.ranks.largest(interrupt.exit_code, show, save)
+                if show and self.report:
                     self._report()
                     reported = since = time.monotonic()
-                if options.checkpoint_minutes and now - saved > 60 * options.checkpoint_minutes:
+                if save:
                     self.save()
                     saved = since = time.monotonic()
-        if self.report and interrupt.requested is None:
+            stopped = self.ranks.largest(interrupt.exit_code)[0]
+        if self.report and not stopped:
             self._report()
         self.save()
-        return interrupt.exit_code
+        return stopped
+
+    def _due(self, minutes: float, seconds: float, steps: int) -> int:
+        """1 where the time is over, or the step is one of every `steps`; the last step has its own save and report.
+
+        The first process' clock counts.
+        """
+        at_step = steps > 0 and self.trainer.step % steps == 0 and self.trainer.step < self.options.steps
+        return int(self.ranks.first and (at_step or (minutes > 0 and seconds > 60 * minutes)))
 
     def _log(self, window: list[dict[str, float]], seconds: float) -> None:
         means = {key: sum(w[key] for w in window) / len(window) for key in window[0]}
@@ -344,6 +437,8 @@ class Loop:
         self._say(self.report())
 
     def _say(self, record: dict[str, float]) -> None:
+        if not self.ranks.first:
+            return
         self.log.write({"step": self.trainer.step, **record})
         print(f"step {self.trainer.step}: " + " ".join(f"{k} {x:.4g}" for k, x in record.items()), flush=True)
 

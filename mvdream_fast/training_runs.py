@@ -6,6 +6,7 @@ The optimisations themselves are training.py and training_vae.py.
 import copy
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +15,18 @@ import torch
 from torch import Tensor
 
 from mvdream_fast import run
-from mvdream_fast.config import NAMED
+from mvdream_fast.config import NAMED, with_settings
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
+from mvdream_fast.distributed import Ranks, join, launched, leave
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError, OutputError
+from mvdream_fast.evaluation_reference import measure
 from mvdream_fast.models.checkpoint import Model, load_model, save_model
-from mvdream_fast.models.manifest import build
+from mvdream_fast.models.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
+from mvdream_fast.models.manifest import PARTS, build, manifest, owner
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.training import Loop, LoopOptions, Parts, Trainer, TrainOptions, sheet
+from mvdream_fast.training_evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -29,6 +34,7 @@ from mvdream_fast.training_vae import (
     linear_start,
     measure_scale,
     reconstruction,
+    settle,
 )
 
 if TYPE_CHECKING:
@@ -41,10 +47,33 @@ SHEET_PROMPTS = 8
 def run_stage(args: "Flags") -> int:
     """Trains as the flags say and writes `output/model`; returns the exit code."""
     shards = Shards(args.data)
+    _check_ranks(args, launched()[0], shards)
     held_out = _held_out(args.data)
     folder = _output(args)
-    stage = _train_vae if args.stage == "vae" else _train_unet
-    return stage(args, folder, shards, held_out)
+    if args.stage != "unet":
+        stage = _train_vae if args.stage == "vae" else _train_evaluator
+        return stage(args, folder, shards, held_out)
+    ranks = join()
+    code = _train_unet(args, folder, shards, held_out, ranks)
+    leave(ranks)
+    return code
+
+
+def _check_ranks(args: "Flags", world: int, shards: Shards) -> None:
+    """Refuses what several processes cannot share, before they meet."""
+    n_shards = len({record.path for record in shards.records})
+    if world > n_shards:
+        raise ArgumentError(
+            f"the data must be at least as many train shards as there are processes, got {n_shards} for {world}; start "
+            "fewer processes or render more"
+        )
+    batch = args.batch_size or TrainOptions.batch_size
+    if batch % world:
+        raise ArgumentError(f"--batch-size must be divisible by the {world} processes, got {batch}")
+    if world > 1 and args.stage != "unet":
+        raise ArgumentError(f"--stage {args.stage} must run in one process, got {world}; its model is small")
+    if world == 1 and args.shard != "none":
+        raise ArgumentError(f"--shard {args.shard} must have several processes; start them with `accelerate launch`")
 
 
 def _output(args: "Flags") -> Path:
@@ -71,13 +100,16 @@ def _held_out(data: Path) -> Shards | None:
         return None
 
 
-def new_model(name: str, vocabulary: list[str], seed: int) -> Model:
-    """A model of a named configuration with random weights; `vocabulary` counts where it has a subset of the rows."""
-    config = NAMED[name]
+def new_model(name: str, vocabulary: list[str], seed: int, settings: Sequence[str] = ()) -> Model:
+    """A model of a named configuration, changed by `settings`, with random weights.
+
+    `vocabulary` counts where it has a subset of the rows.
+    """
+    config = with_settings(NAMED[name], settings)
     if config.text.vocabulary == "subset":
         config = replace(config, text=replace(config.text, vocabulary_size=len(vocabulary)))
     torch.manual_seed(seed)
-    parts = {part: build(part, config) for part in ("unet", "vae", "text")}
+    parts = {part: build(part, config) for part in PARTS}
     return Model(config, tokenizer=Tokenizer(config.text, vocabulary), **parts)
 
 
@@ -99,18 +131,51 @@ def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
     if (args.init is None) == (args.vae is None):
         raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
     if args.init:
-        return load_model(args.init, torch.float32)
-    model = new_model(args.config, _vocabulary(args, folder, captions), args.seed)
+        return _adjusted(load_model(args.init, torch.float32, add_cameras=True), args.settings)
+    model = new_model(args.config, _vocabulary(args, folder, captions), args.seed, args.settings)
     trained = load_model(args.vae, torch.float32, ("vae",))
     made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
     if made != wanted:
         raise ModelError(f"{args.vae} has an autoencoder of {made} latent channels; {args.config} needs {wanted}")
     model.config, model.vae = replace(model.config, vae=trained.config.vae), trained.vae
+    return _with_text(model, args.text) if args.text else model
+
+
+def _with_text(model: Model, source: str) -> Model:
+    """The new model with a trained text tower and its words."""
+    trained = load_model(source, torch.float32, ("text",))
+    made, wanted = trained.config.text.width, model.config.unet.context_dim
+    if made != wanted:
+        raise ModelError(f"{source} has a text tower of width {made}; the new model needs {wanted}")
+    model.config = replace(model.config, text=trained.config.text)
+    model.text, model.tokenizer = trained.text, trained.tokenizer
+    return model
+
+
+def _adjusted(model: Model, settings: Sequence[str]) -> Model:
+    """A trained model in a configuration changed by settings that none of its weights depends on."""
+    config = with_settings(model.config, settings)
+    if any(manifest(part, config) != manifest(part, model.config) for part in PARTS):
+        raise ArgumentError(f"--set must leave the weights of --init as they are, got {' '.join(settings)}; change "
+                            "shapes in a new model of --config")  # fmt: skip
+    for part in PARTS if settings else ():
+        old = getattr(model, part)
+        with torch.device("meta"):
+            module = build(part, config)
+        owner(part, module).load_state_dict(owner(part, old).state_dict(), assign=True)
+        setattr(model, part, module.to(memory_format=torch.channels_last))
+    model.config = config
     return model
 
 
 def _device(args: "Flags") -> torch.device:
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device that is named, or a GPU; each process of a machine has a GPU of its own."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    world, _, local = launched()
+    if world > 1 and device == torch.device("cuda"):
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return device
 
 
 def _given(**values) -> dict:
@@ -132,7 +197,8 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
         linear_start(model.vae, linear)
     vae = model.vae.to(_device(args)).train()
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
-    trainer = VAETrainer(model.config, vae, source, VAEOptions(steps=args.steps, seed=args.seed, **given))
+    options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **given)
+    trainer = VAETrainer(model.config, vae, source, options)
     check = check.to(trainer.device)
 
     def report() -> dict[str, float]:
@@ -146,48 +212,90 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
         loop.resume()
     code = loop.run()
     with trainer.averaged():
-        scale = measure_scale(vae, fit.to(trainer.device))
+        scale = vae.config.scale_factor if args.decoder_only else measure_scale(vae, fit.to(trainer.device))
         model.config = replace(model.config, vae=replace(model.config.vae, scale_factor=scale))
+        settle(vae)
         model.vae = vae.cpu()
         save_model(model, folder / "model", overwrite=True)
     return code
 
 
-def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
     model = _begin(args, folder, shards.captions())
     unknown = model.tokenizer.encode(shards.captions()).unknown
     words = sorted({word for found in unknown for word in found})
-    if words:
+    if words and ranks.first:
         print(f"{len(words)} words of the captions are outside the vocabulary: {', '.join(words[:8])}", flush=True)
     device = _device(args)
     for module in (model.unet, model.vae, model.text):
         module.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     parts = Parts(model.config, model.unet.train(), model.text.train(), model.vae, model.tokenizer)
-    source = _source(args, folder / "latents", parts, shards)
-    trainer = Trainer(parts, source, _options(args))
+    cache = args.latents or folder / "latents"
+    for turn in range(2):  # the first process makes the cache's files, then the others open them
+        if ranks.first == (turn == 0):
+            source = _source(args, cache, parts, shards)
+        ranks.wait()
+    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2")
     validation = ImageSource(held_out or shards)
     prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
 
     def report() -> dict[str, float]:
-        images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
-        _write_sheet(folder, trainer.step, images.cpu())
-        (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        _export(model, trainer, folder / "model")
-        return trainer.validate(validation)
+        with trainer.averaged():
+            if not ranks.first:
+                return {}
+            images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
+            _write_sheet(folder, trainer.step, images.cpu())
+            (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+            _export(model, folder / "model")
+            return trainer.validate(validation)
+
+    loop = Loop(trainer, folder, _loop_options(args), report, ranks)
+    if args.resume:
+        loop.resume()
+    code = loop.run()
+    with trainer.averaged():
+        if ranks.first:
+            _export(model, folder / "model")
+    return code
+
+
+def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    """The evaluator, and what real renders score in its eyes: all of weights/evaluator but the prompts."""
+    if held_out is None:
+        raise InputFileError(f"no held-out shards in {args.data}; the evaluator's accuracy is measured on them")
+    vocabulary = _vocabulary(args, folder, shards.captions())
+    torch.manual_seed(args.seed)
+    config = EvaluatorConfig(vocabulary_size=len(vocabulary))
+    evaluator = Evaluator(config, vocabulary).to(_device(args))
+    fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
+    softener = Softener(Linear.fit(fit, PATCH), config.image_size)
+    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options)
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            save_evaluator(evaluator, folder / "model")
+        saved = load_evaluator(folder / "model")  # measured as it ships: in half precision
+        reference = measure(saved, shards, held_out)
+        saved.about = {"steps": trainer.step, "seed": args.seed, "orbits": len(shards), "held_out": reference.scores}
+        save_evaluator(saved, folder / "model")
+        reference.save(folder / "model")
+        return reference.scores
 
     loop = Loop(trainer, folder, _loop_options(args), report)
     if args.resume:
         loop.resume()
-    code = loop.run()
-    _export(model, trainer, folder / "model")
-    return code
+    return loop.run()
 
 
 def _options(args: "Flags") -> TrainOptions:
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     return TrainOptions(
         n_views=args.n_views,
+        steps=args.steps,
+        decay=args.decay,
         multi_view_share=args.multi_view_share,
         caption_dropout=args.caption_dropout,
         accumulate=args.accumulate,
@@ -240,8 +348,7 @@ def _write_sheet(folder: Path, step: int, images: Tensor) -> None:
     run.atomic_write(folder / "samples" / f"{step:06d}.png", out.getvalue())
 
 
-def _export(model: Model, trainer: Trainer, folder: Path) -> None:
-    """Writes the averaged weights as a model folder in fp16."""
-    with trainer.averaged():
-        halves = {part: copy.deepcopy(getattr(model, part)).cpu().half() for part in ("unet", "vae", "text")}
+def _export(model: Model, folder: Path) -> None:
+    """Writes the weights as a model folder in fp16."""
+    halves = {part: copy.deepcopy(getattr(model, part)).cpu().half() for part in ("unet", "vae", "text")}
     save_model(Model(model.config, tokenizer=model.tokenizer, **halves), folder, overwrite=True)

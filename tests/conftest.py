@@ -6,3 +6,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+if os.environ.get("MVDREAM_FAST_SANITIZE"):  # `make sanitize` means its own build, not the installed one
+    from mvdream_fast import _C
+
+    assert "sanitize" in _C.__file__, f"make sanitize: the sanitized build must be tested, got {_C.__file__}"

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -65,6 +66,20 @@ def test_normalised_to_the_ball_and_to_the_box():
     np.testing.assert_allclose(ball, [(-0.6, -0.8, 0), (0.6, -0.8, 0), (-0.6, 0.8, 0)], atol=1e-6)
     box = mesh.normalised("box").parts[0].positions
     np.testing.assert_allclose(box.max(0) - box.min(0), (0.75, 1, 0), atol=1e-6)
+
+
+def test_creases_need_little_memory_and_do_not_depend_on_their_blocks(monkeypatch):
+    """What a million faces take is told from 80,000: their own normals, and one block of pairs."""
+    ball = trimesh.creation.icosphere(subdivisions=6)
+    positions, faces = np.asarray(ball.vertices), np.asarray(ball.faces, np.int32)
+    monkeypatch.setattr(assets, "CORNERS_AT_A_TIME", 5000)
+    tracemalloc.start()
+    blocks = assets._creased(positions, faces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 700 * len(faces)
+    monkeypatch.setattr(assets, "CORNERS_AT_A_TIME", faces.size)
+    np.testing.assert_array_equal(assets._creased(positions, faces), blocks)
 
 
 def test_a_point_has_no_extent():

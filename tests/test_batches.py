@@ -1,5 +1,8 @@
 """Shards to batches: what is in a batch, that it depends on its key alone, and that cut files are refused."""
 
+import json
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 from mvdream_fast.data import batches
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, composite, view_group
 from mvdream_fast.data.orbits import PRESETS, orbit
-from mvdream_fast.data.shards import Sample, write_shard
+from mvdream_fast.data.shards import Sample, _add, encode_views, write_shard
 from mvdream_fast.errors import ArgumentError, InputFileError
 from mvdream_fast.rng import Stream
 
@@ -97,6 +100,8 @@ def test_captions_use_every_variant_and_the_suffix(folder):
     texts = {shards.caption(0, Stream(0, i, "c")) for i in range(64)}
     assert texts == {"a red thing0", "a thing0", "a red thing0, 3d asset", "a thing0, 3d asset"}
     assert {"a red thing5", "a thing5", ", 3d asset"} <= set(shards.captions())
+    shards.records[0].meta.update(caption="a 3D printer", variants=[])
+    assert {shards.caption(0, Stream(0, i, "c")) for i in range(16)} == {"a 3D printer"}
 
 
 def test_no_shards_and_cut_shards_are_refused(folder, tmp_path):
@@ -110,6 +115,31 @@ def test_no_shards_and_cut_shards_are_refused(folder, tmp_path):
             Shards(folder)
     path.write_bytes(b"\0" * 10240)
     assert len(Shards(folder)) == 3
+
+
+def test_shards_of_two_kinds_are_refused(folder):
+    write_shard(folder / "train-00002.tar", [make_sample(9, size=8)])
+    with pytest.raises(InputFileError, match="thing9-o0 has 16 views of 8 px, the first one has 16 of 16"):
+        Shards(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"caption": ["x"]}, {"variants": [1]}, {"c2w": [[1.0]]}, {"size": "16"}, {"columns": 0}]
+)
+def test_foreign_words_and_numbers_are_refused(folder, change):
+    sample = make_sample(9)
+    with tarfile.open(folder / "train-00002.tar", "w") as tar:
+        _add(tar, "a.json", json.dumps(sample.meta | change).encode())
+        _add(tar, "a.webp", encode_views(sample.views, N_VIEWS))
+    with pytest.raises(InputFileError, match="train-00002.tar: not a whole shard"):
+        Shards(folder)
+
+
+def test_control_characters_of_a_caption_are_left_out(folder):
+    sample = make_sample(9)
+    sample.meta.update(caption="a \x1b[1mred\x00 thing\n", variants=["\u202ea thing"])
+    write_shard(folder / "train-00002.tar", [sample])
+    assert Shards(folder).captions()[-3:] == ["a [1mred thing", "a thing", ", 3d asset"]
 
 
 def test_a_picture_that_is_damaged_is_named(folder):

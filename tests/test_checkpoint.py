@@ -326,6 +326,36 @@ def test_spoiled_unet_of_a_released_file(flat21, tmp_path, changes, sentences):
         assert sentence in message
 
 
+def stable_diffusion(folder: Path) -> Path:
+    """A file as Stable Diffusion's own: no camera layers, and a second set of weights that nothing reads."""
+    tensors = upstream.flat(upstream.NARROW21)
+    plain = {name: x for name, x in tensors.items() if "camera_embed" not in name}
+    save_file(plain | {"model_ema.decay": torch.zeros(())}, folder / "v2-1.safetensors")
+    return folder / "v2-1.safetensors"
+
+
+def test_stable_diffusion_begins_as_the_2d_model_it_was(tmp_path):
+    path = stable_diffusion(tmp_path)
+    with pytest.raises(ModelError, match=r"4 missing \(.*camera_embed"):
+        load_model(path)
+    model = load_model(path, torch.float32, add_cameras=True)
+    assert model.config.unet.camera_in == "time"
+    x, context, camera = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 64), torch.randn(2, 16)
+    with torch.no_grad():
+        plain = model.unet(x, torch.tensor(500), context)
+        assert torch.equal(model.unet(x, torch.tensor(500), context, camera), plain)
+    model.unet(x, torch.tensor(500), context, camera).square().mean().backward()
+    assert model.unet.camera_embed[2].weight.grad.any()
+    again = load_model(path, torch.float32, ("unet",), add_cameras=True)
+    assert torch.equal(again.unet.camera_embed[0].weight, model.unet.camera_embed[0].weight)
+
+
+def test_half_of_the_camera_layers_are_not_made_up(flat21, tmp_path):
+    path = spoiled(flat21, tmp_path, **{"model.diffusion_model.camera_embed.2.bias": None})
+    with pytest.raises(ModelError, match=r"1 missing \(.*camera_embed.2.bias\)"):
+        load_model(path, add_cameras=True)
+
+
 @pytest.mark.parametrize("part", ["vae", "text"])
 def test_spoiled_other_parts_of_a_released_file(flat21, tmp_path, part):
     name = {"vae": "first_stage_model.quant_conv.bias", "text": "cond_stage_model.model.ln_final.bias"}[part]

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mvdream_fast import config
-from mvdream_fast.errors import ModelError
+from mvdream_fast.errors import ArgumentError, ModelError
 
 
 @pytest.mark.parametrize("name", sorted(config.NAMED))
@@ -53,6 +53,31 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ModelError, match="cannot read"):
         config.ModelConfig.load(tmp_path / "config.json")
+
+
+def test_settings_replace_single_values():
+    changed = config.with_settings(
+        config.MINI, ["unet.view_mixing=2d", "unet.channel_mult=[1, 2]", "vae.image_size=32"]
+    )
+    assert changed.unet == dataclasses.replace(config.MINI.unet, view_mixing="2d", channel_mult=(1, 2))
+    assert changed.vae.image_size == 32
+    assert config.with_settings(config.MINI, []) == config.MINI
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("unet.view_mixing", "--set must be NAME=VALUE, got 'unet.view_mixing'; the names are unet.in_channels, "),
+        ("unet.mixing=2d", "got 'unet.mixing=2d'; the names are .*unet.view_mixing"),
+        ("name=x", "got 'name=x'"),
+        ("optimizer.lr=1", "got 'optimizer.lr=1'"),
+        ("unet.view_mixing=4d", "--set: unet: view_mixing must be one of 3d, 2d, temporal, got '4d'"),
+        ("unet.model_channels=wide", "model_channels must be int, got 'wide'"),
+    ],
+)
+def test_settings_that_are_none(setting, message):
+    with pytest.raises(ArgumentError, match=message):
+        config.with_settings(config.MINI, [setting])
 
 
 def test_paper_recipe_is_the_published_table():

@@ -47,6 +47,27 @@ def test_no_limit(cgroup):
     assert machine.memory_limit(root, own) is None
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("", {}, 64),
+        ("0::/pod/container\n", {"pod/container/cpu.max": "max 100000", "pod/cpu.max": "250000 100000"}, 2),
+        ("0::/a\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/a\n", {"other/cpu.max": "100000 100000", "a/cpu.max": "garbage"}, 64),
+        ("3:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("3:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_cores_are_cut_by_the_tightest_quota_above_the_process(cgroup, monkeypatch, own, files, cores):
+    root, own_file, limit = cgroup
+    own_file.write_text(own)
+    for path, value in files.items():
+        folder, _, name = path.rpartition("/")
+        limit(folder or ".", value, name)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert machine.available_cores(root, own_file) == cores
+
+
 def test_cpu_flags(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     assert machine.cpu_flags(cpuinfo) == frozenset()

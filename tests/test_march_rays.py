@@ -11,6 +11,7 @@ from mvdream_fast.ops.march_rays import (
     march_rays_ref,
     pack_bits,
     pack_info,
+    positions_ref,
     prune_samples,
     prune_samples_ref,
     unpack_bits,
@@ -164,6 +165,20 @@ def test_rotating_rays_and_grid_together_changes_nothing():
     assert equal(a, b)
 
 
+def test_samples_of_another_default_dtype_and_their_rays():
+    rays, bits = random_rays(50), pack_bits(random_grid(16, 0.5))
+    wanted = march_rays(*rays, BOX, bits, 16, STEP)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert equal(march_rays(*rays, BOX, bits, 16, STEP), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    keep = wanted.t_starts > wanted.t_starts.median()
+    assert torch.equal(wanted.select(keep).ray_indices, wanted.ray_indices[keep])
+    assert wanted.select(keep).n_rays == 50
+    torch.testing.assert_close(wanted.positions(*rays), positions_ref(wanted, *rays), rtol=0, atol=1e-6)
+
+
 def test_empty_inputs():
     none = torch.zeros(0, 3)
     full = pack_bits(random_grid(8, 1.0))
@@ -201,7 +216,7 @@ def test_strided_inputs():
 def test_same_bits_for_any_number_of_threads():
     rays, bits = random_rays(1000), pack_bits(random_grid(32, 0.2))
     before, results = torch.get_num_threads(), []
-    for n_threads in (1, 2, 3):
+    for n_threads in (1, 2, 4, 8):
         torch.set_num_threads(n_threads)
         samples = march_rays(*rays, BOX, bits, 32, STEP)
         results.append((samples, prune_samples(samples, samples.t_starts * 20, 0.01, 1e-2)))
@@ -226,6 +241,9 @@ def test_same_bits_for_any_number_of_threads():
         ({"jitter": torch.full((4,), 2.0)}, ValueError, "jitter must be in"),
         ({"jitter": torch.zeros(3)}, ValueError, "jitter must be of shape"),
         ({"near": math.inf}, ValueError, "near must be finite"),
+        ({"near": torch.tensor([0, 0, math.nan, 0])}, ValueError, "near must be finite"),
+        ({"far": math.nan}, ValueError, "far must be a number, got NaN"),
+        ({"far": torch.tensor([1, 2, math.nan, 3])}, ValueError, "far must be a number, got NaN"),
         ({"max_samples": -1}, ValueError, "max_samples must be None or at least 0"),
     ],
 )
@@ -252,7 +270,7 @@ def random_samples(seed=0):
     counts[::7] = 0
     ray_indices = torch.repeat_interleave(torch.arange(300), counts)
     t_starts = torch.rand(ray_indices.shape[0], generator=generator)
-    samples = Samples(ray_indices, t_starts, t_starts + 0.05, pack_info(ray_indices, 300))
+    samples = Samples(t_starts, t_starts + 0.05, pack_info(ray_indices, 300))
     return samples, torch.rand(ray_indices.shape[0], generator=generator) ** 4 * 60
 
 
@@ -270,15 +288,48 @@ def test_prune_by_hand():
     alphas = torch.tensor([0.4, 0.8, 0.1, 0.8, 0.1, 0.0, 0.9])
     rays = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     t_starts = torch.arange(7.0)
-    samples = Samples(rays, t_starts, t_starts + 1, pack_info(rays, 3))
+    samples = Samples(t_starts, t_starts + 1, pack_info(rays, 3))
     kept = prune_samples(samples, -torch.log1p(-alphas), alpha_thre=0.2, early_stop_eps=0.3)
     assert kept.t_starts.tolist() == [0.0, 1.0, 3.0, 6.0]
     assert kept.packed_info.tolist() == [[0, 2], [2, 1], [3, 1]]
 
 
+def test_prune_of_strided_inputs():
+    samples, sigmas = random_samples()
+    wide = torch.stack([samples.t_starts, samples.t_ends, sigmas], -1)
+    strided = Samples(wide[:, 0], wide[:, 1], samples.packed_info.T.contiguous().T)
+    assert equal(prune_samples(strided, wide[:, 2], 0.1, 0.01), prune_samples(samples, sigmas, 0.1, 0.01))
+    one = sigmas[:1].expand(sigmas.shape)
+    assert equal(prune_samples(samples, one, 0.1, 0.01), prune_samples(samples, one.contiguous(), 0.1, 0.01))
+
+
+def test_registered_forms():
+    rays_o, rays_d = random_rays(6)
+    bits, jitter = pack_bits(random_grid(8, 0.5)), torch.full((6,), 0.5)
+    march = (rays_o, rays_d, bits, list(BOX), [8, 8, 8], 0.1, jitter, None, torch.full((6,), 9.0), 0.0, 9.0, None)
+    torch.library.opcheck(torch.ops.mvdream_fast.march_rays.default, march)
+    samples = march_rays(rays_o, rays_d, BOX, bits, 8, 0.1, jitter)
+    assert samples.n_samples > 20
+    prune = (samples.t_starts, samples.t_ends, samples.packed_info, samples.t_starts * 5, 0.01, 0.1)
+    torch.library.opcheck(torch.ops.mvdream_fast.prune_samples.default, prune)
+
+
+def test_compiles_in_one_graph():
+    rays, bits = random_rays(20), pack_bits(random_grid(8, 0.5))
+
+    def run(rays_o, rays_d, jitter):
+        samples = march_rays(rays_o, rays_d, BOX, bits, 8, 0.1, jitter)
+        kept = prune_samples(samples, samples.t_starts * 5, 0.01, 0.1)
+        return kept.t_starts, kept.t_ends, kept.packed_info
+
+    jitter = torch.rand(20, generator=torch.Generator().manual_seed(2))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(run(*rays, jitter), compiled(*rays, jitter), strict=True))
+
+
 def test_prune_of_nothing_and_refusals():
     empty = torch.zeros(0)
-    samples = Samples(empty.long(), empty, empty, torch.zeros(3, 2, dtype=torch.int64))
+    samples = Samples(empty, empty, torch.zeros(3, 2, dtype=torch.int64))
     assert prune_samples(samples, empty).packed_info.tolist() == [[0, 0]] * 3
     with pytest.raises(ValueError, match=r"prune_samples: sigmas must be of shape \[0\]"):
         prune_samples(samples, torch.zeros(1))

@@ -9,8 +9,12 @@ import pytest
 import torch
 import trimesh
 
+from mvdream_fast.config import SDS_PRESETS
+from mvdream_fast.data import assets
+from mvdream_fast.data.rasterize import NumpyRenderer
 from mvdream_fast.errors import ArgumentError, DivergedError, OutputError
 from mvdream_fast.field import export
+from mvdream_fast.field.asset import Asset
 from mvdream_fast.field.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold, trilinear
 
 
@@ -153,3 +157,39 @@ def test_bad_targets_are_refused(tmp_path):
         export.save_mesh(ball_mesh(), tmp_path / "a.stl")
     with pytest.raises(OutputError, match="cannot write"):
         export.save_mesh(ball_mesh(), tmp_path / "missing" / "a.glb")
+
+
+class Chair(torch.nn.Module):
+    """A seat, a back and four thin legs as an analytic field; `soft` is how gradually its surfaces fade."""
+
+    BOXES = (((0, 0, 0), (0.4, 0.4, 0.06)), ((0, 0.35, 0.4), (0.4, 0.06, 0.4)),
+             *(((x, y, -0.35), (0.06, 0.06, 0.35)) for x in (-0.33, 0.33) for y in (-0.33, 0.33)))  # fmt: skip
+
+    def __init__(self, soft):
+        super().__init__()
+        self.soft = soft
+
+    def forward(self, positions):
+        outside = torch.full(positions.shape[:1], 9.0)
+        for centre, half in self.BOXES:
+            distance = ((positions - torch.tensor(centre)).abs() - torch.tensor(half)).amax(-1)
+            outside = torch.minimum(outside, distance)
+        return 80 * torch.sigmoid(-outside / self.soft), torch.full((len(positions), 3), 0.5)
+
+
+@pytest.mark.parametrize("soft", [0.005, 0.012])
+def test_mesh_and_volume_have_the_same_silhouette(soft):
+    asset = Asset(SDS_PRESETS["mini"])
+    asset.renderer.volume = Chair(soft)
+    cameras = asset.orbit(
+        6, elevation_deg=20.0, azimuth_start_deg=10.0
+    )  # not the views that the threshold was found in
+    volume = asset.render(cameras, 96).opacity > 0.5
+    mesh = asset.mesh(96)
+    plain = np.zeros_like(mesh.vertices)
+    part = assets.Part(mesh.vertices, plain, plain[:, :2], plain, mesh.faces)
+    drawn = NumpyRenderer().render(assets.Mesh((part,)), cameras.c2w.numpy(), cameras.fovy.numpy(), 96, 1)
+    solid = torch.from_numpy(drawn[..., 3] > 127)
+    iou = (solid & volume).sum((1, 2)) / (solid | volume).sum((1, 2))
+    assert volume.float().mean() > 0.05
+    assert iou.min() >= 0.95, iou

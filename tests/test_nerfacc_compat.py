@@ -5,9 +5,11 @@ nerfacc 0.5.3 runs only its dense helpers without a GPU; the test against them i
 
 import inspect
 import math
+import operator
 
 import pytest
 import torch
+from reference.nerfacc_signatures import SIGNATURES
 
 from mvdream_fast import nerfacc_compat as nerfacc
 from mvdream_fast.ops.packed_scan import packed_scan, packed_scan_ref
@@ -44,6 +46,27 @@ def test_scan_parity_with_the_reference(dtype, exclusive, product):
     close(outs[0], outs[1], **tolerance)
     close(gradients[0], gradients[1], **tolerance)
     assert outs[0].dtype == dtype
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("product", [False, True])
+def test_scan_gradients_and_registered_form(exclusive, product):
+    values = (draw(42) + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: packed_scan_ref(x, packing(), product, exclusive), values)
+    assert torch.autograd.gradcheck(lambda x: packed_scan(x, packing(), product, exclusive), values)
+    torch.library.opcheck(torch.ops.mvdream_fast.packed_scan.default, (values, packing(), product, exclusive))
+
+
+@pytest.mark.parametrize("n_threads", [2, 4, 8])
+def test_scans_are_the_same_for_any_number_of_threads(n_threads):
+    lengths = torch.randint(0, 40, (2000,), generator=torch.Generator().manual_seed(3))
+    values = draw(int(lengths.sum()), dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    for n in (1, n_threads):
+        torch.set_num_threads(n)
+        results.append([packed_scan(values, packing(lengths), product) for product in (False, True)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("function", ["inclusive_sum", "exclusive_sum", "inclusive_prod", "exclusive_prod"])
@@ -443,6 +466,20 @@ def test_refusals():
         nerfacc.searchsorted(loose, loose)
 
 
+def parameters(function):
+    """`x, n=3` of a function's or class' signature."""
+    named = inspect.signature(function).parameters.values()
+    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in named)
+
+
+def test_names_parameters_and_defaults_are_nerfaccs():
+    public = {name.partition(".")[0] for name in SIGNATURES}
+    assert public <= set(nerfacc.__all__)
+    assert set(nerfacc.__all__) - public == {"__version__", "accumulate_along_rays_", "distortion"}
+    for name, wanted in SIGNATURES.items():
+        assert parameters(operator.attrgetter(name)(nerfacc)) == wanted, name
+
+
 def test_against_nerfacc_itself():
     theirs = pytest.importorskip("nerfacc", reason="nerfacc 0.5.3 is not installed")
     from nerfacc.grid import _ray_aabb_intersect
@@ -451,10 +488,9 @@ def test_against_nerfacc_itself():
     for name in set(theirs.__all__) - skipped - {"__version__"}:
         ours, original = getattr(nerfacc, name), getattr(theirs, name)
         assert [*inspect.signature(ours).parameters] == [*inspect.signature(original).parameters], name
-    for method in ("sampling", "update_every_n_steps", "mark_invisible_cells", "_update"):
-        ours, original = (inspect.signature(getattr(m.OccGridEstimator, method)) for m in (nerfacc, theirs))
-        defaults = [[(p.name, p.default) for p in s.parameters.values()] for s in (ours, original)]
-        assert defaults[0] == defaults[1]
+    for name in SIGNATURES:
+        ours, original = (parameters(operator.attrgetter(name)(m)) for m in (nerfacc, theirs))
+        assert ours == original, name
     t_starts = draw(5, 8).sort(-1).values
     t_ends, sigmas, rgbs = t_starts + 0.1, draw(5, 8, seed=1) * 9, draw(5, 8, 3, seed=2)
     background = draw(3, seed=3)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from tolerances import PARITY
 
 from mvdream_fast.ops.composite import composite
 from mvdream_fast.ops.march_rays import march_rays, pack_bits, prune_samples
@@ -49,7 +50,7 @@ def test_equals_the_three_ops_in_a_row(alpha_thre, early_stop_eps, background):
     wanted, n_samples = in_a_row(*rays, shell, bits, background, alpha_thre, early_stop_eps)
     # Elementwise functions may differ in the last place with a sample's place in the vector registers.
     for name in ("rgb", "opacity", "depth"):
-        torch.testing.assert_close(getattr(out, name), getattr(wanted, name), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(getattr(out, name), getattr(wanted, name), rtol=PARITY["render"], atol=2e-6)
     assert out.n_samples <= n_samples
     if early_stop_eps == 0:
         assert out.n_samples == n_samples
@@ -75,7 +76,7 @@ def test_parity_with_the_reference():
     args = (*rays, shell, BOX, bits, 32, STEP, background, 0.5, 2.9, 0.01, 1e-3)
     fast, reference = render(*args), render_ref(*args)
     for name in ("rgb", "opacity", "depth"):
-        torch.testing.assert_close(getattr(fast, name), getattr(reference, name), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(getattr(fast, name), getattr(reference, name), rtol=PARITY["render"], atol=2e-6)
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -129,12 +130,26 @@ def test_nothing_to_render():
 def test_same_bits_for_any_number_of_threads():
     rays, bits = rays_around(500), grid()
     before, results = torch.get_num_threads(), []
-    for n_threads in (1, 2, 3):
+    for n_threads in (1, 2, 4, 8):
         torch.set_num_threads(n_threads)
         results.append(render(*rays, exact, BOX, bits, 32, STEP))
     torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(getattr(result, f), getattr(results[0], f)) for f in ("rgb", "opacity", "depth"))
+
+
+def test_strided_inputs_and_another_default_dtype():
+    (rays_o, rays_d), bits, colour = rays_around(60), grid(), torch.tensor([0.2])
+    wanted = render(rays_o, rays_d, exact, BOX, bits, 32, STEP, colour.repeat(60, 3))
+    wide = torch.stack([rays_o, rays_d], dim=-1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = render(wide[..., 0], wide[..., 1], exact, BOX, bits, 32, STEP, colour.expand(60, 3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("rgb", "opacity", "depth"):
+        assert getattr(got, name).dtype == torch.float32
+        assert torch.equal(getattr(got, name), getattr(wanted, name))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,35 @@ def test_slug_is_a_safe_name(prompt):
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,58}[a-z0-9])?", run.slugify(prompt))
 
 
+AWKWARD = st.sampled_from(
+    ["../", "\x00", "/", "\\", "CON", "~", "\u202e", "\U0001f600", " ", "-", ".", "\u00e9", "\ud800", "$(x)"]
+)
+LONG = st.integers(0, 20).map(lambda n: "x/" * 2**n)
+PROMPTS = st.lists(AWKWARD | st.text(max_size=20), max_size=8).map("".join) | LONG
+
+
+def stays_inside(root, prompt):
+    """The folder lies where it should, under a name that any file system takes, and the link points to it."""
+    folder = run.make_run_folder(root, prompt, 7, NOW)
+    assert folder.resolve().parents[1] == root.resolve()
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,59}", folder.parent.name)
+    assert (root / "latest").resolve() == folder.resolve()
+    folder.rmdir()
+
+
+@given(PROMPTS)
+@settings(max_examples=200, deadline=None)
+def test_run_folders_stay_inside(tmp_path_factory, prompt):
+    stays_inside(tmp_path_factory.getbasetemp() / "inside", prompt)
+
+
+@pytest.mark.slow
+@given(PROMPTS)
+@settings(max_examples=10_000, deadline=None)
+def test_ten_thousand_run_folders_stay_inside(tmp_path_factory, prompt):
+    stays_inside(tmp_path_factory.getbasetemp() / "inside", prompt)
+
+
 def test_slugs_of_different_prompts_differ():
     prompts = ["A cat", "a cat", "a cat!", "../a cat", "a\ncat", "猫", "犬", "", "x" * 5000, "x" * 5001]
     assert len({run.slugify(p) for p in prompts}) == len(prompts)

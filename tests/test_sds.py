@@ -3,7 +3,9 @@
 import hashlib
 import json
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +16,10 @@ import trimesh
 from PIL import Image
 from reference.random_model import random_model
 
-from mvdream_fast import cli, sds
+from mvdream_fast import cli, memory, run, sds
+from mvdream_fast.errors import DivergedError, OutputError
 from mvdream_fast.field.asset import Asset
+from mvdream_fast.guidance import Guidance
 from mvdream_fast.models.checkpoint import save_model
 
 QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1"]
@@ -59,7 +63,7 @@ def test_everything_is_left_behind(model, capsys):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "cmd.txt", "env.json", "log.jsonl", "ckpt", "preview", "views.png", "asset.safetensors",
-        "mesh.glb", "turntable.webp", "report.html",
+        "mesh.glb", "turntable.webp", "turntable.mp4", "report.html",
     }  # fmt: skip
     assert folder.parent.name.startswith("a-green-chair-")
     assert folder.name.endswith("-s4")
@@ -73,7 +77,7 @@ def test_everything_is_left_behind(model, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert (config["prompt"], config["seed"], config["sds"]["steps"]) == ("a green chair", 4, 6)
     out = capsys.readouterr().out
-    assert out.startswith("preset mini: as asked; 6 steps; seed 4\n")
+    assert out.startswith("preset mini: as asked; 6 steps; seed 4; model tiny (")
     assert "\r" not in out
 
 
@@ -98,9 +102,16 @@ def test_reconstruction_shares_the_loop(model):
         (["a chair", "--guidance-scale", "nan"], 2, "--guidance-scale must be"),
         (["a chair", "--lr", "-1"], 2, "--lr must be"),
         (["a chair", "--preset", "huge"], 2, ""),
+        (["a chair", "--texture", "3"], 2, "--texture must be 16"),
+        (["a chair", "--checkpoint-every", "0"], 2, "--checkpoint-every must be at least 1"),
+        (["a chair", "--prompts-file", "x.jsonl"], 2, "give the prompt once"),
+        (["--prompts-file", "x.jsonl"], 5, "cannot read x.jsonl: No such file"),
+        (["--config", "x.toml"], 5, "cannot read x.toml: No such file"),
+        (["a chair", "--resume", "latest"], 2, "leave out the prompt"),
+        (["a chair", "--device", "tpu"], 2, "--device must be"),
         (["a chair", "--model", "nowhere"], 3, "nowhere"),
         (["--resume", "nowhere"], 2, "--resume must name a run folder"),
-        (["--resume", "."], 5, "not the configuration of an sds run"),
+        (["--resume", "."], 5, "cannot read"),
         (["a chair", "-o", "file/below"], 7, "cannot create the run folder"),
     ],
 )
@@ -112,10 +123,118 @@ def test_wrong_use_is_one_sentence_and_a_code(arguments, code, message, capsys):
     assert "Traceback" not in captured
 
 
-def test_random_seed_is_told(model, capsys):
-    assert command("a red car", "--model", model, "--steps", "2", "--seed", "random", *SETTLED) == 0
+def test_a_run_can_be_made_again_from_its_own_configuration(model, capsys):
+    extra = ["--texture", "32", "--faces", "200", "--formats", "obj", "ply", "--up", "z"]
+    assert command("a red car", "--model", model, "--steps", "3", "--seed", "2", *SETTLED, *extra) == 0
+    first = latest()
+    assert {"mesh.glb", "mesh.obj", "mesh.ply"} <= {path.name for path in first.iterdir()}
+    body = trimesh.load(first / "mesh.glb", force="mesh")
+    assert body.visual.material.baseColorTexture.size == (32, 32)
+    capsys.readouterr()
+    rest = ["--device", "cpu", "--threads", "1", "--quiet"]
+    assert command("--config", str(first / "config.json"), *rest) == 0
+    again = latest()
+    assert again != first
+    assert digest(again) == digest(first)
+    assert (again / "mesh.glb").read_bytes() == (first / "mesh.glb").read_bytes()
+    settings = [json.loads((folder / "config.json").read_text()) for folder in (first, again)]
+    assert settings[0] == settings[1]
+    assert Path(capsys.readouterr().out.strip()).resolve() == again  # nothing but the folder
+
+
+def test_a_file_of_prompts_ends_with_a_summary(model, capsys):
+    lines = ['{"prompt": "a red car", "seed": 1}', '{"prompt": "a zyxw chair", "steps": 2}']
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    assert command("--prompts-file", "prompts.jsonl", "--model", model, "--steps", "3", *SETTLED) == 0
+    out = capsys.readouterr().out
+    summary = out[out.index("2 runs:") :].splitlines()
+    assert len(summary) == 3
+    assert summary[1].startswith("done")
+    assert "'a red car', seed 1" in summary[1]
+    assert "the model does not know 'zyxw'" in out
+    assert len(list(Path("outputs").glob("*/*/mesh.glb"))) == 2
+
+
+def test_one_bad_line_stops_all_runs_before_the_first(model, capsys):
+    Path("prompts.jsonl").write_text('"a red car"\n{"prompt": ""}\n')
+    assert command("--prompts-file", "prompts.jsonl", "--model", model) == 2
+    assert "line 2: the prompt is empty" in capsys.readouterr().err
+    assert not Path("outputs").exists()
+
+
+def test_a_run_that_fails_does_not_stop_the_next_ones(model, capsys, monkeypatch):
+    plain = sds.optimise
+
+    def optimise(pipeline, request, *rest):
+        if request.seed == 1:
+            raise DivergedError("it left the finite numbers")
+        return plain(pipeline, request, *rest)
+
+    monkeypatch.setattr(sds, "optimise", optimise)
+    Path("prompts.jsonl").write_text('{"prompt": "a red car", "seed": 1}\n"a green chair"\n')
+    assert command("--prompts-file", "prompts.jsonl", "--model", model, "--steps", "2", *SETTLED) == 6
+    captured = capsys.readouterr()
+    assert "sds: 'a red car': it left the finite numbers" in captured.err
+    assert "failed (DivergedError, 6)" in captured.out
+    assert (latest() / "mesh.glb").exists()
+
+
+def test_words_that_do_not_fit_are_named(model, capsys):
+    prompt = "a green chair " * 5 + "and a red car"
+    assert command(prompt, "--model", model, "--steps", "1", *SETTLED) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "the prompt has more than 10 tokens and is cut: not seen" in first
+    assert "'car'" in first
+
+
+def test_not_enough_memory_is_4_and_leaves_nothing(model, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: (1 << 20, "free on this machine"))
+    assert command("a red car", "--model", model, *SETTLED) == 4
+    assert "this run needs about" in capsys.readouterr().err
+    assert not Path("outputs").exists()
+
+
+def test_a_run_that_diverges_is_6_and_leaves_a_report(model, capsys, monkeypatch):
+    plain = Guidance.encode
+    monkeypatch.setattr(Guidance, "encode", lambda *arguments: plain(*arguments) * float("nan"))
+    assert command("a red car", "--model", model, "--steps", "30", *SETTLED) == 6
+    captured = capsys.readouterr()
+    assert "not finite, again after a recovery" in captured.err
+    assert "step 11: 10 steps gave numbers that are not finite" in captured.out
+    assert "The run did not finish" in (latest() / "report.html").read_text()
+    records = [json.loads(line) for line in (latest() / "log.jsonl").read_text().splitlines()]
+    assert all(r["loss"] is None and r["skipped"] for r in records)
+
+
+def test_a_full_disk_is_7_and_keeps_the_last_checkpoint(model, capsys, monkeypatch):
+    plain, saved = run.save_checkpoint, []
+
+    def save(folder, step, *rest, **options):
+        if saved:
+            raise OutputError(f"cannot write {folder}: No space left on device")
+        saved.append(step)
+        return plain(folder, step, *rest, **options)
+
+    arguments = ["a red car", "--model", model, "--steps", "6", *SETTLED, "--checkpoint-every", "2"]
+    with monkeypatch.context() as full:
+        full.setattr(run, "save_checkpoint", save)
+        assert command(*arguments) == 7
+    assert "No space left on device" in capsys.readouterr().err
+    assert run.load_latest(latest() / "ckpt")[0] == 2
+    whole = uninterrupted(arguments)
+    assert command("--resume", "latest", *QUICK) == 0
+    assert digest(latest()) == whole
+
+
+def test_random_seed_and_live_page_are_told(model, capsys):
+    arguments = ["--steps", "2", "--seed", "random", "--viewer", *SETTLED]
+    assert command("a red car", "--model", model, *arguments) == 0
     seed = json.loads((latest() / "config.json").read_text())["seed"]
-    assert f"seed {seed}\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"seed {seed};" in out
+    port = re.search(r"^live view: http://127\.0\.0\.1:(\d+) \(.*ssh -L ", out, re.MULTILINE).group(1)
+    with pytest.raises(ConnectionRefusedError):  # it has closed with the run
+        socket.create_connection(("127.0.0.1", int(port)), timeout=5)
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -139,9 +258,9 @@ def uninterrupted(arguments: list[str]) -> str:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_reports_and_the_rest_is_the_same(model, number, code):
-    run = ["a green chair", "--model", model, "--steps", "40", *SETTLED]
-    whole = uninterrupted(run)
-    process = start(*run)
+    asked = ["a green chair", "--model", model, "--steps", "40", *SETTLED]
+    whole = uninterrupted(asked)
+    process = start(*asked)
     wait_for_step(process, 3)
     process.send_signal(number)
     _, errors = process.communicate()
@@ -158,10 +277,10 @@ def test_a_signal_saves_reports_and_the_rest_is_the_same(model, number, code):
 def kill_campaign(model: str, kills: int) -> None:
     """Kills a run at random moments, resuming each time; it must end with the bytes of an uninterrupted run."""
     every = ["--checkpoint-every", "5"]
-    run = ["a red car", "--model", model, "--steps", "60", *SETTLED, *every]
-    whole = uninterrupted(run)
+    asked = ["a red car", "--model", model, "--steps", "60", *SETTLED, *every]
+    whole = uninterrupted(asked)
     draw = random.Random(0)
-    process = start(*run)
+    process = start(*asked)
     wait_for_step(process, 6)
     for _ in range(kills):
         process.kill()

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from reference import upstream
+from safetensors.torch import save_file
 from test_batches import make_sample
 
 from mvdream_fast import training, training_runs
-from mvdream_fast.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from mvdream_fast.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, with_settings
 from mvdream_fast.data.batches import Batch, ImageSource, Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.errors import ArgumentError, DivergedError, ModelError, OutputError
@@ -20,7 +22,8 @@ from mvdream_fast.models.checkpoint import load_model
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.train import Flags, main
-from mvdream_fast.training import Parts, Trainer, TrainOptions
+from mvdream_fast.training import Parts, Trainer, TrainOptions, spread_timesteps, trapezoid
+from mvdream_fast.training_averaged import rate
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -28,8 +31,8 @@ from mvdream_fast.training_vae import (
     linear_start,
     measure_scale,
     psnr,
-    rate,
     reconstruction,
+    settle,
 )
 
 TINY = ModelConfig(
@@ -204,6 +207,19 @@ def test_gradient_checkpointing_changes_no_number(data):
     assert_same(weights(plain), weights(saving))
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_half_precision_is_for_the_arithmetic_alone(data, kind):
+    """The loss is about that of fp32; weights, average and moments are fp32; a resumed run has the same bytes."""
+    exact, half, again = make_trainer(data), make_trainer(data, autocast=kind), make_trainer(data, autocast=kind)
+    first = half.train_step()["loss"]
+    assert first == pytest.approx(exact.train_step()["loss"], rel=0.02)
+    assert {tensor.dtype for tensor in half.state().values()} == {torch.float32}
+    again.restore(half.step, weights(half), json.loads(json.dumps(half.meta())))
+    assert again.train_step() == half.train_step()
+    assert_same(weights(half), weights(again))
+    assert again.scaler.get_scale() == (65536.0 if kind == "fp16" else 1.0)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights(data):
     trainer = make_trainer(data)
     with torch.no_grad():
@@ -270,8 +286,50 @@ def test_the_latent_scale_makes_unit_variance():
     assert (vae.encode(images) * scale).std().item() == pytest.approx(1, rel=1e-4)
 
 
+def test_a_settled_posterior_is_its_mean():
+    vae, images = training_runs.build("vae", TINY), pictures(2)
+    mean, noise = vae.encode(images), torch.ones(2, 4, 4, 4)
+    settle(vae)
+    assert torch.equal(vae.encode(images), mean)
+    torch.testing.assert_close(vae.encode(images, noise), mean, rtol=0, atol=1e-6)
+
+
 def test_the_learning_rate_rises_and_falls():
     assert [round(rate(s, 4, 100), 6) for s in (0, 3, 50, 100)] == [0.25, pytest.approx(0.997781), 0.5, 0.0]
+
+
+def test_the_plateau_ends_where_it_is_told():
+    assert [trapezoid(s, 4, 100, 0) for s in (0, 1, 3, 4, 500)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert [trapezoid(s, 4, 100, 20) for s in (0, 50, 80, 90, 99, 100)] == [0.25, 1.0, 1.0, 0.5, 0.05, 0.0]
+
+
+def test_a_resumed_run_can_be_ended(data, tmp_path):
+    trainer = make_trainer(data)
+    training.Loop(trainer, tmp_path, training.LoopOptions(steps=2)).run()
+    ending = make_trainer(data, steps=4, decay=2)
+    loop = training.Loop(ending, tmp_path, training.LoopOptions(steps=4))
+    assert loop.resume()
+    assert loop.run() == 0
+    assert ending.step == 4
+    assert ending.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3)  # the last update's
+
+
+def test_timesteps_of_a_batch_are_spread():
+    draws = torch.stack([spread_timesteps(Stream(0, i, "t"), 8, 1000) for i in range(500)])  # [500, 8]
+    assert torch.equal(draws // 125, torch.arange(8).expand(500, 8))  # one in each eighth of the schedule
+    counts = torch.histc(draws.float(), 10, 0, 1000)  # and together uniform: 400 each, deviation under 20
+    assert (counts - 400).abs().max() < 90
+    assert spread_timesteps(Stream(0, 0, "t"), 1, 1000).shape == (1,)
+
+
+def test_decoder_only_leaves_the_latents(data, vae_model, tmp_path):
+    main(flags(data, tmp_path, stage="vae", init=str(vae_model), decoder_only=True, steps=3, batch_size=4))
+    before, after = load_model(vae_model), load_model(tmp_path / "model")
+    images = pictures(2)
+    assert before.config == after.config
+    assert torch.equal(before.vae.float().encode(images), after.vae.float().encode(images))
+    z = torch.ones(1, 4, 4, 4)
+    assert not torch.equal(before.vae.decode(z), after.vae.decode(z))
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +355,42 @@ def test_both_stages_make_a_model_that_loads(data, vae_model, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 2
     assert records[-1].keys() >= {"val_multi_view", "val_2d"}
-    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, resume=True, steps=3))
+    more = {"dtype": "bf16", "gradient_checkpointing": True, "accumulate": 2}
+    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, resume=True, steps=3, **more))
     assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() == "000003.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["released", "stable diffusion"])
+def test_training_goes_on_from_published_files(data, tmp_path, kind):
+    """Narrow files in the released layout, at the size of the data; a multi-view step teaches the new camera layers."""
+    tensors = upstream.flat(upstream.NARROW21)
+    if kind == "released":
+        torch.save(tensors, tmp_path / "model.pt")
+    else:
+        tensors = {name: x for name, x in tensors.items() if "camera_embed" not in name}
+        save_file(tensors, tmp_path / "model.pt")
+    more = {"init": str(tmp_path / "model.pt"), "settings": ("vae.image_size=16",), "freeze_text": True}
+    main(flags(data, tmp_path / "out", n_views=2, steps=1, multi_view_share=1.0, **more))
+    model = load_model(tmp_path / "out" / "model")
+    assert model.config.unet.camera_in == "time"
+    assert model.config.vae.image_size == 16
+    assert model.unet.camera_embed[2].weight.any()
+    with pytest.raises(ArgumentError, match=r"--set must leave the weights of --init as they are, got unet.camera_in"):
+        main(flags(data, tmp_path / "no", **more | {"settings": ("unet.camera_in=none",)}))
+
+
+@pytest.mark.parametrize(
+    "setting", ["unet.view_mixing=2d", "unet.view_mixing=temporal", "unet.camera_in=text", "unet.camera_in=attention"]
+)
+def test_a_new_model_with_settings_and_a_trained_text_tower(data, vae_model, tmp_path, setting):
+    out = tmp_path / "out"
+    shared = {"vae": str(vae_model), "text": str(vae_model), "freeze_text": True}
+    main(flags(data, out, steps=1, settings=(setting,), cache_latents=True, latents=tmp_path / "latents", **shared))
+    before, after = load_model(vae_model), load_model(out / "model")
+    assert after.config.unet == with_settings(TINY, [setting]).unet
+    for name, weight in before.text.state_dict().items():
+        assert torch.equal(weight.half(), after.text.state_dict()[name])
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "latents.npy", "latents.filled.npy", "latents.key"}
 
 
 def test_output_folders(data, vae_model, tmp_path):
@@ -338,6 +430,9 @@ def command(*arguments):
         (("--data", ".", "-o", "out", "--config", "big"), 2, "--config must be one of"),
         (("--data", ".", "-o", "out", "--multi-view-share", "1.5"), 2, "--multi-view-share must be from 0 to 1"),
         (("--data", ".", "-o", "out", "--steps", "0"), 2, "--steps must be at least 1"),
+        (("--data", ".", "-o", "out", "--set", "unet.views=2d"), 2, "--set must be NAME=VALUE, got 'unet.views=2d'"),
+        (("--data", ".", "-o", "out", "--steps", "9", "--decay", "10"), 2, "--decay must be from 0 to --steps"),
+        (("--data", ".", "-o", "out", "--stage", "vae", "--decoder-only"), 2, "--decoder-only must come with"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, arguments, code, text):

@@ -76,6 +76,15 @@ def test_refusals(change, error, text):
         update_occupancy(**arguments)
 
 
+@pytest.mark.parametrize("some", [False, True])
+def test_registered_forms(some):
+    ema, cells = draw(60), torch.tensor([3, 1, 3, 59]) if some else None
+    values = draw(4 if some else 60, seed=1)
+    torch.library.opcheck(torch.ops.mvdream_fast.update_occupancy.default, (ema, values, cells, 0.95, 0.01))
+    compiled = torch.compile(update_occupancy, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(ema, values, cells), update_occupancy(ema, values, cells)))
+
+
 def ball(positions):
     return 100.0 * (positions.norm(dim=-1) < 0.5)
 

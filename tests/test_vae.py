@@ -1,5 +1,7 @@
 """The VAE against LDM's autoencoder in plain torch, through a released file's names; scale, noise and shape rules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import upstream
@@ -19,8 +21,6 @@ def state() -> dict:
 
 @pytest.fixture(scope="module")
 def vae(state) -> VAE:
-    from dataclasses import replace
-
     from mvdream_fast.config import SD21
 
     module = VAE(TINY)
@@ -97,12 +97,22 @@ def test_weights_are_channels_last(vae):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_mini_has_sixteen_channels_and_no_attention():
+def test_mini_has_24_channels_and_no_attention():
     vae = VAE(MINI.vae)
     assert not any("attentions" in name for name in vae.model.state_dict())
     z = vae.encode(images(1, 3, 64, 64))
-    assert z.shape == (1, 16, 8, 8)
+    assert z.shape == (1, 24, 8, 8)
     assert vae.decode(z).shape == (1, 3, 64, 64)
+
+
+def test_a_wide_decoder_leaves_the_encoder():
+    config = replace(MINI.vae, decoder_width=160)
+    wide, plain = VAE(config), VAE(replace(MINI.vae, decoder_width=None))
+    assert wide.model.encoder.conv_in.weight.shape == plain.model.encoder.conv_in.weight.shape
+    assert wide.model.decoder.conv_out.in_channels == 160
+    assert wide.decode(wide.encode(images(1, 3, 64, 64))).shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="decoder_width must be None with 2 levels, got 160"):
+        VAE(replace(config, block_out_channels=(32, 64)))
 
 
 def test_wrong_shapes(vae):

@@ -7,6 +7,7 @@ import torch
 
 from mvdream_fast import ops
 from mvdream_fast.field.volume import Volume, VolumeConfig
+from mvdream_fast.ops.render import fusable
 from mvdream_fast.rng import Stream
 
 SMALL = VolumeConfig(n_levels=4, log2_size=10, base_resolution=4, top_resolution=16, width=16)
@@ -68,6 +69,26 @@ def test_forward_is_the_op_on_its_parameters():
     assert torch.equal(volume.density(x), sigmas)
     (sigmas.sum() + rgb.square().sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in volume.parameters())
+
+
+def test_only_a_plain_volume_says_that_a_kernel_can_evaluate_it():
+    class Renamed(Volume):
+        pass
+
+    class Doubled(Volume):
+        def forward(self, positions):
+            sigmas, rgb = super().forward(positions)
+            return 2 * sigmas, rgb
+
+    x = points(20)
+    for plain in (Volume(SMALL), Renamed(SMALL)):
+        assert fusable(plain) is not None
+        assert all(torch.equal(a, b) for a, b in zip(fusable(plain)(x), plain(x), strict=True))
+    hooked, patched, wide = Volume(SMALL), Volume(SMALL), Volume(SMALL).double()
+    hooked.register_forward_hook(lambda *_: None)
+    patched.forward = lambda positions: Volume.forward(patched, positions)
+    for other in (Doubled(SMALL), hooked, patched, wide, lambda positions: positions):
+        assert fusable(other) is None
 
 
 @pytest.mark.parametrize("mode", ["analytic", "finite_difference"])

@@ -76,6 +76,13 @@ struct Batch {
         scratch(layout.total * n_threads) {}
 
   int64_t tiles(int64_t begin) const { return n_tiles - begin < per_run ? n_tiles - begin : per_run; }
+
+  // Tiles that a thread takes at a time where no sum depends on it: few enough that small batches share out evenly.
+  int share(int64_t begin) const {
+    const int64_t even = tiles(begin) / (8 * omp_get_num_threads());
+    return int(even < 1 ? 1 : even < kBlockTiles ? even : kBlockTiles);
+  }
+
   float* unit_of(int64_t t) const { return unit.get() + t * 3 * kTile; }
   float* features_of(int64_t t) const { return features.get() + t * width * kTile; }
   float* own_scratch() const { return scratch.get() + layout.total * omp_get_thread_num(); }
@@ -84,6 +91,7 @@ struct Batch {
   int encode(int64_t begin) const {
     int n_bad = 0;
     const int64_t n_run = tiles(begin);
+    const int chunk = share(begin);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < n_run; ++t) {
       const float* p = positions + (begin + t) * 3 * kTile;
@@ -92,7 +100,7 @@ struct Batch {
     for (int l = 0; l < field.grid.n_levels; ++l) {
       fetch_level(field.grid.levels[l], field.grid.n_features, field.table, n_run, omp_get_thread_num(),
                   omp_get_num_threads());
-#pragma omp for schedule(dynamic, kBlockTiles) nowait
+#pragma omp for schedule(dynamic, chunk) nowait
       for (int64_t t = 0; t < n_run; ++t) {
         float* rows = features_of(t) + l * field.grid.n_features * kTile;
         encode_tile(field.grid.levels[l], field.grid.n_features, field.table, unit_of(t), rows);
@@ -280,7 +288,8 @@ bool field_forward(const Field& field, const float* positions, int64_t n, float*
   for (int64_t begin = 0; begin < batch.n_tiles; begin += batch.per_run) {
     n_bad += batch.encode(begin);
     const int64_t n_run = batch.tiles(begin);
-#pragma omp for schedule(dynamic, kBlockTiles)
+    const int chunk = batch.share(begin);
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t t = 0; t < n_run; ++t) {
       float* own = batch.own_scratch();
       const int count = in_tile(n, begin + t);

@@ -12,6 +12,7 @@ static int ray_status(const MarchArgs& args, int64_t ray) {
   if (!(finite == 0.0f)) return kMarchNotFinite;
   if (d[0] == 0 && d[1] == 0 && d[2] == 0) return kMarchNoDirection;
   if (args.jitter && !(args.jitter[ray] >= 0 && args.jitter[ray] <= 1)) return kMarchJitter;
+  if (args.far && args.far[ray] != args.far[ray]) return kMarchFar;
   return kMarchFine;
 }
 
@@ -39,8 +40,7 @@ int march_count(const MarchArgs& args, int64_t* counts) {
   return kMarchFine;
 }
 
-void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices, float* t_starts,
-                float* t_ends) {
+void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends) {
   const GridOfArgs grid(args);
 #pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(args.n_threads)
   for (int64_t ray = 0; ray < args.n_rays; ++ray) {
@@ -54,7 +54,6 @@ void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_
       for (int64_t j = 0; j < n; ++j) {
         t_starts[i + j] = lattice_t(walk.start, walk.step, begin + j);
         t_ends[i + j] = lattice_t(walk.start, walk.step, begin + j + 1);
-        ray_indices[i + j] = ray;
       }
       i += n;
     }
@@ -89,8 +88,8 @@ void prune_count(const Packed& samples, const float* sigmas, double least, doubl
   }
 }
 
-void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, int64_t* ray_indices,
-                float* t_starts, float* t_ends) {
+void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, float* t_starts,
+                float* t_ends) {
 #pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(samples.n_threads)
   for (int64_t ray = 0; ray < samples.n_rays; ++ray) {
     const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
@@ -98,8 +97,7 @@ void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packe
     for (int64_t i = first; i < last; ++i) {
       if (!keep[i]) continue;
       t_starts[out] = samples.t_starts[i];
-      t_ends[out] = samples.t_ends[i];
-      ray_indices[out++] = ray;
+      t_ends[out++] = samples.t_ends[i];
     }
   }
 }

@@ -8,7 +8,7 @@
 
 namespace mvdream_fast {
 
-enum MarchStatus { kMarchFine = 0, kMarchNotFinite = 1, kMarchNoDirection = 2, kMarchJitter = 3 };
+enum MarchStatus { kMarchFine = 0, kMarchNotFinite = 1, kMarchNoDirection = 2, kMarchJitter = 3, kMarchFar = 4 };
 
 struct MarchArgs {
   const float* rays_o;  // [R, 3]
@@ -84,8 +84,7 @@ MVDREAM_FAST_CPU_OP(int, march_status, const mvdream_fast::MarchArgs& args)
 
 // Samples of each ray, [R]; returns a MarchStatus.
 MVDREAM_FAST_CPU_OP(int, march_count, const MarchArgs& args, int64_t* counts)
-MVDREAM_FAST_CPU_OP(void, march_fill, const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices,
-                    float* t_starts, float* t_ends)
+MVDREAM_FAST_CPU_OP(void, march_fill, const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends)
 
 // Midpoints of the samples, [S, 3].
 MVDREAM_FAST_CPU_OP(void, sample_positions, const mvdream_fast::Packed& samples, const float* rays_o,
@@ -95,7 +94,7 @@ MVDREAM_FAST_CPU_OP(void, sample_positions, const mvdream_fast::Packed& samples,
 MVDREAM_FAST_CPU_OP(void, prune_count, const Packed& samples, const float* sigmas, double least, double most,
                     uint8_t* keep, int64_t* counts)
 MVDREAM_FAST_CPU_OP(void, prune_fill, const Packed& samples, const uint8_t* keep, const int64_t* packed_info,
-                    int64_t* ray_indices, float* t_starts, float* t_ends)
+                    float* t_starts, float* t_ends)
 
 MVDREAM_FAST_CPU_OP(void, composite_forward, const Packed& samples, const CompositeForward& args)
 MVDREAM_FAST_CPU_OP(void, composite_backward, const Packed& samples, const CompositeBackward& args)

@@ -1,6 +1,8 @@
 // The hash grid on one tile of samples: addresses in SIMD, one load per vertex, everything level by level.
 #include "cpu/tiles.h"
 
+#include <new>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -224,7 +226,31 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+constexpr int64_t kOwnPages = int64_t(4) << 20;  // bytes from which a buffer has pages of its own
+
 }  // namespace
+
+float* Buffer::allocate(int64_t bytes) {
+#ifdef __linux__
+  if (bytes >= kOwnPages) {
+    void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) throw std::bad_alloc();
+    advise_huge_pages(pages, bytes);
+    return static_cast<float*>(pages);
+  }
+#endif
+  return static_cast<float*>(::operator new(bytes, std::align_val_t(64)));
+}
+
+void Buffer::release(float* data, int64_t bytes) {
+#ifdef __linux__
+  if (bytes >= kOwnPages) {
+    munmap(data, bytes);
+    return;
+  }
+#endif
+  ::operator delete(data, std::align_val_t(64));
+}
 
 void encode_tile(const GridLevel& level, int n_features, const float* table, const float* unit, float* features) {
   const float* entries = table + level.offset * n_features;

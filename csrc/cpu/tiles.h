@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <new>
 #include <type_traits>
 
 #include "hash_grid.h"
@@ -30,16 +29,21 @@ inline int64_t run_tiles(int64_t n_tiles, int width) {
 // Samples of tile `tile` of a batch of n.
 inline int in_tile(int64_t n, int64_t tile) { return int(n - tile * kTile < kTile ? n - tile * kTile : kTile); }
 
-// Uninitialised floats on a cache-line boundary; throws std::bad_alloc.
+// Uninitialised floats on a cache-line boundary; throws std::bad_alloc. A large one has pages of its own: malloc would
+// keep them after a call, beside whatever the caller allocates next.
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  explicit Buffer(int64_t n) : bytes_(n * int64_t(sizeof(float))), data_(allocate(bytes_)) {}
+  ~Buffer() { release(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   float* get() const { return data_; }
 
  private:
+  static float* allocate(int64_t bytes);
+  static void release(float* data, int64_t bytes);
+
+  int64_t bytes_;
   float* data_;
 };
 

@@ -20,6 +20,7 @@ __device__ int ray_status(const MarchArgs& args, int64_t ray) {
   if (!(finite == 0.0f)) return kMarchNotFinite;
   if (d[0] == 0 && d[1] == 0 && d[2] == 0) return kMarchNoDirection;
   if (args.jitter && !(args.jitter[ray] >= 0 && args.jitter[ray] <= 1)) return kMarchJitter;
+  if (args.far && args.far[ray] != args.far[ray]) return kMarchFar;
   return kMarchFine;
 }
 
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     march_fill_kernel(const __grid_constant__ MarchArgs args, const uint8_t* blocks, const int64_t* packed_info,
-                      int64_t* ray_indices, float* t_starts, float* t_ends) {
+                      float* t_starts, float* t_ends) {
   const OccupancyView grid = make_view(args.bits, blocks, args.resolution, args.aabb);
   for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
     int64_t i = packed_info[2 * ray];
@@ -55,7 +56,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t k = begin; k < end && i < last; ++k, ++i) {
         t_starts[i] = lattice_t(walk.start, walk.step, k);
         t_ends[i] = lattice_t(walk.start, walk.step, k + 1);
-        ray_indices[i] = ray;
       }
     }
   }
@@ -90,16 +90,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    prune_fill_kernel(Packed samples, const uint8_t* keep, const int64_t* packed_info, int64_t* ray_indices,
-                      float* t_starts, float* t_ends) {
+    prune_fill_kernel(Packed samples, const uint8_t* keep, const int64_t* packed_info, float* t_starts, float* t_ends) {
   for (int64_t ray = thread_index(); ray < samples.n_rays; ray += n_threads()) {
     const int64_t first = samples.packed_info[2 * ray], last = first + samples.packed_info[2 * ray + 1];
     int64_t out = packed_info[2 * ray];
     for (int64_t i = first; i < last; ++i) {
       if (!keep[i]) continue;
       t_starts[out] = samples.t_starts[i];
-      t_ends[out] = samples.t_ends[i];
-      ray_indices[out++] = ray;
+      t_ends[out++] = samples.t_ends[i];
     }
   }
 }
@@ -126,11 +124,10 @@ int march_count(const MarchArgs& args, int64_t* counts, Queue queue) {
   return kMarchFine;
 }
 
-void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices, float* t_starts, float* t_ends,
-                Queue queue) {
+void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends, Queue queue) {
   const Blocks blocks(args, queue.stream);
   launch("march fill", march_fill_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
-         blocks.get(), packed_info, ray_indices, t_starts, t_ends);
+         blocks.get(), packed_info, t_starts, t_ends);
 }
 
 void sample_positions(const Packed& samples, const float* rays_o, const float* rays_d, float* positions, Queue queue) {
@@ -144,10 +141,10 @@ void prune_count(const Packed& samples, const float* sigmas, double least, doubl
          sigmas, least, most, keep, counts);
 }
 
-void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, int64_t* ray_indices,
-                float* t_starts, float* t_ends, Queue queue) {
+void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, float* t_starts, float* t_ends,
+                Queue queue) {
   launch("prune fill", prune_fill_kernel, blocks_for(samples.n_rays, kThreads), kThreads, 0, queue.stream, samples,
-         keep, packed_info, ray_indices, t_starts, t_ends);
+         keep, packed_info, t_starts, t_ends);
 }
 
 }  // namespace mvdream_fast::cuda

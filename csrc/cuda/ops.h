@@ -21,13 +21,12 @@ struct Queue {
 // The MarchStatus of rays, waiting for it; then the samples of each ray, [R].
 int march_status(const MarchArgs& args, Queue queue);
 int march_count(const MarchArgs& args, int64_t* counts, Queue queue);
-void march_fill(const MarchArgs& args, const int64_t* packed_info, int64_t* ray_indices, float* t_starts, float* t_ends,
-                Queue queue);
+void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends, Queue queue);
 void sample_positions(const Packed& samples, const float* rays_o, const float* rays_d, float* positions, Queue queue);
 void prune_count(const Packed& samples, const float* sigmas, double least, double most, uint8_t* keep, int64_t* counts,
                  Queue queue);
-void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, int64_t* ray_indices,
-                float* t_starts, float* t_ends, Queue queue);
+void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, float* t_starts, float* t_ends,
+                Queue queue);
 
 void update_occupancy(const float* ema, int64_t n_cells, const float* values, const int64_t* cells, int64_t n_values,
                       float decay, float threshold, float* new_ema, uint8_t* bits, Queue queue);

@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ MAX_TEXTURE_PIXELS = 8192 * 8192
 TEXTURE_SIZE = 512
 CREASE_COSINE = 0.7  # edges sharper than 45 degrees stay sharp
 MAX_VALENCE = 64
+CORNERS_AT_A_TIME = 1 << 18
 
 
 class MeshError(InputFileError):
@@ -269,10 +270,11 @@ def _creased(positions: np.ndarray, faces: np.ndarray) -> np.ndarray:
     a, b, c = (positions[faces[:, i]] for i in range(3))
     area = np.cross(b - a, c - a)
     unit = _unit(area)
-    corner, other = _neighbours(faces, len(positions))
-    near = (unit[corner // 3] * unit[other // 3]).sum(1) > CREASE_COSINE
-    corner, weight = corner[near], area[other[near] // 3]
-    total = np.stack([np.bincount(corner, weight[:, k], faces.size) for k in range(3)], 1)
+    total = np.empty((faces.size, 3))
+    for begin, end, corner, other in _neighbours(faces, len(positions)):
+        near = (unit[corner // 3] * unit[other // 3]).sum(1) > CREASE_COSINE
+        corner, weight = corner[near] - begin, area[other[near] // 3]
+        total[begin:end] = np.stack([np.bincount(corner, weight[:, k], end - begin) for k in range(3)], 1)
     return np.where((total**2).sum(1, keepdims=True) > 0, _unit(total), np.repeat(unit, 3, axis=0))
 
 
@@ -284,20 +286,24 @@ def _welded(normals: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndar
     return normals[first], faces.reshape(-1)[first], index.reshape(-1, 3).astype(np.int32)
 
 
-def _neighbours(faces: np.ndarray, n_vertices: int) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(faces: np.ndarray, n_vertices: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """All pairs of corners (rows of faces.reshape(-1)) that share a vertex, each with itself included.
 
-    A corner of a vertex with more than MAX_VALENCE is paired with itself only: pairs grow with the square.
+    They come as (begin, end, corner, other), those of corners begin..end at a time: a million faces have many. A corner
+    of a vertex with more than MAX_VALENCE is paired with itself only: pairs grow with the square.
     """
     vertex = faces.reshape(-1)
     order = np.argsort(vertex, kind="stable")
     valence = np.bincount(vertex, minlength=n_vertices)
     first = np.cumsum(valence) - valence
     count = np.where(valence[vertex] > MAX_VALENCE, 1, valence[vertex])
-    corner = np.repeat(np.arange(len(vertex)), count)
-    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    crowded = valence[vertex[corner]] > MAX_VALENCE
-    return corner, np.where(crowded, corner, order[(first[vertex[corner]] + within) % len(order)])
+    for begin in range(0, len(vertex), CORNERS_AT_A_TIME):
+        end = min(begin + CORNERS_AT_A_TIME, len(vertex))
+        repeats = count[begin:end]
+        corner = np.repeat(np.arange(begin, end), repeats)
+        within = np.arange(len(corner)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        crowded = valence[vertex[corner]] > MAX_VALENCE
+        yield begin, end, corner, np.where(crowded, corner, order[(first[vertex[corner]] + within) % len(order)])
 
 
 def _material(geometry):

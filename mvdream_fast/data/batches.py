@@ -1,7 +1,8 @@
 """From shards to training batches: an index into the tar files, backgrounds, view groups, and a cache of latents.
 
 Batches are drawn by index, not streamed, so that batch k is a function of (seed, k) alone and a resumed run sees the
-same pictures. Writing shards is shards.py's.
+same pictures. Several processes draw the indices of the whole batch alike, and each reads and decodes its own share.
+Writing shards is shards.py's.
 """
 
 import json
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import normalize_camera
+from mvdream_fast.data.captions import clean
 from mvdream_fast.data.shards import decode_views, list_shards
+from mvdream_fast.distributed import ALONE, Ranks
 from mvdream_fast.errors import ArgumentError, InputFileError
 from mvdream_fast.rng import Stream
 
@@ -59,8 +62,8 @@ class Batch:
 class Source(Protocol):
     """Where a trainer's batches come from."""
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
-        """The batch that the stream's key stands for."""
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
+        """The batch that the stream's key stands for, or this process' share of it: nothing else is read or decoded."""
 
 
 class Shards:
@@ -74,6 +77,12 @@ class Shards:
         if not self.records:
             raise InputFileError(f"the {split} shards in {folder} hold no renders; render them again")
         first = self.records[0]
+        for record in self.records:
+            if (record.n_views, record.meta["size"]) != (first.n_views, first.meta["size"]):
+                raise InputFileError(
+                    f"{record.path}: {record.meta['key']} has {record.n_views} views of {record.meta['size']} px, the "
+                    f"first one has {first.n_views} of {first.meta['size']}; train on shards of one kind"
+                )
         strip = first.n_views * first.meta["size"] ** 2 * 4
         self.views = lru_cache(maxsize=max(8, DECODED_BYTES // strip))(self._views)
         self.size = int(first.meta["size"])
@@ -100,12 +109,13 @@ class Shards:
         return list(dict.fromkeys([*texts, SUFFIX]))
 
     def caption(self, i: int, stream: Stream) -> str:
-        """A caption of record i: half the time the full one, else a variant; every fourth with MVDream's suffix."""
+        """A caption of record i: half the time the full one, else a variant; every fourth with MVDream's suffix, if it
+        doesn't say 3D already."""
         meta = self.records[i].meta
         full, variant, suffix = stream.uniform(3).tolist()
         texts = meta["variants"]
         text = meta["caption"] if full < 0.5 or not texts else texts[int(variant * len(texts))]
-        return text + SUFFIX if suffix < 0.25 else text
+        return text + SUFFIX if suffix < 0.25 and "3d" not in text.lower() else text
 
 
 def _index(path: Path) -> list[Record]:
@@ -118,8 +128,7 @@ def _index(path: Path) -> list[Record]:
                 if info.name.endswith(".json"):
                     meta = json.loads(tar.extractfile(info).read())
                 elif info.name.endswith(".webp") and meta is not None:
-                    len(meta["fovy"]), meta["columns"], meta["size"], meta["caption"], meta["variants"], meta["c2w"]
-                    records.append(Record(meta, path, info.offset_data, info.size))
+                    records.append(Record(_checked(meta), path, info.offset_data, info.size))
                     meta = None
         with open(path, "rb") as file:
             file.seek(end)
@@ -128,6 +137,18 @@ def _index(path: Path) -> list[Record]:
     except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
     return records
+
+
+def _checked(meta: dict) -> dict:
+    """A record's JSON with all that is read later; its words as the tokenizer takes them. Raises ValueError."""
+    n = len(meta["fovy"])
+    if np.shape(meta["c2w"]) != (n, 16) or not all(type(meta[k]) is int and meta[k] > 0 for k in ("size", "columns")):
+        raise ValueError("its cameras or sizes are no numbers")
+    words = [meta["caption"], *meta["variants"]]
+    if not all(isinstance(text, str) for text in words):
+        raise ValueError("its captions are no text")
+    caption, *variants = map(clean, words)
+    return {**meta, "key": str(meta["key"]), "caption": caption, "variants": variants}
 
 
 def composite(views: np.ndarray, colour: Tensor) -> Tensor:
@@ -163,16 +184,16 @@ class ImageSource:
     def __init__(self, shards: Shards):
         self.shards = shards
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """Multi-view: scenes of orthogonal views of an orbit. 2D: as many single views of as many orbits, no camera."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
-        pictures = torch.cat([self.pictures(i, which, stream) for i, which in groups])
+        colours = [background(draw_background(stream), stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
-        return Batch(pictures, _cameras(self.shards, groups) if multi_view else None, captions, v, encoded=False)
-
-    def pictures(self, i: int, which: list[int], stream: Stream) -> Tensor:
-        """Views of record i on one background, [n, 3, s, s]."""
-        return composite(self.shards.views(i)[which], background(draw_background(stream), stream))
+        groups = ranks.part(groups)
+        views = (self.shards.views(i)[which] for i, which in groups)
+        pictures = torch.cat([composite(rgba, colour) for rgba, colour in zip(views, ranks.part(colours))])
+        cameras = _cameras(self.shards, groups) if multi_view else None
+        return Batch(pictures, cameras, ranks.part(captions), v, encoded=False)
 
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single pictures for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
@@ -206,17 +227,22 @@ class LatentSource:
         fresh = not note.exists() or note.read_text() != f"{key} {full}"
         mode = "w+" if fresh else "r+"
         file.parent.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
+        if fresh:
+            note.unlink(missing_ok=True)
         self.latents = np.lib.format.open_memmap(file.with_suffix(".npy"), mode, np.float16, full)
         self.filled = np.lib.format.open_memmap(file.with_suffix(".filled.npy"), mode, np.uint8, full[:2])
-        note.write_text(f"{key} {full}")
+        if fresh:
+            note.write_text(f"{key} {full}")
 
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool) -> Batch:
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """As ImageSource.batch, but encoded."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
-        pictures = torch.cat([self._get(i, draw_background(stream))[which] for i, which in groups])
+        kinds = [draw_background(stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
-        return Batch(pictures, _cameras(self.shards, groups) if multi_view else None, captions, v, encoded=True)
+        groups = ranks.part(groups)
+        pictures = torch.cat([self._get(i, kind)[which] for (i, which), kind in zip(groups, ranks.part(kinds))])
+        cameras = _cameras(self.shards, groups) if multi_view else None
+        return Batch(pictures, cameras, ranks.part(captions), v, encoded=True)
 
     def _get(self, i: int, kind: int) -> Tensor:
         """Latents of all views of record i on a background, [V, C, h, w] float32."""

@@ -1,5 +1,6 @@
 """Writes frames as an animated WebP or, with the `video` extra, an MP4."""
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -9,18 +10,24 @@ from mvdream_fast.errors import ArgumentError
 from mvdream_fast.files import atomic_write
 
 
+def has_video() -> bool:
+    """Whether PyAV is installed, which .mp4 needs."""
+    return importlib.util.find_spec("av") is not None
+
+
 def save_animation(frames: np.ndarray, path: Path | str, fps: int = 30) -> None:
     """frames [n, Hp, Wp, 3] uint8; a WebP loops for ever. Raises ArgumentError for another file type, OutputError."""
     path = Path(path)
     if path.suffix == ".webp":
-        atomic_write(path, _webp(frames, fps))
+        atomic_write(path, webp_bytes(frames, fps))
     elif path.suffix == ".mp4":
         atomic_write(path, _mp4(frames, fps))
     else:
         raise ArgumentError(f"an animation can be written as .webp or .mp4, got {path.suffix or path.name}")
 
 
-def _webp(frames: np.ndarray, fps: int) -> bytes:
+def webp_bytes(frames: np.ndarray, fps: int = 30) -> bytes:
+    """frames [n, Hp, Wp, 3] uint8 as a WebP file that loops for ever."""
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in frames]

@@ -17,6 +17,7 @@ from mvdream_fast.field.export import save_mesh
 from mvdream_fast.field.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold
 from mvdream_fast.field.occupancy import OccupancyGrid
 from mvdream_fast.field.renderer import Renderer
+from mvdream_fast.field.texture import bake_texture
 from mvdream_fast.field.volume import Volume, VolumeConfig
 from mvdream_fast.files import atomic_write
 from mvdream_fast.rng import Stream
@@ -78,48 +79,69 @@ class Asset:
     def render(self, cameras: Cameras | None = None, size: int = 256) -> RenderedViews:
         """Images from `cameras` (default: four around the asset), size x size pixels, without gradient."""
         cameras = self.orbit() if cameras is None else cameras
-        device = self.renderer.occupancy.ema.device
-        out = self.renderer(generate_rays(cameras.to(device), size, size))
+        out = self.renderer(generate_rays(cameras.to(self.device), size, size))
         shape = (len(cameras), size, size)
         return RenderedViews(
             out.rgb.reshape(*shape, 3).permute(0, 3, 1, 2), out.opacity.reshape(shape), out.depth.reshape(shape)
         )
 
-    def mesh(self, resolution: int = 128, max_faces: int | None = None) -> Mesh:
+    def mesh(self, resolution: int = 128, max_faces: int | None = None, texture: int | None = None) -> Mesh:
         """The iso-surface whose silhouette agrees best with the rendered ones, coloured by the field.
 
+        texture: pixels a side of a texture to bake the field's colours into; None colours the vertices.
         Raises DivergedError when the volume holds no surface.
         """
-        grid = sample_grid(self.renderer.density, resolution, self.radius)
+        grid = sample_grid(self.density, resolution, self.radius)
         cameras = self.orbit(8)
         rays = generate_rays(cameras, 96, 96)
         opacity = self.render(cameras, 96).opacity.flatten()
         threshold, _ = silhouette_threshold(grid, self.radius, rays.rays_o, rays.rays_d, opacity)
-        return extract_mesh(
-            self.renderer.density,
-            lambda positions: self.renderer.volume(positions)[1],
+        mesh = extract_mesh(
+            self.density,
+            self.colors,
             radius=self.radius,
             threshold=threshold,
             grid=grid,
             max_faces=max_faces,
         )
+        return mesh if texture is None else bake_texture(mesh, self.colors, texture)
 
-    def save_glb(self, path: Path | str, resolution: int = 128, max_faces: int | None = None) -> Mesh:
+    @property
+    def device(self) -> torch.device:
+        return self.renderer.occupancy.ema.device
+
+    def density(self, positions: Tensor) -> Tensor:
+        """The field's densities at positions [P, 3] in scene units, [P]."""
+        return self.renderer.density(positions.to(self.device))
+
+    def colors(self, positions: Tensor) -> Tensor:
+        """The field's colours at positions [P, 3] in scene units, [P, 3] in [0, 1]."""
+        return self.renderer.volume(positions.to(self.device))[1]
+
+    def save_glb(
+        self, path: Path | str, resolution: int = 128, max_faces: int | None = None, texture: int | None = None
+    ) -> Mesh:
         """Writes the mesh (GLB, OBJ or PLY by the ending) and returns it."""
-        mesh = self.mesh(resolution, max_faces)
+        mesh = self.mesh(resolution, max_faces, texture)
         save_mesh(mesh, path)
         return mesh
 
-    def turntable(self, path: Path | str, n_frames: int = 120, size: int = 128, elevation_deg: float = 15.0) -> None:
-        """Writes an animation of one turn, 30 frames a second, as WebP (or MP4 with the `video` extra)."""
-        from mvdream_fast.field.animation import save_animation
-
+    def frames(self, n_frames: int = 120, size: int = 128, elevation_deg: float = 15.0) -> np.ndarray:
+        """One turn around the asset, which closes its loop: [n_frames, size, size, 3] uint8."""
         cameras = self.orbit(n_frames, elevation_deg)
         frames = [
             (self.render(Cameras(c[None], f[None]), size).rgb[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
             for c, f in zip(cameras.c2w, cameras.fovy, strict=True)
         ]
-        save_animation(np.stack([frame.cpu().numpy() for frame in frames]), path)
+        return np.stack([frame.cpu().numpy() for frame in frames])
+
+    def turntable(self, *paths: Path | str, n_frames: int = 120, size: int = 128, elevation_deg: float = 15.0) -> None:
+        """Writes an animation of one turn, 30 frames a second, as WebP (or MP4 with the `video` extra)."""
+        from mvdream_fast.field.animation import save_animation
+
+        frames = self.frames(n_frames, size, elevation_deg)
+        for path in paths:
+            save_animation(frames, path)
 
     def state(self) -> dict[str, Tensor]:
         return self.renderer.state_dict()

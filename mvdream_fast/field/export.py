@@ -21,7 +21,9 @@ def to_linear(srgb: np.ndarray) -> np.ndarray:
 
 
 def glb_bytes(mesh: Mesh, name: str = "asset") -> bytes:
-    """The mesh as binary glTF 2.0: Y up, float linear COLOR_0, and a matt, double-sided material."""
+    """The mesh as binary glTF 2.0: Y up, matt and double-sided, with the texture, or else float linear COLOR_0."""
+    if mesh.texture is not None:
+        return _textured(mesh, name).export(file_type="glb", include_normals=True)
     scene = _scene(mesh, to_linear(mesh.colors.astype(np.float64)), name)
     return scene.export(file_type="glb", include_normals=True, tree_postprocessor=_add_material)
 
@@ -29,7 +31,7 @@ def glb_bytes(mesh: Mesh, name: str = "asset") -> bytes:
 def viewer_html(mesh: Mesh) -> str:
     """A page that turns the mesh in a browser: trimesh's viewer, which carries its own three.js and fetches nothing.
 
-    That viewer shows colours as they are, so they go in as sRGB.
+    That viewer shows colours as they are, so they go in as sRGB; of the vertices, even where there is a texture.
     """
     from trimesh.viewer.notebook import scene_to_html
 
@@ -37,6 +39,27 @@ def viewer_html(mesh: Mesh) -> str:
     plain = scene.export
     scene.export = lambda **options: plain(**options, include_normals=True, tree_postprocessor=_add_material)
     return scene_to_html(scene)
+
+
+def _textured(mesh: Mesh, name: str):
+    """A trimesh scene, Y up, with the mesh's texture and normals."""
+    import trimesh
+    from PIL import Image
+
+    material = trimesh.visual.material.PBRMaterial(
+        name="texture",
+        baseColorTexture=Image.fromarray(mesh.texture),
+        baseColorFactor=[255, 255, 255, 255],
+        metallicFactor=0.0,
+        roughnessFactor=1.0,
+        doubleSided=True,
+    )
+    visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
+    normals = None if mesh.normals is None else mesh.normals @ Y_UP.T
+    body = trimesh.Trimesh(mesh.vertices @ Y_UP.T, mesh.faces, process=False, visual=visual, vertex_normals=normals)
+    scene = trimesh.Scene()
+    scene.add_geometry(body, geom_name=name, node_name=name)
+    return scene
 
 
 def _scene(mesh: Mesh, colors: np.ndarray, name: str):

@@ -19,11 +19,14 @@ CHUNK = 1 << 17
 
 @dataclass(frozen=True)
 class Mesh:
-    """Triangles in scene units with a colour a vertex (sRGB in [0, 1])."""
+    """Triangles in scene units with a colour a vertex (sRGB in [0, 1]), and a texture where one was baked."""
 
     vertices: np.ndarray  # [n, 3] float32
     faces: np.ndarray  # [m, 3] int32, counter-clockwise from outside
     colors: np.ndarray  # [n, 3] float32
+    normals: np.ndarray | None = None  # [n, 3] float32; None: from the faces around
+    uvs: np.ndarray | None = None  # [n, 2] float32, from the lower left
+    texture: np.ndarray | None = None  # [T, T, 3] uint8, sRGB, the top row first
 
     @property
     def is_empty(self) -> bool:

@@ -187,11 +187,6 @@ class Renderer(nn.Module):
 
 def _concatenate(parts: list[Samples]) -> Samples:
     """Blocks of consecutive rays as one."""
-    rays = n_samples = 0
-    indices, packed = [], []
-    for part in parts:
-        indices.append(part.ray_indices + rays)
-        packed.append(part.packed_info + part.packed_info.new_tensor([n_samples, 0]))
-        rays, n_samples = rays + part.n_rays, n_samples + part.n_samples
-    t_starts, t_ends = (torch.cat([getattr(p, name) for p in parts]) for name in ("t_starts", "t_ends"))
-    return Samples(torch.cat(indices), t_starts, t_ends, torch.cat(packed))
+    counts = torch.cat([part.packed_info[:, 1] for part in parts])
+    t_starts, t_ends = (torch.cat([getattr(part, name) for part in parts]) for name in ("t_starts", "t_ends"))
+    return Samples(t_starts, t_ends, torch.stack([counts.cumsum(0) - counts, counts], dim=-1))

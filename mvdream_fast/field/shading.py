@@ -89,4 +89,5 @@ def finite_difference_normals(sigma_fn: SigmaFn, positions: torch.Tensor, eps: f
     offsets = eps * torch.eye(3, device=positions.device, dtype=positions.dtype)
     around = positions[:, None, None] + torch.stack([offsets, -offsets])  # [S, 2, 3, 3]
     sigmas = sigma_fn(around.reshape(-1, 3)).reshape(-1, 2, 3)
-    return -normalize(sigmas[:, 0] - sigmas[:, 1], dim=-1)
+    # Divided by the distance, so that `normalize` takes only truly flat densities for flat.
+    return -normalize((sigmas[:, 0] - sigmas[:, 1]) / (2 * eps), dim=-1)

@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast import ops
+from mvdream_fast.field.shading import analytic_normals, finite_difference_normals
 from mvdream_fast.ops.field import FieldSpec
 from mvdream_fast.ops.hash_encode import HashGrid
 from mvdream_fast.rng import Stream
@@ -93,25 +93,24 @@ class Volume(nn.Module):
 
         Returns [P, 3]. Raises ValueError for another mode.
         """
-        if mode == "analytic":
-            gradient = self._density_gradient(positions)
-        elif mode == "finite_difference":
-            gradient = self._density_difference(positions, eps)
-        else:
+        if mode == "finite_difference":
+            return finite_difference_normals(self.density, positions, eps)
+        if mode != "analytic":
             raise ValueError(f"normals: mode must be 'analytic' or 'finite_difference', got {mode!r}")
-        return -F.normalize(gradient, dim=-1, eps=1e-12)
-
-    def _density_gradient(self, positions: Tensor) -> Tensor:
         training = torch.is_grad_enabled()
         with torch.enable_grad():
             x = positions if training and positions.requires_grad else positions.detach().requires_grad_()
-            return torch.autograd.grad(self.density(x).sum(), x, create_graph=training)[0]
+            return analytic_normals(self.density(x), x, create_graph=training)
 
-    def _density_difference(self, positions: Tensor, eps: float) -> Tensor:
-        steps = eps * torch.eye(3, dtype=positions.dtype, device=positions.device)
-        around = positions[:, None, None] + torch.stack([steps, -steps])  # [P, 2, 3, 3]: sign, axis, coordinate
-        sigmas = self.density(around.reshape(-1, 3)).reshape(-1, 2, 3)
-        return (sigmas[:, 0] - sigmas[:, 1]) / (2 * eps)
+    def hash_grid_field(self) -> ops.HashGridField | None:
+        """This field as parameters that `ops.render` can evaluate inside a kernel.
+
+        None where calling this volume does something else: a subclass, a hook or an instance with a forward of its own.
+        """
+        plain = (type(self).forward, type(self).__call__) == (Volume.forward, nn.Module.__call__)
+        if not plain or "forward" in vars(self) or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        return ops.HashGridField(self.table, [*self.density_weights], [*self.feature_weights], self.spec)
 
 
 def _xavier_mlp(stream: Stream, n_in: int, config: VolumeConfig, n_out: int) -> nn.ParameterList:

@@ -22,6 +22,7 @@ from mvdream_fast.models.manifest import PARTS, build, check_config, check_shape
 from mvdream_fast.models.tensor_file import TensorFile, open_tensors
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
+from mvdream_fast.rng import Stream
 
 EMBEDDED = ("embedded", "mini")
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "weights" / "mini"
@@ -51,13 +52,17 @@ class Model:
     tokenizer: Tokenizer | None = None
 
 
-def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None, parts: Sequence[str] = PARTS) -> Model:
+def load_model(
+    path_or_name: str | Path, dtype: torch.dtype | None = None, parts: Sequence[str] = PARTS, add_cameras: bool = False
+) -> Model:
     """A model from any of the known layouts, on the CPU, in evaluation mode, with every tensor checked.
 
     Args:
         path_or_name: a released .pt file, a diffusers-layout folder, a folder of ours, or "embedded".
         dtype: of the weights; None keeps the stored one (the widest, should a part mix them).
         parts: of "unet", "vae" (or "vae.encoder", without the decoder), "text" (with the tokenizer).
+        add_cameras: take Stable Diffusion's own file as well, to be trained: its new camera layers end in zeros, so
+            that it begins as the 2D model it was, whatever the camera.
 
     Raises:
         ModelError: if there is no such model, or any tensor is missing, unexpected, misshapen, or not finite.
@@ -66,7 +71,7 @@ def load_model(path_or_name: str | Path, dtype: torch.dtype | None = None, parts
     for part in parts:
         if part not in (*PARTS, ENCODER_ONLY):
             raise ArgumentError(f"a part must be one of {', '.join((*PARTS, ENCODER_ONLY))}, got {part!r}")
-    source = open_source(path_or_name)
+    source = open_source(path_or_name, add_cameras)
     for part in parts:
         source.check(part.split(".")[0])
     model = Model(source.config)
@@ -100,6 +105,7 @@ class Source:
     files: dict[str, TensorFile]  # of each part
     layout_of: Callable[[str], PartLayout]
     vocabulary: list[str] | None = None
+    new_cameras: bool = False  # the file has no camera layers
 
     def check(self, part: str) -> None:
         """Raises ModelError if a name, shape or dtype of the part is not as it must be; reads no data."""
@@ -110,7 +116,9 @@ class Source:
         """A checked part's tensors under our names, views of the file where dtype allows. Raises ModelError."""
         dtype = dtype or self.dtype(part)
         slots, ours = self.layout_of(part).slots, manifest(part, self.config)
-        return {name: _take(self.files[part], slot, ours[name], dtype) for name, slot in slots.items()}
+        tensors = {name: _take(self.files[part], slot, ours[name], dtype) for name, slot in slots.items()}
+        new = sorted(ours.keys() - slots.keys()) if self.new_cameras else []
+        return tensors | {name: _new_camera(name, ours[name]).to(dtype) for name in new}
 
     def dtype(self, part: str) -> torch.dtype:
         """The dtype that is stored for the part; float32 should it be a mixture."""
@@ -135,7 +143,13 @@ def _take(file: TensorFile, slot: Slot, shape: tuple[int, ...], dtype: torch.dty
     return tensor.reshape(shape).to(dtype)
 
 
-def open_source(path_or_name: str | Path) -> Source:
+def _new_camera(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Untrained camera layers: the same numbers in every process, and nothing comes out before they are trained."""
+    first = name == layouts.CAMERA + "0.weight"
+    return Stream(0, 0, name).normal(*shape) / math.sqrt(shape[1]) if first else torch.zeros(shape)
+
+
+def open_source(path_or_name: str | Path, add_cameras: bool = False) -> Source:
     """Finds a model and recognises its layout and configuration; no weights are read.
 
     Raises:
@@ -153,7 +167,7 @@ def open_source(path_or_name: str | Path) -> Source:
     if not exists:
         raise ModelError(f"there is no model at {printable(str(path.absolute()), 400)}. {_WHERE}")
     if not is_folder:
-        return _open_released(path)
+        return _open_released(path, add_cameras)
     if all((path / folder).is_dir() for folder, _ in _PUBLISHED_FILES.values()):
         return _open_published(path)
     if (path / "config.json").exists():
@@ -176,14 +190,20 @@ def _open_own(folder: Path) -> Source:
     return Source(folder, "folder of mvdream_fast", config, files, lambda part: layouts.own(part, config), vocabulary)
 
 
-def _open_released(path: Path) -> Source:
+def _open_released(path: Path, add_cameras: bool) -> Source:
     file = open_tensors(path).without(layouts.ignored)
     betas = file.read("betas") if "betas" in file.shapes else None
     config = layouts.recognise(str(path), file.shapes, layouts.Hints(schedule=layouts.schedule_of(str(path), betas)))
     vae, text = file.under(layouts.VAE), file.under(layouts.TEXT)
     rest = file.without(lambda name: name in vae.shapes or name in text.shapes)
     files = {"unet": rest, "vae": vae, "text": text}
-    return Source(path, "released flat file", config, files, lambda part: layouts.released(part, config, text.shapes))
+    new = add_cameras and not any(name.startswith(layouts.UNET + layouts.CAMERA) for name in rest.shapes)
+
+    def layout_of(part: str) -> PartLayout:
+        layout = layouts.released(part, config, text.shapes)
+        return layout.without(layouts.CAMERA) if new and part == "unet" else layout
+
+    return Source(path, "released flat file", config, files, layout_of, new_cameras=new)
 
 
 def _open_published(folder: Path) -> Source:

@@ -22,7 +22,9 @@ BUFFERS = (
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
 )  # fmt: skip
-_IGNORED = re.compile(r"(^|\.)(position_ids|attn_mask)$")  # constants that some versions stored
+# Constants that some versions stored, and the second set of weights in some of Stable Diffusion's files.
+_IGNORED = re.compile(r"(^|\.)(position_ids|attn_mask)$|^model_ema\.")
+CAMERA = "camera_embed."
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class PartLayout:
 
     slots: dict[str, Slot]
     expected: Shapes
+
+    def without(self, prefix: str) -> "PartLayout":
+        """The same, but for our tensors of a prefix."""
+        gone = {slot.name for name, slot in self.slots.items() if name.startswith(prefix)}
+        slots = {name: slot for name, slot in self.slots.items() if slot.name not in gone}
+        return PartLayout(slots, {name: shape for name, shape in self.expected.items() if name not in gone})
 
 
 def _layout(ours: Shapes, slot_of: Callable[[str], Slot], unused: Shapes | None = None) -> PartLayout:

@@ -86,7 +86,12 @@ def _check_unet(unet: UNetConfig) -> None:
 def _check_vae(vae: VAEConfig) -> None:
     _require(0 < len(vae.block_out_channels) <= 8, "block_out_channels", vae.block_out_channels, "1 to 8 levels")
     _require(vae.layers_per_block <= 16, "layers_per_block", vae.layers_per_block, "at most 16")
-    for channels in vae.block_out_channels:
+    wide = vae.decoder_width
+    one_level = len(vae.block_out_channels) == 1
+    _require(
+        wide is None or (one_level and 0 < wide <= 4096), "decoder_width", wide, "null, or 1 to 4096 with one level"
+    )
+    for channels in (*vae.block_out_channels, *([wide] if wide else [])):
         divides = channels % vae.norm_num_groups == 0
         _require(divides, "norm_num_groups", vae.norm_num_groups, f"a divisor of {channels} channels")
     _require(0 < vae.scale_factor < 1e6, "scale_factor", vae.scale_factor, "a positive number")

@@ -40,9 +40,29 @@ class VAE(nn.Module):
             scaling_factor=config.scale_factor,
             mid_block_add_attention=config.mid_block_add_attention,
         )
+        if config.decoder_width is not None:
+            self._widen_decoder(config.decoder_width)
         if not decoder:
             self.drop_decoder()
         self.to(memory_format=torch.channels_last)
+
+    def _widen_decoder(self, width: int) -> None:
+        from diffusers.models.autoencoders.vae import Decoder
+
+        config = self.config
+        if len(config.block_out_channels) != 1:
+            raise ValueError(
+                f"VAE: decoder_width must be None with {len(config.block_out_channels)} levels, got {width}"
+            )
+        self.model.decoder = Decoder(
+            in_channels=config.latent_channels,
+            out_channels=3 * config.patch_size**2,
+            up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(width,),
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            mid_block_add_attention=config.mid_block_add_attention,
+        )
 
     def drop_decoder(self) -> None:
         """Frees the decoder's weights; `decode` raises from then on."""

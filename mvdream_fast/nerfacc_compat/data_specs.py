@@ -52,9 +52,3 @@ def layout(data: RaySamples | RayIntervals) -> torch.Tensor:
     from mvdream_fast.nerfacc_compat.scan import pack_info
 
     return pack_info(data.ray_indices)
-
-
-def rows_of(packed_info: torch.Tensor, n: int) -> torch.Tensor:
-    """The ray of each of n packed values, [n] int64."""
-    rays = torch.arange(packed_info.shape[0], device=packed_info.device)
-    return torch.repeat_interleave(rays, packed_info[:, 1], output_size=n)

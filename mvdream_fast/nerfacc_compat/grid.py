@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mvdream_fast import ops
-from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples, rows_of
-from mvdream_fast.ops.march_rays import march_rays, pack_bits
+from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples
+from mvdream_fast.ops.march_rays import march_rays, pack_bits, rows_of
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
 # extension are loaded inside the ops, on first use.
 from mvdream_fast.ops.composite import Rendered, composite, composite_ref
 from mvdream_fast.ops.cross_view_attention import cross_view_attention, cross_view_attention_ref
-from mvdream_fast.ops.field import FieldSpec, field, field_density, field_density_ref, field_ref
+from mvdream_fast.ops.field import FieldSpec, HashGridField, field, field_density, field_density_ref, field_ref
 from mvdream_fast.ops.geglu import geglu, geglu_ref
 from mvdream_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from mvdream_fast.ops.hash_encode import HashGrid, hash_encode, hash_encode_ref
@@ -26,6 +26,7 @@ __all__ = [
     "MLP",
     "FieldSpec",
     "HashGrid",
+    "HashGridField",
     "Rendered",
     "SDSTarget",
     "Samples",

@@ -1,10 +1,70 @@
-"""What the public edges of the ops share: autocast, vmap and device checks. No maths here."""
+"""What the public edges of the ops share: checks in the house's one sentence, which way a call goes, the way down.
+
+Two families share it: the packed-sample ops, with a backend of the extension for each device, and the UNet's ops, with
+C++ on a CPU and Triton on a GPU. No maths here.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mvdream_fast.machine import available_cores
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WIDE_FLOATS = (torch.float32, torch.float64)  # what the packed-sample ops take
+BACKENDS = ("cpu", "cuda")  # what the extension has of them
+
+
+def require(ok: bool, op: str, argument: str, requirement: str, got: object, remedy: str, error=ValueError) -> None:
+    """Raise `error` as `<op>: <argument> must be <requirement>, got <value>; <what to do>` unless `ok`."""
+    if not ok:
+        raise error(f"{op}: {argument} must be {requirement}, got {got}; {remedy}")
+
+
+def check_float(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    wanted = f"{', '.join(names[:-1])} or {names[-1]}"
+    require(x.dtype in dtypes, op, name, wanted, x.dtype, "convert it first", TypeError)
+
+
+def check_shaped(op: str, name: str, x: object, shape: Sequence[int | None]) -> None:
+    """A float32 or float64 tensor of this shape; None stands for any length."""
+    require(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, "pass a tensor", TypeError)
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    fits = x.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape, strict=True))
+    require(fits, op, name, f"of shape {wanted}", list(x.shape), "reshape it")
+    check_float(op, name, x, WIDE_FLOATS)
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor on the device of the first."""
+    first, *rest = [(name, x) for name, x in tensors.items() if x is not None]
+    for name, x in rest:
+        same, devices = x.device == first[1].device, f"{x.device} and {first[1].device}"
+        require(same, op, name, f"on the device of {first[0]}", devices, "move one", RuntimeError)
+
+
+def check_like(op: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """`x` must sit on the device of `like` and have its dtype or float32 (parameters kept in full precision)."""
+    check_same_device(op, **{other: like, name: x})
+    if x.dtype != like.dtype and x.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be {like.dtype} (as {other}) or float32, got {x.dtype}; convert it first")
+
+
+def by_name(x: Tensor) -> bool:
+    """Whether a call goes through the registered op: torch.compile is tracing, or x is on the meta device, where only
+    shapes are asked for."""
+    return torch.compiler.is_compiling() or x.is_meta
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; torch refuses to answer for the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
@@ -14,15 +74,28 @@ def is_batched(*tensors: Tensor | None) -> bool:
     return any(x is not None and torch._C._functorch.is_batchedtensor(x) for x in tensors)
 
 
-def runs_natively(*tensors: Tensor | None) -> bool:
-    """Whether the CPU extension may read and replace these: plain float32 tensors that no transform is watching."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+def vmap_error(op: str) -> RuntimeError:
+    return RuntimeError(f"{op}: arguments must be plain tensors, got a vmapped one; put the extra axis into the batch")
+
+
+def is_watched() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative looks on, which only plain torch can answer."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def runs_natively(*tensors: Tensor | None, devices: tuple[str, ...] = ("cpu",)) -> bool:
+    """Whether the extension may read and replace these: plain float32 tensors on such devices that nothing watches."""
+    if is_watched():
         return False
-    return all(x is None or (_is_plain(x) and x.dtype == torch.float32 and not x.is_neg()) for x in tensors)
+    plain = (torch.float32, torch.strided)
+    return all(
+        x is None or (_is_plain(x) and x.device.type in devices and (x.dtype, x.layout) == plain and not x.is_neg())
+        for x in tensors
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
+    return type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -30,24 +103,23 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def vmap_error(op: str) -> RuntimeError:
-    return RuntimeError(f"{op}: arguments must be plain tensors, got a vmapped one; put the extra axis into the batch")
+def vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `function` with a graph of their own, for the second derivatives of an op; None where unwanted."""
+    wanted = [x for x in inputs if x.requires_grad]
+    pairs = [(y, d) for y, d in zip(function(*inputs), cotangents, strict=True) if d is not None and y.requires_grad]
+    outputs, d_outputs = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True, allow_unused=True))
+    return [next(gradients) if x.requires_grad else None for x in inputs]
 
 
-def check_float(op: str, name: str, x: Tensor) -> None:
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it first")
+def present(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Gradients as a registered op may return them: nothing is an empty tensor."""
+    return [like.new_empty(0) if d is None else d for d in gradients]
 
 
-def check_like(op: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
-    """`x` must sit on the device of `like` and have its dtype or float32 (parameters kept in full precision)."""
-    if x.device != like.device:
-        raise RuntimeError(f"{op}: {name} must be on the device of {other}, got {x.device} and {like.device}; move one")
-    if x.dtype != like.dtype and x.dtype != torch.float32:
-        raise TypeError(f"{op}: {name} must be {like.dtype} (as {other}) or float32, got {x.dtype}; convert it first")
-
-
-def load_kernels(op: str, name: str, x: Tensor):
+def load_kernels(op: str, name: str, x: Tensor) -> ModuleType:
     """The module `mvdream_fast.kernels.<op>`, for a CUDA tensor `x`; says what to install where Triton is missing."""
     if x.dtype == torch.float64:
         raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16 on CUDA, got {x.dtype}; convert it first")
@@ -62,3 +134,69 @@ def load_kernels(op: str, name: str, x: Tensor):
             f"{op}: {name} must be a CPU tensor where Triton is not installed, got one on {x.device}; "
             "install mvdream_fast[gpu]"
         ) from error
+
+
+def load_native(op: str, like: Tensor | None = None) -> ModuleType:
+    """The extension's functions for the device of `like`, a CPU for None: on CUDA under the same names and signatures.
+
+    Raises: RuntimeError where the extension, or its CUDA part, is not built.
+    """
+    try:
+        from mvdream_fast import _C
+    except ImportError as error:
+        raise RuntimeError(
+            f"{op}: the extension mvdream_fast._C must be built for CPU tensors, got {error}; reinstall mvdream_fast"
+        ) from error
+    if like is None or not like.is_cuda:
+        return _C
+    if not hasattr(_C, "cuda"):
+        raise RuntimeError(
+            f"{op}: tensors must be on a CPU where mvdream_fast was built without CUDA, got {like.device}; "
+            "install nvcc and reinstall with CMAKE_ARGS=-DMVDREAM_FAST_CUDA=ON"
+        )
+    return _C.cuda
+
+
+def thread_count() -> int:
+    """Threads of a native call: torch's number, or where nobody chose one the cores that the control group allows.
+
+    Torch counts the machine's cores, of which a container may have few; more threads than those wait for each other.
+    """
+    return _allowed() if torch.get_num_threads() == _torchs_own() else torch.get_num_threads()
+
+
+@cache
+def _torchs_own() -> int:
+    """Torch's number of threads at the first native call."""
+    return torch.get_num_threads()
+
+
+@cache
+def _allowed() -> int:
+    chosen = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    return _torchs_own() if chosen else min(_torchs_own(), available_cores())
+
+
+def queue_of(like: Tensor) -> object:
+    """What native calls take last: on a CPU the number of threads; on CUDA the current stream with torch's settings.
+
+    torch.use_deterministic_algorithms and torch.backends.cuda.matmul.allow_tf32 are the settings that count.
+    """
+    if not like.is_cuda:
+        return thread_count()
+    from mvdream_fast import _C
+
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return _C.cuda.Queue(stream, torch.are_deterministic_algorithms_enabled(), tf32)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and on CUDA from a multiple of 16 bytes on, which vector loads need; a copy where it is not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a contiguous tensor's numbers lie, 0 for None; the caller keeps it alive."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -8,18 +8,21 @@ Where the samples come from, and how they are coloured, is nobody's business her
 from typing import NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
-from mvdream_fast.ops._checks import (
+from mvdream_fast.ops._edges import (
+    BACKENDS,
     address,
-    check_float,
     check_same_device,
+    check_shaped,
+    is_batched,
     load_native,
     queue_of,
     require,
+    runs_natively,
+    vjp,
+    vmap_error,
 )
-from mvdream_fast.ops.hash_encode import vjp
-from mvdream_fast.ops.march_rays import exclusive_sum_packed, pack_info
+from mvdream_fast.ops.march_rays import exclusive_sum_packed, pack_info, rows_of
 
 
 class Rendered(NamedTuple):
@@ -60,16 +63,14 @@ def composite(
         packed_info = pack_info(ray_indices, n_rays) if packed_info is None else packed_info
         return Rendered(*torch.ops.mvdream_fast.composite(sigmas, rgb, t_starts, t_ends, packed_info, background))
     packed_info = _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background)
-    if not _runs_natively(sigmas, rgb, t_starts, t_ends, background):
+    if not runs_natively(sigmas, rgb, t_starts, t_ends, background, devices=BACKENDS):
         return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
     return Rendered(*_Composite.apply(sigmas, rgb, t_starts, t_ends, packed_info, background))
 
 
 def composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background=None) -> Rendered:
     """The same in plain torch; differentiable any number of times."""
-    n_rays, counts = packed_info.shape[0], packed_info[:, 1]
-    rays = torch.arange(n_rays, device=sigmas.device)
-    ray_indices = torch.repeat_interleave(rays, counts, output_size=sigmas.shape[0])
+    n_rays, ray_indices = packed_info.shape[0], rows_of(packed_info, sigmas.shape[0])
 
     def per_ray(values):
         return values.new_zeros(n_rays, *values.shape[1:]).index_add(0, ray_indices, values)
@@ -148,8 +149,7 @@ def _adjoint_ref(
 ) -> list[torch.Tensor | None]:
     """The adjoint in closed form (csrc/composite.h), for where no graph can be kept."""
     d_rgb, d_opacity, d_depth, d_weights, d_variance = cotangents
-    rays = torch.arange(packed_info.shape[0], device=sigmas.device)
-    rays = torch.repeat_interleave(rays, packed_info[:, 1], output_size=sigmas.shape[0])
+    rays = rows_of(packed_info, sigmas.shape[0])
     t, delta = 0.5 * (t_starts + t_ends), t_ends - t_starts
     transmittance = torch.exp(-exclusive_sum_packed(sigmas * delta, packed_info))
     alphas = -torch.expm1(-sigmas * delta)
@@ -232,12 +232,6 @@ def _stride(background: torch.Tensor | None) -> int:
     return 3 if background is not None and background.ndim == 2 else 0
 
 
-def _runs_natively(*tensors: torch.Tensor | None) -> bool:
-    """float32, and no functorch transform or forward-mode derivative is watching."""
-    watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return not watched and not _wide(*tensors)
-
-
 def _wide(*tensors: torch.Tensor | None) -> bool:
     return any(x is not None and x.dtype != torch.float32 for x in tensors)
 
@@ -277,14 +271,16 @@ def _pack_sorted(op, ray_indices, n_rays) -> torch.Tensor:
 
 
 def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background) -> torch.Tensor:
+    if is_batched(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, background):
+        raise vmap_error("composite")
     op, n_samples = "composite", sigmas.shape[0] if sigmas.ndim else 0
-    check_float(op, "sigmas", sigmas, (None,))
-    check_float(op, "rgb", rgb, (n_samples, 3))
-    check_float(op, "t_starts", t_starts, (n_samples,))
-    check_float(op, "t_ends", t_ends, (n_samples,))
+    check_shaped(op, "sigmas", sigmas, (None,))
+    check_shaped(op, "rgb", rgb, (n_samples, 3))
+    check_shaped(op, "t_starts", t_starts, (n_samples,))
+    check_shaped(op, "t_ends", t_ends, (n_samples,))
     packed_info = check_packing(op, n_samples, ray_indices, packed_info, n_rays)
     if background is not None:
-        check_float(op, "background", background, (3,) if background.ndim == 1 else (packed_info.shape[0], 3))
+        check_shaped(op, "background", background, (3,) if background.ndim == 1 else (packed_info.shape[0], 3))
     tensors = {"sigmas": sigmas, "rgb": rgb, "t_starts": t_starts, "t_ends": t_ends, "background": background}
     check_same_device(op, **tensors, packed_info=packed_info)
     return packed_info

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
+from mvdream_fast.ops._edges import by_name, check_float, is_autocast, is_batched, load_kernels, vmap_error
 
 OP = "cross_view_attention"
 MAX_HEAD_DIM = 256
@@ -52,9 +52,9 @@ def cross_view_attention(
     _check(q, k, v, n_views, camera_q, camera_k, camera_v, scale)
     views = n_views if cross_view else 1
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocast(q):
         q, k, v, camera_q, camera_k, camera_v = _autocast(q, k, v, camera_q, camera_k, camera_v)
-    if torch.compiler.is_compiling():
+    if by_name(q):
         return torch.ops.mvdream_fast.cross_view_attention(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
     if is_batched(q, k, v, camera_q, camera_k, camera_v):
         raise vmap_error(OP)
@@ -132,7 +132,7 @@ def _check_like(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], why: st
         raise ValueError(f"{OP}: {name} must be {tuple(shape)}, got {tuple(x.shape)}; {why}")
     if x.device != q.device:
         raise RuntimeError(f"{OP}: {name} must be on the device of q, got {x.device} and {q.device}; move one")
-    if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+    if x.dtype != q.dtype and not is_autocast(q):
         raise TypeError(f"{OP}: {name} must be {q.dtype} as q, got {x.dtype}; convert it first")
 
 

@@ -4,23 +4,34 @@ No weights live here (`field.volume` owns them) and nothing about rays (`ops.mar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from dataclasses import field as default
+from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvdream_fast.ops._checks import address, aligned, check_float, check_same_device, load_native, queue_of, require
+from mvdream_fast.ops._edges import (
+    BACKENDS,
+    address,
+    aligned,
+    check_same_device,
+    check_shaped,
+    load_native,
+    present,
+    queue_of,
+    require,
+    runs_natively,
+    vjp,
+)
 from mvdream_fast.ops.hash_encode import (
     HashGrid,
     check_positions_and_table,
     check_same_dtype,
     hash_encode_ref,
     require_no_nan,
-    runs_natively,
-    vjp,
 )
 
 WIDTHS = (16, 32, 64, 128)
@@ -59,7 +70,7 @@ def field(
     *_weights: matrices [out, in] of bias-free ReLU networks: 1 to 3 hidden layers of one width out of 16, 32,
                64, 128, ending in 1 row (density) or 3 rows (colour).
     Gradients flow to positions, table and weights and are recomputed from the inputs: nothing is kept per sample.
-    float32 runs natively. On a CPU: bit-identical for any number of threads, with at most 24 MB of scratch memory at
+    float32 runs natively. On a CPU: bit-identical for any number of threads, with at most 40 MB of scratch memory at
     the default widths. On CUDA: on tensor cores, each product as three of tf32 (21 bits), or as one (10 bits) where
     torch.backends.cuda.matmul.allow_tf32 is set; bit-identical under torch.use_deterministic_algorithms, which costs 4
     bytes a column and sample; a NaN position makes NaN outputs instead of an error, which would cost a synchronisation.
@@ -72,7 +83,9 @@ def field(
     check_positions_and_table("field", positions, table, spec.grid)
     check_weights("field", "density_weights", positions, density_weights, spec.grid.width, 1)
     check_weights("field", "feature_weights", positions, feature_weights, spec.grid.width, 3)
-    if not runs_natively(positions):
+    if torch.compiler.is_compiling() and positions.dtype == torch.float32:
+        return _registered(positions, table, density_weights, feature_weights, spec)
+    if not runs_natively(positions, table, *density_weights, *feature_weights, devices=BACKENDS):
         return field_ref(positions, table, density_weights, feature_weights, spec)
     return _Field.apply(spec, len(density_weights), positions, table, *density_weights, *feature_weights)
 
@@ -81,9 +94,25 @@ def field_density(positions: Tensor, table: Tensor, density_weights: Sequence[Te
     """The density half of `field`, at about half of its cost. Returns sigmas [P]; raises as `field` does."""
     check_positions_and_table("field_density", positions, table, spec.grid)
     check_weights("field_density", "density_weights", positions, density_weights, spec.grid.width, 1)
-    if not runs_natively(positions):
+    if torch.compiler.is_compiling() and positions.dtype == torch.float32:
+        return _registered(positions, table, density_weights, [], spec)[0]
+    if not runs_natively(positions, table, *density_weights, devices=BACKENDS):
         return field_density_ref(positions, table, density_weights, spec)
     return _Field.apply(spec, len(density_weights), positions, table, *density_weights)[0]
+
+
+@dataclass(frozen=True)
+class HashGridField:
+    """A field that is `ops.field` of these parameters and nothing else: a kernel may evaluate it in its place."""
+
+    table: Tensor
+    density_weights: Sequence[Tensor]
+    feature_weights: Sequence[Tensor]
+    spec: FieldSpec
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [P, 3] -> (sigmas [P], rgb [P, 3])."""
+        return field(positions, self.table, self.density_weights, self.feature_weights, self.spec)
 
 
 def field_ref(
@@ -132,34 +161,51 @@ class _Field(torch.autograd.Function):
         ctx.spec, ctx.n_density = spec, n_density
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        positions, *parameters = [aligned(x) for x in tensors]
-        sigmas = positions.new_empty(len(positions))
-        rgb = positions.new_empty(len(positions), 3) if len(tensors) > 2 + n_density else None
-        sizes = (len(positions), address(sigmas), address(rgb), queue_of(positions))
-        ok = load_native("field", positions).field_forward(
-            native_of(spec, n_density, parameters), address(positions), *sizes
-        )
-        require_no_nan("field", ok)
-        return sigmas, rgb
+        return _forward(spec, n_density, tensors)
 
     @staticmethod
     def backward(ctx, d_sigmas, d_rgb):
         if torch.is_grad_enabled():
             return None, None, *_backward_ref(ctx, d_sigmas, d_rgb)
-        needed = ctx.needs_input_grad[2:]
-        positions, *parameters = [aligned(x) for x in ctx.saved_tensors]
-        d_sigmas, d_rgb = (d if d is None else d.contiguous() for d in (d_sigmas, d_rgb))
-        d_positions, d_table = (torch.empty_like(x) if n else None for x, n in zip([positions, parameters[0]], needed))
-        d_density = _flat_like(parameters[1 : 1 + ctx.n_density], any(needed[2 : 2 + ctx.n_density]))
-        d_color = _flat_like(parameters[1 + ctx.n_density :], any(needed[2 + ctx.n_density :]))
-        load_native("field", positions).field_backward(
-            native_of(ctx.spec, ctx.n_density, parameters),
-            *(address(positions), len(positions)),
-            *map(address, (d_sigmas, d_rgb, d_table, d_density, d_color, d_positions)),
-            queue_of(positions),
-        )
-        density, color = parameters[1 : 1 + ctx.n_density], parameters[1 + ctx.n_density :]
-        return None, None, d_positions, d_table, *_views(density, d_density), *_views(color, d_color)
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *_backward(ctx.spec, ctx.n_density, ctx.saved_tensors, (d_sigmas, d_rgb), wanted)
+
+
+def _forward(spec: FieldSpec, n_density: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    positions, *parameters = [aligned(x) for x in tensors]
+    sigmas = positions.new_empty(len(positions))
+    rgb = positions.new_empty(len(positions), 3) if len(tensors) > 2 + n_density else None
+    sizes = (len(positions), address(sigmas), address(rgb), queue_of(positions))
+    ok = load_native("field", positions).field_forward(
+        native_of(spec, n_density, parameters), address(positions), *sizes
+    )
+    require_no_nan("field", ok)
+    return sigmas, rgb
+
+
+def _backward(
+    spec: FieldSpec,
+    n_density: int,
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of positions, table and matrices, in that order; None where unwanted."""
+    positions, *parameters = [aligned(x) for x in tensors]
+    d_sigmas, d_rgb = (d if d is None else d.contiguous() for d in cotangents)
+    d_positions, d_table = (
+        torch.empty_like(x) if want else None for x, want in zip([positions, parameters[0]], wanted)
+    )
+    density, color = parameters[1 : 1 + n_density], parameters[1 + n_density :]
+    d_density = _flat_like(density, any(wanted[2 : 2 + n_density]))
+    d_color = _flat_like(color, any(wanted[2 + n_density :]))
+    load_native("field", positions).field_backward(
+        native_of(spec, n_density, parameters),
+        *(address(positions), len(positions)),
+        *map(address, (d_sigmas, d_rgb, d_table, d_density, d_color, d_positions)),
+        queue_of(positions),
+    )
+    return [d_positions, d_table, *_views(density, d_density), *_views(color, d_color)]
 
 
 def native_of(spec: FieldSpec, n_density: int, parameters: Sequence[Tensor]):
@@ -195,6 +241,82 @@ def _backward_ref(ctx, d_sigmas: Tensor | None, d_rgb: Tensor | None) -> list[Te
     return vjp(run, ctx.saved_tensors, (d_sigmas, d_rgb))
 
 
+def _registered(positions, table, density_weights, feature_weights, spec) -> tuple[Tensor, Tensor]:
+    """The op by its registered form, for graphs; colours are empty without feature_weights."""
+    *_, radius, bias_scale, bias_std, activation, color_sigmoid = astuple(spec)
+    numbers = [float(x) for x in (*astuple(spec.grid), radius, bias_scale, bias_std)]
+    flags = (numbers, activation, color_sigmoid)
+    return torch.ops.mvdream_fast.field(positions, table, [*density_weights], [*feature_weights], *flags)
+
+
+@cache
+def _spec_of(numbers: tuple[float, ...], activation: str, color_sigmoid: bool) -> FieldSpec:
+    *sizes, growth, radius, bias_scale, bias_std = numbers
+    return FieldSpec(HashGrid(*map(int, sizes), growth), radius, bias_scale, bias_std, activation, color_sigmoid)
+
+
+@torch.library.custom_op("mvdream_fast::field", mutates_args=())
+def _op(
+    positions: Tensor,
+    table: Tensor,
+    density_weights: list[Tensor],
+    feature_weights: list[Tensor],
+    numbers: list[float],
+    activation: str,
+    color_sigmoid: bool,
+) -> tuple[Tensor, Tensor]:
+    spec = _spec_of(tuple(numbers), activation, color_sigmoid)
+    tensors = (positions, table, *density_weights, *feature_weights)
+    return tuple(present(_forward(spec, len(density_weights), tensors), positions))
+
+
+@_op.register_fake
+def _(positions, table, density_weights, feature_weights, *_spec):
+    n = positions.shape[0]
+    return positions.new_empty(n), positions.new_empty((n, 3) if feature_weights else 0)
+
+
+@torch.library.custom_op("mvdream_fast::field_backward", mutates_args=())
+def _op_backward(
+    cotangents: list[Tensor],
+    tensors: list[Tensor],
+    n_density: int,
+    wanted: list[bool],
+    numbers: list[float],
+    activation: str,
+    color_sigmoid: bool,
+) -> list[Tensor]:
+    spec = _spec_of(tuple(numbers), activation, color_sigmoid)
+    d_rgb = cotangents[1] if len(tensors) > 2 + n_density else None
+    gradients = _backward(spec, n_density, tensors, (cotangents[0], d_rgb), wanted)
+    # What is returned may not share memory, which the gradients of a network's matrices do.
+    return present([d.clone() if i > 1 and d is not None else d for i, d in enumerate(gradients)], tensors[0])
+
+
+@_op_backward.register_fake
+def _(cotangents, tensors, n_density, wanted, *_spec):
+    networks = [any(wanted[2 : 2 + n_density]), any(wanted[2 + n_density :])]
+    made = [*wanted[:2], *(networks[i >= n_density] for i in range(len(tensors) - 2))]
+    return present([x.new_empty(x.shape) if make else None for x, make in zip(tensors, made)], tensors[0])
+
+
+def _setup(ctx, inputs, output):
+    positions, table, density, features, *ctx.spec = inputs
+    ctx.n_density, ctx.n_features = len(density), len(features)
+    ctx.save_for_backward(positions, table, *density, *features)
+
+
+def _op_gradients(ctx, d_sigmas, d_rgb):
+    wanted = [x.requires_grad for x in ctx.saved_tensors]
+    tensors, n_density = list(ctx.saved_tensors), ctx.n_density
+    gradients = torch.ops.mvdream_fast.field_backward([d_sigmas, d_rgb], tensors, n_density, wanted, *ctx.spec)
+    gradients = [d if want else None for d, want in zip(gradients, wanted)]
+    return *gradients[:2], gradients[2 : 2 + n_density], gradients[2 + n_density :], *[None] * len(ctx.spec)
+
+
+_op.register_autograd(_op_gradients, setup_context=_setup)
+
+
 def check_weights(op: str, name: str, like: Tensor, weights: Sequence[Tensor], n_in: int, n_out: int) -> None:
     """Checks that the matrices chain n_in -> width -> ... -> n_out; a network is a list of 2 to 4 of them."""
     n = len(weights)
@@ -203,6 +325,6 @@ def check_weights(op: str, name: str, like: Tensor, weights: Sequence[Tensor], n
     require(width in WIDTHS, op, f"{name}[0]", f"[width, {n_in}]", list(weights[0].shape), f"width is one of {WIDTHS}")
     sizes = [n_in] + [width] * (n - 1) + [n_out]
     for i, weight in enumerate(weights):
-        check_float(op, f"{name}[{i}]", weight, (sizes[i + 1], sizes[i]))
+        check_shaped(op, f"{name}[{i}]", weight, (sizes[i + 1], sizes[i]))
         check_same_dtype(op, like, **{f"{name}[{i}]": weight})
         check_same_device(op, positions=like, **{f"{name}[{i}]": weight})

@@ -8,9 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._checks import address, load_native
-from mvdream_fast.ops._edges import check_float, is_batched, is_recorded, load_kernels, runs_natively, vmap_error
-from mvdream_fast.ops.hash_encode import vjp
+from mvdream_fast.ops._edges import (
+    address,
+    by_name,
+    check_float,
+    is_batched,
+    is_recorded,
+    load_kernels,
+    load_native,
+    runs_natively,
+    thread_count,
+    vjp,
+    vmap_error,
+)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -34,7 +44,7 @@ def geglu(x: Tensor) -> Tensor:
     Source: Shazeer 2020, equation 6.
     """
     _check(x)
-    if torch.compiler.is_compiling():
+    if by_name(x):
         return torch.ops.mvdream_fast.geglu(x)
     if is_batched(x):
         raise vmap_error("geglu")
@@ -71,7 +81,7 @@ def _forward_cpu(x: Tensor) -> Tensor:
     n_columns = x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], n_columns))
     sizes = (x.numel() // (2 * n_columns), n_columns)
-    load_native("geglu").geglu_forward(address(x), *sizes, address(y), torch.get_num_threads())
+    load_native("geglu").geglu_forward(address(x), *sizes, address(y), thread_count())
     return y
 
 
@@ -79,7 +89,7 @@ def _backward_cpu(d_y: Tensor, x: Tensor) -> Tensor:
     if _is_native(x) and runs_natively(d_y):
         n_columns, d_x, d_y = x.shape[-1] // 2, torch.empty_like(x), d_y.contiguous()
         sizes = (x.numel() // (2 * n_columns), n_columns)
-        load_native("geglu").geglu_backward(address(d_y), address(x), *sizes, address(d_x), torch.get_num_threads())
+        load_native("geglu").geglu_backward(address(d_y), address(x), *sizes, address(d_x), thread_count())
         return d_x
     value, gate = x.to(_wide(x)).chunk(2, dim=-1)
     cdf = 0.5 * (1 + torch.erf(gate / 2**0.5))

@@ -8,17 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._checks import address, load_native
 from mvdream_fast.ops._edges import (
+    address,
+    by_name,
     check_float,
     check_like,
     is_batched,
     is_recorded,
     load_kernels,
+    load_native,
     runs_natively,
+    thread_count,
+    vjp,
     vmap_error,
 )
-from mvdream_fast.ops.hash_encode import vjp
 
 
 def group_norm_silu(
@@ -54,7 +57,7 @@ def group_norm_silu(
     Source: Wu and He 2018, "Group Normalization"; the place of emb is the ResBlock's of latent diffusion.
     """
     _check(x, weight, bias, n_groups, eps, emb)
-    if torch.compiler.is_compiling():
+    if by_name(x):
         return torch.ops.mvdream_fast.group_norm_silu(x, weight, bias, n_groups, eps, emb, silu)[0]
     if is_batched(x, weight, bias, emb):
         raise vmap_error("group_norm_silu")
@@ -207,7 +210,7 @@ def _forward_native(
     rstd: Tensor | None = None,
 ) -> Tensor:
     weight, bias, emb, y = weight.contiguous(), bias.contiguous(), _rows(emb), torch.empty_like(x)
-    norm, n_threads = _native_norm(x, weight, bias, n_groups, emb, silu), torch.get_num_threads()
+    norm, n_threads = _native_norm(x, weight, bias, n_groups, emb, silu), thread_count()
     load_native("group_norm_silu").group_norm_silu_forward(norm, eps, *map(address, (y, mean, rstd)), n_threads)
     return y
 
@@ -237,7 +240,7 @@ def _backward_native(
     d_emb = None if emb is None else emb.new_empty(emb.shape)
     norm = _native_norm(x, weight, bias, n_groups, emb, silu)
     pointers = map(address, (d_y, mean, rstd, *grads, d_emb))
-    load_native("group_norm_silu").group_norm_silu_backward(norm, *pointers, torch.get_num_threads())
+    load_native("group_norm_silu").group_norm_silu_backward(norm, *pointers, thread_count())
     return *grads, d_emb
 
 

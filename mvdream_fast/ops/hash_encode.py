@@ -3,16 +3,30 @@
 No weights live here; `field.volume` owns the table, `ops.field` fuses the encoding with the networks behind it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._checks import address, aligned, check_float, check_same_device, load_native, queue_of, require
+from mvdream_fast.ops._edges import (
+    BACKENDS,
+    address,
+    aligned,
+    check_same_device,
+    check_shaped,
+    is_batched,
+    load_native,
+    present,
+    queue_of,
+    require,
+    runs_natively,
+    vjp,
+    vmap_error,
+)
 
 PRIMES = (1, 2654435761, 805459861)
 
@@ -93,14 +107,17 @@ def hash_encode(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     Source: Mueller et al. 2022, "Instant Neural Graphics Primitives", section 3; tiny-cuda-nn's rounding and hash.
     """
     check_positions_and_table("hash_encode", positions, table, grid)
-    if not runs_natively(positions):
+    if torch.compiler.is_compiling() and positions.dtype == torch.float32:
+        return torch.ops.mvdream_fast.hash_encode(positions, table, *astuple(grid))
+    if not runs_natively(positions, table, devices=BACKENDS):
         return hash_encode_ref(positions, table, grid)
     return _HashEncode.apply(grid, positions, table)
 
 
 def hash_encode_ref(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     """The contract of `hash_encode` in plain torch, in any floating dtype and on any device."""
-    require_no_nan("hash_encode", not positions.isnan().any())
+    # A graph cannot read values: there a NaN makes whatever it makes.
+    require_no_nan("hash_encode", torch.compiler.is_compiling() or not positions.isnan().any())
     unit = positions.clamp(0, 1)
     return torch.cat([_level_ref(unit, table[lv.offset : lv.offset + lv.size], lv) for lv in grid.levels], dim=-1)
 
@@ -133,44 +150,96 @@ class _HashEncode(torch.autograd.Function):
     def forward(ctx, grid, positions, table):
         ctx.grid = grid
         ctx.save_for_backward(positions, table)
-        positions, table = positions.contiguous(), aligned(table)
-        out = positions.new_empty(len(positions), grid.width)
-        ok = load_native("hash_encode", positions).hash_encode_forward(
-            grid.native, *map(address, (table, positions)), len(positions), address(out), queue_of(positions)
-        )
-        require_no_nan("hash_encode", ok)
-        return out
+        return _forward(positions, table, grid)
 
     @staticmethod
     def backward(ctx, d_out):
         positions, table = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, *vjp(lambda x, t: (hash_encode_ref(x, t, ctx.grid),), (positions, table), (d_out,))
-        d_positions = torch.empty_like(positions, memory_format=torch.contiguous_format)
-        d_positions = d_positions if ctx.needs_input_grad[1] else None
-        d_table = torch.empty_like(table, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
-        positions, table, d_out = positions.contiguous(), aligned(table), d_out.contiguous()
-        inputs = map(address, (table, positions))
-        outputs = map(address, (d_out, d_table, d_positions))
-        load_native("hash_encode", positions).hash_encode_backward(
-            ctx.grid.native, *inputs, len(positions), *outputs, queue_of(positions)
-        )
-        return None, d_positions, d_table
+        return None, *_backward(d_out, positions, table, ctx.needs_input_grad[1:], ctx.grid)
 
 
-def vjp(
-    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+def _forward(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
+    positions, table = positions.contiguous(), aligned(table)
+    out = positions.new_empty(len(positions), grid.width)
+    ok = load_native("hash_encode", positions).hash_encode_forward(
+        grid.native, *map(address, (table, positions)), len(positions), address(out), queue_of(positions)
+    )
+    require_no_nan("hash_encode", ok)
+    return out
+
+
+def _backward(
+    d_out: Tensor, positions: Tensor, table: Tensor, wanted: Sequence[bool], grid: HashGrid
 ) -> list[Tensor | None]:
-    """Gradients of `function` with a graph of their own, for the second derivatives of an op; None where unwanted."""
-    wanted = [x for x in inputs if x.requires_grad]
-    pairs = [(y, d) for y, d in zip(function(*inputs), cotangents, strict=True) if d is not None and y.requires_grad]
-    outputs, d_outputs = zip(*pairs, strict=True)
-    gradients = iter(torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True, allow_unused=True))
-    return [next(gradients) if x.requires_grad else None for x in inputs]
+    """Gradients of positions and table, None where unwanted."""
+    positions, table, d_out = positions.contiguous(), aligned(table), d_out.contiguous()
+    d_positions, d_table = (torch.empty_like(x) if want else None for x, want in zip((positions, table), wanted))
+    inputs, outputs = map(address, (table, positions)), map(address, (d_out, d_table, d_positions))
+    load_native("hash_encode", positions).hash_encode_backward(
+        grid.native, *inputs, len(positions), *outputs, queue_of(positions)
+    )
+    return [d_positions, d_table]
 
 
-def runs_natively(positions: Tensor) -> bool:
-    return positions.device.type in ("cpu", "cuda") and positions.dtype == torch.float32
+@cache
+def _grid_of(*numbers: float) -> HashGrid:
+    return HashGrid(*numbers)
+
+
+@torch.library.custom_op("mvdream_fast::hash_encode", mutates_args=())
+def _op(
+    positions: Tensor,
+    table: Tensor,
+    n_levels: int,
+    n_features: int,
+    log2_size: int,
+    base_resolution: int,
+    growth: float,
+) -> Tensor:
+    return _forward(positions, table, _grid_of(n_levels, n_features, log2_size, base_resolution, growth))
+
+
+@_op.register_fake
+def _(positions, table, n_levels, n_features, *_grid):
+    return positions.new_empty(positions.shape[0], n_levels * n_features)
+
+
+@torch.library.custom_op("mvdream_fast::hash_encode_backward", mutates_args=())
+def _op_backward(
+    d_out: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    wanted: list[bool],
+    n_levels: int,
+    n_features: int,
+    log2_size: int,
+    base_resolution: int,
+    growth: float,
+) -> list[Tensor]:
+    grid = _grid_of(n_levels, n_features, log2_size, base_resolution, growth)
+    return present(_backward(d_out, positions, table, wanted, grid), d_out)
+
+
+@_op_backward.register_fake
+def _(d_out, positions, table, wanted, *_grid):
+    shapes = (positions.shape, table.shape)
+    return present([d_out.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)], d_out)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.grid = inputs[2:]
+
+
+def _op_gradients(ctx, d_out):
+    wanted = list(ctx.needs_input_grad[:2])
+    gradients = torch.ops.mvdream_fast.hash_encode_backward(d_out, *ctx.saved_tensors, wanted, *ctx.grid)
+    return *(d if want else None for d, want in zip(gradients, wanted)), *[None] * len(ctx.grid)
+
+
+_op.register_autograd(_op_gradients, setup_context=_setup)
 
 
 def require_no_nan(op: str, ok: bool) -> None:
@@ -178,8 +247,10 @@ def require_no_nan(op: str, ok: bool) -> None:
 
 
 def check_positions_and_table(op: str, positions: Tensor, table: Tensor, grid: HashGrid) -> None:
-    check_float(op, "positions", positions, (None, 3))
-    check_float(op, "table", table, (grid.n_entries, grid.n_features))
+    if is_batched(positions, table):
+        raise vmap_error(op)
+    check_shaped(op, "positions", positions, (None, 3))
+    check_shaped(op, "table", table, (grid.n_entries, grid.n_features))
     check_same_dtype(op, positions, table=table)
     check_same_device(op, positions=positions, table=table)
 

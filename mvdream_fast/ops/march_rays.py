@@ -7,10 +7,21 @@ exact, so that every backend finds the same samples to the bit. Evaluating the f
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, queue_of, require
+from mvdream_fast.ops._edges import (
+    BACKENDS,
+    address,
+    check_same_device,
+    check_shaped,
+    is_recorded,
+    load_native,
+    queue_of,
+    require,
+    runs_natively,
+)
 
 _RAYS_PER_BLOCK = 2048
 
@@ -19,10 +30,10 @@ _RAYS_PER_BLOCK = 2048
 class Samples:
     """Samples of all rays, packed ray after ray and nearest first.
 
-    ray_indices: [S] int64. t_starts, t_ends: [S] float32. packed_info: [R, 2] int64, start and count of each ray.
+    t_starts, t_ends: [S] float32. packed_info: [R, 2] int64, start and count of each ray. `ray_indices` is made of them
+    when first asked for, and kept: a training step without shading never needs its 8 bytes a sample.
     """
 
-    ray_indices: torch.Tensor
     t_starts: torch.Tensor
     t_ends: torch.Tensor
     packed_info: torch.Tensor
@@ -35,6 +46,11 @@ class Samples:
     def n_rays(self) -> int:
         return self.packed_info.shape[0]
 
+    @cached_property
+    def ray_indices(self) -> torch.Tensor:
+        """The ray of each sample, [S] int64."""
+        return rows_of(self.packed_info, self.n_samples)
+
     @property
     def t_mids(self) -> torch.Tensor:
         """Distances of the midpoints, [S]."""
@@ -42,21 +58,36 @@ class Samples:
 
     def positions(self, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
         """Midpoints in scene units, [S, 3]; differentiable in the rays."""
-        differentiable = torch.is_grad_enabled() and (rays_o.requires_grad or rays_d.requires_grad)
-        if not (differentiable or rays_o.dtype != torch.float32 or rays_d.dtype != torch.float32):
+        in_graph = torch.compiler.is_compiling()
+        if not in_graph and runs_natively(rays_o, rays_d, devices=BACKENDS) and not is_recorded(rays_o, rays_d):
             return _positions(self, rays_o, rays_d)
-        return rays_o[self.ray_indices] + rays_d[self.ray_indices] * self.t_mids[:, None]
+        return positions_ref(self, rays_o, rays_d)
 
     def select(self, keep: torch.Tensor) -> "Samples":
         """The subset where `keep` [S] bool is true."""
-        ray_indices = self.ray_indices[keep]
-        return Samples(ray_indices, self.t_starts[keep], self.t_ends[keep], pack_info(ray_indices, self.n_rays))
+        up_to = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+        starts, counts = self.packed_info.unbind(-1)
+        counts = up_to[starts + counts] - up_to[starts]
+        packed_info = torch.stack([counts.cumsum(0) - counts, counts], dim=-1)
+        return Samples(self.t_starts[keep], self.t_ends[keep], packed_info)
+
+
+def positions_ref(samples: Samples, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
+    """`Samples.positions` in plain torch."""
+    rays = samples.ray_indices
+    return rays_o[rays] + rays_d[rays] * samples.t_mids[:, None]
 
 
 def pack_info(ray_indices: torch.Tensor, n_rays: int) -> torch.Tensor:
     """Start and count of each ray's samples, [R, 2] int64, from sorted ray_indices [S]."""
     counts = torch.bincount(ray_indices, minlength=n_rays)
     return torch.stack([counts.cumsum(0) - counts, counts], dim=-1)
+
+
+def rows_of(packed_info: torch.Tensor, n: int) -> torch.Tensor:
+    """The ray of each of n packed values, [n] int64: the inverse of `pack_info`."""
+    rays = torch.arange(packed_info.shape[0], device=packed_info.device)
+    return torch.repeat_interleave(rays, packed_info[:, 1], output_size=n)
 
 
 def march_rays(
@@ -82,9 +113,13 @@ def march_rays(
     near, far: numbers, or [R]. max_samples: at most this many samples of one ray, the nearest; None for all.
 
     Returns: Samples; with no ray or no occupied cell there are none, and every count is 0.
-    Raises: ValueError for shapes, for a NaN, infinite or zero ray and for an empty box; TypeError; RuntimeError.
+    Raises: ValueError for shapes, for a NaN, infinite or zero ray, a NaN bound, an empty box; TypeError; RuntimeError.
     Source: the conventions of nerfacc 0.5.3's occupancy-grid estimator (Li et al., arXiv 2305.04966).
     """
+    if torch.compiler.is_compiling():
+        return _registered(
+            *(rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
+        )
     box, shape = check_march(
         *("march_rays", rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
     )
@@ -113,9 +148,9 @@ def march_rays_ref(
     ]
     if not found:
         none = rays_o.new_zeros(0, dtype=torch.float32)
-        return Samples(none.long(), none, none, none.new_zeros((0, 2), dtype=torch.int64))
+        return Samples(none, none, none.new_zeros((0, 2), dtype=torch.int64))
     ray_indices, t_starts, t_ends = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Samples(ray_indices, t_starts, t_ends, pack_info(ray_indices, n_rays))
+    return Samples(t_starts, t_ends, pack_info(ray_indices, n_rays))
 
 
 def prune_samples(
@@ -128,7 +163,10 @@ def prune_samples(
     Returns: Samples, the subset in its order. Raises: ValueError, TypeError, RuntimeError for unfitting arguments.
     Source: nerfacc 0.5.3, visibility from density.
     """
-    check_float("prune_samples", "sigmas", sigmas, (samples.n_samples,))
+    if torch.compiler.is_compiling():
+        packed = (samples.t_starts, samples.t_ends, samples.packed_info)
+        return Samples(*torch.ops.mvdream_fast.prune_samples(*packed, sigmas, alpha_thre, early_stop_eps))
+    check_shaped("prune_samples", "sigmas", sigmas, (samples.n_samples,))
     check_same_device("prune_samples", sigmas=sigmas, t_starts=samples.t_starts)
     for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
         require(0 <= value <= 1, "prune_samples", name, "in [0, 1]", value, "pass a probability")
@@ -158,8 +196,7 @@ def exclusive_sum_packed(values: torch.Tensor, packed_info: torch.Tensor) -> tor
     n_rays = packed_info.shape[0]
     if values.numel() == 0 or n_rays == 0:
         return values * 0
-    starts, counts = packed_info[:, 0], packed_info[:, 1]
-    rows = torch.repeat_interleave(torch.arange(n_rays, device=values.device), counts, output_size=values.shape[0])
+    rows, (starts, counts) = rows_of(packed_info, values.shape[0]), packed_info.unbind(-1)
     columns = torch.arange(values.shape[0], device=values.device) - starts[rows]
     padded = values.new_zeros(n_rays, int(counts.max()) + 1).index_put((rows, columns + 1), values)
     return padded.cumsum(-1)[rows, columns]
@@ -184,7 +221,7 @@ def _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_s
     counts = torch.empty(rays_o.shape[0], dtype=torch.int64, device=rays_o.device)
     raise_for("march_rays", native.march_count(args, counts.data_ptr()))
     samples = _empty_samples(counts)
-    native.march_fill(args, *map(address, (samples.packed_info, samples.ray_indices, samples.t_starts, samples.t_ends)))
+    native.march_fill(args, *map(address, (samples.packed_info, samples.t_starts, samples.t_ends)))
     return samples
 
 
@@ -211,7 +248,7 @@ def _prune(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     native.prune_count(packed, sigmas.data_ptr(), *depths, keep.data_ptr(), counts.data_ptr())
     kept = _empty_samples(counts)
-    native.prune_fill(packed, *map(address, (keep, kept.packed_info, kept.ray_indices, kept.t_starts, kept.t_ends)))
+    native.prune_fill(packed, *map(address, (keep, kept.packed_info, kept.t_starts, kept.t_ends)))
     return kept
 
 
@@ -231,11 +268,67 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
 def _empty_samples(counts: torch.Tensor) -> Samples:
     ends = counts.cumsum(0)
     n_samples = int(ends[-1]) if ends.numel() else 0
-    indices, t_starts, t_ends = (
-        torch.empty(n_samples, dtype=dtype, device=counts.device)
-        for dtype in (torch.int64, torch.float32, torch.float32)
-    )
-    return Samples(indices, t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
+    t_starts, t_ends = (torch.empty(n_samples, dtype=torch.float32, device=counts.device) for _ in range(2))
+    return Samples(t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
+
+
+def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples) -> Samples:
+    """The march by its registered form, for graphs: numbers and tensors apart, and nothing checked beforehand."""
+    shared = [0.0 if isinstance(x, torch.Tensor) else float(x) for x in (near, far)]
+    per_ray = [x if isinstance(x, torch.Tensor) else None for x in (jitter, near, far)]
+    grid = ([float(x) for x in aabb], list(_triple(resolution)), step_size)
+    return Samples(*torch.ops.mvdream_fast.march_rays(rays_o, rays_d, bits, *grid, *per_ray, *shared, max_samples))
+
+
+@torch.library.custom_op("mvdream_fast::march_rays", mutates_args=())
+def _op(
+    rays_o: torch.Tensor,
+    rays_d: torch.Tensor,
+    occupancy_bits: torch.Tensor,
+    aabb: list[float],
+    resolution: list[int],
+    step_size: float,
+    jitter: torch.Tensor | None,
+    nears: torch.Tensor | None,
+    fars: torch.Tensor | None,
+    near: float,
+    far: float,
+    max_samples: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    near, far = (shared if each is None else each for shared, each in ((near, nears), (far, fars)))
+    march = (rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
+    box, shape = check_march("march_rays", *march)
+    samples = _march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
+    return samples.t_starts, samples.t_ends, samples.packed_info
+
+
+@_op.register_fake
+def _(rays_o, *_):
+    return _unknown_samples(rays_o, rays_o.shape[0])
+
+
+@torch.library.custom_op("mvdream_fast::prune_samples", mutates_args=())
+def _prune_op(
+    t_starts: torch.Tensor,
+    t_ends: torch.Tensor,
+    packed_info: torch.Tensor,
+    sigmas: torch.Tensor,
+    alpha_thre: float,
+    early_stop_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kept = _prune(Samples(t_starts, t_ends, packed_info), sigmas, alpha_thre, early_stop_eps)
+    return kept.t_starts, kept.t_ends, kept.packed_info
+
+
+@_prune_op.register_fake
+def _(t_starts, t_ends, packed_info, *_):
+    return _unknown_samples(t_starts, packed_info.shape[0])
+
+
+def _unknown_samples(like: torch.Tensor, n_rays: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = torch.library.get_ctx().new_dynamic_size()
+    t_starts, t_ends = (like.new_empty(n, dtype=torch.float32) for _ in range(2))
+    return t_starts, t_ends, like.new_empty((n_rays, 2), dtype=torch.int64)
 
 
 def raise_for(op: str, status: int) -> None:
@@ -243,6 +336,7 @@ def raise_for(op: str, status: int) -> None:
     look = "look at the camera that made the rays"
     require(status != 1, op, "rays_o, rays_d and near", "finite", "a NaN or infinite number", look)
     require(status != 2, op, "rays_d", "non-zero", "a direction of length 0", "normalise the directions")
+    require(status != 4, op, "far", "a number", "NaN", "use infinity for no limit")
     require(status != 3, op, "jitter", "in [0, 1)", "a value outside", "pass a fraction of the step")
 
 
@@ -283,13 +377,14 @@ def _per_ray(value: float | torch.Tensor, rays_o: torch.Tensor) -> torch.Tensor:
 
 
 def _triple(resolution: int | Sequence[int]) -> tuple[int, int, int]:
+    """A number of cells a side, or three of them, as three."""
     return (resolution,) * 3 if isinstance(resolution, int) else tuple(int(n) for n in resolution)
 
 
 def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples=None):
     """The box as six floats and the resolution as three; raises what `march_rays` says."""
-    check_float(op, "rays_o", rays_o, (None, 3))
-    check_float(op, "rays_d", rays_d, tuple(rays_o.shape))
+    check_shaped(op, "rays_o", rays_o, (None, 3))
+    check_shaped(op, "rays_d", rays_d, tuple(rays_o.shape))
     box = [float(x) for x in torch.as_tensor(aabb, dtype=torch.float32).tolist()]
     ordered = len(box) == 6 and all(math.isfinite(x) for x in box) and all(box[i] < box[i + 3] for i in range(3))
     require(ordered, op, "aabb", "six finite numbers, minimum below maximum", box, "pass (x0, y0, z0, x1, y1, z1)")
@@ -305,10 +400,12 @@ def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, n
     per_ray = {name: value for name, value in per_ray.items() if isinstance(value, torch.Tensor)}
     for name, value in per_ray.items():
         if not (name != "jitter" and value.ndim == 0):
-            check_float(op, name, value, (rays_o.shape[0],))
+            check_shaped(op, name, value, (rays_o.shape[0],))
     check_same_device(op, rays_o=rays_o, rays_d=rays_d, occupancy_bits=bits, **per_ray)
     few = max_samples is None or max_samples >= 0
     require(few, op, "max_samples", "None or at least 0", max_samples, "leave it out for no limit")
     if not isinstance(near, torch.Tensor) or near.ndim == 0:
         raise_for(op, 0 if math.isfinite(float(near)) else 1)
+    if not isinstance(far, torch.Tensor) or far.ndim == 0:
+        raise_for(op, 4 if math.isnan(float(far)) else 0)
     return box, shape

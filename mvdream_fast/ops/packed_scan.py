@@ -2,8 +2,9 @@
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native
+from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, thread_count
 from mvdream_fast.ops.composite import check_packing
+from mvdream_fast.ops.march_rays import rows_of
 
 
 def packed_scan(
@@ -16,7 +17,9 @@ def packed_scan(
 
     Returns: [S]. Raises: ValueError, TypeError, RuntimeError for unfitting arguments.
     """
-    check_float("packed_scan", "values", values, (None,))
+    if torch.compiler.is_compiling() and not values.is_cuda:
+        return torch.ops.mvdream_fast.packed_scan(values, packed_info, product, exclusive)
+    check_shaped("packed_scan", "values", values, (None,))
     check_same_device("packed_scan", values=values, packed_info=packed_info)
     packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None)
     if values.is_cuda:
@@ -30,7 +33,7 @@ def packed_scan_ref(values, packed_info, product=False, exclusive=False) -> torc
     if n_samples == 0:
         return values * 0
     starts, counts = packed_info.unbind(-1)
-    rows = torch.repeat_interleave(torch.arange(n_rays, device=values.device), counts, output_size=n_samples)
+    rows = rows_of(packed_info, n_samples)
     columns = torch.arange(n_samples, device=values.device) - starts[rows]
     # Column 0 is the neutral element, so that an exclusive scan is an inclusive one read one column earlier.
     padded = values.new_full((n_rays, int(counts.max()) + 1), float(product))
@@ -41,28 +44,66 @@ def packed_scan_ref(values, packed_info, product=False, exclusive=False) -> torc
 class _PackedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, packed_info, product, exclusive):
-        values, out = values.contiguous(), torch.empty(values.shape, dtype=values.dtype)
         ctx.product, ctx.exclusive = product, exclusive
         ctx.save_for_backward(values, packed_info)
-        load_native("packed_scan").packed_scan(_args(values, packed_info, product, exclusive, False, out))
-        return out
+        return _forward(values, packed_info, product, exclusive)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        (values, packed_info), native = ctx.saved_tensors, load_native("packed_scan")
-        d_out, d_values = d_out.contiguous(), torch.empty_like(values)
-        if ctx.product:
-            args = _args(values, packed_info, True, ctx.exclusive, False, d_values)
-            native.packed_product_backward(args, d_out.data_ptr())
-        else:
-            native.packed_scan(_args(d_out, packed_info, False, ctx.exclusive, True, d_values))
-        return d_values, None, None, None
+        return _backward(d_out, *ctx.saved_tensors, ctx.product, ctx.exclusive), None, None, None
+
+
+def _forward(values, packed_info, product, exclusive) -> torch.Tensor:
+    values, out = values.contiguous(), torch.empty(values.shape, dtype=values.dtype)
+    load_native("packed_scan").packed_scan(_args(values, packed_info, product, exclusive, False, out))
+    return out
+
+
+def _backward(d_out, values, packed_info, product, exclusive) -> torch.Tensor:
+    native, values, d_out = load_native("packed_scan"), values.contiguous(), d_out.contiguous()
+    d_values = torch.empty_like(values)
+    if product:
+        native.packed_product_backward(_args(values, packed_info, True, exclusive, False, d_values), d_out.data_ptr())
+    else:
+        native.packed_scan(_args(d_out, packed_info, False, exclusive, True, d_values))
+    return d_values
+
+
+@torch.library.custom_op("mvdream_fast::packed_scan", mutates_args=(), device_types="cpu")
+def _op(values: torch.Tensor, packed_info: torch.Tensor, product: bool, exclusive: bool) -> torch.Tensor:
+    packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None)
+    return _forward(values, packed_info.contiguous(), product, exclusive)
+
+
+@torch.library.custom_op("mvdream_fast::packed_scan_backward", mutates_args=(), device_types="cpu")
+def _op_backward(
+    d_out: torch.Tensor, values: torch.Tensor, packed_info: torch.Tensor, product: bool, exclusive: bool
+) -> torch.Tensor:
+    return _backward(d_out, values, packed_info.contiguous(), product, exclusive)
+
+
+@_op.register_fake
+@_op_backward.register_fake
+def _(values, *_):
+    return values.new_empty(values.shape)
+
+
+def _setup(ctx, inputs, output):
+    values, packed_info, *ctx.flags = inputs
+    ctx.save_for_backward(values, packed_info)
+
+
+def _op_gradients(ctx, d_out):
+    return torch.ops.mvdream_fast.packed_scan_backward(d_out, *ctx.saved_tensors, *ctx.flags), None, None, None
+
+
+_op.register_autograd(_op_gradients, setup_context=_setup)
 
 
 def _args(values, packed_info, product, exclusive, reverse, out):
     flags = (values.dtype == torch.float64, product, exclusive, reverse)
     native = load_native("packed_scan")
     return native.ScanArgs(
-        *(address(values), address(packed_info), packed_info.shape[0], *flags, address(out)), torch.get_num_threads()
+        *(address(values), address(packed_info), packed_info.shape[0], *flags, address(out)), thread_count()
     )

@@ -6,10 +6,28 @@ from typing import NamedTuple
 
 import torch
 
-from mvdream_fast.ops._checks import address, aligned, check_float, check_same_device, load_native, require
-from mvdream_fast.ops.composite import composite_ref
-from mvdream_fast.ops.field import native_of
-from mvdream_fast.ops.march_rays import check_march, march_args, march_rays_ref, optical_depth, raise_for, visible_ref
+from mvdream_fast.ops._edges import (
+    address,
+    aligned,
+    check_same_device,
+    check_shaped,
+    load_native,
+    require,
+    thread_count,
+)
+from mvdream_fast.ops.composite import composite, composite_ref
+from mvdream_fast.ops.field import HashGridField, native_of
+from mvdream_fast.ops.march_rays import (
+    Samples,
+    check_march,
+    march_args,
+    march_rays,
+    march_rays_ref,
+    optical_depth,
+    positions_ref,
+    raise_for,
+    visible_ref,
+)
 
 Field = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -45,20 +63,20 @@ def render(
 
     The pixels are those of march_rays, prune_samples and composite in a row, to the bit where the field's value at a
     point does not depend on the batch around it; but a ray that has become opaque is not evaluated further.
-    field: positions [P, 3] -> (sigmas [P], rgb [P, 3]), called with at most about 300,000 points. On CUDA a field with
-    the parameters of `ops.field` (table, density_weights, feature_weights, spec; field.Volume is one) is not called but
-    evaluated in one kernel with the march and the sums; any other goes through the reference.
+    field: positions [P, 3] -> (sigmas [P], rgb [P, 3]), called with some 100,000 points. On CUDA `ops.HashGridField`,
+    or what says by its method `hash_grid_field()` that it is the same as one (field.Volume does), is not called but
+    evaluated in one kernel with the march and the sums; any other is called for blocks of rays.
     The other arguments are those of `march_rays`, `prune_samples` and `composite`; near and far are numbers.
 
     Returns: RenderedImage. Raises: what the three ops raise.
     """
     box, shape = check_march("render", rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, None, near, far)
     if background is not None:
-        check_float("render", "background", background, (3,) if background.ndim == 1 else (rays_o.shape[0], 3))
+        check_shaped("render", "background", background, (3,) if background.ndim == 1 else (rays_o.shape[0], 3))
         check_same_device("render", rays_o=rays_o, background=background)
     for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
         require(0 <= value <= 1, "render", name, "in [0, 1]", value, "pass a probability")
-    run = (_render_fused if is_hash_grid_field(field) else render_ref) if rays_o.is_cuda else _render_cpu
+    run = _render_cuda if rays_o.is_cuda else _render_cpu
     return run(
         *(rays_o, rays_d, field, box, occupancy_bits, shape, step_size, background, near, far),
         *(alpha_thre, early_stop_eps),
@@ -81,26 +99,47 @@ def render_ref(
     early_stop_eps=1e-4,
 ) -> RenderedImage:
     """The same with the reference ops, some thousand rays at a time and every sample of them evaluated."""
+    marching = (aabb, occupancy_bits, resolution, step_size, None, near, far)
+    ops = (march_rays_ref, positions_ref, composite_ref)
+    return _in_blocks(*ops, rays_o, rays_d, field, marching, background, alpha_thre, early_stop_eps)
+
+
+def _in_blocks(
+    march, positions_of, composite, rays_o, rays_d, field, marching, background, alpha_thre, early_stop_eps
+) -> RenderedImage:
     n_rays, n_samples = rays_o.shape[0], 0
     rgb, opacity, depth = rays_o.new_zeros(n_rays, 3), rays_o.new_zeros(n_rays), rays_o.new_zeros(n_rays)
     for i in range(0, n_rays, _RAYS_PER_CHUNK // 4):
         part = slice(i, i + _RAYS_PER_CHUNK // 4)
-        samples = march_rays_ref(
-            rays_o[part], rays_d[part], aabb, occupancy_bits, resolution, step_size, None, near, far
-        )
-        sigmas, colours = field(samples.positions(rays_o[part], rays_d[part]))
+        samples = march(rays_o[part], rays_d[part], *marching)
+        sigmas, colours = field(positions_of(samples, rays_o[part], rays_d[part]))
         n_samples += samples.n_samples
         keep = visible_ref(samples, sigmas, alpha_thre, early_stop_eps)
         kept, behind = samples.select(keep), _rows(background, part)
-        out = composite_ref(sigmas[keep], colours[keep], kept.t_starts, kept.t_ends, kept.packed_info, behind)
+        row = (sigmas[keep], colours[keep], kept.t_starts, kept.t_ends)
+        out = composite(*row, packed_info=kept.packed_info, background=behind)
         rgb[part], opacity[part], depth[part] = out.rgb, out.opacity, out.depth
     return RenderedImage(rgb, opacity, depth, n_samples)
 
 
-def is_hash_grid_field(field: Field) -> bool:
-    """Whether a field's parameters are those of `ops.field`, in float32: then a CUDA kernel can evaluate it itself."""
-    names = ("table", "density_weights", "feature_weights", "spec")
-    return all(hasattr(field, name) for name in names) and field.table.dtype == torch.float32
+def _render_cuda(
+    rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
+) -> RenderedImage:
+    known, thresholds = fusable(field), (alpha_thre, early_stop_eps)
+    if known is not None:
+        march = (box, bits, shape, step_size, background, near, far)
+        return _render_fused(rays_o, rays_d, known, *march, *thresholds)
+    marching = (box, bits, shape, step_size, None, near, far)
+    ops = (march_rays, Samples.positions, composite)
+    return _in_blocks(*ops, rays_o, rays_d, field, marching, background, *thresholds)
+
+
+def fusable(field: Field) -> HashGridField | None:
+    """What a kernel can evaluate in the field's place; None for a field that only a call can evaluate."""
+    if type(field) is not HashGridField:
+        ask = getattr(field, "hash_grid_field", None)
+        field = ask() if callable(ask) else None
+    return field if field is not None and field.table.dtype == torch.float32 else None
 
 
 def _render_fused(
@@ -130,7 +169,7 @@ def _render_cpu(
     native, n_rays = load_native("render"), rays_o.shape[0]
     rays_o, rays_d = rays_o.detach().float().contiguous(), rays_d.detach().float().contiguous()
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
-    rgb, opacity, depth = torch.empty(n_rays, 3), torch.empty(n_rays), torch.empty(n_rays)
+    rgb, opacity, depth = (rays_o.new_empty(size) for size in ((n_rays, 3), n_rays, n_rays))
     n_samples = 0
     for i in range(0, n_rays, _RAYS_PER_CHUNK):
         part = slice(i, min(i + _RAYS_PER_CHUNK, n_rays))
@@ -152,16 +191,16 @@ def _rounds(native, args, n_rays: int, field: Field, least: float, most: float) 
     state = torch.zeros(n_rays, native.RENDER_STATE, dtype=torch.float64)
     state[:, 1] = 1  # transmittance
     cursor, live = torch.zeros(n_rays, dtype=torch.int64), torch.arange(n_rays)
-    offsets, slots = torch.empty(n_rays + 1, dtype=torch.int64), torch.empty(0)
-    n_samples, n_threads = 0, torch.get_num_threads()
+    offsets, slots = torch.empty(n_rays + 1, dtype=torch.int64), torch.empty(0, dtype=torch.float32)
+    n_samples, n_threads = 0, thread_count()
     while live.numel():
         per_round = max(1, min(256, _SAMPLES_PER_ROUND // live.numel()))
         if slots.numel() < 2 * per_round * live.numel():
-            slots = torch.empty(2 * per_round * live.numel())
+            slots = slots.new_empty(2 * per_round * live.numel())
         buffers = map(address, (cursor, offsets, slots, state))
         gathering = native.RenderRound(live.data_ptr(), live.numel(), per_round, *buffers)
         n = native.render_march(args, gathering)
-        positions = torch.empty(n, 3)
+        positions = slots.new_empty(n, 3)
         native.render_positions(args, gathering, positions.data_ptr())
         if n:
             sigmas, rgb = (x.float().contiguous() for x in field(positions))

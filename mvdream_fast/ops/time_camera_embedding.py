@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
+from mvdream_fast.ops._edges import by_name, check_float, is_autocast, is_batched, load_kernels, vmap_error
 
 OP = "time_camera_embedding"
 MAX_PERIOD = 10000.0
@@ -63,7 +63,7 @@ def time_camera_embedding(
     if camera is None or camera_mlp is None:
         camera_mlp = (None,) * 4
     arguments = (t, camera, camera_embedding, *time_mlp, *camera_mlp, projections_weight, projections_bias)
-    if torch.compiler.is_compiling():
+    if by_name(projections_weight):
         return _autocast(torch.ops.mvdream_fast.time_camera_embedding(*arguments)[0])
     if is_batched(*arguments):
         raise vmap_error(OP)
@@ -260,8 +260,7 @@ _op.register_autograd(_autograd, setup_context=_setup)
 
 
 def _autocast(out: Tensor) -> Tensor:
-    device = out.device.type
-    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+    return out.to(torch.get_autocast_dtype(out.device.type)) if is_autocast(out) else out
 
 
 def _check(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, load_native, require
+from mvdream_fast.ops._edges import address, check_shaped, load_native, require, thread_count
 from mvdream_fast.ops.march_rays import raise_for
 
 MAX_GRIDS = 16
@@ -58,15 +58,15 @@ def traverse_grids(
     tensors = [_host(x) for x in (rays_o, rays_d, mask.to(torch.uint8), near, far, binaries.to(torch.uint8), aabbs)]
     native, limit = load_native("traverse_grids"), -1 if max_samples is None else max_samples
     n_edges, n_samples = torch.empty(2, n_rays, dtype=torch.int64)
-    t_last = torch.empty(n_rays)
+    t_last = torch.empty(n_rays, dtype=torch.float32)
     rules = (n_rays, binaries.shape[0], tuple(binaries.shape[1:]), step_size, cone_angle, limit)
     inputs, counts = list(map(address, tensors)), list(map(address, (n_edges, n_samples, t_last)))
-    native.traverse(inputs, *rules, counts, [0] * 6, torch.get_num_threads())
+    native.traverse(inputs, *rules, counts, [0] * 6, thread_count())
     edge_starts, sample_starts = n_edges.cumsum(0) - n_edges, n_samples.cumsum(0) - n_samples
-    edges, mids = torch.empty(int(n_edges.sum())), torch.empty(int(n_samples.sum()))
+    edges, mids = t_last.new_empty(int(n_edges.sum())), t_last.new_empty(int(n_samples.sum()))
     is_left, is_right = torch.empty(2, edges.shape[0], dtype=torch.uint8)
     fill = list(map(address, (edge_starts, sample_starts, edges, is_left, is_right, mids)))
-    native.traverse(inputs, *rules, counts, fill, torch.get_num_threads())
+    native.traverse(inputs, *rules, counts, fill, thread_count())
     edge_info, sample_info = torch.stack([edge_starts, n_edges], -1), torch.stack([sample_starts, n_samples], -1)
     out = (edges, is_left.bool(), is_right.bool(), edge_info, mids, sample_info, t_last)
     return Traversed(*(x.to(device) for x in out))
@@ -79,12 +79,12 @@ def _host(x: torch.Tensor) -> torch.Tensor:
 
 def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle) -> None:
     op, n_rays = "traverse_grids", rays_o.shape[0]
-    check_float(op, "rays_o", rays_o, (None, 3))
-    check_float(op, "rays_d", rays_d, (n_rays, 3))
-    check_float(op, "near_planes", near, (n_rays,))
-    check_float(op, "far_planes", far, (n_rays,))
+    check_shaped(op, "rays_o", rays_o, (None, 3))
+    check_shaped(op, "rays_d", rays_d, (n_rays, 3))
+    check_shaped(op, "near_planes", near, (n_rays,))
+    check_shaped(op, "far_planes", far, (n_rays,))
     require(binaries.ndim == 4, op, "binaries", "[n_grids, x, y, z]", list(binaries.shape), "add the axis of the grids")
-    check_float(op, "aabbs", aabbs, (binaries.shape[0], 6))
+    check_shaped(op, "aabbs", aabbs, (binaries.shape[0], 6))
     few = 0 < binaries.shape[0] <= MAX_GRIDS and binaries.numel() > 0
     require(few, op, "binaries", f"1 to {MAX_GRIDS} grids of at least a cell", list(binaries.shape), "use fewer levels")
     boxes = bool(torch.isfinite(aabbs).all() & (aabbs[:, :3] < aabbs[:, 3:]).all())

@@ -2,7 +2,7 @@
 
 import torch
 
-from mvdream_fast.ops._checks import address, check_float, check_same_device, load_native, queue_of, require
+from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, queue_of, require
 from mvdream_fast.ops.march_rays import pack_bits
 
 
@@ -25,9 +25,15 @@ def update_occupancy(
     Raises: ValueError, TypeError, RuntimeError for unfitting arguments or an index outside.
     Source: Müller et al., arXiv 2201.05989, appendix C; thresholds of nerfacc 0.5.3.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.mvdream_fast.update_occupancy(ema, values, cells, decay, threshold)
+    return _checked(ema, values, cells, decay, threshold)
+
+
+def _checked(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
     op = "update_occupancy"
-    check_float(op, "ema", ema, (None,))
-    check_float(op, "values", values, (ema.shape[0],) if cells is None else tuple(cells.shape))
+    check_shaped(op, "ema", ema, (None,))
+    check_shaped(op, "values", values, (ema.shape[0],) if cells is None else tuple(cells.shape))
     check_same_device(op, ema=ema, values=values, cells=cells)
     require(0 <= decay <= 1, op, "decay", "in [0, 1]", decay, "pass a fraction")
     if cells is not None:
@@ -64,3 +70,16 @@ def _update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.T
         *(new.data_ptr(), bits.data_ptr(), *([queue_of(ema)] if ema.is_cuda else [])),  # one thread on a CPU
     )
     return new, bits
+
+
+@torch.library.custom_op("mvdream_fast::update_occupancy", mutates_args=())
+def _op(
+    ema: torch.Tensor, values: torch.Tensor, cells: torch.Tensor | None, decay: float, threshold: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _checked(ema, values, cells, decay, threshold)
+
+
+@_op.register_fake
+def _(ema, values, cells, decay, threshold):
+    n = ema.shape[0]
+    return ema.new_empty(n, dtype=torch.float32), ema.new_empty((n + 7) // 8, dtype=torch.uint8)

@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvdream_fast.ops._checks import address, load_native
-from mvdream_fast.ops._edges import is_batched, is_recorded, runs_natively, vmap_error
+from mvdream_fast.ops._edges import (
+    address,
+    is_batched,
+    is_recorded,
+    load_native,
+    runs_natively,
+    thread_count,
+    vmap_error,
+)
 
 OP = "winograd_conv3x3"
 TILE = 4  # pixels along a side of a tile's output
@@ -41,7 +48,7 @@ def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     native = load_native(OP)
     images = native.Images(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
     pointers = address(x), images, address(weight), address(bias)
-    native.winograd_conv3x3(*pointers, len(weight), address(y), torch.get_num_threads())
+    native.winograd_conv3x3(*pointers, len(weight), address(y), thread_count())
     return y
 
 

@@ -40,6 +40,15 @@ struct alignas(16) float4 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+// AddressSanitizer must be told when the stack changes: it keeps bounds of its own.
+#ifdef __SANITIZE_ADDRESS__
+extern "C" void __sanitizer_start_switch_fiber(void** own_save, const void* stack, size_t size);
+extern "C" void __sanitizer_finish_switch_fiber(void* own_save, const void** old_stack, size_t* old_size);
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
 namespace shim {
 
 constexpr int kLanesOfWarp = 32;
@@ -59,6 +68,7 @@ struct Thread {
   ucontext_t context;
   jmp_buf place;
   std::unique_ptr<char[]> stack;
+  void* sanitizer = nullptr;
   bool started = false, done = false;
 };
 
@@ -68,6 +78,9 @@ struct Block {
   std::vector<char> shared;
   std::function<void()> body;
   jmp_buf scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_size = 0;
+  void* scheduler_sanitizer = nullptr;
   Barrier all;
   int current = 0;
   int64_t progress = 0;
@@ -75,10 +88,16 @@ struct Block {
 inline Block block;
 
 inline void to_scheduler() {
-  if (_setjmp(block.threads[block.current].place) == 0) _longjmp(block.scheduler, 1);
+  Thread* own = &block.threads[block.current];
+  if (_setjmp(own->place) == 0) {
+    __sanitizer_start_switch_fiber(&own->sanitizer, block.scheduler_stack, block.scheduler_stack_size);
+    _longjmp(block.scheduler, 1);
+  }
+  __sanitizer_finish_switch_fiber(block.threads[block.current].sanitizer, nullptr, nullptr);
 }
 
 inline void entry() {
+  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
   for (;;) {
     block.body();
     block.threads[block.current].done = true;
@@ -88,10 +107,13 @@ inline void entry() {
 }
 
 inline void resume(Thread* thread) {
-  if (_setjmp(block.scheduler) != 0) return;
+  if (!thread->started) thread->stack.reset(new char[kStack]);
+  if (_setjmp(block.scheduler) != 0) {
+    return __sanitizer_finish_switch_fiber(block.scheduler_sanitizer, nullptr, nullptr);
+  }
+  __sanitizer_start_switch_fiber(&block.scheduler_sanitizer, thread->stack.get(), kStack);
   if (thread->started) _longjmp(thread->place, 1);
   thread->started = true;
-  thread->stack.reset(new char[kStack]);
   getcontext(&thread->context);
   thread->context.uc_stack.ss_sp = thread->stack.get();
   thread->context.uc_stack.ss_size = kStack;

@@ -1,0 +1,208 @@
+"""The paper's ablations at the size of the embedded model: one budget for every variant, one table and one picture.
+
+    python examples/ablations.py --data SHARDS --base MODEL -o WORK [--steps 600] [--docs docs]
+
+Every variant trains a new UNet on the autoencoder and the text tower of MODEL (a model folder, or "embedded"), which
+stay as they are. Stopped and started again with the same flags, it goes on where it was; `--only` names some variants.
+The table goes into DOCS/ablations.md between its two marks, the picture beside it.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from mvdream_fast import evaluate, train
+from mvdream_fast.data.batches import ImageSource, Shards
+from mvdream_fast.errors import InputFileError
+from mvdream_fast.files import atomic_write
+from mvdream_fast.models.checkpoint import load_model
+from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.run import JsonlLog
+from mvdream_fast.training import Parts, Trainer, TrainOptions
+
+COLUMNS = {
+    "val_multi_view": "loss, multi-view",
+    "val_2d": "loss, 2D",
+    "azimuth_error_deg": "azimuth error (deg)",
+    "hull_support": "consistency",
+    "top1": "R-precision",
+    "frechet": "Fréchet distance",
+}
+BATCH, N_VIEWS = 8, 4  # of the first variant; all others see as many pictures a step
+BEGIN, END = "<!-- results: written by examples/ablations.py -->", "<!-- end of the results -->"
+PROMPTS = ("a red armchair", "a brown teddy bear", "a blue car")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed against the first one, and the question that this answers."""
+
+    question: str
+    label: str
+    settings: tuple[str, ...] = ()
+    n_views: int = N_VIEWS
+    multi_view_share: float = 0.7
+
+
+VARIANTS = {
+    "mvdream": Variant("as published", "3D attention, camera in the time embedding, 30 % 2D, 4 views"),
+    "attention-2d": Variant("how views meet", "2D attention only", ("unet.view_mixing=2d",)),
+    "attention-temporal": Variant(
+        "how views meet", "2D attention, then attention over the views at each pixel", ("unet.view_mixing=temporal",)
+    ),
+    "camera-text": Variant("where the camera goes", "camera as a text token", ("unet.camera_in=text",)),
+    "camera-attention": Variant(
+        "where the camera goes", "camera in queries, keys and values", ("unet.camera_in=attention",)
+    ),
+    "camera-none": Variant("where the camera goes", "no camera", ("unet.camera_in=none",)),
+    "no-2d": Variant("what the 2D share does", "multi-view steps only", multi_view_share=1.0),
+    "views-2": Variant("how many views", "2 views a scene", n_views=2),
+    "views-1": Variant("how many views", "1 view a scene", n_views=1),
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--base", default="embedded", help="model whose autoencoder and text tower all share")
+    parser.add_argument("--config", default="mini", help="configuration of the UNet that is varied")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--docs", type=Path, help="folder of ablations.md and its picture (default: OUT)")
+    parser.add_argument("--steps", type=int, default=600, help=f"updates of {BATCH * N_VIEWS} pictures each")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
+    parser.add_argument("--no-evaluator", dest="evaluator", action="store_false", help="losses and the picture alone")
+    parser.add_argument("--threads", type=int)
+    return parser.parse_args(argv)
+
+
+def train_variant(args: argparse.Namespace, name: str) -> Path:
+    """Trains a variant, or what is left of it. Returns its model folder."""
+    variant, folder = VARIANTS[name], args.out / name
+    flags = train.Flags(
+        data=args.data, output=folder, config=args.config, settings=variant.settings, vae=args.base, text=args.base,
+        freeze_text=True, cache_latents=True, latents=args.out / "latents", steps=args.steps, lr=args.lr,
+        warmup=min(100, args.steps // 4), decay=args.steps // 5, ema=0.995, n_views=variant.n_views,
+        batch_size=BATCH * N_VIEWS // variant.n_views, multi_view_share=variant.multi_view_share, sheet_minutes=0.0,
+        sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale,
+        resume=(folder / "checkpoints" / "LATEST").exists(), threads=args.threads,
+    )  # fmt: skip
+    done = folder / "done.json"
+    budget = {"steps": args.steps, "lr": args.lr}
+    if not done.exists() or json.loads(done.read_text()) != budget:
+        train.main(flags)
+        atomic_write(done, json.dumps(budget))
+        (folder / "scores.json").unlink(missing_ok=True)
+    return folder / "model"
+
+
+def scores(args: argparse.Namespace, name: str, model: Path) -> dict[str, float]:
+    """The measures of a variant, kept beside it."""
+    path = args.out / name / "scores.json"
+    if not path.exists():
+        records = JsonlLog(args.out / name / "log.jsonl").read()
+        seconds = [r["seconds_per_step"] for r in records if "seconds_per_step" in r]
+        spent = {"minutes": args.steps * sum(seconds) / max(len(seconds), 1) / 60}
+        atomic_write(path, json.dumps(spent | validation(args.data, model) | judged(args, model)))
+    return json.loads(path.read_text())
+
+
+def validation(data: Path, folder: Path) -> dict[str, float]:
+    """The loss in both modes on held-out renders; four views for all, however many a variant was trained with."""
+    model = load_model(folder, torch.float32)
+    parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
+    try:
+        source = ImageSource(Shards(data, "held_out"))
+    except InputFileError:
+        source = ImageSource(Shards(data))
+    return Trainer(parts, source, TrainOptions(batch_size=BATCH, n_views=N_VIEWS)).validate(source)
+
+
+def judged(args: argparse.Namespace, model: Path) -> dict[str, float]:
+    """What the evaluator says of four views of held-out captions; nothing with --no-evaluator."""
+    if not args.evaluator:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        asked = {"steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "threads": args.threads}
+        evaluate.main(evaluate.Flags(targets=(str(model),), json=report, seeds=1, quiet=True, **asked))
+        return json.loads(report.read_text())["models"][str(model)]["held_out"]
+
+
+def table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row for each variant, the same budget for all."""
+    n_pictures = args.steps * BATCH * N_VIEWS
+    minutes = [r["minutes"] for r in results.values()]
+    head = ["question", "variant", *COLUMNS.values()]
+    rows = [
+        [VARIANTS[name].question, VARIANTS[name].label, *(_figure(found.get(key)) for key in COLUMNS)]
+        for name, found in results.items()
+    ]
+    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
+    budget = (
+        f"{args.steps} steps of {BATCH * N_VIEWS} pictures each ({n_pictures:,} pictures; {min(minutes):.1f} to "
+        f"{max(minutes):.1f} minutes a variant), {time.strftime('%Y-%m-%d')}."
+    )
+    return "\n".join([budget, "", *(f"| {line} |" for line in lines), "", "![four views of each](ablations.png)"])
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def picture(args: argparse.Namespace, models: dict[str, Path]) -> Image.Image:
+    """A row of four views of each prompt for each variant, its name above."""
+    rows = []
+    for name, folder in models.items():
+        pipeline = MVDreamPipeline.from_pretrained(folder)
+        how = {"n_steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "seed": 0}
+        views = pipeline(list(args.prompts), N_VIEWS, **how, warn=lambda _: None)
+        strip = torch.cat([view for scene in views for view in scene.tensor], dim=2)  # [3, s, n * V * s]
+        pixels = Image.fromarray((strip.permute(1, 2, 0) * 255).round().byte().numpy())
+        row = Image.new("RGB", (pixels.width, pixels.height + 14), "white")
+        row.paste(pixels, (0, 14))
+        ImageDraw.Draw(row).text((2, 1), f"{name}: {VARIANTS[name].label}", fill="black")
+        rows.append(row)
+    whole = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
+    for k, row in enumerate(rows):
+        whole.paste(row, (0, k * row.height))
+    return whole
+
+
+def write(path: Path, text: str) -> None:
+    """Puts the results between the marks of a page, or makes a page of them alone."""
+    page = path.read_text(encoding="utf-8") if path.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{path} must hold the lines {BEGIN} and {END}; put them where the results belong")
+    atomic_write(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    docs = args.docs or args.out
+    models, results = {}, {}
+    for name in args.only:
+        print(f"{name}: {VARIANTS[name].label}", flush=True)
+        models[name] = train_variant(args, name)
+        results[name] = scores(args, name, models[name])
+        print(f"{name}: " + " ".join(f"{key} {value:.4g}" for key, value in results[name].items()), flush=True)
+    docs.mkdir(parents=True, exist_ok=True)
+    picture(args, models).save(docs / "ablations.png")
+    write(docs / "ablations.md", table(args, results))
+    print(docs / "ablations.md")
+
+
+if __name__ == "__main__":
+    main()

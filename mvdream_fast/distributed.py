@@ -1,0 +1,148 @@
+"""Several processes of one run: who they are, which part of a batch each takes, and how they share gradients.
+
+`accelerate launch` and `torchrun` start them alike. A single process passes through all of this untouched, and what a
+step draws at random does not depend on the number of processes. A leaf; torch.distributed is imported where it is used.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Rows = TypeVar("Rows", "Tensor", list)
+BACKEND = "cpu:gloo,cuda:nccl"  # what is agreed on travels over gloo even between GPUs, so that no stream waits for it
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run. The first one writes all files; the others only compute."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def part(self, rows: Rows) -> Rows:
+        """This process' equal share of a list or of a tensor's first dimension: neighbouring rows."""
+        n = len(rows) // self.world
+        return rows[self.rank * n : (self.rank + 1) * n] if self.world > 1 else rows
+
+    def mean(self, value: float) -> float:
+        """The mean over all processes, which all have to ask; NaN and infinity spread to all."""
+        if self.world == 1:
+            return value
+        return sum(self._gathered([value])) / self.world
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over all processes, so that all decide alike."""
+        if self.world == 1:
+            return list(values)
+        rows = self._gathered(values)
+        return [int(max(rows[i :: len(values)])) for i in range(len(values))]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.largest(0)
+
+    def _gathered(self, values: Iterable[float]) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        own = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(rows, own)
+        return torch.cat(rows).tolist()
+
+
+ALONE = Ranks()
+
+
+def launched() -> tuple[int, int, int]:
+    """(processes of the run, those on this machine, this one's number on it) as the launcher's variables say."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return world, int(os.environ.get("LOCAL_WORLD_SIZE", world)), int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join() -> Ranks:
+    """Meets the other processes that a launcher started; ALONE where there are none."""
+    if launched()[0] == 1:
+        return ALONE
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group(BACKEND if torch.cuda.is_available() else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def leave(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def replicated(model: "nn.Module", ranks: Ranks) -> "nn.Module":
+    """The model with its gradients averaged over all processes (DDP), each holding all of it; itself where ALONE."""
+    if ranks.world == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    # Said of 1x1 convolutions, whose two memory layouts are one.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # 2D steps leave the camera's layers out: of those no process has a gradient, and they stay as they are.
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def sharded(model: "nn.Module", units: Iterable["nn.Module"], ranks: Ranks) -> "nn.Module":
+    """The model with weights, gradients and optimiser state spread over all processes (FSDP2), in place.
+
+    `units` are gathered one by one while they compute, the rest of the model as a whole.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.contiguous_format)  # FSDP2 cuts nothing else
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def unsynchronised(model: "nn.Module", wanted: bool) -> AbstractContextManager:
+    """Inside, where `wanted`, a replicated model keeps its gradients to itself: all but the last of several batches."""
+    return model.no_sync() if wanted and hasattr(model, "no_sync") else nullcontext()
+
+
+def whole(x: "Tensor", ranks: Ranks) -> "Tensor":
+    """A sharded tensor gathered, on the CPU of the first process alone (elsewhere empty); any other tensor itself.
+
+    All processes have to ask.
+    """
+    if not hasattr(x, "full_tensor"):
+        return x
+    full = x.detach().full_tensor()
+    return full.cpu() if ranks.first else full.new_empty(0)
+
+
+def placed(full: "Tensor", like: "Tensor") -> "Tensor":
+    """This process' share of a whole tensor, where `like` is sharded; else the tensor itself."""
+    if not hasattr(like, "full_tensor"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def number(x: "Tensor") -> float:
+    """A scalar's value, summed up from all processes where it is sharded."""
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).item()

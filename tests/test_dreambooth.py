@@ -1,0 +1,512 @@
+"""DreamBooth: the loss and its pull back equal their formula, 2D mode is 2D, the token has its row, adapters merge
+exactly, a run goes on with the same bytes, and every mistake is one sentence with its code."""
+
+import copy
+import dataclasses
+import errno
+import functools
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference.random_model import random_model
+from torch import nn
+
+from mvdream_fast import cli, dreambooth, dreambooth_runs, estimate, memory, run
+from mvdream_fast.config import TextConfig
+from mvdream_fast.data.photos import PhotoSource
+from mvdream_fast.models import adapters
+from mvdream_fast.models.checkpoint import Model, load_model, save_model
+from mvdream_fast.models.text import TextEncoder
+from mvdream_fast.models.tokenizer import CLIP_ROWS, Tokenizer
+from mvdream_fast.models.unet import MultiViewUNet
+from mvdream_fast.rng import Stream
+from mvdream_fast.training import Parts, spread_timesteps
+from mvdream_fast.training_dreambooth import (
+    AdapterPreservation,
+    DreamBoothOptions,
+    DreamBoothTrainer,
+    Preservation,
+    rate,
+)
+
+PROMPT = "a photo of a sks chair"
+ESTIMATE = functools.cache(estimate.estimate_step)  # the same for every run here, and a second of work
+
+
+@pytest.fixture(scope="module")
+def base() -> Model:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def model(base, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(base, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder, draws = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(draws.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "estimate_step", ESTIMATE)
+
+
+def trainer(base: Model, lora_rank: int = 0, **options) -> DreamBoothTrainer:
+    model = copy.deepcopy(base)
+    if lora_rank:
+        adapters.add_adapters(model.unet.requires_grad_(False), lora_rank)
+    pictures = Stream(0, 0, "photos").uniform(3, 3, 16, 16, low=-1, high=1)
+    parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
+    options = {"batch_size": 2, "lr": 1e-3, "clip": 1e9} | options
+    return DreamBoothTrainer(parts, PhotoSource(pictures, "a red car"), DreamBoothOptions(**options))
+
+
+def command(*arguments) -> int:
+    """The exit code of the command, run in this process."""
+    try:
+        cli.run(dreambooth.main, dreambooth.Flags, prog="dreambooth", argv=[str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def wanted(photos: Path, model: str, *more) -> tuple:
+    return ("--instance_data_dir", photos, "--instance_prompt", PROMPT, "--model", model, "--threads", 1, *more)
+
+
+def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    return run.load_latest(folder / "checkpoints")[1]
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+# The loss
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1e3])
+def test_the_pull_on_known_numbers(weight):
+    """theta_0 = (1, -2, 3), (5); theta = (1.5, -2, 2), (4): ||.||_1 / N = (0.5 + 0 + 1 + 1) / 4."""
+    parameters = [nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), nn.Parameter(torch.tensor([5.0]))]
+    pull = Preservation(parameters, weight)
+    with torch.no_grad():
+        parameters[0].copy_(torch.tensor([1.5, -2.0, 2.0]))
+        parameters[1].fill_(4.0)
+    parameters[0].grad = torch.tensor([10.0, 20.0, 30.0])
+    assert pull.backward() == 2.5 / 4
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([10 + weight / 4, 20.0, 30 - weight / 4]))
+    if weight:
+        assert parameters[1].grad.tolist() == [-weight / 4]
+    else:
+        assert parameters[1].grad is None
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1e4])
+def test_one_step_is_the_whole_formula(base, weight, monkeypatch):
+    """L_LDM in 2D mode plus lambda ||theta - theta_0||_1 / N, written out with autograd, gradient by gradient."""
+    one = trainer(base, preservation=weight)
+    initial = [p.detach().clone() for p in one.parts.unet.parameters()]
+    with torch.no_grad():
+        for i, p in enumerate(one.parts.unet.parameters()):
+            p.add_(Stream(0, i, "moved").normal(*p.shape), alpha=1e-3)
+    twin = copy.deepcopy(one.parts.unet)
+
+    stream, schedule = Stream(0, 0, "train/0"), one.schedule
+    batch = one.source.batch(Stream(0, 0, "train/0/batch"), 2, 1, False)
+    z = one.parts.vae.encode(batch.pictures, stream.normal(2, 4, 8, 8))
+    t = spread_timesteps(stream, 2, 1000)
+    noise = stream.normal(*z.shape)
+    a, s = schedule.alphas[t][:, None, None, None], schedule.sigmas[t][:, None, None, None]
+    context = one.parts.text(one.parts.tokenizer.encode(["a red car"] * 2).ids)
+    out = twin(a * z + s * noise, t, context.detach())  # no camera, one view
+    denoising = (out - (a * noise - s * z)).square().mean()
+    n = sum(p.numel() for p in twin.parameters())
+    distance = sum((p - p0).abs().sum() for p, p0 in zip(twin.parameters(), initial)) / n
+    whole = denoising + weight * distance
+    whole.backward()
+
+    found = {}
+    monkeypatch.setattr(one.scaler, "step", lambda _: found.update({n: p.grad for n, p in one.named.items()}))
+    record = one.train_step()
+    assert record["loss"] == pytest.approx(whole.item(), rel=1e-5)
+    assert record["denoising"] == pytest.approx(denoising.item(), rel=1e-5)
+    assert record["distance"] == pytest.approx(distance.item(), rel=1e-5)
+    for name, p in twin.named_parameters():
+        if p.grad is None or (not weight and found[f"unet.{name}"] is None):
+            assert found[f"unet.{name}"] is None, name
+        else:
+            torch.testing.assert_close(found[f"unet.{name}"], p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("weight", "ends"), [(0.0, [3.0, 0.1]), (2.0, [2.5, 0.0]), (20.0, [0.0, 0.0])])
+def test_weights_that_are_needed_go_and_the_others_stay(weight, ends):
+    """The loss (p - 3)^2 + (q - 0.1)^2 with lambda/2 (|p| + |q|) has its minimum lambda/4 nearer to zero, or there."""
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    pull, rate_of = Preservation(weights, weight), 0.01
+    for _ in range(600):
+        for p in weights:
+            p.grad = None
+        ((weights[0] - 3).square() + (weights[1] - 0.1).square()).sum().backward()
+        pull.backward()
+        with torch.no_grad():
+            for p in weights:
+                p.sub_(rate_of * p.grad)
+    assert [p.item() for p in weights] == pytest.approx(ends, abs=rate_of * weight / 2 + 1e-3)
+
+
+def test_2d_mode_has_no_camera_and_one_view(base, monkeypatch):
+    one, calls = trainer(base), []
+    forward = MultiViewUNet.forward
+
+    def spy(self, latents, t, context, camera=None, n_views=1, n_prompts=1):
+        calls.append((len(latents), camera, n_views))
+        return forward(self, latents, t, context, camera, n_views, n_prompts)
+
+    monkeypatch.setattr(MultiViewUNet, "forward", spy)
+    before = {name: p.detach().clone() for name, p in one.parts.unet.named_parameters()}
+    one.train_step()
+    assert calls == [(2, None, 1)]
+    moved = {name for name, p in one.parts.unet.named_parameters() if not torch.equal(p, before[name])}
+    assert any("attn1" in name for name in moved)
+    assert not any("camera_embed" in name for name in moved)
+
+
+def test_what_is_trained(base):
+    frozen = trainer(base)
+    assert all(name.startswith("unet.") for name in frozen.named)
+    both = trainer(base, train_text=True)
+    assert {name.split(".")[0] for name in both.named} == {"unet", "text"}
+    assert both.preservation.n == sum(p.numel() for p in base.unet.parameters())  # theta is the UNet's alone
+    states = [p.clone() for p in both.parts.text.parameters()]
+    both.train_step()
+    assert any(not torch.equal(p, was) for p, was in zip(both.parts.text.parameters(), states))
+    assert all(not p.requires_grad for p in both.parts.vae.parameters())
+
+
+def test_the_learning_rate():
+    warm = DreamBoothOptions(warmup=4, steps=104)
+    assert [rate(warm, s) for s in (0, 1, 3, 4, 100)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    linear, cosine = (dataclasses.replace(warm, lr_scheduler=kind) for kind in ("linear", "cosine"))
+    assert [rate(linear, s) for s in (3, 4, 54, 104)] == [1.0, 1.0, 0.5, 0.0]
+    assert rate(cosine, 54) == pytest.approx(0.5)
+    assert rate(cosine, 29) == pytest.approx(0.853553, abs=1e-6)
+    one_lr = DreamBoothOptions()
+    assert (one_lr.lr, one_lr.batch_size, one_lr.steps, one_lr.preservation, one_lr.weight_decay) == (
+        2e-6, 4, 600, 1.0, 0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_mixed_precision_trains_float32_weights(base, kind):
+    one = trainer(base, autocast=kind)
+    record = one.train_step()
+    assert np.isfinite(record["loss"])
+    assert {p.dtype for p in one.parameters} == {torch.float32}
+    exact = trainer(base).train_step()
+    assert record["loss"] == pytest.approx(exact["loss"], rel=0.03)
+
+
+def test_accumulation_and_checkpointing(base):
+    plain, saving = trainer(base), trainer(base)
+    saving.parts.unet.gradient_checkpointing = True
+    assert plain.train_step() == saving.train_step()
+    assert_same(plain.state(), saving.state())
+    twice = trainer(base, accumulate=2)
+    twice.train_step()
+    assert twice.step == 1
+
+
+# Low-rank adapters
+
+
+def context_of(model: Model) -> torch.Tensor:
+    return model.text(model.tokenizer.encode(["a red car"]).ids)
+
+
+@torch.no_grad()
+def test_adapters_begin_as_nothing_and_merge_exactly(base):
+    one = trainer(base, lora_rank=3)
+    latents, t = Stream(0, 0, "z").normal(4, 4, 8, 8), torch.tensor([10, 200, 500, 900])
+    camera, context = Stream(0, 0, "c").normal(4, 16), context_of(base)
+    unet = one.parts.unet
+    torch.testing.assert_close(unet(latents, t, context, camera, 4), base.unet(latents, t, context, camera, 4))
+    assert all("lora_" in name for name in one.named)
+    with torch.enable_grad():
+        for _ in range(3):
+            one.train_step()
+    tuned = unet(latents, t, context, camera, 4)
+    assert (tuned - base.unet(latents, t, context, camera, 4)).abs().max() > 1e-3
+    plain = copy.deepcopy(base.unet)
+    state = adapters.merged_state(unet)
+    assert state.keys() == base.unet.state_dict().keys()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(latents, t, context, camera, 4), tuned, rtol=1e-4, atol=1e-5)
+    changed = {name for name, value in state.items() if not torch.equal(value, base.unet.state_dict()[name])}
+    assert changed
+    assert all(any(part in name for part in ("to_q", "to_k", "to_v", "to_out.0")) for name in changed)
+
+
+def test_the_pull_on_adapters_is_that_on_the_weights_they_stand_for(base):
+    one = trainer(base, lora_rank=2, preservation=100.0)
+    layers = adapters.adapted(one.parts.unet)
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            layer.lora_B["default"].weight.copy_(Stream(0, i, "b").normal(*layer.lora_B["default"].weight.shape))
+    n = sum(p.numel() for p in base.unet.parameters())
+    assert isinstance(one.preservation, AdapterPreservation)
+    assert one.preservation.n == n
+    merged, plain = adapters.merged_state(one.parts.unet), base.unet.state_dict()
+    distance = sum((merged[name] - plain[name]).abs().sum().item() for name in plain) / n
+    assert one.preservation.backward() == pytest.approx(distance, rel=1e-5)
+    a, b = layers[0].lora_A["default"].weight, layers[0].lora_B["default"].weight
+    sign = (b @ a).sign()
+    torch.testing.assert_close(b.grad, 100 / n * sign @ a.detach().T)
+    torch.testing.assert_close(a.grad, 100 / n * b.detach().T @ sign)
+
+
+# The token
+
+
+def test_the_token_gets_a_row_of_its_own(base):
+    model = copy.deepcopy(base)
+    rows = base.text.model.embeddings.token_embedding.weight
+    assert model.tokenizer.encode("a sks chair").unknown == [["sks"]]
+    dreambooth_runs.add_token(model, "sks")
+    assert model.tokenizer.encode("a sks chair").unknown == [[]]
+    assert model.config.text.vocabulary_size == len(rows) + 1 == len(model.tokenizer.vocabulary)
+    grown = model.text.model.embeddings.token_embedding.weight
+    assert torch.equal(grown[:-1], rows)
+    torch.testing.assert_close(grown[-1], rows[4:].mean(0))
+    assert model.tokenizer.encode("a sks chair").ids[0, 2] == len(rows)
+    dreambooth_runs.add_token(model, "SKS")  # a tuned model is tuned again
+    assert len(model.tokenizer.vocabulary) == len(rows) + 1
+
+
+def test_clips_own_table_has_the_token():
+    config = TextConfig(width=8, n_layers=1, n_heads=1, mlp_width=8, skip_last=0, context_length=16)
+    base = random_model()
+    config_of = dataclasses.replace(base.config, text=config)
+    with torch.device("meta"):
+        text = TextEncoder(config)
+    model = Model(config_of, text=text, tokenizer=Tokenizer(config))
+    dreambooth_runs.add_token(model, "sks")
+    assert model.config.text.vocabulary_size == CLIP_ROWS
+    assert model.tokenizer.encode("sks").ids[0, :4].tolist() == [49406, 48136, 49407, 0]  # one token, a rare one
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def whole(photos, model, tmp_path_factory) -> Path:
+    """A finished run of six steps."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert command(*wanted(photos, model, "-o", folder, "--max_train_steps", 6)) == 0
+    return folder
+
+
+def test_a_run_leaves_an_ordinary_model(whole, model, base):
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json", "cmd.txt", "log.jsonl", "photos", "samples", "checkpoints", "model",
+    }  # fmt: skip
+    tuned = load_model(whole / "model")
+    assert json.loads((whole / "model/config.json").read_text())["kind"] == "model"
+    assert tuned.tokenizer.encode(PROMPT).unknown == [["photo", "of"]]
+    assert tuned.config.text.vocabulary_size == base.config.text.vocabulary_size + 1
+    moved = [not torch.equal(a, b) for a, b in zip(tuned.unet.parameters(), base.unet.parameters())]
+    assert any(moved)
+    assert Image.open(whole / "samples/000006.png").size == (64, 16)
+    assert json.loads((whole / "config.json").read_text())["kind"] == "dreambooth"
+    record = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
+    assert record.keys() >= {"step", "val_photos"}
+
+
+def test_generate_and_sds_take_the_tuned_model(whole, monkeypatch):
+    from mvdream_fast import generate, sds
+    from mvdream_fast.field.asset import Asset
+
+    monkeypatch.setattr(Asset, "turntable", lambda self, path, *_, **__: None)
+    made = ["--model", str(whole / "model"), "--device", "cpu", "--threads", "1"]
+    cli.run(generate.main, generate.Flags, prog="generate", argv=[PROMPT, *made, "--steps", "1", "-o", "views"])
+    assert Path("views/views.png").exists()
+    small = ["--preset", "mini", "--steps", "2", "--render-size", "8", "--mesh-resolution", "24"]
+    cli.run(sds.main, sds.Flags, prog="sds", argv=["--prompt", PROMPT, *made, *small])
+    assert list(Path("outputs").rglob("asset.safetensors"))
+
+
+def test_a_resumed_run_has_the_same_bytes(whole, photos, model, tmp_path):
+    assert command(*wanted(photos, model, "-o", "half", "--max_train_steps", 3)) == 0
+    assert command("--resume_from_checkpoint", "half", "--max_train_steps", 6, "--threads", 1) == 0
+    assert_same(checkpoint(Path("half")), checkpoint(whole))
+    for name in ("unet", "text", "vae"):
+        file = f"model/{name}.safetensors"
+        assert (Path("half") / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_adapters_through_the_command(photos, model):
+    arguments = wanted(photos, model, "--lora_rank", 2, "--learning_rate", 1e-2)
+    assert command(*arguments, "-o", "whole", "--max_train_steps", 2) == 0
+    assert command(*arguments, "-o", "half", "--max_train_steps", 1) == 0
+    assert command("--resume", "latest", "-o", "half", "--max_train_steps", 2, "--threads", 1) == 0
+    assert_same(checkpoint(Path("half")), checkpoint(Path("whole")))
+    assert all("lora_" in name for name in checkpoint(Path("whole")))
+    plain = load_model("whole/model").unet.state_dict()
+    assert plain.keys() == load_model(model).unet.state_dict().keys()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_rest_is_the_same(whole, photos, model, number, code, monkeypatch, capsys):
+    train_step = DreamBoothTrainer.train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            signal.raise_signal(number)  # in the middle of a step: it is finished, then saved
+        return train_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DreamBoothTrainer, "train_step", interrupted)
+        assert command(*wanted(photos, model, "-o", "run", "--max_train_steps", 6)) == code
+    assert "dreambooth: stopped; go on with --resume_from_checkpoint run" in capsys.readouterr().err
+    assert not Path("run/model").exists()
+    assert run.load_latest(Path("run/checkpoints"))[0] == 3
+    assert command("--resume", "run", "--threads", 1) == 0
+    assert_same(checkpoint(Path("run")), checkpoint(whole))
+
+
+def test_a_dry_run_makes_nothing(photos, model, capsys):
+    assert command(*wanted(photos, model, "--dry_run", "-o", "out")) == 0
+    out = capsys.readouterr().out
+    assert "3 photos of 16 px; 400 steps of 4" in out
+    assert "a step takes about" in out
+    assert "TFLOP" in out
+    assert list(Path().iterdir()) == []
+
+
+def bad_photos(folder: Path) -> None:
+    for name in ("empty", "many", "broken", "good"):
+        (folder / name).mkdir()
+    (folder / "broken/a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    for i in range(51):
+        (folder / f"many/{i}.png").touch()
+    Image.new("RGB", (4, 4)).save(folder / "good/a.png")
+    Image.new("RGB", (4, 4)).save(folder / "file.png")
+    (folder / "full").mkdir()
+    (folder / "full/something").touch()
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "code", "message"),
+    [
+        ("empty", (), 5, "must hold PNG, JPEG or WebP photos, got none"),
+        ("many", (), 5, "must hold 1 to 50 photos, got 51"),
+        ("broken", (), 5, "a.png cannot be read as PNG, JPEG or WebP"),
+        ("file.png", (), 5, "must be a folder of photos, got a file"),
+        ("nowhere", (), 5, "cannot read the folder of photos nowhere"),
+        ("good", ("--instance_prompt", "a photo of a chair"), 2, "must hold the token 'sks'"),
+        ("good", ("--instance_prompt", "a skske chair"), 2, "must hold the token 'sks'"),
+        ("good", ("--instance_prompt", " "), 2, "the prompt is empty"),
+        ("good", ("--instance_prompt", "a sks\x07"), 2, "control character"),
+        ("good", ("--instance_token", "two words"), 2, "--instance_token must be one word"),
+        ("good", ("--model", "nowhere"), 3, "there is no model at"),
+        ("good", ("--model", "full"), 3, "is not a model folder"),
+        ("good", ("-o", "full"), 7, "exists and is not empty"),
+        ("good", ("-o", "file.png"), 7, "a file is in the way"),
+        ("good", ("--max_train_steps", "0"), 2, "--max_train_steps must be at least 1"),
+        ("good", ("--learning_rate", "0"), 2, "--learning_rate must be over 0"),
+        ("good", ("--lambda_preserve", "-1"), 2, "--lambda_preserve must not be negative"),
+        ("good", ("--lambda_preserve", "nan"), 2, "--lambda_preserve must not be negative"),
+        ("good", ("--resolution", "17"), 2, "--resolution must be a multiple of 4"),
+        ("good", ("--lora_rank", "2", "--train_text_encoder"), 2, "--lora_rank tunes the UNet alone"),
+        ("good", ("--stages", "dreambooth3d", "--partial_steps", "9", "--max_train_steps", "5"), 2, "--partial_steps"),
+        ("good", ("--sds_preset", "huge"), 2, "preset must be one of"),
+        ("good", ("--resume", "nowhere"), 2, "must name a run folder"),
+        ("good", ("--resume", "full"), 5, "is not the configuration of a dreambooth run"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_a_code(data, more, code, message, model, tmp_path, capsys):
+    bad_photos(tmp_path)
+    before = sorted(path for path in tmp_path.rglob("*") if path.parent.name != "many")
+    last_wins = ("--instance_data_dir", data, "--instance_prompt", PROMPT, "--model", model, "--threads", 1)
+    flags = dict(zip(last_wins[::2], last_wins[1::2]))
+    plain = [x for x in more if x == "--train_text_encoder"]
+    pairs = [x for x in more if x != "--train_text_encoder"]
+    flags |= dict(zip(pairs[::2], pairs[1::2]))
+    if "-o" not in flags:
+        flags["-o"] = "out"
+    assert command(*(x for pair in flags.items() for x in pair), *plain) == code
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert before == sorted(path for path in tmp_path.rglob("*") if path.parent.name != "many")
+
+
+def test_a_step_that_does_not_fit_is_refused(photos, model, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available", lambda _: (10 << 20, "free on this machine"))
+    assert command(*wanted(photos, model, "-o", "out")) == 4
+    errors = capsys.readouterr().err
+    assert "a step needs about" in errors
+    assert "0.0 GB is free on this machine; the largest parts are" in errors
+    assert "--lora_rank 16 or --gradient_checkpointing or --train_batch_size 1" in errors
+    assert not Path("out").exists()
+
+
+def test_a_disk_without_room_is_refused_before_anything(photos, model, monkeypatch, capsys):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    assert command(*wanted(photos, model, "-o", "out")) == 7
+    assert "checkpoints and the tuned model will take about" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_disk_that_fills_loses_nothing(whole, photos, model, monkeypatch, capsys):
+    replace = run.replace_file
+
+    def fills(path, write, n_bytes):
+        if path.name == "000004.safetensors":
+            write = lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
+        replace(path, write, n_bytes)
+
+    arguments = wanted(photos, model, "-o", "out", "--max_train_steps", 6, "--checkpointing_steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "replace_file", fills)
+        assert command(*arguments) == 7
+    assert "No space left on device" in capsys.readouterr().err
+    assert run.load_latest(Path("out/checkpoints"))[0] == 2
+    assert command("--resume", "out", "--threads", 1) == 0
+    assert_same(checkpoint(Path("out")), checkpoint(whole))
+
+
+def test_a_checkpoint_of_another_model_is_refused(whole, photos, model, tmp_path, capsys):
+    shutil.copytree(whole, "copy")
+    other = random_model()
+    other.config = dataclasses.replace(other.config, unet=dataclasses.replace(other.config.unet, camera_in="none"))
+    with torch.device("meta"):
+        other.unet = MultiViewUNet(other.config.unet)
+    other.unet = other.unet.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in other.unet.parameters():
+            p.fill_(0.01)
+    save_model(other, "other")
+    data = json.loads(Path("copy/config.json").read_text())
+    data["settings"]["model"] = str(Path("other").absolute())
+    Path("copy/config.json").write_text(json.dumps(data))
+    assert command("--resume", "copy", "--threads", 1) == 3
+    assert "another configuration: unet.camera_in differs" in capsys.readouterr().err
