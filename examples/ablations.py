@@ -80,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
     parser.add_argument("--no-evaluator", dest="evaluator", action="store_false", help="losses and the picture alone")
     parser.add_argument("--threads", type=int)
     return parser.parse_args(argv)
@@ -93,6 +94,7 @@ def train_variant(args: argparse.Namespace, name: str) -> Path:
         freeze_text=True, cache_latents=True, latents=args.out / "latents", steps=args.steps, lr=args.lr,
         warmup=min(100, args.steps // 4), decay=args.steps // 5, ema=0.995, n_views=variant.n_views,
         batch_size=BATCH * N_VIEWS // variant.n_views, multi_view_share=variant.multi_view_share, sheet_minutes=0.0,
+        sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale,
         resume=(folder / "checkpoints" / "LATEST").exists(), threads=args.threads,
     )  # fmt: skip
     done = folder / "done.json"
@@ -132,8 +134,8 @@ def judged(args: argparse.Namespace, model: Path) -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        asked = {"seeds": 1, "guidance_scale": args.guidance_scale, "threads": args.threads, "quiet": True}
-        evaluate.main(evaluate.Flags(targets=(str(model),), json=report, **asked))
+        asked = {"steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "threads": args.threads}
+        evaluate.main(evaluate.Flags(targets=(str(model),), json=report, seeds=1, quiet=True, **asked))
         return json.loads(report.read_text())["models"][str(model)]["held_out"]
 
 
@@ -163,7 +165,8 @@ def picture(args: argparse.Namespace, models: dict[str, Path]) -> Image.Image:
     rows = []
     for name, folder in models.items():
         pipeline = MVDreamPipeline.from_pretrained(folder)
-        views = pipeline(list(args.prompts), N_VIEWS, guidance_scale=args.guidance_scale, seed=0, warn=lambda _: None)
+        how = {"n_steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "seed": 0}
+        views = pipeline(list(args.prompts), N_VIEWS, **how, warn=lambda _: None)
         strip = torch.cat([view for scene in views for view in scene.tensor], dim=2)  # [3, s, n * V * s]
         pixels = Image.fromarray((strip.permute(1, 2, 0) * 255).round().byte().numpy())
         row = Image.new("RGB", (pixels.width, pixels.height + 14), "white")

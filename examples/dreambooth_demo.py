@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tuning", nargs="*", default=[], metavar="NAME=VALUE", help="other flags of the tuning")
     parser.add_argument("--sampling-steps", type=int, default=20, help="of sampled views")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="of sampled views")
+    parser.add_argument("--objects", type=int, default=len(SUBJECTS), help="how many of the three")
     parser.add_argument("--no-stages", action="store_true", help="leave out DreamBooth3D")
     parser.add_argument("--threads", type=int)
     return parser.parse_args()
@@ -293,6 +294,7 @@ def main() -> None:
     args.threads = set_threads(args.threads)
     train, held_out = Shards(args.shards), Shards(args.shards, "held_out")
     subjects = [prepare(held_out, key, noun, args.out / noun / "photos") for key, noun in SUBJECTS.items()]
+    subjects = subjects[: args.objects]
     demo = Demo(args, load_evaluator(args.evaluator), Figures(args.out / "figures.json"))
     weight = args.lambdas[min(1, len(args.lambdas) - 1)]
     rows = [demo.two_steps(subject, weight) for subject in subjects]

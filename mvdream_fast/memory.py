@@ -18,7 +18,6 @@ UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of
 VAE_FACTOR = 26  # feature maps of the first level that the encoder's backward pass keeps
 BYTES_PER_SAMPLE = 80  # of a training step of the renderer
 PRUNE_BYTES = 8192 * 110  # a block of rays before pruning, per sample of a ray
-WINOGRAD = 512 << 20  # the UNet's cache of transformed weights, at most
 
 Parts = dict[str, int]
 FLAGS = {
@@ -46,7 +45,7 @@ def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0) -> 
     if model is not None and config.method == "sds":
         images = n_groups * config.n_views
         level = 4 * images * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
-        parts["the UNet"] = 2 * level * UNET_FACTOR + min(WINOGRAD, weights)
+        parts["the UNet"] = 2 * level * UNET_FACTOR
         side = model.vae.image_size // model.vae.patch_size
         parts["the VAE's encoder"] = 4 * images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
     return parts

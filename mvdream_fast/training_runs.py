@@ -19,11 +19,14 @@ from mvdream_fast.config import NAMED, with_settings
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
 from mvdream_fast.distributed import Ranks, join, launched, leave
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError, OutputError
+from mvdream_fast.evaluation_reference import measure
 from mvdream_fast.models.checkpoint import Model, load_model, save_model
+from mvdream_fast.models.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.models.manifest import PARTS, build, manifest, owner
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.training import Loop, LoopOptions, Parts, Trainer, TrainOptions, sheet
+from mvdream_fast.training_evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -47,8 +50,9 @@ def run_stage(args: "Flags") -> int:
     _check_ranks(args, launched()[0], shards)
     held_out = _held_out(args.data)
     folder = _output(args)
-    if args.stage == "vae":
-        return _train_vae(args, folder, shards, held_out)
+    if args.stage != "unet":
+        stage = _train_vae if args.stage == "vae" else _train_evaluator
+        return stage(args, folder, shards, held_out)
     ranks = join()
     code = _train_unet(args, folder, shards, held_out, ranks)
     leave(ranks)
@@ -66,8 +70,8 @@ def _check_ranks(args: "Flags", world: int, shards: Shards) -> None:
     batch = args.batch_size or TrainOptions.batch_size
     if batch % world:
         raise ArgumentError(f"--batch-size must be divisible by the {world} processes, got {batch}")
-    if world > 1 and args.stage == "vae":
-        raise ArgumentError(f"--stage vae must run in one process, got {world}; an autoencoder is small")
+    if world > 1 and args.stage != "unet":
+        raise ArgumentError(f"--stage {args.stage} must run in one process, got {world}; its model is small")
     if world == 1 and args.shard != "none":
         raise ArgumentError(f"--shard {args.shard} must have several processes; start them with `accelerate launch`")
 
@@ -254,6 +258,36 @@ def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | 
         if ranks.first:
             _export(model, folder / "model")
     return code
+
+
+def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    """The evaluator, and what real renders score in its eyes: all of weights/evaluator but the prompts."""
+    if held_out is None:
+        raise InputFileError(f"no held-out shards in {args.data}; the evaluator's accuracy is measured on them")
+    vocabulary = _vocabulary(args, folder, shards.captions())
+    torch.manual_seed(args.seed)
+    config = EvaluatorConfig(vocabulary_size=len(vocabulary))
+    evaluator = Evaluator(config, vocabulary).to(_device(args))
+    fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
+    softener = Softener(Linear.fit(fit, PATCH), config.image_size)
+    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options)
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            save_evaluator(evaluator, folder / "model")
+        saved = load_evaluator(folder / "model")  # measured as it ships: in half precision
+        reference = measure(saved, shards, held_out)
+        saved.about = {"steps": trainer.step, "seed": args.seed, "orbits": len(shards), "held_out": reference.scores}
+        save_evaluator(saved, folder / "model")
+        reference.save(folder / "model")
+        return reference.scores
+
+    loop = Loop(trainer, folder, _loop_options(args), report)
+    if args.resume:
+        loop.resume()
+    return loop.run()
 
 
 def _options(args: "Flags") -> TrainOptions:

@@ -3,7 +3,6 @@
 The loop that calls it (checkpoints, log, signals) is training.Loop; the diffusion model's own trainer is training.py.
 """
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast.config import ModelConfig
-from mvdream_fast.errors import DivergedError, ModelError
 from mvdream_fast.models.vae import LOGVAR_RANGE
 from mvdream_fast.rng import Stream
-from mvdream_fast.training import check_same_model, exchanged, restore_moments
+from mvdream_fast.training_averaged import AveragedTrainer
 
 if TYPE_CHECKING:
     from mvdream_fast.data.batches import ImageSource
@@ -40,21 +38,18 @@ class VAEOptions:
     seed: int = 0
 
 
-class VAETrainer:
-    """One optimisation of the autoencoder; the state is weights, EMA, Adam's moments and the step."""
+class VAETrainer(AveragedTrainer):
+    """One optimisation of the autoencoder."""
 
     def __init__(self, config: ModelConfig, vae: nn.Module, source: "ImageSource", options: VAEOptions):
-        self.config, self.vae, self.source, self.options, self.step = config, vae, source, options, 0
-        self.device = next(vae.parameters()).device
+        self.config, self.vae, self.source = config, vae, source
         if options.decoder_only:
             for module in (vae.model.encoder, vae.model.quant_conv):
                 module.requires_grad_(False)
-        self.named = {name: p for name, p in vae.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named.values())
-        self.ema = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
+        trained = [p for p in vae.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        sizes = json.loads(config.to_json())["vae"]
+        super().__init__(vae, optimizer, options, {"kind": "train-vae", "config": {"vae": sizes}})
 
     def train_step(self) -> dict[str, float]:
         """One update; raises DivergedError before a weight is touched."""
@@ -68,51 +63,8 @@ class VAETrainer:
         mse = F.mse_loss(out, images)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
         loss = mse + options.l1 * F.l1_loss(out, images) + options.edges * edge_loss(out, images) + options.kl * kl
-        if not math.isfinite(loss.item()):
-            raise DivergedError(f"the loss is {loss.item()} at step {self.step}; resume with a smaller --lr")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * rate(self.step, options.warmup, options.steps)
-        self.optimizer.step()
-        self.step += 1
-        with torch.no_grad():
-            decay = min(options.ema, self.step / (self.step + 10))
-            torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
+        norm = self.update(loss)
         return {"loss": loss.item(), "psnr": psnr(mse.item()), "kl": kl.item(), "grad_norm": norm}
-
-    def state(self) -> dict[str, Tensor]:
-        tensors = {}
-        for (name, p), average in zip(self.named.items(), self.ema):
-            tensors |= {f"model.{name}": p.detach(), f"ema.{name}": average}
-            tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
-        return tensors
-
-    def meta(self) -> dict:
-        config = json.loads(self.config.to_json())
-        return {"kind": "train-vae", "config": {"vae": config["vae"]}, "options": dataclasses.asdict(self.options)}
-
-    def restore(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Takes over a checkpoint's state. Raises ModelError when it is of another configuration."""
-        check_same_model(meta, self.meta())
-        if set(self.named) - {n.removeprefix("model.") for n in tensors}:
-            raise ModelError("the checkpoint lacks weights of this autoencoder; name another folder with -o")
-        with torch.no_grad():
-            for (name, p), average in zip(self.named.items(), self.ema):
-                p.copy_(tensors[f"model.{name}"])
-                average.copy_(tensors[f"ema.{name}"])
-                restore_moments(self.optimizer, p, name, tensors)
-        self.step = step
-
-    def averaged(self):
-        """Inside, the module holds the EMA weights."""
-        return exchanged(self.parameters, self.ema)
-
-
-def rate(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from 1 to 0 at `steps`."""
-    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
 
 
 def edge_loss(out: Tensor, images: Tensor) -> Tensor:

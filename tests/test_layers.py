@@ -15,9 +15,10 @@ PACKAGE = "mvdream_fast"
 
 # Highest first. Files of one room may import each other; rooms on one floor may not.
 FLOORS = [
-    {"loops": ["dreambooth3d", "dreambooth_runs", "estimate", "memory", "optimization", "report", "settings",
-               "teachers", "text_to_3d", "training", "training_dreambooth", "training_runs", "training_vae", "viewer",
-               "watch"],
+    {"loops": ["dreambooth3d", "dreambooth_runs", "estimate", "evaluation", "evaluation_reference", "evaluation_runs",
+               "memory", "optimization", "report", "settings", "teachers", "text_to_3d", "training",
+               "training_averaged", "training_dreambooth", "training_evaluator", "training_runs", "training_vae",
+               "viewer", "watch"],
      "surfaces": ["diffusers", "nerfacc_compat", "tcnn_compat"]},
     {"pipeline": ["pipeline"]},
     {"guidance": ["guidance"], "sampler": ["sampler"], "data": ["data"], "run": ["run"]},

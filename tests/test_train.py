@@ -23,6 +23,7 @@ from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.train import Flags, main
 from mvdream_fast.training import Parts, Trainer, TrainOptions, spread_timesteps, trapezoid
+from mvdream_fast.training_averaged import rate
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -30,7 +31,6 @@ from mvdream_fast.training_vae import (
     linear_start,
     measure_scale,
     psnr,
-    rate,
     reconstruction,
     settle,
 )

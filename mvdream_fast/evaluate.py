@@ -1,0 +1,210 @@
+"""`python -m mvdream_fast.evaluate MODEL [RUN ...]`: figures for models and for finished text-to-3D runs.
+
+What is measured is evaluation.py's business and how it is gathered evaluation_runs.py's; here are flags and the table.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro import conf
+
+from mvdream_fast import cli
+from mvdream_fast.errors import ArgumentError, InputFileError, OutputError
+
+if TYPE_CHECKING:
+    from mvdream_fast.evaluation_runs import Judge, SamplingOptions
+
+MODEL_NAMES = ("embedded", "mini")
+QUICK = {"steps": 10, "seeds": 1, "n_captions": 12, "n_prompts": 8}
+
+MODEL_ROWS = (
+    ("top1", "text retrieval, top-1 (share)", ".3f"),
+    ("top5", "text retrieval, top-5 (share)", ".3f"),
+    ("similarity", "similarity to the text (cosine)", ".3f"),
+    ("azimuth_error_deg", "azimuth error, median (deg)", ".1f"),
+    ("azimuth_within_45", "azimuth within 45 deg (share)", ".3f"),
+    ("frechet", "Frechet distance to real renders", ".4f"),
+    ("hull_support", "silhouettes that a hull explains (share)", ".3f"),
+    ("colour_spread", "colour differences between views", ".3f"),
+    ("diversity", "diversity over seeds (1 - cosine)", ".3f"),
+)
+RUN_ROWS = (
+    ("top1", "top-1", ".2f"),
+    ("similarity", "similarity", ".3f"),
+    ("janus", "Janus", ".2f"),
+    ("azimuth_error_deg", "azimuth error", ".0f"),
+    ("turn_overlap", "silhouettes", ".3f"),
+    ("turn_colour_spread", "colours", ".3f"),
+)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Measures models (four views of fixed prompts) and finished runs (a turntable), beside real renders.
+
+    The judge is a small image-text model trained on the training renders alone: in-domain figures, no CLIP scores.
+    """
+
+    targets: Annotated[tuple[str, ...], conf.Positional, conf.arg(metavar="MODEL|RUN")] = ()
+    """Model folders or names, and run folders; by default "embedded", the small model that ships with the package."""
+    json: Path | None = None
+    """A new file for all figures."""
+    data: Path | None = None
+    """Shards whose held-out renders are the yardstick, instead of the figures that ship with the evaluator."""
+    quick: bool = False
+    """A rough look at a model: 10 steps, one seed, 12 captions and 8 prompts."""
+    steps: int | None = None
+    """Denoising steps of a model's views (default 25)."""
+    seeds: int | None = None
+    """Samples of each held-out caption (default 2; diversity needs two)."""
+    guidance_scale: float = 7.5
+    prompts: Path | None = None
+    """Another list of prompts, one a line."""
+    evaluator: Path | None = None
+    """Another evaluator: the output of train --stage evaluator."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    threads: int | None = None
+    """CPU threads; by default one a core."""
+    quiet: bool = False
+    """Prints the figures only."""
+
+
+def main(flags: Flags) -> None:
+    check_flags(flags)
+    kinds = {target: kind_of(target) for target in flags.targets or ("embedded",)}
+    say = (lambda _: None) if flags.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    if not flags.targets:
+        say("no target was given: the embedded model")
+    from mvdream_fast.evaluation_runs import evaluate_run, summary
+
+    cli.set_threads(flags.threads)
+    judge = _judge(flags)
+    report: dict[str, Any] = {"kind": "evaluation", "evaluator": judge.evaluator.about, "models": {}, "runs": []}
+    for target, kind in kinds.items():
+        if kind == "model":
+            report["models"][target] = _evaluate_model(target, flags, judge, say)
+        else:
+            report["runs"].append(evaluate_run(Path(target), judge))
+    if report["runs"]:
+        report["runs_mean"] = summary(report["runs"])
+    _print(report, judge)
+    if flags.json:
+        from mvdream_fast.files import atomic_write
+
+        atomic_write(flags.json, json.dumps(report, indent=2) + "\n")
+
+
+def check_flags(flags: Flags) -> None:
+    """Refuses what no evaluation can use, before torch is imported. Raises UserError."""
+    for name in ("steps", "seeds", "threads"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ArgumentError(f"--{name} must be at least 1, got {value}")
+    if not abs(flags.guidance_scale) < 1e6:
+        raise ArgumentError(f"--guidance-scale must be a finite number, got {flags.guidance_scale}")
+    repeated = sorted({target for target in flags.targets if flags.targets.count(target) > 1})
+    if repeated:
+        raise ArgumentError(f"each target must be given once, got {repeated[0]} twice")
+    if flags.json and flags.json.exists():
+        raise OutputError(f"{flags.json} exists already; name another file with --json")
+    if flags.json and not flags.json.absolute().parent.is_dir():
+        raise OutputError(f"{flags.json} cannot be written: {flags.json.absolute().parent} is not a folder")
+
+
+def kind_of(target: str) -> str:
+    """ "model" or "sds", by the folder's config.json. What has none is left to the model loader.
+
+    Raises: InputFileError for folders of other kinds; ModelError where config.json cannot be read.
+    """
+    from mvdream_fast.models.folder import read_json
+
+    folder = Path(target)
+    if target in MODEL_NAMES or not folder.is_dir():
+        return "model"
+    kind = read_json(folder / "config.json").get("kind", "model")
+    if kind not in ("model", "sds"):
+        raise InputFileError(f"{target} is of kind {kind!r}, which has no evaluation; name a model or an sds run")
+    return kind
+
+
+def _judge(flags: Flags) -> "Judge":
+    from mvdream_fast.evaluation_reference import Reference, measure
+    from mvdream_fast.evaluation_runs import Judge, read_prompts
+    from mvdream_fast.models.evaluator import EMBEDDED_FOLDER, load_evaluator
+
+    prompts = read_prompts(flags.prompts)
+    folder = flags.evaluator or EMBEDDED_FOLDER
+    evaluator = load_evaluator(folder)
+    if flags.data is None:
+        return Judge(evaluator, Reference.load(folder), prompts)
+    from mvdream_fast.data.batches import Shards
+
+    return Judge(evaluator, measure(evaluator, Shards(flags.data), Shards(flags.data, "held_out")), prompts)
+
+
+def sampling(flags: Flags) -> "SamplingOptions":
+    """How models are asked: --quick first, then what is given by itself."""
+    from mvdream_fast.evaluation_runs import SamplingOptions
+
+    given = {name: getattr(flags, name) for name in ("steps", "seeds") if getattr(flags, name) is not None}
+    return SamplingOptions(guidance_scale=flags.guidance_scale, **((QUICK if flags.quick else {}) | given))
+
+
+def _evaluate_model(target: str, flags: Flags, judge: "Judge", say) -> dict[str, Any]:
+    from mvdream_fast.evaluation_runs import evaluate_model
+    from mvdream_fast.pipeline import MVDreamPipeline
+
+    pipeline = MVDreamPipeline.from_pretrained(target, flags.device, flags.dtype)
+    say(f"{target}: {pipeline.describe()}")
+    return evaluate_model(pipeline, judge, sampling(flags), say)
+
+
+def _print(report: dict[str, Any], judge: "Judge") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    real, n = judge.reference.scores, len(judge.reference.captions)
+    for target, result in report["models"].items():
+        table = Table(title=f"{target}: four views", box=box.SIMPLE, title_justify="left")
+        columns = (f"{n} held-out captions", f"{len(judge.prompts)} fixed prompts", "real renders")
+        for name in ("measure", *columns):
+            table.add_column(name, justify="left" if name == "measure" else "right")
+        for key, label, form in MODEL_ROWS:
+            table.add_row(
+                label, *(_number(part.get(key), form) for part in (result["held_out"], result["prompts"], real))
+            )
+        console.print(table)
+        console.print(f"{target}: {_ratio(result, real)}; took {result['seconds']:.0f} s")
+    if report["runs"]:
+        table = Table(title="finished runs: a turntable of 16 views", box=box.SIMPLE, title_justify="left")
+        table.add_column("prompt")
+        for _, label, _ in RUN_ROWS:
+            table.add_column(label, justify="right")
+        rows = [(run["prompt"], run) for run in report["runs"]]
+        for name, row in (*rows, ("mean", report["runs_mean"]), ("real renders", real)):
+            table.add_row(name, *(_number(row.get(key), form) for key, _, form in RUN_ROWS))
+        console.print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ratio(result: dict[str, Any], real: dict[str, float]) -> str:
+    """The headline: how much of the real renders' retrieval the model reaches, and what the distances compare with."""
+    share = result["held_out"]["top1"] / real["top1"] if real["top1"] else 0.0
+    return (
+        f"{100 * share:.0f} % of the real renders' top-1; other real objects are at a Frechet distance of "
+        f"{real['frechet_other_objects']:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Flags, prog="evaluate")

@@ -1,0 +1,225 @@
+"""The evaluate command end to end: an evaluator trained for a moment, a random model, a finished run, and mistakes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from reference.random_model import random_model
+from test_evaluator import render
+
+from mvdream_fast import cli, evaluate, evaluation_runs, train
+from mvdream_fast.config import SDS_PRESETS
+from mvdream_fast.data.batches import Shards
+from mvdream_fast.data.shards import write_shard
+from mvdream_fast.errors import ModelError
+from mvdream_fast.evaluation_reference import HAS_FRONT, Reference, measure
+from mvdream_fast.evaluation_runs import Judge, SamplingOptions, evaluate_model, summary, turntable
+from mvdream_fast.field.asset import Asset
+from mvdream_fast.models.checkpoint import save_model
+from mvdream_fast.models.evaluator import load_evaluator
+from mvdream_fast.pipeline import MVDreamPipeline
+
+PROMPTS = ["a green chair", "a brown bulldog", "a red car"]
+N_HELD_OUT = 3
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """shards/, evaluator/ (two steps), tiny/ (a random model), run/ (an untrained volume) and prompts.txt."""
+    place = tmp_path_factory.mktemp("evaluation")
+    (place / "shards").mkdir()
+    train_set = [render(i, orbit) for i in range(4) for orbit in range(3)]
+    held_out = [render(i, orbit, "held_out") for i in range(4, 4 + N_HELD_OUT) for orbit in (0, 1, 2)]
+    write_shard(place / "shards" / "train-00000.tar", train_set)
+    write_shard(place / "shards" / "held_out-00000.tar", held_out)
+    flags = {"stage": "evaluator", "steps": 2, "batch_size": 4, "threads": 1}
+    train.main(train.Flags(data=place / "shards", output=place / "training", **flags))
+    (place / "training" / "model").rename(place / "evaluator")
+    save_model(random_model(), place / "tiny")
+    write_run(place / "run", "a red car")
+    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return place
+
+
+def write_run(folder: Path, prompt: str) -> None:
+    folder.mkdir()
+    Asset(SDS_PRESETS["mini"], prompt).save(folder / "asset.safetensors")
+    (folder / "config.json").write_text(json.dumps({"kind": "sds", "prompt": prompt}))
+
+
+@pytest.fixture
+def judge(place) -> Judge:
+    return Judge(load_evaluator(place / "evaluator"), Reference.load(place / "evaluator"), PROMPTS)
+
+
+@pytest.fixture(autouse=True)
+def _small(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(evaluation_runs, "SIZE", 16)
+
+
+def command(*arguments: str) -> int:
+    """The exit code of the command, run in this process."""
+    try:
+        cli.run(evaluate.main, evaluate.Flags, prog="evaluate", argv=list(arguments))
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+ARGUMENTS = ["--evaluator", "evaluator", "--prompts", "prompts.txt", "--threads", "1", "--device", "cpu"]
+
+
+def test_models_and_runs_in_one_report(place, capsys):
+    assert command("tiny", "run", *ARGUMENTS, "--steps", "1", "--json", "report.json") == 0
+    out = capsys.readouterr().out
+    assert "3 held-out captions" in out
+    assert "of the real renders' top-1" in out
+    report = json.loads((place / "report.json").read_text())
+    model = report["models"]["tiny"]
+    both = {"top1", "top5", "similarity", "hull_support", "colour_spread", "scenes"}
+    assert model["held_out"].keys() >= both | {"frechet", "diversity", "azimuth_error_deg"}
+    assert model["prompts"].keys() >= both
+    assert model["held_out"]["scenes"] == 2 * N_HELD_OUT
+    assert model["real"] == report["evaluator"]["held_out"]
+    (run,) = report["runs"]
+    assert run["prompt"] == "a red car"
+    assert run["candidates"] == 3
+    assert run["janus"] is None  # nobody knows the front of a car here
+    assert report["runs_mean"]["top1"] == run["top1"]
+    assert command("run", *ARGUMENTS, "--json", "report.json") == 7
+
+
+def test_the_same_figures_twice(judge):
+    options = SamplingOptions(steps=1, seeds=1, n_captions=2, n_prompts=1)
+    pipeline = MVDreamPipeline(random_model(), "cpu")
+    first, second = (evaluate_model(pipeline, judge, options, lambda _: None) for _ in range(2))
+    for part in ("held_out", "prompts"):
+        assert first[part] == second[part]
+    assert first["held_out"]["scenes"] == 2
+    assert "diversity" not in first["held_out"]  # that needs a second seed
+
+
+def test_the_reference_comes_back(place, judge):
+    again = measure(judge.evaluator, Shards(place / "shards"), Shards(place / "shards", "held_out"))
+    kept = judge.reference
+    assert again.captions == kept.captions == [f"a red thing{i}" for i in range(4, 4 + N_HELD_OUT)]
+    assert again.scores == pytest.approx(kept.scores)
+    torch.testing.assert_close(again.moments[1], kept.moments[1], atol=1e-6, rtol=1e-4)
+    assert kept.scores["frechet_other_objects"] >= 0
+
+
+def test_fronts_are_known_by_caption_and_by_the_longest_noun(judge):
+    fronts = {"a red thing4": 1.0, "thing4": 0.0, "chair": 1.0, "high chair": HAS_FRONT / 2}
+    reference = Reference([], torch.zeros(0, 1, 2), judge.reference.moments, fronts, {})
+    prompts = (
+        "a red thing4",
+        "a blue thing4",
+        "A green chair",
+        "a green high chair",
+        "a rocking chair set",
+        "a chairs",
+    )
+    assert [reference.has_front(p) for p in prompts] == [True, False, True, False, True, False]
+
+
+def test_a_turntable_with_two_faces(judge, monkeypatch):
+    """The head is made to read brightness as the front."""
+    evaluator = judge.evaluator
+    fronts = {"face": 1.0}
+    reference = Reference([], judge.reference.embeddings, judge.reference.moments, fronts, {})
+    pictures = torch.zeros(8, 3, 16, 16)
+    azimuth = torch.arange(8) * 45.0
+
+    def features(images):
+        return images.mean((1, 2, 3))[:, None].expand(-1, evaluator.config.features)
+
+    def azimuth_head(x):
+        logits = torch.full((len(x), 24), -20.0)
+        logits[:, 0], logits[:, 12] = 20 * x[:, 0], 20 * (1 - x[:, 0])
+        return logits
+
+    monkeypatch.setattr(evaluator, "features", features)
+    evaluator.azimuth = torch.nn.Identity()
+    monkeypatch.setattr(evaluator.azimuth, "forward", azimuth_head)
+
+    def run(*bright):
+        rgb = pictures.clone()
+        rgb[list(bright)] = 1.0
+        return turntable(rgb, rgb[:, 0], azimuth, "a face", Judge(evaluator, reference, PROMPTS))
+
+    assert run(0, 1, 7)["janus"] == 0
+    assert run(0, 1, 7)["views_read_as_front"] == 3
+    assert run(0, 4)["janus"] == 1
+    assert run()["empty"]
+    assert run(0)["turn_overlap"] == 0
+    assert run(*range(8))["turn_overlap"] == 1
+
+
+def test_means_leave_out_what_does_not_apply():
+    run = {"top1": 1.0, "similarity": 0.5, "janus": None, "azimuth_error_deg": None, "turn_overlap": 1.0,
+           "turn_colour_spread": 0.0}  # fmt: skip
+    mean = summary([run, run | {"top1": 0.0, "janus": 1.0, "azimuth_error_deg": 30.0}])
+    assert mean == {"top1": 0.5, "similarity": 0.5, "janus": 1.0, "azimuth_error_deg": 30.0, "turn_overlap": 1.0,
+                    "turn_colour_spread": 0.0, "runs": 2, "with_front": 1}  # fmt: skip
+
+
+def test_the_training_needs_a_held_out_split(place, tmp_path, capsys):
+    write_shard(tmp_path / "train-00000.tar", [render(0, 0)])
+    arguments = ["--data", str(tmp_path), "-o", str(tmp_path / "out"), "--stage", "evaluator"]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train.main, train.Flags, prog="train", argv=arguments)
+    assert stop.value.code == 5
+    assert "no held-out shards" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_sentence_and_a_code(place, capsys):
+    (place / "other").mkdir()
+    (place / "other" / "config.json").write_text('{"kind": "views"}')
+    (place / "begun").mkdir()
+    (place / "begun" / "config.json").write_text('{"kind": "sds", "prompt": "a cat"}')
+    cases = (
+        (("nowhere", *ARGUMENTS), 3, "there is no model at"),
+        (("other",), 5, "is of kind 'views', which has no evaluation"),
+        (("begun", *ARGUMENTS), 5, "the run is not finished"),
+        (("tiny", "tiny"), 2, "given once"),
+        (("--steps", "0"), 2, "--steps must be at least 1"),
+        (("--guidance-scale", "nan"), 2, "--guidance-scale must be a finite number"),
+        (("--json", "nowhere/report.json"), 7, "is not a folder"),
+        (("run", "--evaluator", "run"), 3, "holds no evaluator"),
+        (("run", "--evaluator", "evaluator", "--data", "nowhere"), 5, "no train shards in nowhere"),
+        (("run", "--evaluator", "evaluator", "--prompts", "nowhere"), 5, "cannot read the prompts nowhere"),
+    )
+    for arguments, code, text in cases:
+        assert command(*arguments, "--quiet") == code, arguments
+        error = capsys.readouterr().err
+        assert text in error, arguments
+        assert len(error.strip().splitlines()) == 1, arguments
+
+
+def test_a_damaged_reference_is_refused(place, tmp_path):
+    for name in ("reference.safetensors", "reference.json"):
+        (tmp_path / name).write_bytes((place / "evaluator" / name).read_bytes())
+    Reference.load(tmp_path)
+    numbers = json.loads((tmp_path / "reference.json").read_text())
+    (tmp_path / "reference.json").write_text(json.dumps(numbers | {"captions": ["a thing"]}))
+    with pytest.raises(ModelError, match="has 1 captions"):
+        Reference.load(tmp_path)
+    (tmp_path / "reference.json").write_text("{}")
+    with pytest.raises(ModelError, match="no whole reference"):
+        Reference.load(tmp_path)
+
+
+def test_help_needs_no_torch():
+    start = time.process_time()
+    code = "import sys; sys.argv[1:] = ['--help']; import runpy\ntry: runpy.run_module('mvdream_fast.evaluate', " \
+           "run_name='__main__')\nfinally: print('torch' in sys.modules)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "exit codes" in done.stdout
+    assert done.stdout.rstrip().endswith("False")
+    assert time.process_time() - start < 0.5
