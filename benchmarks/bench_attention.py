@@ -85,17 +85,3 @@ def bench_attention(benchmark, name, gradients, shape):
         (14 if gradients else 4) * shape[0] * VIEWS * math.prod(shape) * shape[1] // shape[0]
     )
     benchmark.pedantic(call, rounds=30, warmup_rounds=3)
-
-
-def bench_overhead(benchmark):
-    """The Python time of a call, on tensors too small to matter."""
-    q = torch.randn(2, 1, 1, 16, device=DEVICE, dtype=DTYPE)
-    benchmark.group = "attention overhead"
-    benchmark.pedantic(lambda: cross_view_attention(q, q, q, 2), rounds=50, iterations=100, warmup_rounds=3)
-
-
-def bench_overhead_of_bare_sdpa(benchmark):
-    q = torch.randn(1, 1, 2, 16, device=DEVICE, dtype=DTYPE)
-    benchmark.group = "attention overhead"
-    call = F.scaled_dot_product_attention
-    benchmark.pedantic(lambda: call(q, q, q), rounds=50, iterations=100, warmup_rounds=3)

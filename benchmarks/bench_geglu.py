@@ -38,10 +38,3 @@ def bench_geglu(benchmark, name, gradients, shape):
     call()
     benchmark.group = f"geglu {shape} {'forward+backward' if gradients else 'forward'} {DTYPE}"
     benchmark.pedantic(call, rounds=30, warmup_rounds=3)
-
-
-def bench_overhead(benchmark):
-    """The Python time of a call, on tensors too small to matter."""
-    x = torch.randn(1, 2, device=DEVICE)
-    benchmark.group = "geglu overhead"
-    benchmark.pedantic(lambda: geglu(x), rounds=50, iterations=100, warmup_rounds=3)

@@ -40,10 +40,3 @@ def bench_group_norm_silu(benchmark, name, gradients, shape):
     call()
     benchmark.group = f"group_norm_silu {shape} {'forward+backward' if gradients else 'forward'} {DTYPE}"
     benchmark.pedantic(call, rounds=30, warmup_rounds=3)
-
-
-def bench_overhead(benchmark):
-    """The Python time of a call, on tensors too small to matter."""
-    x, weight = torch.randn(1, 2, 1, 1, device=DEVICE), torch.ones(2, device=DEVICE)
-    benchmark.group = "group_norm_silu overhead"
-    benchmark.pedantic(lambda: group_norm_silu(x, weight, weight, 1), rounds=50, iterations=100, warmup_rounds=3)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-THREADS, WARM_UP, STEPS = min(2, os.cpu_count() or 1), 2, 5
+THREADS, WARM_UP = min(2, os.cpu_count() or 1), 2
+STEPS = int(os.environ.get("MVDREAM_FAST_BENCH_STEPS", 5))
 SIZES, CONTESTANTS = ("mini", "paper"), ("plain", "ours")
 _results: dict[str, dict[str, dict]] = {}
 

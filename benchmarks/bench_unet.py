@@ -2,7 +2,8 @@
 
 Every contestant runs in a process of its own, with the same numbers in its weights and two threads; that process times
 itself, and its high-water mark is taken over the sampling alone. One group per size, so the table holds the ratios:
-`ours` against the better of diffusers' two memory layouts is printed at the end.
+`ours` against the better of diffusers' two memory layouts is printed at the end, beside what Amdahl's law allows to who
+makes all but the products free: the profiled share of glue in that layout's step.
 """
 
 import contextlib
@@ -23,7 +24,23 @@ import pytest
 THREADS, N_STEPS, GUIDANCE, N_VIEWS = 2, 10, 7.5, 4
 SIZES = ("mini", "width-64", "width-160", "width-320")
 CONTESTANTS = ("diffusers-contiguous", "diffusers-channels_last", "ours")
+# What no fusion saves: convolutions, linear layers and attention. All other operations are glue.
+PRODUCTS = {
+    f"aten::{name}"
+    for name in [
+        "mkldnn_convolution",
+        "thnn_conv2d",
+        "_slow_conv2d_forward",
+        "addmm",
+        "mm",
+        "bmm",
+        "baddbmm",
+        "mkldnn_linear",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    ]
+}
 _results: dict[str, dict[str, tuple[float, float]]] = {}
+_products: dict[str, dict[str, float]] = {}
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
@@ -36,8 +53,10 @@ def bench_sampling(benchmark, size, contestant):
     with Contestant(size, contestant) as process:
         process.ask(1)  # warm-up: first-touch of memory, packing, oneDNN's code generation
         seconds, peak = benchmark.pedantic(process.ask, args=(n_steps,), rounds=3 if size == "mini" else 1)
+        products = None if contestant == "ours" else process.ask(PRODUCTS)
     step = statistics.median(seconds)
-    benchmark.extra_info |= {"steps": n_steps, "median_step_s": step, "peak_mb": peak}
+    benchmark.extra_info |= {"steps": n_steps, "median_step_s": step, "peak_mb": peak, "products_s": products}
+    _products.setdefault(size, {})[contestant] = products
     _results.setdefault(size, {})[contestant] = (step, peak)
 
 
@@ -47,19 +66,29 @@ def _ratios(request):
     yield
     lines = []
     for size, by_name in _results.items():
-        theirs = [by_name[name] for name in CONTESTANTS[:2] if name in by_name]
+        theirs = {name: by_name[name] for name in CONTESTANTS[:2] if name in by_name}
         for name, (seconds, peak) in by_name.items():
             lines.append(f"{size:10} {name:24} {seconds:8.3f} s/step {peak:8.0f} MB peak")
         if "ours" in by_name and theirs:
-            speed = min(seconds for seconds, _ in theirs) / by_name["ours"][0]
-            memory = by_name["ours"][1] / min(peak for _, peak in theirs)
+            better = min(theirs, key=lambda name: theirs[name][0])
+            speed = theirs[better][0] / by_name["ours"][0]
+            memory = by_name["ours"][1] / min(peak for _, peak in theirs.values())
             lines.append(f"{size:10} ours against the better layout: {speed:.2f}x the speed, {memory:.2f}x the memory")
+            allowed = theirs[better][0] / _products[size][better]
+            lines.append(
+                f"{size:10} glue is {1 - 1 / allowed:.0%} of {better}'s step: without it Amdahl allows {allowed:.2f}x, "
+                f"of which ours reaches {speed / allowed:.0%}"
+            )
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         print("", *lines, sep="\n")
 
 
 class Contestant:
-    """A fresh process that holds one model; `ask(n_steps)` samples in it: (seconds of each step, peak MB)."""
+    """A fresh process that holds one model.
+
+    `ask(n_steps)` samples in it: (seconds of each step, peak MB). `ask(names)` samples under the profiler: the seconds
+    that the operations of these names take in a step.
+    """
 
     def __init__(self, size: str, name: str):
         context = mp.get_context("spawn")
@@ -71,9 +100,9 @@ class Contestant:
         self.other.close()  # so that the end of the process is the end of the pipe
         return self
 
-    def ask(self, n_steps: int) -> tuple[list[float], float]:
+    def ask(self, request: int | set[str]) -> tuple[list[float], float] | float:
         try:
-            self.pipe.send(n_steps)
+            self.pipe.send(request)
             return self.pipe.recv()
         except (EOFError, OSError) as error:
             self.process.join(10)
@@ -92,11 +121,26 @@ def _serve(pipe, size: str, name: str) -> None:
     torch.set_num_threads(THREADS)
     sample = _sampler(size, name)
     gc.collect()
-    while n_steps := pipe.recv():
+    while request := pipe.recv():
+        if isinstance(request, set):
+            pipe.send(_seconds_in(request, sample))
+            continue
         _reset_high_water()
         ticks = [time.perf_counter()]
-        sample(n_steps, lambda *_, ticks=ticks: ticks.append(time.perf_counter()))
+        sample(request, lambda *_, ticks=ticks: ticks.append(time.perf_counter()))
         pipe.send(([b - a for a, b in itertools.pairwise(ticks)], _high_water_mb()))
+
+
+def _seconds_in(names: set[str], sample, n_steps: int = 2) -> float:
+    """Of a step, without what the profiler itself costs between the operations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        sample(n_steps, None)
+    times = {event.key: event.self_cpu_time_total * 1e-6 for event in profiler.key_averages()}
+    if not any(name in times for name in names):
+        raise RuntimeError(f"none of the products was seen, only {', '.join(sorted(times))}")
+    return sum(seconds for name, seconds in times.items() if name in names) / n_steps
 
 
 def _config(size: str):

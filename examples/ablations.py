@@ -81,6 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
+    parser.add_argument("--quick", action="store_true", help="evaluate on 12 captions instead of 40")
     parser.add_argument("--no-evaluator", dest="evaluator", action="store_false", help="losses and the picture alone")
     parser.add_argument("--threads", type=int)
     return parser.parse_args(argv)
@@ -135,7 +136,8 @@ def judged(args: argparse.Namespace, model: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         asked = {"steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "threads": args.threads}
-        evaluate.main(evaluate.Flags(targets=(str(model),), json=report, seeds=1, quiet=True, **asked))
+        asked |= {"seeds": 1, "quick": args.quick, "quiet": True}
+        evaluate.main(evaluate.Flags(targets=(str(model),), json=report, **asked))
         return json.loads(report.read_text())["models"][str(model)]["held_out"]
 
 

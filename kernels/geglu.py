@@ -33,7 +33,7 @@ def geglu_forward(
     row, col, inside = _place(rows, width, BLOCK_R, BLOCK_C)
     at = x + row * x_row_stride + col * x_col_stride
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(at + width.to(tl.int64) * x_col_stride, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(at + tl.cast(width, tl.int64) * x_col_stride, mask=inside, other=0.0).to(tl.float32)
     gelu = 0.5 * gate * (1 + tl.erf(gate * INV_SQRT_2))
     tl.store(y + row * width + col, (value * gelu).to(y.dtype.element_ty), mask=inside)
 
@@ -47,7 +47,7 @@ def geglu_backward(
     row, col, inside = _place(rows, width, BLOCK_R, BLOCK_C)
     at = x + row * x_row_stride + col * x_col_stride
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(at + width.to(tl.int64) * x_col_stride, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(at + tl.cast(width, tl.int64) * x_col_stride, mask=inside, other=0.0).to(tl.float32)
     cotangent = tl.load(d_y + row * d_y_row_stride + col * d_y_col_stride, mask=inside, other=0.0).to(tl.float32)
     cdf = 0.5 * (1 + tl.erf(gate * INV_SQRT_2))
     pdf = INV_SQRT_2PI * tl.exp(-0.5 * gate * gate)

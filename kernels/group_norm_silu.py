@@ -46,7 +46,7 @@ def group_norm_silu_forward(
             pixel = (p + tl.arange(0, BLOCK_P)).to(tl.int64)
             inside = (local < size)[:, None] & (pixel < pixels)[None, :]
             sums += _load(x, emb, image, channel, pixel, strides, channels, inside, local < size, EMB)
-    n = (size * pixels).to(tl.float32)
+    n = tl.cast(size * pixels, tl.float32)
     mu = tl.sum(tl.sum(sums, 1), 0) / n
     squares = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for c in range(0, size, BLOCK_C):
@@ -118,7 +118,7 @@ def group_norm_silu_backward(
         tl.store(part_weight + image * channels + channel, d_w, mask=local < size)
         total += tl.sum(w * d_b, 0)
         total_hat += tl.sum(w * d_w, 0)
-    n = (size * pixels).to(tl.float32)
+    n = tl.cast(size * pixels, tl.float32)
     total, total_hat = total / n, total_hat / n
     for c in range(0, size, BLOCK_C):
         local = c + tl.arange(0, BLOCK_C)

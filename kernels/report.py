@@ -93,7 +93,7 @@ def attention(shape: tuple[int, ...], *, dtype: str = "float16", camera: bool, t
     return call
 
 
-def group_norm(shape: tuple[int, ...], dtype: str, channels_last: bool):
+def group_norm(shape: tuple[int, ...], dtype: str, channels_last: bool, n_groups: int = 32):
     def call(_: int) -> None:
         import torch
         from mvdream_fast.kernels import group_norm_silu as kernels
@@ -101,8 +101,8 @@ def group_norm(shape: tuple[int, ...], dtype: str, channels_last: bool):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         x = _empty(*shape, dtype=dtype).to(memory_format=memory_format)
         weight, emb = _empty(shape[1], dtype="float32"), _empty(*shape[:2], dtype=dtype)
-        y, mean, rstd = kernels.forward(x, weight, weight, 32, 1e-5, emb, True)
-        kernels.backward(y, x, weight, weight, 32, emb, True, mean, rstd)
+        y, mean, rstd = kernels.forward(x, weight, weight, n_groups, 1e-5, emb, True)
+        kernels.backward(y, x, weight, weight, n_groups, emb, True, mean, rstd)
 
     return call
 
@@ -117,27 +117,27 @@ def geglu(rows: int, width: int, dtype: str):
     return call
 
 
-def sds(dtype: str):
+def sds(dtype: str, shape: tuple[int, ...] = (8, 4, 32, 32), views: int = 4):
     def call(_: int) -> None:
         from mvdream_fast.kernels import sds_target as kernels
 
-        z, abar = _empty(8, 4, 32, 32, dtype=dtype), _empty(1, dtype="float32")
+        z, abar = _empty(*shape, dtype=dtype), _empty(1, dtype="float32")
         for mode in ("x0", "sds"):
             for prediction in ("eps", "v"):
-                kernels.forward(z, z, z, z, z, abar, 50.0, prediction, 0.5, mode, 4)
+                kernels.forward(z, z, z, z, z, abar, 50.0, prediction, 0.5, mode, views)
 
     return call
 
 
-def embedding(dtype: str):
+def embedding(dtype: str, images: int = 16, width: int = 1280, frequencies: int = 160, outputs: int = 20160):
     def call(_: int) -> None:
         from mvdream_fast.kernels import time_camera_embedding as kernels
 
-        t, camera = _empty(16, dtype="int64"), _empty(16, 16, dtype=dtype)
-        hidden = (_empty(1280, dtype=dtype), _empty(1280, 1280, dtype=dtype), _empty(1280, dtype=dtype))
-        time_mlp = (_empty(1280, 320, dtype=dtype), *hidden)
-        camera_mlp = (_empty(1280, 16, dtype=dtype), *hidden)
-        weight, bias = _empty(20160, 1280, dtype=dtype), _empty(20160, dtype=dtype)
+        t, camera = _empty(images, dtype="int64"), _empty(images, 16, dtype=dtype)
+        hidden = (_empty(width, dtype=dtype), _empty(width, width, dtype=dtype), _empty(width, dtype=dtype))
+        time_mlp = (_empty(width, 2 * frequencies, dtype=dtype), *hidden)
+        camera_mlp = (_empty(width, 16, dtype=dtype), *hidden)
+        weight, bias = _empty(outputs, width, dtype=dtype), _empty(outputs, dtype=dtype)
         out, *saved = kernels.forward(t, camera, None, time_mlp, camera_mlp, weight, bias)
         kernels.backward(out, *saved, t, camera, time_mlp, camera_mlp, weight)
 
@@ -165,6 +165,18 @@ def workloads() -> Iterator[Workload]:
     yield Workload("sds", True, sds("float32"))
     yield Workload("embedding", True, embedding("float16"))
     yield Workload("embedding float32", False, embedding("float32"))
+
+
+def extremes() -> Iterator[Workload]:
+    """Sizes of 1, which Triton turns into constants, and tensors of more than 2^31 elements: only to be compiled."""
+    for name, one in (("1", True), ("2^31", False)):
+        yield Workload(f"geglu {name}", False, geglu(*((1, 1) if one else (1 << 21, 1280)), "float16"))
+        shape = (1, 1, 1, 1) if one else (1, 64, 1 << 13, 1 << 13)
+        yield Workload(f"group_norm {name}", False, group_norm(shape, "float16", True, 1 if one else 32))
+        yield Workload(f"sds {name}", False, sds("float32", shape, 1))
+        shape = (1, 1, 1, 1, 1) if one else (4, 4, 1 << 20, 16, 64)
+        yield Workload(f"attention {name}", False, attention(shape, camera=True))
+    yield Workload("embedding 1", False, embedding("float16", 1, 1, 1, 1))
 
 
 @contextmanager
@@ -264,12 +276,14 @@ def occupancy(gpu: GPU, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, gpu.blocks, gpu.warps // warps) * warps / gpu.warps
 
 
-def compiled(archs: tuple[int, ...], only: str, quick: bool) -> Iterator[dict[str, Any]]:
+def compiled(
+    archs: tuple[int, ...], only: str, quick: bool, chosen: Callable[[], Iterator[Workload]] = workloads
+) -> Iterator[dict[str, Any]]:
     """One row per distinct launch and architecture; a kernel launched in several forms is numbered."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    for workload in workloads():
+    for workload in chosen():
         for arch in archs if workload.quick or not quick else ():
             with recorded() as launches:
                 workload.call(arch)

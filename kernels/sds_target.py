@@ -47,7 +47,7 @@ def sds_target_x0(
         x0_m, x0_c = _reconstructions(z_t, cond, uncond, abar, first + local, size, scene, scale, inside, ABAR_STEP, V)
         sum_m += x0_m
         sum_c += x0_c
-    n = scene_size.to(tl.float32)
+    n = tl.cast(scene_size, tl.float32)
     mean_m, mean_c = tl.sum(sum_m, 0) / n, tl.sum(sum_c, 0) / n
     square_m, square_c = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, scene_size, BLOCK):

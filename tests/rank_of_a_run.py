@@ -1,5 +1,6 @@
 """One rank of a run of several, for test_distributed.py: `rank_of_a_run.py DATA OUT`, under a launcher."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -31,11 +32,14 @@ def small_model(shards: Shards):
     return training_runs.new_model("small", build_subset_vocabulary(shards.captions()), seed=0)
 
 
-def make_trainer(data: Path, ranks=distributed.ALONE, shard: bool = False) -> Trainer:
+def make_trainer(data: Path, ranks=distributed.ALONE, shard: bool = False, saving: bool = False) -> Trainer:
+    """`saving` memory: with gradient checkpointing, and each update from two batches."""
     shards = Shards(data)
     model = small_model(shards)
+    model.unet.gradient_checkpointing = saving
     parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
-    return Trainer(parts, ImageSource(shards), OPTIONS, ranks, shard)
+    options = dataclasses.replace(OPTIONS, accumulate=1 + saving)
+    return Trainer(parts, ImageSource(shards), options, ranks, shard)
 
 
 def twenty_steps(trainer: Trainer) -> dict:
@@ -64,6 +68,8 @@ def main(data: Path, out: Path) -> None:
     for case in ("none", "fsdp2"):
         figures = twenty_steps(make_trainer(data, ranks, case == "fsdp2"))
         figures |= run_and_resume(data, out / f"{case}-run", ranks, case == "fsdp2")
+        saving = make_trainer(data, ranks, case == "fsdp2", saving=True)
+        figures["saving"] = [saving.train_step()["loss"] for _ in range(3)]
         (out / f"{case}-{ranks.rank}.json").write_text(json.dumps(figures))
     train.main(
         train.Flags(data, out / "command", init=str(out / "start"), steps=3, batch_size=4, n_views=2, threads=1,

@@ -1,5 +1,7 @@
 """CrossViewAttnProcessor in a real diffusers UNet, against a processor that regroups views around diffusers' own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -62,6 +64,14 @@ def test_one_view_is_diffusers_itself_and_four_views_see_each_other(unet):
     plain, _ = step(unet, AttnProcessor2_0())
     torch.testing.assert_close(step(unet, CrossViewAttnProcessor(1))[0], plain, atol=1e-5, rtol=1e-5)
     assert (step(unet, CrossViewAttnProcessor(4))[0] - plain).abs().max() > 1e-3
+
+
+def test_the_readme_s_example_makes_a_unet_multi_view(unet):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = (block for block in readme.split("```python\n")[1:] if "set_attn_processor" in block.split("```")[0])
+    unet.set_attn_processor(AttnProcessor2_0())
+    exec(example.split("```")[0], {"unet": unet})
+    assert {(type(p), p.n_views) for p in unet.attn_processors.values()} == {(CrossViewAttnProcessor, 4)}
 
 
 def test_a_text_mask_is_obeyed(unet):

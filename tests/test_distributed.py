@@ -55,7 +55,9 @@ def two_ranks(data, start, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_rank(data, tmp_path_factory):
     torch.manual_seed(1)
-    return twenty_steps(make_trainer(data)) | run_and_resume(data, tmp_path_factory.mktemp("one"), ALONE, False)
+    figures = twenty_steps(make_trainer(data)) | run_and_resume(data, tmp_path_factory.mktemp("one"), ALONE, False)
+    saving = make_trainer(data, saving=True)
+    return figures | {"saving": [saving.train_step()["loss"] for _ in range(3)]}
 
 
 @pytest.mark.parametrize("shard", ["none", "fsdp2"])
@@ -64,7 +66,7 @@ def test_two_ranks_have_the_losses_of_one(two_ranks, one_rank, shard):
     first, second = (json.loads((two_ranks / f"{shard}-{rank}.json").read_text()) for rank in range(2))
     assert len(first["losses"]) == STEPS
     assert first["losses"] == second["losses"]
-    for key in ("losses", "norms", "resumed"):
+    for key in ("losses", "norms", "resumed", "saving"):
         assert first[key] == pytest.approx(one_rank[key], abs=1e-5), key
     for key in ("val_multi_view", "val_2d"):
         assert first[key] == pytest.approx(one_rank[key], abs=1e-5), key

@@ -49,6 +49,20 @@ def test_every_kernel_on_every_architecture(arch):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sizes_of_one_and_beyond_2_to_the_31_compile():
+    # Triton makes a constant of an integer that is 1, and the interpreter does not: only the compiler finds its misuse.
+    code = """if True:
+        from mvdream_fast.kernels import report
+        for row in report.compiled((90,), "", False, report.extremes):
+            print(row["workload"])"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert set(run.stdout.splitlines()) == {w.name for w in report.extremes()}
+
+
 def test_the_kept_file_covers_every_workload_and_architecture():
     kept = report.load()
     assert set(map(int, kept["gpus"])) == set(report.GPUS)

@@ -78,6 +78,8 @@ def test_names_and_counts_are_those_of_the_released_models(name, n_parameters):
     assert {new: shapes[old] for old, new in names.items()} == {key: tuple(p.shape) for key, p in diffusers.items()}
     assert shapes["camera_embed.0.weight"] == (1280, 16)
     assert shapes["output_blocks.5.2.conv.weight"] == (1280, 1280, 3, 3)
+    # What time_camera_embedding projects to in one product.
+    assert sum(shape[0] for key, shape in shapes.items() if key.endswith("emb_layers.1.weight")) == 20_160
 
 
 @pytest.mark.parametrize("n_views", [1, 2, 3, 4, 5])
