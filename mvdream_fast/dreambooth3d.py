@@ -25,7 +25,7 @@ from mvdream_fast.config import SDSConfig, resolve_config
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.data.photos import PhotoSource, draw
 from mvdream_fast.distributed import ALONE, Ranks
-from mvdream_fast.dreambooth_runs import Plan, latest, load_parts, photo_source, png, tune
+from mvdream_fast.dreambooth_runs import Plan, encoded, latest, load_parts, photo_source, png, tune
 from mvdream_fast.errors import ModelError
 from mvdream_fast.field.asset import Asset
 from mvdream_fast.guidance import Lap, no_lap
@@ -84,7 +84,8 @@ class Stages:
 
     def partial(self) -> int:
         parts, steps = load_parts(self.plan, self.device), self.plan.settings["partial_steps"]
-        return tune(self.plan, parts, photo_source(self.plan, self.photos), self.folder / "1-partial", steps=steps)
+        source = photo_source(self.plan, self.photos, parts)
+        return tune(self.plan, parts, source, self.folder / "1-partial", steps=steps)
 
     def first_volume(self) -> int:
         return self._volume(self.folder / "1-partial/model", self.folder / "2-volume")
@@ -93,8 +94,9 @@ class Stages:
         def go_on(trainer: DreamBoothTrainer) -> None:
             trainer.restore(*latest(self.folder / "1-partial"))
 
-        source = photo_source(self.plan, self.photos)
-        return tune(self.plan, load_parts(self.plan, self.device), source, self.folder / "3-full", prepare=go_on)
+        parts = load_parts(self.plan, self.device)
+        source = photo_source(self.plan, self.photos, parts)
+        return tune(self.plan, parts, source, self.folder / "3-full", prepare=go_on)
 
     def pseudo(self) -> int:
         """All groups, or none: it takes a minute, not hours."""
@@ -119,11 +121,13 @@ class Stages:
             _, tensors, meta = latest(self.folder / "1-partial")
             trainer.begin_from(tensors, meta)
 
-        source = MixedSource(photo_source(self.plan, self.photos), self._pseudo_views())
+        parts, views = load_parts(self.plan, self.device), self._pseudo_views()
+        latents = torch.stack([encoded(parts, group * 2 - 1) for group in views.images])
+        source = MixedSource(photo_source(self.plan, self.photos, parts), latents, views.c2w)
         options = dataclasses.replace(self.plan.options, multi_view_share=self.plan.settings["pseudo_share"])
         return tune(
-            self.plan, load_parts(self.plan, self.device), source, self.folder / "5-final", options=options,
-            model=self.folder / "model", prepare=begin,
+            self.plan, parts, source, self.folder / "5-final", options=options, model=self.folder / "model",
+            prepare=begin,
         )  # fmt: skip
 
     def last_volume(self) -> int:
@@ -219,11 +223,14 @@ def translate(
 
 
 class MixedSource:
-    """Photos in 2D mode; in multi-view mode groups of pseudo views with their cameras."""
+    """Photos in 2D mode; in multi-view mode groups of pseudo views with their cameras.
 
-    def __init__(self, photos: PhotoSource, views: PseudoViews):
-        self.photos, self.pictures = photos, views.images * 2 - 1
-        self.cameras = torch.stack([normalize_camera(c2w) for c2w in views.c2w])  # [G, V, 16]
+    Args: views [G, V, C, h, w], latents or pictures in [-1, 1] as the photos are; c2w [G, V, 4, 4].
+    """
+
+    def __init__(self, photos: PhotoSource, views: Tensor, c2w: Tensor):
+        self.photos, self.pictures = photos, views
+        self.cameras = torch.stack([normalize_camera(group) for group in c2w])  # [G, V, 16]
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """As many pictures either way, but at least one group."""
@@ -232,7 +239,8 @@ class MixedSource:
         n_groups, v = self.cameras.shape[:2]
         rows = ranks.part(draw(n_groups, max(1, n_scenes * n_views // v), stream))
         captions = [self.photos.caption] * len(rows)
-        return Batch(self.pictures[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1), captions, v, encoded=False)
+        pictures, cameras = self.pictures[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1)
+        return Batch(pictures, cameras, captions, v, self.photos.encoded)
 
 
 class Anchored:

@@ -123,7 +123,8 @@ def _go(plan: Plan, photos: np.ndarray, folder: Path, device: torch.device) -> i
 
             code = run_stages(plan, photos, folder, device)
         else:
-            code = tune(plan, load_parts(plan, device), photo_source(plan, photos), folder)
+            parts = load_parts(plan, device)
+            code = tune(plan, parts, photo_source(plan, photos, parts), folder)
     if code:
         print(f"dreambooth: stopped; go on with --resume_from_checkpoint {folder}", file=sys.stderr)
     else:
@@ -283,8 +284,20 @@ def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
         print(f"{token!r} is {n_tokens} tokens of CLIP's vocabulary; a rare word of one, such as sks, is clearer")
 
 
-def photo_source(plan: Plan, photos: np.ndarray) -> PhotoSource:
-    return PhotoSource(composite(photos, torch.full((3,), GREY)), plan.settings["instance_prompt"])
+def photo_source(plan: Plan, photos: np.ndarray, parts: Parts) -> PhotoSource:
+    """The photos on grey, encoded once."""
+    latents = encoded(parts, composite(photos, torch.full((3,), GREY)))
+    return PhotoSource(latents, plan.settings["instance_prompt"], encoded=True)
+
+
+@torch.no_grad()
+def encoded(parts: Parts, pictures: Tensor) -> Tensor:
+    """Latents of pictures [n, 3, Hp, Wp] in [-1, 1]: the posterior's means, one picture at a time.
+
+    Not samples: training caches the means too, and a small autoencoder's posterior is wide enough to tell.
+    """
+    device = next(parts.vae.parameters()).device
+    return torch.cat([parts.vae.encode(picture[None].to(device)).cpu() for picture in pictures])
 
 
 def tune(

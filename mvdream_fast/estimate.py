@@ -53,7 +53,8 @@ def estimate_step(
     train_text: bool = False,
     preserve: bool = True,
 ) -> Estimate:
-    """A 2D training step of `batch` pictures with AdamW, weights in float32; activations in bfloat16 where `half`.
+    """A 2D training step of `batch` encoded pictures with AdamW, weights in float32; activations in bfloat16 where
+    `half`.
 
     Raises: ModelError for a configuration that cannot be built.
     """
@@ -69,7 +70,7 @@ def estimate_step(
     tokens = batch * config.text.context_length
     if train_text:
         activations += tokens * config.text.width * config.text.n_layers * TEXT_ACTIVATIONS * FLOAT
-    flops += _encode_flops(vae, batch, resolution) + (6 if train_text else 2) * text * tokens
+    flops += (6 if train_text else 2) * text * tokens
     frozen = text + sum(p.numel() for p in vae.parameters())
     copies = 1 if preserve and not lora_rank else 0
     memory = {
@@ -157,12 +158,6 @@ def _attention_flops() -> dict:
 
     ops = torch.ops.mvdream_fast
     return {ops.cross_view_attention: forward, ops.cross_view_attention_backward: backward}
-
-
-def _encode_flops(vae: nn.Module, batch: int, resolution: int) -> float:
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae.encode(torch.empty(batch, 3, resolution, resolution))
-    return float(counter.get_total_flops())
 
 
 def measured_rate(device: torch.device, half: bool = False) -> float:

@@ -233,6 +233,22 @@ def test_accumulation_and_checkpointing(base):
     assert twice.step == 1
 
 
+def test_photos_are_encoded_once_to_the_means(base):
+    model = copy.deepcopy(base)
+    parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
+    plan = dreambooth_runs.Plan({"instance_prompt": "a red car"}, model.config)
+    photos = np.full((2, 16, 16, 4), 255, np.uint8)
+    photos[1, ..., 3] = 0  # transparent: grey
+    source = dreambooth_runs.photo_source(plan, photos, parts)
+    batch = source.batch(Stream(0, 0, "x"), 2, 1, False)
+    assert batch.encoded
+    with torch.no_grad():
+        wanted = base.vae.encode(torch.stack([torch.ones(3, 16, 16), torch.zeros(3, 16, 16)]))
+    torch.testing.assert_close(source.pictures, wanted)
+    one = DreamBoothTrainer(parts, source, DreamBoothOptions(batch_size=2))
+    assert torch.equal(one.latents(batch, Stream(0, 0, "y")), batch.pictures)
+
+
 # Low-rank adapters
 
 

@@ -35,7 +35,7 @@ def kept_by_autograd(unet, *arguments) -> int:
 
 
 def test_activations_and_operations_are_those_of_a_real_step(model):
-    """Operations: torch's counter sees our own ops on neither side, but for attention, which it knows on the CPU."""
+    """Operations: torch's counter does not see the CPU's attention, so the estimate lies a little above it."""
     config, unet = model.config, model.unet
     guess = estimate.estimate_step(config, BATCH, 16)
     latents, t = torch.zeros(BATCH, 4, 8, 8), torch.zeros(BATCH, dtype=torch.int64)
@@ -44,9 +44,8 @@ def test_activations_and_operations_are_those_of_a_real_step(model):
     assert guess.memory["activations"] == pytest.approx(kept, rel=0.15)
     with FlopCounterMode(display=False) as counter:
         unet(latents, t, context).sum().backward()
-        model.vae.encode(torch.zeros(BATCH, 3, 16, 16))
     text = 2 * estimate.text_weights(config.text) * BATCH * config.text.context_length
-    assert guess.flops == pytest.approx(counter.get_total_flops() + text, rel=0.05)
+    assert 1.0 <= guess.flops / (counter.get_total_flops() + text) < 1.1
 
 
 def test_the_parts_add_up(model):
@@ -72,13 +71,13 @@ def test_the_parts_add_up(model):
 
 
 def test_the_full_size_step():
-    """Weights, gradients, two moments and theta_0 of 867,572,164 weights, and about 3.5 TFLOP for four photos."""
+    """Weights, gradients, two moments and theta_0 of 867,572,164 weights, and about 2.4 TFLOP for four photos."""
     step = estimate.estimate_step(SD21, 4, 256)
     assert step.trained == 867_572_164
     weights = step.total - step.memory["activations"] - step.memory["the program"]
     assert weights == 4 * (5 * 867_572_164 + 340_387_840 + 83_653_863)
     assert 1 << 30 < step.memory["activations"] < 3 << 30
-    assert 3e12 < step.flops < 4e12
+    assert 2.3e12 < step.flops < 2.5e12
 
 
 def test_refusals(model, tmp_path, monkeypatch):
