@@ -43,7 +43,7 @@ class Flags:
     model: str | None = None
     """A model folder, a released checkpoint, or "embedded" (the default): the small model of the package."""
     preset: Literal["auto", "mini", "fast", "paper"] = "auto"
-    """mini: the embedded model on a CPU. fast: the same in a third of the time. paper: MVDream's recipe. auto: mini for
+    """mini: the embedded model on a CPU. fast: half its steps, not tuned yet. paper: MVDream's recipe. auto: mini for
     the embedded model and others that draw 64 pixels, else paper."""
     method: Literal["sds", "reconstruct"] | None = None
     """reconstruct: fit the volume to views that are sampled once, instead of distilling."""
