@@ -194,7 +194,12 @@ def queue_of(like: Tensor) -> object:
 def aligned(tensor: Tensor) -> Tensor:
     """Contiguous, and on CUDA from a multiple of 16 bytes on, which vector loads need; a copy where it is not."""
     tensor = tensor.contiguous()
-    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
+    return tensor.clone() if has_vector_loads(tensor) and tensor.data_ptr() % 16 else tensor
+
+
+def has_vector_loads(tensor: Tensor) -> bool:
+    """Whether the kernels for this tensor's device read several numbers at once."""
+    return tensor.is_cuda
 
 
 def address(tensor: Tensor | None) -> int:
