@@ -158,6 +158,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
 
         with Progress(transient=True) as bar:
             task = bar.add_task("sampling")
+            bar.refresh()  # a small model is done before the bar's own clock ticks
             yield lambda done, total, _: bar.update(task, completed=done, total=total)
     else:
         start = last = time.monotonic()
