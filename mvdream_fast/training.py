@@ -362,7 +362,6 @@ class LoopOptions:
     steps: int
     checkpoint_minutes: float = 5.0
     sheet_minutes: float = 15.0
-    validate_minutes: float = 10.0
     log_every: int = 10
     checkpoint_steps: int = 0
     report_steps: int = 0
