@@ -150,10 +150,10 @@ def _first_line(flags: Flags, pipe: "MVDreamPipeline", n_threads: int, seed: int
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
-    """A callback for the sampler: a bar on a terminal, a plain line now and then elsewhere."""
+    """A callback for the sampler: a bar on a terminal that can redraw a line, a plain line now and then elsewhere."""
     if quiet:
         yield None
-    elif sys.stdout.isatty():
+    elif sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown"):  # rich draws none there
         from rich.progress import Progress
 
         with Progress(transient=True) as bar:

@@ -109,10 +109,11 @@ def test_2d_mode_and_no_suffix(model):
 
 def test_a_terminal_gets_a_bar(model, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert command("a car", "--model", model, "-o", "out", *ARGUMENTS) == 0
-    out = capsys.readouterr().out
-    assert "step 2/2" not in out
-    assert "sampling" in out
+    for terminal, bar in (("xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", terminal)
+        assert command("a car", "--model", model, "-o", terminal, *ARGUMENTS) == 0
+        out = capsys.readouterr().out
+        assert ("sampling" in out, "step 2/2" in out) == (bar, not bar)
 
 
 def test_an_empty_output_folder_is_filled(model):
