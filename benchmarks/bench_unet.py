@@ -1,9 +1,10 @@
 """Ours against diffusers' UNet under a regrouping processor: guided four-view sampling, time and peak memory.
 
-Every contestant runs in a process of its own, with the same numbers in its weights and two threads; that process times
-itself, and its high-water mark is taken over the sampling alone. One group per size, so the table holds the ratios:
-`ours` against the better of diffusers' two memory layouts is printed at the end, beside what Amdahl's law allows to who
-makes all but the products free: the profiled share of glue in that layout's step.
+Every contestant lives in a process of its own, with the same numbers in its weights and two threads; that process times
+its own steps, and its high-water mark is taken over the sampling alone. The three take turns, a few steps each, so that
+a machine that becomes slower does so for all of them: the time of a contestant is the median of all its steps. The rows
+of pytest-benchmark are our turns; the comparison is printed at the end, beside what Amdahl's law allows to who makes
+all but the products free: the share of glue in the better layout's step, from a profile of it.
 """
 
 import contextlib
@@ -21,9 +22,11 @@ from pathlib import Path
 
 import pytest
 
-THREADS, N_STEPS, GUIDANCE, N_VIEWS = 2, 10, 7.5, 4
+THREADS, GUIDANCE, N_VIEWS = 2, 7.5, 4
+TURNS, STEPS_OF_A_TURN = 5, {"mini": 10}
 SIZES = ("mini", "width-64", "width-160", "width-320")
-CONTESTANTS = ("diffusers-contiguous", "diffusers-channels_last", "ours")
+THEIRS = ("diffusers-contiguous", "diffusers-channels_last")
+CONTESTANTS = (*THEIRS, "ours")
 # What no fusion saves: convolutions, linear layers and attention. All other operations are glue.
 PRODUCTS = {
     f"aten::{name}"
@@ -39,55 +42,52 @@ PRODUCTS = {
         "_scaled_dot_product_flash_attention_for_cpu",
     ]
 }
-_results: dict[str, dict[str, tuple[float, float]]] = {}
-_products: dict[str, dict[str, float]] = {}
+_lines: list[str] = []
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("size", [pytest.param(s, marks=[pytest.mark.slow] * (s == "width-320")) for s in SIZES])
 @pytest.mark.timeout(3600)
-def bench_sampling(benchmark, size, contestant):
-    """10 guided DDIM steps of 4 views: 8 images a step, after one step to warm up."""
-    benchmark.group = f"unet {size}"
-    n_steps = int(os.environ.get("MVDREAM_FAST_BENCH_STEPS", N_STEPS))
-    with Contestant(size, contestant) as process:
-        process.ask(1)  # warm-up: first-touch of memory, packing, oneDNN's code generation
-        seconds, peak = benchmark.pedantic(process.ask, args=(n_steps,), rounds=3 if size == "mini" else 1)
-        products = None if contestant == "ours" else process.ask(PRODUCTS)
-    step = statistics.median(seconds)
-    benchmark.extra_info |= {"steps": n_steps, "median_step_s": step, "peak_mb": peak, "products_s": products}
-    _products.setdefault(size, {})[contestant] = products
-    _results.setdefault(size, {})[contestant] = (step, peak)
+def bench_sampling(benchmark, size):
+    """Guided DDIM steps of 4 views (8 images a step), after a turn to warm up: five turns of two or ten steps each."""
+    n_steps = int(os.environ.get("MVDREAM_FAST_BENCH_STEPS", STEPS_OF_A_TURN.get(size, 2)))
+    times, peaks = {name: [] for name in CONTESTANTS}, dict.fromkeys(CONTESTANTS, 0.0)
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(Contestant(size, name)) for name in CONTESTANTS}
+
+        def turn(name):
+            seconds, peak = processes[name].ask(n_steps)
+            times[name] += seconds
+            peaks[name] = max(peaks[name], peak)
+
+        for name in CONTESTANTS:
+            processes[name].ask(1)  # warm-up: first-touch of memory, packing, oneDNN's code generation
+        benchmark.pedantic(turn, args=("ours",), setup=lambda: [turn(name) for name in THEIRS] and None, rounds=TURNS)
+        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        better = min(THEIRS, key=medians.get)
+        share = processes[better].ask(PRODUCTS)
+    speed, memory = medians[better] / medians["ours"], peaks["ours"] / min(peaks[name] for name in THEIRS)
+    benchmark.extra_info |= {"steps": n_steps, "median_step_s": medians, "peak_mb": peaks, "products": share}
+    _lines.extend(f"{size:10} {n:24} {medians[n]:8.3f} s/step {peaks[n]:8.0f} MB peak" for n in CONTESTANTS)
+    _lines.append(f"{size:10} ours against the better layout: {speed:.2f}x the speed, {memory:.2f}x the memory")
+    _lines.append(
+        f"{size:10} glue is {1 - share:.0%} of {better}'s step: without it Amdahl allows {1 / share:.2f}x, "
+        f"of which ours reaches {speed * share:.0%}"
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _ratios(request):
     """Prints, once all are through, how ours stands to the better layout of diffusers: ratios within this run only."""
     yield
-    lines = []
-    for size, by_name in _results.items():
-        theirs = {name: by_name[name] for name in CONTESTANTS[:2] if name in by_name}
-        for name, (seconds, peak) in by_name.items():
-            lines.append(f"{size:10} {name:24} {seconds:8.3f} s/step {peak:8.0f} MB peak")
-        if "ours" in by_name and theirs:
-            better = min(theirs, key=lambda name: theirs[name][0])
-            speed = theirs[better][0] / by_name["ours"][0]
-            memory = by_name["ours"][1] / min(peak for _, peak in theirs.values())
-            lines.append(f"{size:10} ours against the better layout: {speed:.2f}x the speed, {memory:.2f}x the memory")
-            allowed = theirs[better][0] / _products[size][better]
-            lines.append(
-                f"{size:10} glue is {1 - 1 / allowed:.0%} of {better}'s step: without it Amdahl allows {allowed:.2f}x, "
-                f"of which ours reaches {speed / allowed:.0%}"
-            )
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print("", *lines, sep="\n")
+        print("", *_lines, sep="\n")
 
 
 class Contestant:
     """A fresh process that holds one model.
 
-    `ask(n_steps)` samples in it: (seconds of each step, peak MB). `ask(names)` samples under the profiler: the seconds
-    that the operations of these names take in a step.
+    `ask(n_steps)` samples in it: (seconds of each step, peak MB). `ask(names)` samples under the profiler: the share of
+    a step that the operations of these names take.
     """
 
     def __init__(self, size: str, name: str):
@@ -123,7 +123,7 @@ def _serve(pipe, size: str, name: str) -> None:
     gc.collect()
     while request := pipe.recv():
         if isinstance(request, set):
-            pipe.send(_seconds_in(request, sample))
+            pipe.send(_share_of(request, sample))
             continue
         _reset_high_water()
         ticks = [time.perf_counter()]
@@ -131,16 +131,15 @@ def _serve(pipe, size: str, name: str) -> None:
         pipe.send(([b - a for a, b in itertools.pairwise(ticks)], _high_water_mb()))
 
 
-def _seconds_in(names: set[str], sample, n_steps: int = 2) -> float:
-    """Of a step, without what the profiler itself costs between the operations."""
+def _share_of(names: set[str], sample, n_steps: int = 2) -> float:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         sample(n_steps, None)
-    times = {event.key: event.self_cpu_time_total * 1e-6 for event in profiler.key_averages()}
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     if not any(name in times for name in names):
         raise RuntimeError(f"none of the products was seen, only {', '.join(sorted(times))}")
-    return sum(seconds for name, seconds in times.items() if name in names) / n_steps
+    return sum(time for name, time in times.items() if name in names) / sum(times.values())
 
 
 def _config(size: str):
