@@ -27,9 +27,10 @@ def require(ok: bool, op: str, argument: str, requirement: str, got: object, rem
 
 
 def check_float(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    wanted = f"{', '.join(names[:-1])} or {names[-1]}"
-    require(x.dtype in dtypes, op, name, wanted, x.dtype, "convert it first", TypeError)
+    if x.dtype not in dtypes:  # words are put together only for who needs them: every call comes by here
+        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        wanted = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise TypeError(f"{op}: {name} must be {wanted}, got {x.dtype}; convert it first")
 
 
 def check_shaped(op: str, name: str, x: object, shape: Sequence[int | None]) -> None:
