@@ -1,8 +1,8 @@
 """The field on the paper's grid: the machine's limit, plain torch eager and compiled, and ours, all in one run.
 
 Nanoseconds a sample; forward and forward+backward apart. The limit is a bare level-major gather plus the bare
-multiply-adds of both networks (machine_limit.cpp). The contestants take turns, and the fastest turn of each counts: on a
-machine that others share, what memory delivers varies twofold within minutes. Ratios are printed at the end.
+multiply-adds of both networks (machine_limit.cpp). The contestants take turns, and the fastest turn of each counts:
+on a machine that others share, what memory delivers varies twofold within minutes. Ratios are printed at the end.
 """
 
 import json
