@@ -35,8 +35,8 @@ from mvdream_fast.sampler import ddim_sample
 from mvdream_fast.schedule import ddim_timesteps
 from mvdream_fast.teachers import Distillation
 from mvdream_fast.text_to_3d import Progress, TextTo3D
-from mvdream_fast.training import sheet
 from mvdream_fast.training_dreambooth import DreamBoothTrainer
+from mvdream_fast.training_loop import sheet
 
 N_STEPS = 50  # of DDIM, over the whole schedule
 PROGRESS_S = 10.0

@@ -29,8 +29,9 @@ from mvdream_fast.models.checkpoint import Model, load_model, open_source, write
 from mvdream_fast.models.manifest import owner
 from mvdream_fast.models.tokenizer import SPECIAL_ROWS
 from mvdream_fast.rng import Stream
-from mvdream_fast.training import Loop, LoopOptions, Parts, sheet
+from mvdream_fast.training import Parts
 from mvdream_fast.training_dreambooth import DreamBoothOptions, DreamBoothTrainer
+from mvdream_fast.training_loop import Loop, LoopOptions, sheet
 
 RECIPES = {"paper": {"max_train_steps": 600, "learning_rate": 2e-6, "partial_steps": 150},
            "mini": {"max_train_steps": 400, "learning_rate": 5e-5, "partial_steps": 100}}  # fmt: skip

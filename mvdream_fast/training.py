@@ -1,28 +1,27 @@
-"""The diffusion training loop: UNet and text tower together, multi-view and 2D batches mixed, EMA, bit-exact resume.
+"""The diffusion training: UNet and text tower together, multi-view and 2D batches mixed, EMA, bit-exact resume.
 
-Where batches come from is data/batches.py; the autoencoder's own loop is training_vae.py; flags are train.py's.
+Where batches come from is data/batches.py; the loop around the steps is training_loop.py; flags are train.py's.
 """
 
 import copy
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mvdream_fast import distributed, run
+from mvdream_fast import distributed
 from mvdream_fast.camera import get_camera
 from mvdream_fast.config import ModelConfig
 from mvdream_fast.data.batches import Batch, Source
 from mvdream_fast.distributed import ALONE, Ranks
 from mvdream_fast.errors import DivergedError, ModelError
+from mvdream_fast.learning_rate import rate
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.rng import Stream
 from mvdream_fast.sampler import ddim_sample
@@ -31,7 +30,6 @@ from mvdream_fast.schedule import NoiseSchedule
 VALIDATION_BATCHES = 4
 SHEET_STEPS = 20
 SHEET_SEED = 7
-Report = Callable[[], dict[str, float]]  # validates, draws sheets; the figures for the log
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class Trainer:
     def _update(self) -> float:
         options = self.options
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * trapezoid(self.step, options.warmup, options.steps, options.decay)
+            group["lr"] = options.lr * rate(self.step, options.warmup, options.steps, options.decay)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip)
         self.scaler.step(self.optimizer)
@@ -284,15 +282,6 @@ class Trainer:
         self.step = step
 
 
-def trapezoid(step: int, warmup: int, steps: int, decay: int) -> float:
-    """The learning rate's factor: linear warm-up, a plateau, a linear fall over the last `decay` of `steps` updates.
-
-    A plateau leaves the end open: a run is ended by resuming it with --decay, whenever its time is up.
-    """
-    rise = min(1.0, (step + 1) / max(warmup, 1))
-    return rise * min(1.0, max(0, steps - step) / decay) if decay else rise
-
-
 def spread_timesteps(stream: Stream, n: int, n_timesteps: int) -> Tensor:
     """n rising timesteps [n], one in each n-th of the schedule, for scenes in random order: a quieter gradient.
 
@@ -353,98 +342,3 @@ def check_same_model(found: dict, wanted: dict) -> None:
             )
     if found.get("vocabulary") != wanted.get("vocabulary"):
         raise ModelError("the checkpoint has another vocabulary; resume with the shards it was started with")
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """When the loop stops, and what it writes on the way (minutes of wall time, or steps; 0 = never)."""
-
-    steps: int
-    checkpoint_minutes: float = 5.0
-    sheet_minutes: float = 15.0
-    log_every: int = 10
-    checkpoint_steps: int = 0
-    report_steps: int = 0
-
-
-class Loop:
-    """Runs a trainer to a number of steps: log lines, checkpoints, and `report` every so often.
-
-    Works on anything with `step`, `train_step()`, `state()` and `meta()`. Of several processes the first one's clock
-    counts, and it alone writes.
-    """
-
-    def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE):
-        self.trainer, self.folder, self.options, self.report, self.ranks = trainer, folder, options, report, ranks
-        self.log = run.JsonlLog(folder / "log.jsonl")
-        self.checkpoints = folder / "checkpoints"
-
-    def resume(self) -> bool:
-        """Continues from the folder's latest checkpoint; False where there is none."""
-        latest = run.load_latest(self.checkpoints)
-        if latest is None:
-            return False
-        self.trainer.restore(*latest)
-        if self.ranks.first:
-            self.log.truncate_after(self.trainer.step)
-        return True
-
-    def save(self) -> None:
-        state = self.trainer.state()
-        if self.ranks.first:
-            run.save_checkpoint(self.checkpoints, self.trainer.step, state, self.trainer.meta())
-
-    def run(self) -> int:
-        """Trains until `steps` or until a signal asks to stop; always leaves a checkpoint. Returns the exit code."""
-        options, now = self.options, time.monotonic()
-        saved, reported, window, since, stopped = now, now, [], now, 0
-        with run.Interrupt() as interrupt:
-            while self.trainer.step < options.steps and not stopped:
-                window.append(self.trainer.train_step())
-                now = time.monotonic()
-                if self.trainer.step % options.log_every == 0:
-                    self._log(window, (now - since) / len(window))
-                    window, since = [], now
-                show = self._due(options.sheet_minutes, now - reported, options.report_steps)
-                save = self._due(options.checkpoint_minutes, now - saved, options.checkpoint_steps)
-                stopped, show, save = self.ranks.largest(interrupt.exit_code, show, save)
-                if show and self.report:
-                    self._report()
-                    reported = since = time.monotonic()
-                if save:
-                    self.save()
-                    saved = since = time.monotonic()
-            stopped = self.ranks.largest(interrupt.exit_code)[0]
-        if self.report and not stopped:
-            self._report()
-        self.save()
-        return stopped
-
-    def _due(self, minutes: float, seconds: float, steps: int) -> int:
-        """1 where the time is over, or the step is one of every `steps`; the last step has its own save and report.
-
-        The first process' clock counts.
-        """
-        at_step = steps > 0 and self.trainer.step % steps == 0 and self.trainer.step < self.options.steps
-        return int(self.ranks.first and (at_step or (minutes > 0 and seconds > 60 * minutes)))
-
-    def _log(self, window: list[dict[str, float]], seconds: float) -> None:
-        means = {key: sum(w[key] for w in window) / len(window) for key in window[0]}
-        self._say({"seconds_per_step": seconds, **means})
-
-    def _report(self) -> None:
-        self._say(self.report())
-
-    def _say(self, record: dict[str, float]) -> None:
-        if not self.ranks.first:
-            return
-        self.log.write({"step": self.trainer.step, **record})
-        print(f"step {self.trainer.step}: " + " ".join(f"{k} {x:.4g}" for k, x in record.items()), flush=True)
-
-
-def sheet(images: Tensor) -> "object":
-    """A PIL image with one row for each prompt of [B, V, 3, Hp, Wp] in [0, 1]."""
-    from PIL import Image
-
-    rows = torch.cat([torch.cat(list(row), dim=2) for row in images], dim=1)
-    return Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy())

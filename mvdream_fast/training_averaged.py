@@ -1,6 +1,6 @@
 """What the trainers of a single module share: one AdamW update with its moving average, and the state of a resume.
 
-Losses and batches are the trainers' own (training_vae.py, training_evaluator.py); the loop is training.Loop.
+Losses and batches are the trainers' own (training_vae.py, training_evaluator.py); the loop is training_loop.py's.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvdream_fast.errors import DivergedError, ModelError
+from mvdream_fast.learning_rate import rate
 from mvdream_fast.training import check_same_model, exchanged, restore_moments
 
 
@@ -46,7 +47,7 @@ class AveragedTrainer:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * rate(self.step, options.warmup, options.steps)
+            group["lr"] = options.lr * rate(self.step, options.warmup, options.steps, options.steps, "cosine")
         self.optimizer.step()
         self.step += 1
         with torch.no_grad():
@@ -82,8 +83,3 @@ class AveragedTrainer:
                 average.copy_(tensors[f"ema.{name}"])
                 restore_moments(self.optimizer, p, name, tensors)
         self.step = step
-
-
-def rate(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from 1 to 0 at `steps`."""
-    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mvdream_fast.data.batches import Source
 from mvdream_fast.errors import ModelError
+from mvdream_fast.learning_rate import rate
 from mvdream_fast.models.adapters import adapted, change
 from mvdream_fast.training import Parts, Trainer, TrainOptions, check_same_model, restore_moments
 
@@ -124,7 +125,7 @@ class DreamBoothTrainer(Trainer):
     def _update(self) -> float:
         options = self.options
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * rate(options, self.step)
+            group["lr"] = options.lr * lr_share(options, self.step)
         self.scaler.unscale_(self.optimizer)
         self.distance = self.preservation.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
@@ -168,11 +169,8 @@ class DreamBoothTrainer(Trainer):
             p.copy_(tensors[f"model.{name}"])
 
 
-def rate(options: DreamBoothOptions, step: int) -> float:
+def lr_share(options: DreamBoothOptions, step: int) -> float:
     """The share of the learning rate at a step: a linear warm-up, then constant, or down to zero at the last step."""
-    if step < options.warmup:
-        return (step + 1) / options.warmup
-    if options.lr_scheduler == "constant":
-        return 1.0
-    done = min((step - options.warmup) / max(options.steps - options.warmup, 1), 1.0)
-    return 1 - done if options.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    falls = options.lr_scheduler != "constant"
+    decay = max(options.steps - options.warmup, 1) if falls else 0
+    return rate(step, options.warmup, options.steps, decay, options.lr_scheduler if falls else "linear")

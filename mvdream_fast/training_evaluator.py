@@ -1,6 +1,6 @@
 """Training of the evaluator: batches with hard negatives, pictures softened as generated ones are, and the two losses.
 
-The loop that calls it (checkpoints, log, signals) is training.Loop; what the evaluator measures is evaluation.py's.
+The loop that calls it (checkpoints, log, signals) is training_loop.py; what the evaluator measures is evaluation.py's.
 """
 
 import math

@@ -25,8 +25,9 @@ from mvdream_fast.models.evaluator import Evaluator, EvaluatorConfig, load_evalu
 from mvdream_fast.models.manifest import PARTS, build, manifest, owner
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.rng import Stream
-from mvdream_fast.training import Loop, LoopOptions, Parts, Trainer, TrainOptions, sheet
+from mvdream_fast.training import Parts, Trainer, TrainOptions
 from mvdream_fast.training_evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
+from mvdream_fast.training_loop import Loop, LoopOptions, sheet
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,

@@ -11,7 +11,8 @@ from mvdream_fast import distributed, train, training_runs
 from mvdream_fast.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
-from mvdream_fast.training import Loop, LoopOptions, Parts, Trainer, TrainOptions
+from mvdream_fast.training import Parts, Trainer, TrainOptions
+from mvdream_fast.training_loop import Loop, LoopOptions
 
 STEPS = 20
 SMALL = ModelConfig(

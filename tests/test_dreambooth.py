@@ -32,7 +32,7 @@ from mvdream_fast.training_dreambooth import (
     DreamBoothOptions,
     DreamBoothTrainer,
     Preservation,
-    rate,
+    lr_share,
 )
 
 PROMPT = "a photo of a sks chair"
@@ -202,11 +202,11 @@ def test_what_is_trained(base):
 
 def test_the_learning_rate():
     warm = DreamBoothOptions(warmup=4, steps=104)
-    assert [rate(warm, s) for s in (0, 1, 3, 4, 100)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert [lr_share(warm, s) for s in (0, 1, 3, 4, 100)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     linear, cosine = (dataclasses.replace(warm, lr_scheduler=kind) for kind in ("linear", "cosine"))
-    assert [rate(linear, s) for s in (3, 4, 54, 104)] == [1.0, 1.0, 0.5, 0.0]
-    assert rate(cosine, 54) == pytest.approx(0.5)
-    assert rate(cosine, 29) == pytest.approx(0.853553, abs=1e-6)
+    assert [lr_share(linear, s) for s in (3, 4, 54, 104)] == [1.0, 1.0, 0.5, 0.0]
+    assert lr_share(cosine, 54) == pytest.approx(0.5)
+    assert lr_share(cosine, 29) == pytest.approx(0.853553, abs=1e-6)
     one_lr = DreamBoothOptions()
     assert (one_lr.lr, one_lr.batch_size, one_lr.steps, one_lr.preservation, one_lr.weight_decay) == (
         2e-6, 4, 600, 1.0, 0.0,

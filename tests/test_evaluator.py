@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_batches import make_sample
 
-from mvdream_fast import training
+from mvdream_fast import training_loop
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.data.shards import Sample, write_shard
 from mvdream_fast.errors import ModelError
@@ -236,8 +236,8 @@ def test_backgrounds_are_mostly_grey():
 def test_a_resumed_run_has_the_same_bytes(shards, tmp_path):
     straight, first, second = (trainer(shards) for _ in range(3))
     losses = [straight.train_step() for _ in range(4)]
-    assert training.Loop(first, tmp_path, training.LoopOptions(steps=2)).run() == 0
-    assert training.Loop(second, tmp_path, training.LoopOptions(steps=4)).resume()
+    assert training_loop.Loop(first, tmp_path, training_loop.LoopOptions(steps=2)).run() == 0
+    assert training_loop.Loop(second, tmp_path, training_loop.LoopOptions(steps=4)).resume()
     assert [second.train_step() for _ in range(2)] == losses[2:]
     for name, tensor in straight.state().items():
         assert torch.equal(tensor, second.state()[name]), name
@@ -245,10 +245,10 @@ def test_a_resumed_run_has_the_same_bytes(shards, tmp_path):
 
 def test_a_checkpoint_of_other_sizes_is_refused(shards, tmp_path):
     first, other = trainer(shards), trainer(shards)
-    training.Loop(first, tmp_path, training.LoopOptions(steps=1)).run()
+    training_loop.Loop(first, tmp_path, training_loop.LoopOptions(steps=1)).run()
     other.about["config"]["sizes"]["features"] = 32
     with pytest.raises(ModelError, match=r"sizes\.features differs"):
-        training.Loop(other, tmp_path, training.LoopOptions(steps=2)).resume()
+        training_loop.Loop(other, tmp_path, training_loop.LoopOptions(steps=2)).resume()
 
 
 def test_it_learns(shards):

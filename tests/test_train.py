@@ -13,17 +13,17 @@ from reference import upstream
 from safetensors.torch import save_file
 from test_batches import make_sample
 
-from mvdream_fast import training, training_runs
+from mvdream_fast import training_loop, training_runs
 from mvdream_fast.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, with_settings
 from mvdream_fast.data.batches import Batch, ImageSource, Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.errors import ArgumentError, DivergedError, ModelError, OutputError
+from mvdream_fast.learning_rate import rate
 from mvdream_fast.models.checkpoint import load_model
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.rng import Stream
 from mvdream_fast.train import Flags, main
-from mvdream_fast.training import Parts, Trainer, TrainOptions, spread_timesteps, trapezoid
-from mvdream_fast.training_averaged import rate
+from mvdream_fast.training import Parts, Trainer, TrainOptions, spread_timesteps
 from mvdream_fast.training_vae import (
     Linear,
     VAEOptions,
@@ -91,11 +91,11 @@ def test_a_resumed_run_has_the_same_bytes(data, tmp_path):
     straight = make_trainer(data)
     losses = [straight.train_step()["loss"] for _ in range(5)]
     first = make_trainer(data)
-    loop = training.Loop(first, tmp_path, training.LoopOptions(steps=2))
+    loop = training_loop.Loop(first, tmp_path, training_loop.LoopOptions(steps=2))
     assert loop.run() == 0
     assert first.step == 2
     second = make_trainer(data)
-    assert training.Loop(second, tmp_path, training.LoopOptions(steps=5)).resume()
+    assert training_loop.Loop(second, tmp_path, training_loop.LoopOptions(steps=5)).resume()
     assert second.step == 2
     assert [second.train_step()["loss"] for _ in range(3)] == losses[2:]
     assert_same(weights(straight), weights(second))
@@ -232,11 +232,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(data):
 
 def test_checkpoints_of_another_configuration_are_refused(data, tmp_path):
     trainer = make_trainer(data)
-    training.Loop(trainer, tmp_path, training.LoopOptions(steps=1)).run()
+    training_loop.Loop(trainer, tmp_path, training_loop.LoopOptions(steps=1)).run()
     other = make_trainer(data)
     other.parts.config = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, camera_in="none"))
     with pytest.raises(ModelError, match="another configuration: unet.camera_in differs"):
-        training.Loop(other, tmp_path, training.LoopOptions(steps=2)).resume()
+        training_loop.Loop(other, tmp_path, training_loop.LoopOptions(steps=2)).resume()
 
 
 def vae_trainer(data, steps=4):
@@ -248,8 +248,8 @@ def vae_trainer(data, steps=4):
 def test_the_autoencoder_resumes_with_the_same_bytes(data, tmp_path):
     straight, first, second = (vae_trainer(data) for _ in range(3))
     losses = [straight.train_step()["loss"] for _ in range(4)]
-    training.Loop(first, tmp_path, training.LoopOptions(steps=2)).run()
-    training.Loop(second, tmp_path, training.LoopOptions(steps=4)).resume()
+    training_loop.Loop(first, tmp_path, training_loop.LoopOptions(steps=2)).run()
+    training_loop.Loop(second, tmp_path, training_loop.LoopOptions(steps=4)).resume()
     assert [second.train_step()["loss"] for _ in range(2)] == losses[2:]
     assert_same(weights(straight), weights(second))
 
@@ -295,19 +295,24 @@ def test_a_settled_posterior_is_its_mean():
 
 
 def test_the_learning_rate_rises_and_falls():
-    assert [round(rate(s, 4, 100), 6) for s in (0, 3, 50, 100)] == [0.25, pytest.approx(0.997781), 0.5, 0.0]
+    assert [round(rate(s, 4, 100, 100, "cosine"), 6) for s in (0, 3, 50, 100)] == [
+        0.25,
+        pytest.approx(0.997781),
+        0.5,
+        0.0,
+    ]
 
 
 def test_the_plateau_ends_where_it_is_told():
-    assert [trapezoid(s, 4, 100, 0) for s in (0, 1, 3, 4, 500)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    assert [trapezoid(s, 4, 100, 20) for s in (0, 50, 80, 90, 99, 100)] == [0.25, 1.0, 1.0, 0.5, 0.05, 0.0]
+    assert [rate(s, 4, 100, 0) for s in (0, 1, 3, 4, 500)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert [rate(s, 4, 100, 20) for s in (0, 50, 80, 90, 99, 100)] == [0.25, 1.0, 1.0, 0.5, 0.05, 0.0]
 
 
 def test_a_resumed_run_can_be_ended(data, tmp_path):
     trainer = make_trainer(data)
-    training.Loop(trainer, tmp_path, training.LoopOptions(steps=2)).run()
+    training_loop.Loop(trainer, tmp_path, training_loop.LoopOptions(steps=2)).run()
     ending = make_trainer(data, steps=4, decay=2)
-    loop = training.Loop(ending, tmp_path, training.LoopOptions(steps=4))
+    loop = training_loop.Loop(ending, tmp_path, training_loop.LoopOptions(steps=4))
     assert loop.resume()
     assert loop.run() == 0
     assert ending.step == 4
