@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvdream_fast.config import ModelConfig, TextConfig
 from mvdream_fast.errors import OutOfMemoryError, OutputError
+from mvdream_fast.memory import PROGRAM
 from mvdream_fast.models.adapters import add_adapters
 from mvdream_fast.models.blocks import MultiViewTransformer, ResBlock
 from mvdream_fast.models.manifest import build
 
 FLOAT = 4  # bytes of a float32
-PROGRAM = 700 << 20  # Python, torch, diffusers and transformers once imported
 TEXT_ACTIVATIONS = 34  # numbers that a transformer layer keeps for each token and channel, about
 PART = "the program"
 PROBE = 1024  # side of the matrix product that tells a machine's speed

@@ -119,7 +119,7 @@ class Trainer:
             total += loss.item() / options.accumulate
         total = self.ranks.mean(total)
         if not math.isfinite(total):
-            raise DivergedError(f"the loss is {total} at step {self.step}; resume with a smaller --lr")
+            raise DivergedError(f"the loss is {total} at step {self.step}; resume with a smaller learning rate")
         norm = self._update()
         return {"loss": total, "grad_norm": norm, "multi_view": float(multi_view)}
 

@@ -42,7 +42,7 @@ class AveragedTrainer:
         """Takes one step down the loss; returns its gradient norm. Raises DivergedError before a weight is touched."""
         options = self.options
         if not math.isfinite(loss.item()):
-            raise DivergedError(f"the loss is {loss.item()} at step {self.step}; resume with a smaller --lr")
+            raise DivergedError(f"the loss is {loss.item()} at step {self.step}; resume with a smaller learning rate")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
