@@ -89,10 +89,10 @@ def linears(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 
 def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
     """A 3x3 convolution of stride 1 and padding 1: [B*V, C, h, w] -> [B*V, C_out, h, w], channels last."""
+    if _by_winograd(module, x):
+        return winograd_conv3x3(x, module.weight, module.bias)
     if not _by_gemm(module, x):
         return module(x)
-    if winograd_pays(x, module.weight, module.bias):
-        return winograd_conv3x3(x, module.weight, module.bias)
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
     if module.weight.numel() < _GEMM_WEIGHTS or n_rows >= module.weight.shape[0]:
         return module(x)
@@ -108,7 +108,7 @@ def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
     wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
     few = 4 * n_rows < module.weight.shape[0]
-    if few or not _by_gemm(module, x) or winograd_pays(wide, module.weight, module.bias):
+    if few or not _by_gemm(module, x) or _by_winograd(module, wide):
         return conv3x3(module, wide)
     batch, _, height, width = x.shape
     padded, weight = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight)
@@ -132,6 +132,12 @@ def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) ->
 
 def _by_gemm(module: nn.Module, x: Tensor) -> bool:
     return lean(x) and x.device.type == "cpu" and type(module) is nn.Conv2d and x.dtype == torch.float32
+
+
+def _by_winograd(module: nn.Module, x: Tensor) -> bool:
+    """Recorded by autograd or not; under autocast the dtypes differ, and in a compiled graph the op is not known."""
+    eager = type(module) is nn.Conv2d and not torch.compiler.is_compiling()
+    return eager and not torch.is_autocast_enabled(x.device.type) and winograd_pays(x, module.weight, module.bias)
 
 
 def _nhwc(x: Tensor) -> Tensor:

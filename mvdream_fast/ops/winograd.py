@@ -1,4 +1,4 @@
-"""3x3 convolutions on CPUs by Winograd's algorithm, for inference: a quarter of the multiplications.
+"""3x3 convolutions on CPUs by Winograd's algorithm: a quarter of the multiplications.
 
 Which convolutions go this way is decided in models/.
 """
@@ -14,6 +14,7 @@ from mvdream_fast.ops._edges import (
     load_native,
     runs_natively,
     thread_count,
+    vjp,
     vmap_error,
 )
 
@@ -24,7 +25,7 @@ TILE = 4  # pixels along a side of a tile's output
 def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """conv2d(x, weight, bias, padding=1) with F(4x4, 3x3); errors of about 1e-5 for outputs of order 1.
 
-    Not differentiable. Bit-identical for any number of threads.
+    Bit-identical for any number of threads, the gradient of x as well; those of weight and bias are torch's.
 
     Args:
         x: [B*V, C, h, w] float32 on the CPU; copied unless channels_last.
@@ -35,21 +36,12 @@ def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         [B*V, C_out, h, w], channels_last.
 
     Raises:
-        ValueError: shapes. TypeError: not float32. RuntimeError: other devices, recorded by autograd, under vmap.
+        ValueError: shapes. TypeError: not float32. RuntimeError: other devices, watched by torch.func, under vmap.
 
     Source: Lavin and Gray 2015, "Fast Algorithms for Convolutional Neural Networks", section 4.
     """
     _check(x, weight, bias)
-    x, weight = (a.contiguous(memory_format=torch.channels_last) for a in (x, weight))
-    bias = bias if bias is None else bias.contiguous()
-    y = torch.empty((x.shape[0], len(weight), *x.shape[2:]), memory_format=torch.channels_last)
-    if not (x.numel() and weight.numel()):  # no sums, or nothing to hold them
-        return y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
-    native = load_native(OP)
-    images = native.Images(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
-    pointers = address(x), images, address(weight), address(bias)
-    native.winograd_conv3x3(*pointers, len(weight), address(y), thread_count())
-    return y
+    return _Winograd.apply(x, weight, bias) if is_recorded(x, weight, bias) else _forward(x, weight, bias)
 
 
 def winograd_conv3x3_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,12 +54,48 @@ def winograd_pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     So it was measured for 8 tiles and 32 channels or more; tiles that hang over the image's edge are work for nothing.
     """
-    plain = runs_natively(x, weight, bias) and not is_recorded(x, weight, bias)
-    if not plain or not all(a.is_contiguous(memory_format=torch.channels_last) for a in (x, weight)):
+    last = all(a.is_contiguous(memory_format=torch.channels_last) for a in (x, weight))
+    if not (last and runs_natively(x, weight, bias)):
         return False
     n_tiles = x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)
     covered = x.shape[0] * x.shape[2] * x.shape[3] / (TILE * TILE * max(n_tiles, 1))
     return n_tiles >= 8 and min(weight.shape[:2]) >= 32 and covered >= 0.75
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight = (a.contiguous(memory_format=torch.channels_last) for a in (x, weight))
+    bias = bias if bias is None else bias.contiguous()
+    y = torch.empty((x.shape[0], len(weight), *x.shape[2:]), memory_format=torch.channels_last)
+    if not (x.numel() and weight.numel()):  # no sums, or nothing to hold them
+        return y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
+    native = load_native(OP)
+    images = native.Images(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
+    pointers = address(x), images, address(weight), address(bias)
+    native.winograd_conv3x3(*pointers, len(weight), address(y), thread_count())
+    return y
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are asked for
+            inputs = [a for a in (x, weight, bias) if a is not None]
+            gradients = vjp(lambda *a: (winograd_conv3x3_ref(*a),), inputs, [d_y])
+            return *gradients, *[None] * (3 - len(inputs))
+        want_x, *wanted = ctx.needs_input_grad
+        d_y = d_y.contiguous(memory_format=torch.channels_last)
+        # The gradient of x is the convolution of d_y with the weights turned by half a turn, inputs for outputs.
+        d_x = _forward(d_y, weight.transpose(0, 1).flip(2, 3), None) if want_x else None
+        sizes = None if bias is None else [len(bias)]
+        ones, zeros, mask = [1, 1], [0, 0], [False, wanted[0], bias is not None and wanted[1]]
+        rest = torch.ops.aten.convolution_backward(d_y, x, weight, sizes, ones, ones, ones, False, zeros, 1, mask)
+        return d_x, rest[1], rest[2]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -78,8 +106,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{OP}: {name} must be float32, got {a.dtype}; use torch's conv2d for the others")
         if a is not None and not runs_natively(a):
             raise RuntimeError(f"{OP}: {name} must be a plain CPU tensor, got one on {a.device}; use torch's conv2d")
-    if is_recorded(x, weight, bias):
-        raise RuntimeError(f"{OP}: arguments must not be recorded by autograd, got some that are; use torch's conv2d")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         wanted = "[B*V, C, h, w] and [C_out, C, 3, 3]"
         raise ValueError(
