@@ -61,6 +61,18 @@ void bind_unet(py::module_& m) {
                                            n_threads);
       },
       NoGil());
+  m.def(
+      "winograd_conv3x3_weights",
+      [](Address x, const Images& images, Address d_y, int64_t n_out, Address d_weight, int n_threads) {
+        MVDREAM_FAST_CPU(winograd_conv3x3_weights)(floats(x), images, floats(d_y), n_out, floats(d_weight), n_threads);
+      },
+      NoGil());
+  m.def(
+      "turn_weights",
+      [](Address weight, int64_t n_out, int64_t n_channels, Address out, int n_threads) {
+        MVDREAM_FAST_CPU(turn_weights)(floats(weight), n_out, n_channels, floats(out), n_threads);
+      },
+      NoGil());
 }
 
 }  // namespace mvdream_fast

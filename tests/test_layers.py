@@ -17,16 +17,16 @@ PACKAGE = "mvdream_fast"
 FLOORS = [
     {"loops": ["dreambooth3d", "dreambooth_runs", "estimate", "evaluation", "evaluation_reference", "evaluation_runs",
                "memory", "optimization", "report", "settings", "teachers", "text_to_3d", "training",
-               "training_averaged", "training_dreambooth", "training_evaluator", "training_runs", "training_vae",
-               "viewer", "watch"],
+               "training_averaged", "training_dreambooth", "training_evaluator", "training_loop", "training_runs",
+               "training_vae", "viewer", "watch"],
      "surfaces": ["diffusers", "nerfacc_compat", "tcnn_compat"]},
     {"pipeline": ["pipeline"]},
     {"guidance": ["guidance"], "sampler": ["sampler"], "data": ["data"], "run": ["run"]},
     {"models": ["models"], "field": ["field"]},
     {"ops": ["ops"]},
     {"kernels": ["kernels"], "native": ["_C"]},
-    {"leaves": ["_version", "camera", "cli", "config", "distributed", "errors", "files", "machine", "rng", "schedule",
-                "weights"]},
+    {"leaves": ["_version", "camera", "cli", "config", "distributed", "errors", "files", "learning_rate", "machine", "rng",
+                "schedule", "weights"]},
 ]  # fmt: skip
 ROOM_OF = {name: room for floor in FLOORS for room, names in floor.items() for name in names}
 FLOOR_OF = {room: level for level, floor in enumerate(reversed(FLOORS)) for room in floor}

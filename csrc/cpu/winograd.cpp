@@ -1,27 +1,18 @@
 // Winograd's 3x3 convolution on CPUs, for chunks of tiles: the input's transform is shared by all threads; each then
 // takes a block of outputs, transforms its weights into the second-level cache, multiplies, and transforms the products
 // back. Weights are transformed anew for every chunk, which costs less than fetching transformed ones, four times as
-// large. Sums have a fixed order: any number of threads gives the same bits. Source: Lavin and Gray 2015, "Fast
-// Algorithms for Convolutional Neural Networks", section 4. F(4x4, 3x3) at the points 0, +-a, +-b and infinity; 5/8 and
-// 3/2 round three times less than the paper's 1 and 2.
+// large. Sums have a fixed order: any number of threads gives the same bits. Source: winograd_maps.h.
 #include "cpu/winograd.h"
 
-#include <algorithm>
-#include <cstring>
 #include <memory>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "activations.h"
+#include "cpu/winograd_maps.h"
 
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
 
 namespace {
 
-constexpr int64_t kPlanes = 36;
 constexpr int64_t kOutputs = 16;                  // of a block: with kInputs and kChunk, what fits into 512 KB
 constexpr int64_t kInputs = 96;                   // channels of the weights that are transformed at a time
 constexpr int64_t kChunk = 64;                    // tiles
@@ -29,43 +20,6 @@ constexpr int64_t kMostInput = int64_t(4) << 20;  // numbers of transformed inpu
 constexpr int64_t kSerial = 32768;  // multiplications of a plane below which threads cost more than they save
 // Planes a power of two apart would fall into the same few sets of the cache.
 constexpr int64_t kInputPad = 128, kProductPad = 16;
-
-constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
-
-// B^T d: six numbers of a row or column of the input tile.
-MVDREAM_FAST_INLINE void input_map(VecF* d, int64_t step) {
-  const VecF d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  const VecF even = d4 - kB2 * d2, odd = kA * (d3 - kB2 * d1), even2 = d4 - kA2 * d2, odd2 = kB * (d3 - kA2 * d1);
-  d[0] = (d4 - (kA2 + kB2) * d2) + (kA2 * kB2) * d0;
-  d[step] = even + odd;
-  d[2 * step] = even - odd;
-  d[3 * step] = even2 + odd2;
-  d[4 * step] = even2 - odd2;
-  d[5 * step] = (d5 - (kA2 + kB2) * d3) + (kA2 * kB2) * d1;
-}
-
-// G g: three weights to six.
-MVDREAM_FAST_INLINE void weight_map(const VecF* g, int64_t step, VecF* out, int64_t out_step) {
-  constexpr float kNearScale = 1 / (2 * kA2 * (kA2 - kB2)), kFarScale = 1 / (2 * kB2 * (kB2 - kA2));
-  const VecF near = kNearScale * (g[0] + kA2 * g[2 * step]), near_odd = (kNearScale * kA) * g[step];
-  const VecF far = kFarScale * (g[0] + kB2 * g[2 * step]), far_odd = (kFarScale * kB) * g[step];
-  out[0] = (1 / (kA2 * kB2)) * g[0];
-  out[out_step] = near + near_odd;
-  out[2 * out_step] = near - near_odd;
-  out[3 * out_step] = far + far_odd;
-  out[4 * out_step] = far - far_odd;
-  out[5 * out_step] = g[2 * step];
-}
-
-// A^T m: six numbers to the four of the output.
-MVDREAM_FAST_INLINE void output_map(const VecF* m, int64_t step, VecF* out, int64_t out_step) {
-  const VecF sum = m[step] + m[2 * step], difference = m[step] - m[2 * step];
-  const VecF sum2 = m[3 * step] + m[4 * step], difference2 = m[3 * step] - m[4 * step];
-  out[0] = m[0] + sum + sum2;
-  out[out_step] = kA * difference + kB * difference2;
-  out[2 * out_step] = kA2 * sum + kB2 * sum2;
-  out[3 * out_step] = (kA * kA2) * difference + (kB * kB2) * difference2 + m[5 * step];
-}
 
 // Tiles first..first + n_tiles of all, those of one image in rows. Their transformed input is [36, panels, C, tiles of
 // a panel]: panels of two vectors of tiles, the last perhaps of one, so that a product reads its input in order.
@@ -81,20 +35,6 @@ struct Chunk {
   float* panel(int64_t vector) const { return input + vector * kLanes * images.n_channels; }
 };
 
-// A tile: its image, and the pixel of its output's first corner.
-struct Tile {
-  int64_t image, row, column;
-};
-
-Tile tile_at(const Images& images, int64_t index) {
-  const int64_t across = (images.width + 3) / 4, down = (images.height + 3) / 4;
-  return {index / (across * down), index / across % down * 4, index % across * 4};
-}
-
-int64_t pixel_at(const Images& images, int64_t image, int64_t row, int64_t column) {
-  return (image * images.height + row) * images.width + column;
-}
-
 // Calls put(index, four) with the numbers at `index` of a, b, c and d, for every index of a vector.
 template <typename Put>
 MVDREAM_FAST_INLINE void transposed(VecF a, VecF b, VecF c, VecF d, Put put) {
@@ -102,19 +42,6 @@ MVDREAM_FAST_INLINE void transposed(VecF a, VecF b, VecF c, VecF d, Put put) {
   const VecF of[4] = {join_low(ab, cd), join_high(ab, cd), join_low(ab_high, cd_high), join_high(ab_high, cd_high)};
   for (int64_t i = 0; i < 4; ++i)
     for (int64_t part = 0; part < kLanes; part += 4) put(part + i, reinterpret_cast<const float*>(&of[i]) + part);
-}
-
-// n channels of the 6x6 pixels around a tile's output, zero outside of the image, mapped.
-MVDREAM_FAST_INLINE void input_tile(const float* x, const Images& images, Tile tile, int64_t c, int64_t n, VecF* d) {
-  for (int64_t i = 0; i < 6; ++i)
-    for (int64_t j = 0; j < 6; ++j) {
-      const int64_t row = tile.row + i - 1, column = tile.column + j - 1;
-      const bool inside = row >= 0 && row < images.height && column >= 0 && column < images.width;
-      const float* at = x + pixel_at(images, tile.image, row, column) * images.n_channels + c;
-      d[6 * i + j] = inside ? load_first(at, n) : VecF{};
-    }
-  for (int64_t i = 0; i < 6; ++i) input_map(d + 6 * i, 1);
-  for (int64_t j = 0; j < 6; ++j) input_map(d + j, 6);
 }
 
 // n channels of a vector of tiles; those behind the chunk's last are zero.
@@ -228,14 +155,6 @@ void transform_output(const Chunk& chunk, const float* products, int64_t vector,
 }
 
 std::unique_ptr<float[]> floats(int64_t n) { return std::unique_ptr<float[]>(new float[n]); }
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 }  // namespace
 

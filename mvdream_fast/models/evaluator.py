@@ -20,6 +20,7 @@ from mvdream_fast.config import FORMAT_VERSION, TextConfig, from_dict
 from mvdream_fast.errors import ModelError
 from mvdream_fast.files import replace_file
 from mvdream_fast.models.folder import read_json
+from mvdream_fast.models.functional import conv3x3
 from mvdream_fast.models.manifest import check_shapes
 from mvdream_fast.models.tensor_file import open_tensors
 from mvdream_fast.models.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return x + conv3x3(self.conv2, self.norm2(conv3x3(self.conv1, self.norm1(x))))
 
 
 class Norm(nn.GroupNorm):

@@ -25,7 +25,7 @@ TILE = 4  # pixels along a side of a tile's output
 def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """conv2d(x, weight, bias, padding=1) with F(4x4, 3x3); errors of about 1e-5 for outputs of order 1.
 
-    Bit-identical for any number of threads, the gradient of x as well; those of weight and bias are torch's.
+    Bit-identical for any number of threads, and so are the gradients of x and weight.
 
     Args:
         x: [B*V, C, h, w] float32 on the CPU; copied unless channels_last.
@@ -62,17 +62,38 @@ def winograd_pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return n_tiles >= 8 and min(weight.shape[:2]) >= 32 and covered >= 0.75
 
 
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, weight = (a.contiguous(memory_format=torch.channels_last) for a in (x, weight))
-    bias = bias if bias is None else bias.contiguous()
+    x, weight, bias = _last(x), _last(weight), bias if bias is None else bias.contiguous()
     y = torch.empty((x.shape[0], len(weight), *x.shape[2:]), memory_format=torch.channels_last)
     if not (x.numel() and weight.numel()):  # no sums, or nothing to hold them
         return y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
-    native = load_native(OP)
-    images = native.Images(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
-    pointers = address(x), images, address(weight), address(bias)
-    native.winograd_conv3x3(*pointers, len(weight), address(y), thread_count())
+    pointers = address(x), _images(x), address(weight), address(bias)
+    load_native(OP).winograd_conv3x3(*pointers, len(weight), address(y), thread_count())
     return y
+
+
+def _d_x(d_y: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of d_y with the weights turned by half a turn, their inputs for outputs."""
+    weight, turned = _last(weight), torch.empty_like(weight.transpose(0, 1), memory_format=torch.channels_last)
+    load_native(OP).turn_weights(address(weight), *weight.shape[:2], address(turned), thread_count())
+    return _forward(d_y, turned, None)
+
+
+def _d_weight(d_y: Tensor, x: Tensor) -> Tensor:
+    x, d_weight = _last(x), torch.empty((d_y.shape[1], x.shape[1], 3, 3), memory_format=torch.channels_last)
+    if not (x.numel() and d_y.numel()):
+        return d_weight.zero_()
+    pointers = address(x), _images(x), address(d_y)
+    load_native(OP).winograd_conv3x3_weights(*pointers, d_y.shape[1], address(d_weight), thread_count())
+    return d_weight
+
+
+def _images(x: Tensor) -> object:
+    return load_native(OP).Images(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
 
 
 class _Winograd(torch.autograd.Function):
@@ -88,14 +109,10 @@ class _Winograd(torch.autograd.Function):
             inputs = [a for a in (x, weight, bias) if a is not None]
             gradients = vjp(lambda *a: (winograd_conv3x3_ref(*a),), inputs, [d_y])
             return *gradients, *[None] * (3 - len(inputs))
-        want_x, *wanted = ctx.needs_input_grad
-        d_y = d_y.contiguous(memory_format=torch.channels_last)
-        # The gradient of x is the convolution of d_y with the weights turned by half a turn, inputs for outputs.
-        d_x = _forward(d_y, weight.transpose(0, 1).flip(2, 3), None) if want_x else None
-        sizes = None if bias is None else [len(bias)]
-        ones, zeros, mask = [1, 1], [0, 0], [False, wanted[0], bias is not None and wanted[1]]
-        rest = torch.ops.aten.convolution_backward(d_y, x, weight, sizes, ones, ones, ones, False, zeros, 1, mask)
-        return d_x, rest[1], rest[2]
+        wanted, d_y = ctx.needs_input_grad, _last(d_y)
+        d_x = _d_x(d_y, weight) if wanted[0] else None
+        d_weight = _d_weight(d_y, x) if wanted[1] else None
+        return d_x, d_weight, d_y.sum((0, 2, 3)) if wanted[2] else None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
