@@ -25,8 +25,8 @@ FLOORS = [
     {"models": ["models"], "field": ["field"]},
     {"ops": ["ops"]},
     {"kernels": ["kernels"], "native": ["_C"]},
-    {"leaves": ["_version", "camera", "cli", "config", "distributed", "errors", "files", "learning_rate", "machine", "rng",
-                "schedule", "weights"]},
+    {"leaves": ["_version", "camera", "cli", "config", "distributed", "errors", "files", "learning_rate", "machine",
+                "rng", "schedule", "weights"]},
 ]  # fmt: skip
 ROOM_OF = {name: room for floor in FLOORS for room, names in floor.items() for name in names}
 FLOOR_OF = {room: level for level, floor in enumerate(reversed(FLOORS)) for room in floor}
