@@ -167,3 +167,31 @@ def test_refusals(change, error, text):
     arguments |= {"resolution": 32, "step_size": STEP} | change
     with pytest.raises(error, match=f"render: .*{text}"):
         render(**arguments)
+
+
+@pytest.mark.parametrize("run", [render, render_ref])
+@pytest.mark.parametrize(
+    ("values", "error", "text"),
+    [
+        (lambda n: (torch.ones(n - 1), torch.ones(n, 3)), ValueError, "sigmas of the field must be of shape"),
+        (lambda n: (torch.ones(n, 1), torch.ones(n, 3)), ValueError, "sigmas of the field must be of shape"),
+        (lambda n: (torch.ones(n), torch.ones(n, 1)), ValueError, "rgb of the field must be of shape"),
+        (lambda n: (torch.ones(n), torch.ones(n // 2, 3)), ValueError, "rgb of the field must be of shape"),
+        (lambda n: (torch.ones(n).long(), torch.ones(n, 3)), TypeError, "sigmas of the field must be float32"),
+        (lambda n: (torch.ones(n), torch.ones(n, 3).half()), TypeError, "rgb of the field must be float32"),
+        (lambda n: (None, torch.ones(n, 3)), TypeError, "sigmas of the field must be a tensor, got NoneType"),
+        (lambda n: (torch.ones(n, device="meta"), torch.ones(n, 3)), RuntimeError, "sigmas of the field must be on"),
+    ],
+)
+def test_what_a_field_returns_is_checked(run, values, error, text):
+    with pytest.raises(error, match=f"render: {text}"):
+        run(*rays_around(4), lambda positions: values(len(positions)), BOX, grid(1.0), 32, STEP)
+
+
+def test_a_field_in_float64_is_rounded():
+    rays, bits = rays_around(60), grid()
+    out, wanted = (
+        render(*rays, field, BOX, bits, 32, STEP)
+        for field in (lambda p: tuple(x.double() for x in exact(p)), exact)
+    )
+    assert torch.equal(out.rgb, wanted.rgb)

@@ -112,7 +112,7 @@ def _in_blocks(
     for i in range(0, n_rays, _RAYS_PER_CHUNK // 4):
         part = slice(i, i + _RAYS_PER_CHUNK // 4)
         samples = march(rays_o[part], rays_d[part], *marching)
-        sigmas, colours = field(positions_of(samples, rays_o[part], rays_d[part]))
+        sigmas, colours = _evaluate(field, positions_of(samples, rays_o[part], rays_d[part]))
         n_samples += samples.n_samples
         keep = visible_ref(samples, sigmas, alpha_thre, early_stop_eps)
         kept, behind = samples.select(keep), _rows(background, part)
@@ -159,6 +159,15 @@ def _render_fused(
     return RenderedImage(*outputs, n_samples)
 
 
+def _evaluate(field: Field, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the field says of these positions, checked: the extension reads as many numbers as there are positions."""
+    sigmas, rgb = field(positions)
+    check_shaped("render", "sigmas of the field", sigmas, (len(positions),))
+    check_shaped("render", "rgb of the field", rgb, (len(positions), 3))
+    check_same_device("render", **{"rays_o": positions, "sigmas of the field": sigmas, "rgb of the field": rgb})
+    return sigmas, rgb
+
+
 def _rows(background: torch.Tensor | None, part: slice) -> torch.Tensor | None:
     return background[part] if background is not None and background.ndim == 2 else background
 
@@ -203,7 +212,7 @@ def _rounds(native, args, n_rays: int, field: Field, least: float, most: float) 
         positions = slots.new_empty(n, 3)
         native.render_positions(args, gathering, positions.data_ptr())
         if n:
-            sigmas, rgb = (x.float().contiguous() for x in field(positions))
+            sigmas, rgb = (x.float().contiguous() for x in _evaluate(field, positions))
             native.render_composite(gathering, sigmas.data_ptr(), rgb.data_ptr(), least, most, n_threads)
         n_samples += n
         live = live[cursor[live] >= 0]
