@@ -87,6 +87,20 @@ def test_chunks_change_nothing(monkeypatch):
     assert all(torch.equal(getattr(got, f), getattr(wanted, f)) for f in ("rgb", "opacity", "depth"))
 
 
+@pytest.mark.parametrize("run", [render, render_ref])
+def test_bounds_of_each_ray_follow_it_into_its_chunk(run, monkeypatch):
+    rays, bits = rays_around(200), grid()
+    near, far = torch.linspace(1.5, 2.5, 200), torch.linspace(2.0, 3.5, 400)[::2]
+    monkeypatch.setattr(MODULE, "_RAYS_PER_CHUNK", 77)
+    got = run(*rays, exact, BOX, bits, 32, STEP, None, near, far)
+    one_by_one = [
+        render(o[None], d[None], exact, BOX, bits, 32, STEP, None, *bounds).rgb
+        for o, d, *bounds in zip(*rays, near.tolist(), far.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(got.rgb, torch.cat(one_by_one), rtol=PARITY["render"], atol=2e-6)
+    assert not torch.equal(got.rgb, run(*rays, exact, BOX, bits, 32, STEP).rgb)
+
+
 def test_opaque_rays_stop_early(monkeypatch):
     monkeypatch.setattr(MODULE, "_SAMPLES_PER_ROUND", 16 * 100)
     sizes = []
@@ -159,6 +173,8 @@ def test_strided_inputs_and_another_default_dtype():
         ({"rays_d": torch.zeros(4, 3)}, ValueError, "rays_d must be non-zero"),
         ({"background": torch.zeros(5, 3)}, ValueError, "background must be of shape"),
         ({"early_stop_eps": 2.0}, ValueError, "early_stop_eps must be in"),
+        ({"near": torch.zeros(3)}, ValueError, r"near must be of shape \[4\]"),
+        ({"far": torch.tensor([1, 2, math.nan, 3])}, ValueError, "far must be a number, got NaN"),
     ],
 )
 def test_refusals(change, error, text):
@@ -191,7 +207,6 @@ def test_what_a_field_returns_is_checked(run, values, error, text):
 def test_a_field_in_float64_is_rounded():
     rays, bits = rays_around(60), grid()
     out, wanted = (
-        render(*rays, field, BOX, bits, 32, STEP)
-        for field in (lambda p: tuple(x.double() for x in exact(p)), exact)
+        render(*rays, field, BOX, bits, 32, STEP) for field in (lambda p: tuple(x.double() for x in exact(p)), exact)
     )
     assert torch.equal(out.rgb, wanted.rgb)

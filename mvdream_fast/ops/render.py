@@ -54,8 +54,8 @@ def render(
     resolution: int | Sequence[int],
     step_size: float,
     background: torch.Tensor | None = None,
-    near: float = 0.0,
-    far: float = math.inf,
+    near: float | torch.Tensor = 0.0,
+    far: float | torch.Tensor = math.inf,
     alpha_thre: float = 0.0,
     early_stop_eps: float = 1e-4,
 ) -> RenderedImage:
@@ -66,7 +66,7 @@ def render(
     field: positions [P, 3] -> (sigmas [P], rgb [P, 3]), called with some 100,000 points. On CUDA `ops.HashGridField`,
     or what says by its method `hash_grid_field()` that it is the same as one (field.Volume does), is not called but
     evaluated in one kernel with the march and the sums; any other is called for blocks of rays.
-    The other arguments are those of `march_rays`, `prune_samples` and `composite`; near and far are numbers.
+    The other arguments are those of `march_rays`, `prune_samples` and `composite`; near and far are numbers, or [R].
 
     Returns: RenderedImage. Raises: what the three ops raise.
     """
@@ -99,19 +99,19 @@ def render_ref(
     early_stop_eps=1e-4,
 ) -> RenderedImage:
     """The same with the reference ops, some thousand rays at a time and every sample of them evaluated."""
-    marching = (aabb, occupancy_bits, resolution, step_size, None, near, far)
+    grid, bounds = (aabb, occupancy_bits, resolution, step_size), (near, far)
     ops = (march_rays_ref, positions_ref, composite_ref)
-    return _in_blocks(*ops, rays_o, rays_d, field, marching, background, alpha_thre, early_stop_eps)
+    return _in_blocks(*ops, rays_o, rays_d, field, grid, bounds, background, alpha_thre, early_stop_eps)
 
 
 def _in_blocks(
-    march, positions_of, composite, rays_o, rays_d, field, marching, background, alpha_thre, early_stop_eps
+    march, positions_of, composite, rays_o, rays_d, field, grid, bounds, background, alpha_thre, early_stop_eps
 ) -> RenderedImage:
     n_rays, n_samples = rays_o.shape[0], 0
     rgb, opacity, depth = rays_o.new_zeros(n_rays, 3), rays_o.new_zeros(n_rays), rays_o.new_zeros(n_rays)
     for i in range(0, n_rays, _RAYS_PER_CHUNK // 4):
         part = slice(i, i + _RAYS_PER_CHUNK // 4)
-        samples = march(rays_o[part], rays_d[part], *marching)
+        samples = march(rays_o[part], rays_d[part], *grid, None, *(_bound(x, part) for x in bounds))
         sigmas, colours = _evaluate(field, positions_of(samples, rays_o[part], rays_d[part]))
         n_samples += samples.n_samples
         keep = visible_ref(samples, sigmas, alpha_thre, early_stop_eps)
@@ -129,9 +129,9 @@ def _render_cuda(
     if known is not None:
         march = (box, bits, shape, step_size, background, near, far)
         return _render_fused(rays_o, rays_d, known, *march, *thresholds)
-    marching = (box, bits, shape, step_size, None, near, far)
+    grid, bounds = (box, bits, shape, step_size), (near, far)
     ops = (march_rays, Samples.positions, composite)
-    return _in_blocks(*ops, rays_o, rays_d, field, marching, background, *thresholds)
+    return _in_blocks(*ops, rays_o, rays_d, field, grid, bounds, background, *thresholds)
 
 
 def fusable(field: Field) -> HashGridField | None:
@@ -172,6 +172,11 @@ def _rows(background: torch.Tensor | None, part: slice) -> torch.Tensor | None:
     return background[part] if background is not None and background.ndim == 2 else background
 
 
+def _bound(value: float | torch.Tensor, part: slice) -> float | torch.Tensor:
+    """near or far of some of the rays."""
+    return value[part] if isinstance(value, torch.Tensor) and value.ndim else value
+
+
 def _render_cpu(
     rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
 ) -> RenderedImage:
@@ -182,7 +187,8 @@ def _render_cpu(
     n_samples = 0
     for i in range(0, n_rays, _RAYS_PER_CHUNK):
         part = slice(i, min(i + _RAYS_PER_CHUNK, n_rays))
-        args, alive = march_args("render", rays_o[part], rays_d[part], box, bits, shape, step_size, None, near, far)
+        march = (rays_o[part], rays_d[part], box, bits, shape, step_size, None, _bound(near, part), _bound(far, part))
+        args, alive = march_args("render", *march)
         raise_for("render", native.march_status(args))
         state, n = _rounds(native, args, part.stop - i, field, *depths)
         behind = _rows(background, part)
