@@ -34,8 +34,14 @@ class CrossViewAttnProcessor:
         """[B*V, N, C] or [B*V, C, h, w] -> the same; `attn` is diffusers' Attention, which owns the weights.
 
         Raises:
-            ValueError: a mask on self-attention, or a batch that n_views does not divide.
+            ValueError: a mask on self-attention, a batch that n_views does not divide, or what this processor does not
+                know: projections of added keys and values (unCLIP), text in parts (IP-Adapter).
         """
+        if getattr(attn, "add_k_proj", None) is not None or isinstance(encoder_hidden_states, (tuple, list)):
+            raise ValueError(
+                "CrossViewAttnProcessor: attn must attend to itself or to one text, got added keys and values; "
+                "keep diffusers' own processor for it"
+            )
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)

@@ -299,6 +299,33 @@ def test_vmap_is_refused():
     x = torch.randn(3, 4, 5, 2, 8)
     with pytest.raises(RuntimeError, match="cross_view_attention: arguments must be plain tensors, got a vmapped one"):
         torch.func.vmap(lambda q: attention(q, q, q, 2))(x)
+    with pytest.raises(RuntimeError, match="got a vmapped one"):
+        torch.func.vmap(torch.func.grad(lambda q: attention(q, q, q, 2).sum()))(x)
+    with pytest.raises(RuntimeError, match="got a vmapped one"):
+        torch.func.vmap(lambda q: attention(q, q, q, 2))(x.to("meta"))
+
+
+def test_float64_under_autocast_is_all_or_nothing():
+    inputs, _ = draw(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(**inputs, n_views=2).dtype == torch.float64
+        with pytest.raises(TypeError, match="must be float64 under autocast where one is, got torch.float64, torch.bf"):
+            attention(**inputs | {"k": inputs["k"].detach().float()}, n_views=2)
+
+
+def test_heads_that_are_not_contiguous_take_the_same_kernel():
+    q, k, v = (torch.randn(4, 6, 2, 16, 2).unbind(-1)[0] for _ in "qkv")  # a stride of 2 along the head
+    called = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        out = attention(q, k, v, 2)
+    assert any("flash_attention_for_cpu" in name for name in called)
+    close(OP, out, attention_ref(q, k, v, 2))
 
 
 @pytest.mark.parametrize(
@@ -306,6 +333,9 @@ def test_vmap_is_refused():
     [
         ({"n_views": 3}, ValueError, "n_views must divide the batch of 4 images, got 3"),
         ({"n_views": 0}, ValueError, "n_views must divide the batch"),
+        ({"n_views": 2.0}, TypeError, "n_views must be an int, got 2.0"),
+        ({"n_views": True}, TypeError, "n_views must be an int, got True"),
+        ({"scale": -1.0}, ValueError, "scale must be 0 or more, got -1.0; pass None"),
         ({"q": torch.zeros(4, 5, 16)}, ValueError, r"q must be \[B\*V, N, H, D\], got \(4, 5, 16\)"),
         ({"k": torch.zeros(4, 6, 2, 8)}, ValueError, r"k must be \(4, 5, 2, 8\), got \(4, 6, 2, 8\); it is q's"),
         ({"v": torch.zeros(4, 5, 2, 8).double()}, TypeError, "v must be torch.float32 as q, got torch.float64"),

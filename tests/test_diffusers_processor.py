@@ -111,3 +111,7 @@ def test_bad_use():
         CrossViewAttnProcessor(3)(attn, x)
     with pytest.raises(ValueError, match="attention_mask must be None for self-attention"):
         CrossViewAttnProcessor(2)(attn, x, attention_mask=torch.zeros(4, 1, 6))
+    with pytest.raises(ValueError, match="attn must attend to itself or to one text, got added keys and values"):
+        CrossViewAttnProcessor(2)(Attention(16, heads=2, dim_head=8, added_kv_proj_dim=16), x)
+    with pytest.raises(ValueError, match="attn must attend to itself or to one text"):
+        CrossViewAttnProcessor(2)(attn, x, (x, [x]))

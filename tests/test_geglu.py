@@ -163,6 +163,18 @@ def test_compiles_to_one_graph():
 def test_vmap_is_refused():
     with pytest.raises(RuntimeError, match="geglu: arguments must be plain tensors, got a vmapped one"):
         torch.func.vmap(geglu)(torch.randn(3, 4, 8))
+    with pytest.raises(RuntimeError, match="geglu: arguments must be plain tensors, got a vmapped one"):
+        torch.func.vmap(torch.func.grad(lambda x: geglu(x).sum()))(torch.randn(3, 4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cpu_rounds_low_precision_once(dtype):
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact, limits = geglu_ref(x.double()), torch.finfo(dtype)
+    one_rounding = 0.51 * limits.eps * exact.abs() + limits.tiny * limits.eps
+    assert ((geglu(x) - exact).abs() <= one_rounding).all()
+    x = torch.tensor([60000.0, -5.5], dtype=torch.float16)  # a tail that float16 itself cannot hold
+    assert geglu(x).item() == pytest.approx(geglu_ref(x.float()).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(

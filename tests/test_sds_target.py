@@ -158,6 +158,15 @@ def test_vmap_is_refused():
         torch.func.vmap(lambda z: sds_target(z, *tensors[1:], 7.5))(torch.stack([tensors[0]] * 3))
 
 
+def test_scenes_of_one_value_have_no_deviation():
+    z = torch.randn(4, 1, 1, 1)
+    arguments = (z, z, z + 1, z - 1, None, torch.tensor(0.5), 7.5)
+    with pytest.raises(ValueError, match="rescale must be 0 for scenes of one value, got 0.5"):
+        sds_target(*arguments, n_views=1)
+    assert sds_target(*arguments, n_views=1, rescale=0.0).target.isfinite().all()
+    assert sds_target(*arguments, n_views=2).target.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

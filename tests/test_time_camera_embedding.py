@@ -256,6 +256,31 @@ def test_vmap_is_refused():
         torch.func.vmap(lambda t: time_camera_embedding(**arguments | {"t": t}))(torch.zeros(2, 3))
 
 
+def test_not_differentiable_in_t():
+    arguments, _ = draw()
+    t = torch.tensor([1.0, 2.0, 3.0]).requires_grad_()
+    out = time_camera_embedding(**arguments | {"t": t})
+    assert out.requires_grad  # by its weights
+    assert torch.autograd.grad(out.sum(), t, allow_unused=True) == (None,)
+
+
+def test_autocast_keeps_float64_and_the_camera_part_its_dtype():
+    arguments, _ = draw()
+    mlp = arguments["camera_mlp"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(camera_embedding(arguments["camera"], mlp), camera_embedding(arguments["camera"], mlp))
+        assert camera_embedding(arguments["camera"], mlp).dtype == torch.float32
+        wide = {k: MLP(*(w.double() for w in v)) if isinstance(v, tuple) else v for k, v in arguments.items()}
+        wide |= {k: wide[k].double() for k in ("projections_weight", "projections_bias")}
+        assert time_camera_embedding(**wide).dtype == torch.float64
+
+
+def test_the_camera_part_refuses_other_shapes():
+    arguments, _ = draw()
+    with pytest.raises(ValueError, match=r"camera must be \[B\*V, 16\], got \[3, 15\]; flatten each matrix"):
+        camera_embedding(torch.zeros(3, 15), arguments["camera_mlp"])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -266,7 +291,7 @@ def test_vmap_is_refused():
         ({"projections_bias": torch.zeros(19)}, ValueError, "projections_weight and projections_bias must be"),
         ({"projections_bias": torch.zeros(20).half()}, TypeError, "projections_bias must be torch.float32"),
         ({"t": torch.zeros(3, device="meta")}, RuntimeError, "t must be on the device of projections_weight"),
-        ({"time_mlp": MLP(*(torch.zeros(16, 16),) * 4)}, ValueError, "time_mlp.w0, b0, b2 must be"),
+        ({"time_mlp": MLP(*(torch.zeros(16, 16),) * 4)}, ValueError, r"time_mlp.w0, b0 and b2 must be .*, got \[16, 16\], \[16, 16\]"),
     ],
 )
 def test_bad_arguments(change, error, text):

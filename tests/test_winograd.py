@@ -99,6 +99,31 @@ def test_vmap_is_refused():
         torch.func.vmap(lambda x: winograd_conv3x3(x, weight, bias))(x[:, None])
 
 
+def test_torchs_defaults_change_nothing():
+    inputs = draw(2, 32, 40, 8, 8)
+    expected = winograd_conv3x3(*inputs)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(winograd_conv3x3(*inputs), expected)
+            x, weight = (a.requires_grad_() for a in inputs[:2])
+            d_x, d_weight = torch.autograd.grad(winograd_conv3x3(x, weight), (x, weight), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert d_x.dtype == d_weight.dtype == torch.float32
+    assert d_x.device.type == "cpu"
+
+
+def test_several_cotangents_at_once():
+    x, weight, bias = (a.requires_grad_() for a in draw(2, 32, 40, 8, 8))
+    d_y = torch.randn(3, 2, 40, 8, 8)
+    y = winograd_conv3x3(x, weight, bias)
+    together = torch.autograd.grad(y, (x, weight, bias), d_y, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        one = torch.autograd.grad(y, (x, weight, bias), d_y[i], retain_graph=True)
+        assert all((a[i] - b).abs().max() < 1e-4 * b.abs().max() for a, b in zip(together, one, strict=True))
+
+
 @pytest.fixture
 def module():
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def check_like(op: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
 def by_name(x: Tensor) -> bool:
     """Whether a call goes through the registered op: torch.compile is tracing, or x is on the meta device, where only
     shapes are asked for."""
-    return torch.compiler.is_compiling() or x.is_meta
+    return torch.compiler.is_compiling() or (x.is_meta and not torch._C._are_functorch_transforms_active())
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -69,10 +70,19 @@ def is_autocast(x: Tensor) -> bool:
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
-    """Whether any tensor is being vmapped over (torch.func.vmap); cheap when no transform is active."""
+    """Whether any tensor is being vmapped over (torch.func.vmap), be it inside of other transforms; cheap without."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    return any(x is not None and torch._C._functorch.is_batchedtensor(x) for x in tensors)
+    return any(_has_batched_layer(x) for x in tensors if x is not None)
+
+
+def _has_batched_layer(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def vmap_error(op: str) -> RuntimeError:
@@ -96,7 +106,8 @@ def runs_natively(*tensors: Tensor | None, devices: tuple[str, ...] = ("cpu",)) 
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    plain = type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return plain and not torch._C._functorch.is_legacy_batchedtensor(x)  # of torch.autograd.grad(is_grads_batched=True)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -118,6 +129,14 @@ def vjp(
 def present(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """Gradients as a registered op may return them: nothing is an empty tensor."""
     return [like.new_empty(0) if d is None else d for d in gradients]
+
+
+def run_kernels(op: str, name: str, x: Tensor, function: str, *arguments: Any) -> Any:
+    """mvdream_fast.kernels.<op>.<function>(*arguments), where the tensors of the CUDA tensor `x` live: Triton launches
+    on the current device, whichever that is."""
+    kernels = load_kernels(op, name, x)
+    with torch.cuda.device_of(x):
+        return getattr(kernels, function)(*arguments)
 
 
 def load_kernels(op: str, name: str, x: Tensor) -> ModuleType:

@@ -14,7 +14,7 @@ from mvdream_fast.ops._edges import (
     is_autocast,
     is_batched,
     is_watched,
-    load_kernels,
+    run_kernels,
     vmap_error,
 )
 
@@ -39,7 +39,8 @@ def cross_view_attention(
     Views are the fastest batch index, so the regrouping of views is no copy when the batch stride is N token strides
     (slices of one packed QKV projection are); other strides are read as they are by the CUDA kernel and copied on the
     CPU. Softmax and sums are float32 for every dtype; the gradient is deterministic on CUDA. float32 products are
-    exact there unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to its dtype.
+    exact there unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to its dtype
+    (float64 stays). First derivatives only.
 
     Args:
         q, k, v: [B*V, N, H, D], D from 1 to 256, any strides; float32, float16, bfloat16 (float64 on the CPU).
@@ -61,7 +62,12 @@ def cross_view_attention(
     views = n_views if cross_view else 1
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_autocast(q):
-        q, k, v, camera_q, camera_k, camera_v = _autocast(q, k, v, camera_q, camera_k, camera_v)
+        q, k, v, camera_q, camera_k, camera_v = cast = _autocast(q, k, v, camera_q, camera_k, camera_v)
+        if any(x is not None and x.dtype != q.dtype for x in cast):
+            dtypes = ", ".join(str(x.dtype) for x in cast if x is not None)
+            raise TypeError(
+                f"{OP}: all tensors must be float64 under autocast where one is, got {dtypes}; convert them"
+            )
     if by_name(q):
         return torch.ops.mvdream_fast.cross_view_attention(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
     if is_batched(q, k, v, camera_q, camera_k, camera_v):
@@ -116,15 +122,19 @@ def _check(
     """Raises what is wrong with the arguments; good ones pass by a few comparisons, as every microsecond counts."""
     check_float(OP, "q", q)
     if scale is not None and not scale >= 0:
-        raise ValueError(f"{OP}: scale must not be negative, got {scale}; None is 1/sqrt(D)")
+        raise ValueError(f"{OP}: scale must be 0 or more, got {scale}; pass None for 1/sqrt(D)")
     shape = q.shape
     if len(shape) != 4:
         raise ValueError(f"{OP}: q must be [B*V, N, H, D], got {tuple(shape)}; split the heads first")
     images, _, heads, width = shape
     if not 1 <= width <= MAX_HEAD_DIM:
         raise ValueError(f"{OP}: q must have a head width of 1 to {MAX_HEAD_DIM}, got {width}; use more heads")
+    if not isinstance(n_views, int) or n_views is True:
+        raise TypeError(f"{OP}: n_views must be an int, got {n_views!r}; pass the number of views of a scene")
     if n_views < 1 or images % n_views:
-        raise ValueError(f"{OP}: n_views must divide the batch of {images} images, got {n_views}; views are fastest")
+        raise ValueError(
+            f"{OP}: n_views must divide the batch of {images} images, got {n_views}; see the batch's order"
+        )
     if not (k.shape == shape == v.shape and k.dtype == q.dtype == v.dtype and k.device == q.device == v.device):
         for name, x in (("k", k), ("v", v)):
             _check_like(name, x, q, shape, "it is q's, as tokens attend in pairs")
@@ -179,6 +189,8 @@ def _cpu(
     """torch's attention on regrouped views, under torch's own autograd; views = 1 attends within a view."""
     shape, scenes = q.shape, _scene_shape(q, views)
     q, k, v = _scenes(q, scenes, camera_q), _scenes(k, scenes, camera_k), _scenes(v, scenes, camera_v)
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:  # else torch would write the score matrix out
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     if q.numel() == 0:
         return (q + k + v).reshape(shape)  # zero-size, and still a function of all of them
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(shape)
@@ -228,8 +240,8 @@ class _CrossViewAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, views, camera_q, camera_k, camera_v, scale):
         ctx.flags = views, scale, _allow_tf32(q)
-        kernels = load_kernels(OP, "q", q)
-        out, lse = kernels.forward(q, k, v, views, camera_q, camera_k, camera_v, scale, ctx.flags[2])
+        cameras = (camera_q, camera_k, camera_v)
+        out, lse = run_kernels(OP, "q", q, "forward", q, k, v, views, *cameras, scale, ctx.flags[2])
         ctx.save_for_backward(q, k, v, camera_q, camera_k, camera_v, out, lse)
         return out
 
@@ -238,8 +250,8 @@ class _CrossViewAttention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, *cameras, out, lse = ctx.saved_tensors
         views, scale, allow_tf32 = ctx.flags
-        kernels = load_kernels(OP, "q", q)
-        grads = kernels.backward(d_out, q, k, v, out, lse, views, *cameras, scale, allow_tf32)
+        arguments = (d_out, q, k, v, out, lse, views, *cameras, scale, allow_tf32)
+        grads = run_kernels(OP, "q", q, "backward", *arguments)
         return *grads[:3], None, *grads[3:], None
 
 
@@ -255,7 +267,9 @@ def _op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, views, camera_q, camera_k, camera_v, scale)
-    return load_kernels(OP, "q", q).forward(*arguments, _allow_tf32(q)) if q.is_cuda else _forward_cpu(*arguments)
+    if q.is_cuda:
+        return run_kernels(OP, "q", q, "forward", *arguments, _allow_tf32(q))
+    return _forward_cpu(*arguments)
 
 
 @torch.library.custom_op("mvdream_fast::cross_view_attention_backward", mutates_args=())
@@ -274,7 +288,7 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale)
     if q.is_cuda:
-        grads = load_kernels(OP, "q", q).backward(*arguments, _allow_tf32(q))
+        grads = run_kernels(OP, "q", q, "backward", *arguments, _allow_tf32(q))
     else:
         grads = _backward_cpu(*arguments)
     return *grads[:3], *(q.new_empty(0) if g is None else g for g in grads[3:])

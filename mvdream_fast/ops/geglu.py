@@ -14,8 +14,8 @@ from mvdream_fast.ops._edges import (
     check_float,
     is_batched,
     is_recorded,
-    load_kernels,
     load_native,
+    run_kernels,
     runs_natively,
     thread_count,
     vjp,
@@ -76,8 +76,8 @@ def _is_native(x: Tensor) -> bool:
 
 def _forward_cpu(x: Tensor) -> Tensor:
     if not _is_native(x):
-        value, gate = x.chunk(2, dim=-1)
-        return (value * F.gelu(gate)).contiguous()
+        value, gate = x.to(_wide(x)).chunk(2, dim=-1)
+        return (value * F.gelu(gate)).to(x.dtype).contiguous()
     n_columns = x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], n_columns))
     sizes = (x.numel() // (2 * n_columns), n_columns)
@@ -102,13 +102,13 @@ class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return load_kernels("geglu", "x", x).forward(x)
+        return run_kernels("geglu", "x", x, "forward", x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return load_kernels("geglu", "x", x).backward(d_y, x)
+        return run_kernels("geglu", "x", x, "backward", d_y, x)
 
 
 class _OnCpu(torch.autograd.Function):
@@ -127,12 +127,12 @@ class _OnCpu(torch.autograd.Function):
 
 @torch.library.custom_op("mvdream_fast::geglu", mutates_args=())
 def _op(x: Tensor) -> Tensor:
-    return load_kernels("geglu", "x", x).forward(x) if x.is_cuda else _forward_cpu(x)
+    return run_kernels("geglu", "x", x, "forward", x) if x.is_cuda else _forward_cpu(x)
 
 
 @torch.library.custom_op("mvdream_fast::geglu_backward", mutates_args=())
 def _op_backward(d_y: Tensor, x: Tensor) -> Tensor:
-    return load_kernels("geglu", "x", x).backward(d_y, x) if x.is_cuda else _backward_cpu(d_y, x)
+    return run_kernels("geglu", "x", x, "backward", d_y, x) if x.is_cuda else _backward_cpu(d_y, x)
 
 
 _op.register_fake(lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))

@@ -15,8 +15,8 @@ from mvdream_fast.ops._edges import (
     check_like,
     is_batched,
     is_recorded,
-    load_kernels,
     load_native,
+    run_kernels,
     runs_natively,
     thread_count,
     vjp,
@@ -36,8 +36,9 @@ def group_norm_silu(
     """silu(group_norm(x + emb)); the embedding is one row per image, added to every pixel.
 
     Statistics are float32, two passes (mean, then variance: no cancellation). The memory format is kept; an x that is
-    neither contiguous nor channels_last is copied first. Autocast does not change the dtype: it is the input's.
-    channels_last float32 on a CPU runs natively, bit-identical for any number of threads; the rest there is torch.
+    neither contiguous nor channels_last is copied first, and on CUDA an emb that is not contiguous. Autocast does not
+    change the dtype: it is the input's. channels_last float32 on a CPU runs natively, bit-identical for any number of
+    threads; the rest there is torch. Second derivatives on a native CPU path only.
 
     Args:
         x: [B*V, C, h, w] contiguous or channels_last; float32, float16 or bfloat16 (float64 on the CPU).
@@ -254,16 +255,21 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.is_cuda:
-        return load_kernels("group_norm_silu", "x", x).forward(x, weight, bias, n_groups, eps, emb, silu)
+        return run_kernels("group_norm_silu", "x", x, "forward", x, weight, bias, n_groups, eps, emb, silu)
     return _forward_cpu(x, weight, bias, n_groups, eps, emb, silu)
+
+
+def _backward(d_y: Tensor, x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if x.is_cuda:
+        return run_kernels("group_norm_silu", "x", x, "backward", d_y, x, *rest)
+    return _backward_cpu(d_y, x, *rest)
 
 
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, n_groups, eps, emb, silu):
         x = _dense(x)
-        kernels = load_kernels("group_norm_silu", "x", x)
-        y, mean, rstd = kernels.forward(x, weight, bias, n_groups, eps, emb, silu)
+        y, mean, rstd = _forward(x, weight, bias, n_groups, eps, emb, silu)
         ctx.save_for_backward(x, weight, bias, emb, mean, rstd)
         ctx.flags = n_groups, silu
         return y
@@ -273,8 +279,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(ctx, d_y):
         x, weight, bias, emb, mean, rstd = ctx.saved_tensors
         n_groups, silu = ctx.flags
-        kernels = load_kernels("group_norm_silu", "x", x)
-        grads = kernels.backward(_dense(d_y), x, weight, bias, n_groups, emb, silu, mean, rstd)
+        grads = _backward(_dense(d_y), x, weight, bias, n_groups, emb, silu, mean, rstd)
         return *grads[:3], None, None, grads[3], None
 
 
@@ -321,8 +326,7 @@ def _op_backward(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (_dense(d_y), _dense(x), weight, bias, n_groups, emb, silu, mean, rstd)
-    backward = load_kernels("group_norm_silu", "x", x).backward if x.is_cuda else _backward_cpu
-    *grads, d_emb = backward(*arguments)
+    *grads, d_emb = _backward(*arguments)
     return *grads, x.new_empty(0) if d_emb is None else d_emb
 
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._edges import check_float, is_batched, load_kernels, vmap_error
+from mvdream_fast.ops._edges import check_float, is_batched, run_kernels, vmap_error
 
 OP = "sds_target"
 STD_FLOOR = 1e-8
@@ -40,7 +40,8 @@ def sds_target(
     "x0":  target = rescale * f * x0(m) + (1 - rescale) * x0(m), f = (std x0(c) + 1e-8) / (std x0(m) + 1e-8), the
     unbiased standard deviation over all values of a scene's views; gradient = (z - target) / (B*V).
     "sds": gradient = (1 - abar) (eps(m) - noise) / (B*V), target = z - B*V * gradient; rescale is not used.
-    Nothing is differentiable: both results are constants of the loss. Computed in float32, returned in z's dtype.
+    Nothing is differentiable: both results are constants of the loss. Computed in float32, returned in z's dtype. On
+    CUDA inputs that are not contiguous are copied.
 
     Args:
         z, z_t: clean and noised latents [B*V, C, h, w], views fastest.
@@ -100,8 +101,10 @@ def sds_target_ref(
     else:
         x0_mixed = _to_x0(x_t, mixed, abar, prediction)
         x0_cond = _to_x0(x_t, cond, abar, prediction)
-        factor = (_scene_std(x0_cond, n_views) + STD_FLOOR) / (_scene_std(x0_mixed, n_views) + STD_FLOOR)
-        target = x0_mixed * (rescale * factor + (1 - rescale))
+        target = x0_mixed
+        if rescale:
+            factor = (_scene_std(x0_cond, n_views) + STD_FLOOR) / (_scene_std(x0_mixed, n_views) + STD_FLOOR)
+            target = x0_mixed * (rescale * factor + (1 - rescale))
         step = x - target
     return SDSTarget(target.to(z.dtype), (step / max(n_images, 1)).to(z.dtype))
 
@@ -109,7 +112,7 @@ def sds_target_ref(
 @torch.no_grad()
 def _forward(z: Tensor, *rest) -> tuple[Tensor, Tensor]:
     if z.is_cuda:
-        return load_kernels(OP, "z", z).forward(z, *rest)
+        return run_kernels(OP, "z", z, "forward", z, *rest)
     return sds_target_ref(z, *rest)
 
 
@@ -176,6 +179,8 @@ def _check(
         raise ValueError(f"{OP}: z must be [B*V, C, h, w], got {tuple(z.shape)}; views are the fastest batch index")
     if n_views < 1 or z.shape[0] % n_views:
         raise ValueError(f"{OP}: n_views must divide the batch of {z.shape[0]} images, got {n_views}; check the batch")
+    if mode == "x0" and rescale and z.numel() == z.shape[0] and n_views == 1:
+        raise ValueError(f"{OP}: rescale must be 0 for scenes of one value, got {rescale}; they have no deviation")
     if abar.numel() != 1 and abar.shape != z.shape[:1]:
         raise ValueError(f"{OP}: alphas_cumprod_t must be one element or [B*V], got {tuple(abar.shape)}; index by t")
     named = (("z_t", z_t), ("noise_pred_cond", cond), ("noise_pred_uncond", uncond), ("noise", noise))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import by_name, check_float, is_autocast, is_batched, load_kernels, vmap_error
+from mvdream_fast.ops._edges import by_name, check_float, is_autocast, is_batched, run_kernels, vmap_error
 
 OP = "time_camera_embedding"
 MAX_PERIOD = 10000.0
@@ -40,7 +40,8 @@ def time_camera_embedding(
 
     Without a camera the second MLP is skipped (2D mode). The camera part may come precomputed, since it is constant
     over the steps of a run: pass `camera_embedding` from `ops.camera_embedding` instead of `camera`. Not
-    differentiable in t. Computed in the weights' dtype; under autocast only the result is cast.
+    differentiable in t. Computed in the weights' dtype; under autocast only the result is cast (float64 stays). On CUDA
+    weights that are not contiguous are copied. First derivatives only there, and in a compiled graph.
 
     Args:
         t: [B*V] diffusion steps, integers or floats.
@@ -62,6 +63,8 @@ def time_camera_embedding(
     _check(t, camera, time_mlp, camera_mlp, projections_weight, projections_bias, camera_embedding)
     if camera is None or camera_mlp is None:
         camera_mlp = (None,) * 4
+    if t.requires_grad:
+        t = t.detach()
     arguments = (t, camera, camera_embedding, *time_mlp, *camera_mlp, projections_weight, projections_bias)
     if by_name(projections_weight):
         return _autocast(torch.ops.mvdream_fast.time_camera_embedding(*arguments)[0])
@@ -77,8 +80,21 @@ def time_camera_embedding(
 
 
 def camera_embedding(camera: Tensor, camera_mlp: MLP) -> Tensor:
-    """The camera's part [B*V, E] of the embedding, to be computed once and passed to every step."""
-    return _mlp(camera.to(camera_mlp.w0.dtype), camera_mlp)
+    """The camera's part [B*V, E] of the embedding, to be computed once and passed to every step.
+
+    camera: [B*V, 16] or, with matching weights, any [B*V, K0]. In the weights' dtype, under autocast as well.
+
+    Raises: ValueError, TypeError: shapes, dtypes. RuntimeError: tensors on two devices.
+    """
+    w0 = camera_mlp[0]
+    _check_mlp("camera_mlp", camera_mlp, w0.shape[0] if w0.ndim else 0, w0)
+    if camera.ndim != 2 or camera.shape[1] != w0.shape[1]:
+        raise ValueError(f"{OP}: camera must be [B*V, {w0.shape[1]}], got {list(camera.shape)}; flatten each matrix")
+    _check_home("camera", camera, w0)
+    if not is_autocast(w0):
+        return _mlp(camera.to(w0.dtype), camera_mlp)
+    with torch.autocast(w0.device.type, enabled=False):
+        return _mlp(camera.to(w0.dtype), camera_mlp)
 
 
 def sinusoid(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -154,8 +170,8 @@ def _d_silu(x: Tensor) -> Tensor:
 
 def _forward_kernels(t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias):
     weights = [None if x is None else x.contiguous() for x in (w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)]
-    kernels = load_kernels(OP, "projections_weight", weight)
-    return kernels.forward(t, camera, camera_embedding, weights[:4], weights[4:8], *weights[8:], _allow_tf32(weight))
+    arguments = (t, camera, camera_embedding, weights[:4], weights[4:8], *weights[8:], _allow_tf32(weight))
+    return run_kernels(OP, "projections_weight", weight, "forward", *arguments)
 
 
 def _backward(d_out, emb, hidden_t, hidden_c, t, camera, camera_embedding, *weights, on_kernels: bool):
@@ -163,7 +179,7 @@ def _backward(d_out, emb, hidden_t, hidden_c, t, camera, camera_embedding, *weig
     time_mlp, camera_mlp, weight = weights[:4], weights[4:8], weights[8]
     arguments = (d_out, emb, hidden_t, hidden_c, t, camera, time_mlp, camera_mlp, weight)
     if on_kernels:
-        grads = load_kernels(OP, "projections_weight", weight).backward(*arguments, _allow_tf32(weight))
+        grads = run_kernels(OP, "projections_weight", weight, "backward", *arguments, _allow_tf32(weight))
     else:
         grads = _backward_cpu(*arguments)
     d_embedding = None if camera_embedding is None else grads["emb"].to(camera_embedding.dtype)
@@ -205,7 +221,8 @@ def _op(
     bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)
-    *outs, hidden_c = _forward_kernels(*arguments) if t.is_cuda else _forward_cpu(*arguments)
+    with torch.autocast(weight.device.type, enabled=False):  # a graph's backend may leave the caller's on
+        *outs, hidden_c = _forward_kernels(*arguments) if t.is_cuda else _forward_cpu(*arguments)
     return *outs, weight.new_empty(0) if hidden_c is None else hidden_c
 
 
@@ -260,7 +277,8 @@ _op.register_autograd(_autograd, setup_context=_setup)
 
 
 def _autocast(out: Tensor) -> Tensor:
-    return out.to(torch.get_autocast_dtype(out.device.type)) if is_autocast(out) else out
+    casts = is_autocast(out) and out.dtype != torch.float64
+    return out.to(torch.get_autocast_dtype(out.device.type)) if casts else out
 
 
 def _check(
@@ -282,7 +300,7 @@ def _check(
         )
     n_images, width = t.shape[0], weight.shape[1]
     _check_mlp("time_mlp", time_mlp, width, weight)
-    if time_mlp[0].shape[1] % 2:
+    if time_mlp[0].shape[1] % 2 or not time_mlp[0].shape[1]:
         raise ValueError(f"{OP}: time_mlp.w0 must be [E, 2F], got {tuple(time_mlp[0].shape)}; half cosine, half sine")
     if camera is not None:
         if camera_embedding is not None:
@@ -300,7 +318,11 @@ def _check(
 def _check_mlp(name: str, mlp: MLP, width: int, weight: Tensor) -> None:
     w0, b0, w2, b2 = mlp
     if w0.ndim != 2 or w0.shape[0] != width or b0.shape != (width,) or b2.shape != b0.shape:
-        raise ValueError(f"{OP}: {name}.w0, b0, b2 must be [{width}, K0], [{width}], [{width}]; see projections_weight")
+        got = f"{list(w0.shape)}, {list(b0.shape)} and {list(b2.shape)}"
+        raise ValueError(
+            f"{OP}: {name}.w0, b0 and b2 must be [{width}, K0], [{width}] and [{width}], got {got}; "
+            "E is projections_weight's second axis"
+        )
     if w2.shape != (width, width):
         raise ValueError(f"{OP}: {name}.w2 must be [E, E] = [{width}, {width}], got {tuple(w2.shape)}; E is "
                          "projections_weight's second axis")  # fmt: skip

@@ -37,6 +37,7 @@ def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Raises:
         ValueError: shapes. TypeError: not float32. RuntimeError: other devices, watched by torch.func, under vmap.
+        torch.compile does not know it: the models take torch's convolution while they are compiled.
 
     Source: Lavin and Gray 2015, "Fast Algorithms for Convolutional Neural Networks", section 4.
     """
@@ -66,9 +67,14 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """What the extension writes to, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight, bias = _last(x), _last(weight), bias if bias is None else bias.contiguous()
-    y = torch.empty((x.shape[0], len(weight), *x.shape[2:]), memory_format=torch.channels_last)
+    y = _empty((x.shape[0], len(weight), *x.shape[2:]))
     if not (x.numel() and weight.numel()):  # no sums, or nothing to hold them
         return y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
     pointers = address(x), _images(x), address(weight), address(bias)
@@ -84,7 +90,7 @@ def _d_x(d_y: Tensor, weight: Tensor) -> Tensor:
 
 
 def _d_weight(d_y: Tensor, x: Tensor) -> Tensor:
-    x, d_weight = _last(x), torch.empty((d_y.shape[1], x.shape[1], 3, 3), memory_format=torch.channels_last)
+    x, d_weight = _last(x), _empty((d_y.shape[1], x.shape[1], 3, 3))
     if not (x.numel() and d_y.numel()):
         return d_weight.zero_()
     pointers = address(x), _images(x), address(d_y)
@@ -109,7 +115,11 @@ class _Winograd(torch.autograd.Function):
             inputs = [a for a in (x, weight, bias) if a is not None]
             gradients = vjp(lambda *a: (winograd_conv3x3_ref(*a),), inputs, [d_y])
             return *gradients, *[None] * (3 - len(inputs))
-        wanted, d_y = ctx.needs_input_grad, _last(d_y)
+        wanted = ctx.needs_input_grad
+        if not runs_natively(d_y):  # several cotangents at once, for one
+            sizes, ones, zeros = None if bias is None else [len(bias)], [1, 1], [0, 0]
+            return torch.ops.aten.convolution_backward(d_y, x, weight, sizes, ones, ones, ones, False, zeros, 1, wanted)
+        d_y = _last(d_y)
         d_x = _d_x(d_y, weight) if wanted[0] else None
         d_weight = _d_weight(d_y, x) if wanted[1] else None
         return d_x, d_weight, d_y.sum((0, 2, 3)) if wanted[2] else None
@@ -122,7 +132,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if a is not None and a.dtype != torch.float32:
             raise TypeError(f"{OP}: {name} must be float32, got {a.dtype}; use torch's conv2d for the others")
         if a is not None and not runs_natively(a):
-            raise RuntimeError(f"{OP}: {name} must be a plain CPU tensor, got one on {a.device}; use torch's conv2d")
+            got = f"one on {a.device}" if a.device.type != "cpu" else "a subclass, or one that is negated or watched"
+            raise RuntimeError(f"{OP}: {name} must be a plain CPU tensor, got {got}; use torch's conv2d")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         wanted = "[B*V, C, h, w] and [C_out, C, 3, 3]"
         raise ValueError(
