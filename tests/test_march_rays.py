@@ -335,3 +335,41 @@ def test_prune_of_nothing_and_refusals():
         prune_samples(samples, torch.zeros(1))
     with pytest.raises(ValueError, match=r"prune_samples: alpha_thre must be in \[0, 1\], got 1.5"):
         prune_samples(samples, empty, alpha_thre=1.5)
+
+
+BAD_PACKINGS = [
+    (torch.tensor([[0, 2], [2, 1 << 40]]), ValueError, "packed_info must be ray after ray without gaps"),
+    (torch.tensor([[0, 2], [-(1 << 40), 2]]), ValueError, "packed_info must be ray after ray without gaps"),
+    (torch.tensor([[0, 2], [2, 1]]), ValueError, "packed_info must be ray after ray without gaps, 4 samples in all"),
+    (torch.tensor([[0, 5], [5, -1]]), ValueError, "packed_info must be ray after ray without gaps"),
+    (torch.tensor([0, 4]), ValueError, r"packed_info must be of shape \[n_rays, 2\]"),
+    (torch.tensor([[0, 2], [2, 2]], dtype=torch.int32), TypeError, "packed_info must be int64"),
+    (
+        torch.zeros(2, 2, dtype=torch.int64, device="meta"),
+        RuntimeError,
+        "packed_info must be on the device of t_starts",
+    ),
+]
+
+
+@pytest.mark.parametrize(("packed_info", "error", "text"), BAD_PACKINGS)
+def test_a_packing_that_points_elsewhere_is_refused(packed_info, error, text):
+    samples, rays = Samples(torch.rand(4), torch.rand(4) + 1, packed_info), torch.ones(2, 3)
+    with pytest.raises(error, match=f"prune_samples: {text}"):
+        prune_samples(samples, torch.ones(4))
+    with pytest.raises(error, match=f"Samples.positions: {text}"):
+        samples.positions(rays, rays)
+
+
+def test_positions_are_of_the_rays_that_were_marched():
+    samples, rays = Samples(torch.rand(4), torch.rand(4) + 1, torch.tensor([[0, 2], [2, 2]])), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"Samples.positions: rays_o must be of shape \[2, 3\], got \[1, 3\]"):
+        samples.positions(rays[:1], rays)
+    with pytest.raises(ValueError, match=r"Samples.positions: rays_d must be of shape \[2, 3\], got \[3, 3\]"):
+        samples.positions(rays, torch.ones(3, 3))
+    with pytest.raises(RuntimeError, match=r"Samples.positions: rays_d must be on the device of t_starts"):
+        samples.positions(rays, rays.to("meta"))
+    with pytest.raises(ValueError, match=r"Samples.positions: t_ends must be of shape \[4\], got \[3\]"):
+        Samples(samples.t_starts, samples.t_ends[:3], samples.packed_info).positions(rays, rays)
+    wide = Samples(samples.t_starts.double(), samples.t_ends.double(), samples.packed_info)
+    torch.testing.assert_close(wide.positions(rays, rays), samples.positions(rays, rays).double(), atol=1e-6, rtol=0)

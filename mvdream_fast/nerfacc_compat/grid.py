@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mvdream_fast import ops
 from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples
-from mvdream_fast.ops.march_rays import march_rays, pack_bits, rows_of
+from mvdream_fast.ops._packing import rows_of
+from mvdream_fast.ops.march_rays import march_rays, pack_bits
 
 
 @torch.no_grad()

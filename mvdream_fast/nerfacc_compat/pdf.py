@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples, layout
-from mvdream_fast.ops.march_rays import rows_of
+from mvdream_fast.ops._packing import rows_of
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops.march_rays import pack_info as pack
+from mvdream_fast.ops._packing import pack_info as pack
 from mvdream_fast.ops.packed_scan import packed_scan
 
 

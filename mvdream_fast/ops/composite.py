@@ -17,12 +17,11 @@ from mvdream_fast.ops._edges import (
     is_batched,
     load_native,
     queue_of,
-    require,
     runs_natively,
     vjp,
     vmap_error,
 )
-from mvdream_fast.ops.march_rays import exclusive_sum_packed, pack_info, rows_of
+from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
 
 
 class Rendered(NamedTuple):
@@ -234,40 +233,6 @@ def _stride(background: torch.Tensor | None) -> int:
 
 def _wide(*tensors: torch.Tensor | None) -> bool:
     return any(x is not None and x.dtype != torch.float32 for x in tensors)
-
-
-def check_packing(op, n_samples, ray_indices, packed_info, n_rays) -> torch.Tensor:
-    """The packing of n_samples samples as packed_info [R, 2], from whichever of the two descriptions is given."""
-    one = (ray_indices is None) != (packed_info is None)
-    require(one, op, "one of ray_indices and packed_info", "given", "both or none", "pass exactly one")
-    if packed_info is None:
-        require(n_rays is not None, op, "n_rays", "given with ray_indices", None, "rays without samples count too")
-        require(
-            ray_indices.dtype == torch.int64, op, "ray_indices", "int64", ray_indices.dtype, "use .long()", TypeError
-        )
-        fits = tuple(ray_indices.shape) == (n_samples,)
-        require(fits, op, "ray_indices", f"of shape [{n_samples}]", list(ray_indices.shape), "one ray a sample")
-        return _pack_sorted(op, ray_indices, n_rays)
-    require(packed_info.dtype == torch.int64, op, "packed_info", "int64", packed_info.dtype, "use .long()", TypeError)
-    two = packed_info.ndim == 2 and packed_info.shape[1] == 2
-    require(two, op, "packed_info", "of shape [n_rays, 2]", list(packed_info.shape), "pass start and count of each ray")
-    same = n_rays is None or n_rays == packed_info.shape[0]
-    require(same, op, "n_rays", f"{packed_info.shape[0]} as in packed_info", n_rays, "leave it out")
-    starts, counts = packed_info.unbind(-1)
-    tight = bool((counts >= 0).all() & (starts == counts.cumsum(0) - counts).all()) and int(counts.sum()) == n_samples
-    require(
-        tight, op, "packed_info", f"ray after ray without gaps, {n_samples} samples in all", "other", "use pack_info"
-    )
-    return packed_info
-
-
-def _pack_sorted(op, ray_indices, n_rays) -> torch.Tensor:
-    if ray_indices.numel():
-        ordered = bool((ray_indices[1:] >= ray_indices[:-1]).all())
-        require(ordered, op, "ray_indices", "sorted", "a decreasing index", "sort the samples by ray")
-        first, last = int(ray_indices[0]), int(ray_indices[-1])
-        require(first >= 0 and last < n_rays, op, "ray_indices", f"in [0, {n_rays})", [first, last], "check n_rays")
-    return pack_info(ray_indices, n_rays)
 
 
 def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background) -> torch.Tensor:

@@ -22,6 +22,7 @@ from mvdream_fast.ops._edges import (
     require,
     runs_natively,
 )
+from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
 
 _RAYS_PER_BLOCK = 2048
 
@@ -57,9 +58,15 @@ class Samples:
         return 0.5 * (self.t_starts + self.t_ends)
 
     def positions(self, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
-        """Midpoints in scene units, [S, 3]; differentiable in the rays."""
-        in_graph = torch.compiler.is_compiling()
-        if not in_graph and runs_natively(rays_o, rays_d, devices=BACKENDS) and not is_recorded(rays_o, rays_d):
+        """Midpoints in scene units, [S, 3]; differentiable in the rays.
+
+        rays_o, rays_d: [R, 3], those that were marched. Raises: as `march_rays` for unfitting arguments.
+        """
+        if torch.compiler.is_compiling():
+            return positions_ref(self, rays_o, rays_d)
+        check_samples("Samples.positions", self, rays_o=rays_o, rays_d=rays_d)
+        tensors = (rays_o, rays_d, self.t_starts, self.t_ends)
+        if runs_natively(*tensors, devices=BACKENDS) and not is_recorded(*tensors):
             return _positions(self, rays_o, rays_d)
         return positions_ref(self, rays_o, rays_d)
 
@@ -76,18 +83,6 @@ def positions_ref(samples: Samples, rays_o: torch.Tensor, rays_d: torch.Tensor) 
     """`Samples.positions` in plain torch."""
     rays = samples.ray_indices
     return rays_o[rays] + rays_d[rays] * samples.t_mids[:, None]
-
-
-def pack_info(ray_indices: torch.Tensor, n_rays: int) -> torch.Tensor:
-    """Start and count of each ray's samples, [R, 2] int64, from sorted ray_indices [S]."""
-    counts = torch.bincount(ray_indices, minlength=n_rays)
-    return torch.stack([counts.cumsum(0) - counts, counts], dim=-1)
-
-
-def rows_of(packed_info: torch.Tensor, n: int) -> torch.Tensor:
-    """The ray of each of n packed values, [n] int64: the inverse of `pack_info`."""
-    rays = torch.arange(packed_info.shape[0], device=packed_info.device)
-    return torch.repeat_interleave(rays, packed_info[:, 1], output_size=n)
 
 
 def march_rays(
@@ -153,6 +148,17 @@ def march_rays_ref(
     return Samples(t_starts, t_ends, pack_info(ray_indices, n_rays))
 
 
+def check_samples(op: str, samples: Samples, **rays: torch.Tensor) -> None:
+    """What the extension reads by packed_info lies in the samples; `rays` are [R, 3] of as many as were marched."""
+    n_samples = samples.t_starts.shape[0] if samples.t_starts.ndim else 0
+    for name in ("t_starts", "t_ends"):
+        check_shaped(op, name, getattr(samples, name), (n_samples,))
+    check_same_device(op, t_starts=samples.t_starts, t_ends=samples.t_ends, packed_info=samples.packed_info, **rays)
+    check_packing(op, n_samples, None, samples.packed_info, None)
+    for name, ray in rays.items():
+        check_shaped(op, name, ray, (samples.n_rays, 3))
+
+
 def prune_samples(
     samples: Samples, sigmas: torch.Tensor, alpha_thre: float = 0.0, early_stop_eps: float = 1e-4
 ) -> Samples:
@@ -166,6 +172,7 @@ def prune_samples(
     if torch.compiler.is_compiling():
         packed = (samples.t_starts, samples.t_ends, samples.packed_info)
         return Samples(*torch.ops.mvdream_fast.prune_samples(*packed, sigmas, alpha_thre, early_stop_eps))
+    check_samples("prune_samples", samples)
     check_shaped("prune_samples", "sigmas", sigmas, (samples.n_samples,))
     check_same_device("prune_samples", sigmas=sigmas, t_starts=samples.t_starts)
     for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
@@ -189,17 +196,6 @@ def visible_ref(samples, sigmas, alpha_thre=0.0, early_stop_eps=1e-4) -> torch.T
 def optical_depth(transmittance: float) -> float:
     """-log(transmittance), infinite at 0."""
     return -math.log(transmittance) if transmittance > 0 else math.inf
-
-
-def exclusive_sum_packed(values: torch.Tensor, packed_info: torch.Tensor) -> torch.Tensor:
-    """Sum of a ray's values [S] before each one, [S], along the padded rows of its rays: differentiable."""
-    n_rays = packed_info.shape[0]
-    if values.numel() == 0 or n_rays == 0:
-        return values * 0
-    rows, (starts, counts) = rows_of(packed_info, values.shape[0]), packed_info.unbind(-1)
-    columns = torch.arange(values.shape[0], device=values.device) - starts[rows]
-    padded = values.new_zeros(n_rays, int(counts.max()) + 1).index_put((rows, columns + 1), values)
-    return padded.cumsum(-1)[rows, columns]
 
 
 def unpack_bits(bits: torch.Tensor, n_cells: int) -> torch.Tensor:
@@ -316,7 +312,9 @@ def _prune_op(
     alpha_thre: float,
     early_stop_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kept = _prune(Samples(t_starts, t_ends, packed_info), sigmas, alpha_thre, early_stop_eps)
+    samples = Samples(t_starts, t_ends, packed_info)
+    check_samples("prune_samples", samples)
+    kept = _prune(samples, sigmas, alpha_thre, early_stop_eps)
     return kept.t_starts, kept.t_ends, kept.packed_info
 
 

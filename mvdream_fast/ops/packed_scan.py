@@ -3,8 +3,7 @@
 import torch
 
 from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, thread_count
-from mvdream_fast.ops.composite import check_packing
-from mvdream_fast.ops.march_rays import rows_of
+from mvdream_fast.ops._packing import check_packing, rows_of
 
 
 def packed_scan(
