@@ -360,6 +360,39 @@ def test_cell_by_cell_and_the_limit():
     assert ends.tolist() == [0, 4]
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"rays_mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"rays_mask must be of shape \[4\], got \[3\]"),
+        ({"rays_mask": torch.ones(4, 1, dtype=torch.bool)}, ValueError, r"rays_mask must be of shape \[4\]"),
+        ({"rays_mask": torch.ones(4)}, TypeError, "rays_mask must be a bool tensor, got torch.float32"),
+        ({"rays_mask": [True] * 4}, TypeError, "rays_mask must be a bool tensor, got list"),
+        ({"far_planes": torch.tensor([9, 9, math.nan, 9])}, ValueError, "far must be a number, got NaN"),
+        ({"near_planes": torch.tensor([0, math.nan, 0, 0])}, ValueError, "rays_o, rays_d and near must be finite"),
+        ({"rays_o": torch.full((4, 3), math.nan)}, ValueError, "rays_o, rays_d and near must be finite"),
+        ({"rays_d": torch.tensor([[1, 0, math.nan]] * 4)}, ValueError, "rays_o, rays_d and near must be finite"),
+        ({"step_size": math.nan}, ValueError, "step_size must be a number, got NaN"),
+    ],
+)
+def test_refusals_of_a_traversal(change, error, text):
+    rays_o, rays_d = rays_around(4)
+    cells, boxes = torch.ones(1, 4, 4, 4, dtype=torch.bool), torch.tensor([[-1.0, -1, -1, 1, 1, 1]])
+    arguments = {"rays_o": rays_o, "rays_d": rays_d, "binaries": cells, "aabbs": boxes, "step_size": 0.1} | change
+    with pytest.raises(error, match=f"traverse_grids: {text}"):
+        nerfacc.traverse_grids(**arguments)
+
+
+@pytest.mark.parametrize("cone_angle", [0.0, 0.1])  # the fast way, and the general one
+@pytest.mark.parametrize("broken", ["rays_o", "rays_d", "t_min", "t_max"])
+def test_rays_that_are_no_numbers_are_refused_by_sampling(cone_angle, broken):
+    grid = nerfacc.OccGridEstimator([-1, -1, -1, 1, 1, 1], resolution=4)
+    rays_o, rays_d = rays_around(4)
+    arguments = {"rays_o": rays_o, "rays_d": rays_d, "t_min": torch.zeros(4), "t_max": torch.full((4,), 9.0)}
+    arguments[broken][2] = math.nan
+    with pytest.raises(ValueError, match="far must be a number" if broken == "t_max" else "near must be finite"):
+        grid.sampling(**arguments, render_step_size=0.1, cone_angle=cone_angle)
+
+
 def test_estimator_finds_a_ball_and_samples_it():
     torch.manual_seed(0)
     grid = nerfacc.OccGridEstimator(torch.tensor([-1.0, -1, -1, 1, 1, 1]), resolution=16, levels=2)

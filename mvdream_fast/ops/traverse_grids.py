@@ -3,6 +3,7 @@
 Runs on the CPU for tensors of any device. One grid with a fixed step is `march_rays`, which is faster and exact.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,13 +47,15 @@ def traverse_grids(
     Where several boxes hold a point, the first in the list decides. A step_size of 0 or less gives one interval per
     occupied cell. Rays outside rays_mask have none. Not differentiable.
 
-    rays_o, rays_d: [R, 3]. binaries: [n_grids, Gx, Gy, Gz] bool. aabbs: [n_grids, 6]. near, far: [R].
+    rays_o, rays_d: [R, 3]. binaries: [n_grids, Gx, Gy, Gz] bool. aabbs: [n_grids, 6]. near, far: [R]. rays_mask: [R]
+    bool, None for all rays.
     max_samples: at most this many samples of a ray, the nearest.
 
-    Returns: Traversed. Raises: ValueError, TypeError for unfitting arguments and for rays that aren't finite.
+    Returns: Traversed.
+    Raises: ValueError for shapes, for a NaN, infinite or zero ray, a NaN bound or step, an empty box; TypeError.
     Source: the conventions of nerfacc 0.5.3.
     """
-    _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle)
+    _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, rays_mask)
     n_rays, device = rays_o.shape[0], rays_o.device
     mask = torch.ones(n_rays, dtype=torch.bool) if rays_mask is None else rays_mask
     tensors = [_host(x) for x in (rays_o, rays_d, mask.to(torch.uint8), near, far, binaries.to(torch.uint8), aabbs)]
@@ -77,7 +80,7 @@ def _host(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle) -> None:
+def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, rays_mask) -> None:
     op, n_rays = "traverse_grids", rays_o.shape[0]
     check_shaped(op, "rays_o", rays_o, (None, 3))
     check_shaped(op, "rays_d", rays_d, (n_rays, 3))
@@ -92,4 +95,12 @@ def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle) ->
     finite = bool(torch.isfinite(rays_o).all() & torch.isfinite(rays_d).all() & torch.isfinite(near).all())
     raise_for(op, 0 if finite else 1)
     raise_for(op, 0 if bool((rays_d != 0).any(-1).all()) else 2)
+    raise_for(op, 4 if bool(far.isnan().any()) else 0)
+    require(not math.isnan(step_size), op, "step_size", "a number", "NaN", "pass 0 for one interval per cell")
     require(cone_angle >= 0, op, "cone_angle", "at least 0", cone_angle, "pass the growth of the step per distance")
+    if rays_mask is not None:
+        is_bool = isinstance(rays_mask, torch.Tensor) and rays_mask.dtype == torch.bool
+        got = getattr(rays_mask, "dtype", type(rays_mask).__name__)
+        require(is_bool, op, "rays_mask", "a bool tensor", got, "compare it with something", TypeError)
+        fits = tuple(rays_mask.shape) == (n_rays,)
+        require(fits, op, "rays_mask", f"of shape [{n_rays}]", list(rays_mask.shape), "one value a ray")
