@@ -244,6 +244,22 @@ def test_second_derivatives(background):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
+def test_gradient_of_what_an_output_does_not_depend_on():
+    args, behind = scene(8, longest=6), backgrounds(8)["each"]
+    for wanted in (1, 2):  # the colours, the background: opacity depends on neither
+        inputs = [args[0], args[1].clone(), behind]
+        inputs[wanted].requires_grad_()
+        out = composite(*inputs[:2], *args[2:4], packed_info=args[4], background=inputs[2])
+        (gradient,) = torch.autograd.grad(out.opacity.sum(), inputs[wanted], create_graph=True)
+        assert gradient.shape == inputs[wanted].shape
+        assert not gradient.any()
+    inputs = [args[0].clone().requires_grad_(), args[1].clone().requires_grad_()]
+    out = composite(*inputs, *args[2:4], packed_info=args[4])
+    d_sigmas, d_rgb = torch.autograd.grad(out.opacity.sum(), inputs, create_graph=True)
+    assert d_sigmas.any()
+    assert not d_rgb.any()
+
+
 def test_forward_mode_goes_through_the_reference():
     sigmas, rgb, t_starts, t_ends, packed_info = scene(8, longest=6)
 

@@ -246,6 +246,33 @@ def test_second_derivatives_of_the_native_op():
         close_to_largest("second_derivatives", a, b)
 
 
+def test_densities_have_no_gradient_in_the_colours_weights():
+    spec = FieldSpec(GRID)
+    (positions, table, density, features), (d, _) = inputs(spec, n_points=20)
+    frozen = [positions.detach(), table.detach(), [w.detach() for w in density], features]
+    sigmas, _ = ops.field(*frozen, spec)
+    gradients = torch.autograd.grad(sigmas, features, d, create_graph=True)
+    assert [g.shape for g in gradients] == [w.shape for w in features]
+    assert not any(g.any() for g in gradients)
+
+
+def test_second_derivatives_under_autocast_are_those_without_it():
+    spec = FieldSpec(GRID)
+    (positions, table, density, features), (d, _) = inputs(spec, n_points=50)
+
+    def slope():
+        sigmas, _ = ops.field(positions, table, density, features, spec)
+        return torch.autograd.grad(sigmas, positions, d, create_graph=True)[0]
+
+    wanted = slope()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = slope()
+    assert torch.equal(got, wanted)
+    leaf = [table, *density]
+    second = [torch.autograd.grad(x.square().sum(), leaf) for x in (got, wanted)]
+    assert all(torch.equal(a, b) for a, b in zip(*second, strict=True))
+
+
 def test_forward_mode_goes_through_the_reference():
     spec = FieldSpec(GRID)
     positions, table, density, features = (

@@ -1,6 +1,8 @@
 """The volume module: presets, initialisation, and normals by two independent ways."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -140,3 +142,15 @@ def test_no_points():
 def test_unknown_normal_mode_is_refused():
     with pytest.raises(ValueError, match="normals: mode must be 'analytic' or 'finite_difference', got 'sobel'"):
         Volume(SMALL).normals(points(1), "sobel")
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda volume: pickle.loads(pickle.dumps(volume))])
+def test_a_volume_that_has_run_can_be_copied(twin_of):
+    volume, x = Volume(SMALL), points(20)
+    wanted = volume(x)
+    twin = twin_of(volume)
+    assert all(torch.equal(a, b) for a, b in zip(twin(x), wanted, strict=True))
+    assert twin.spec == volume.spec
+    with torch.no_grad():
+        twin.table.zero_()
+    assert torch.equal(volume(x)[1], wanted[1])

@@ -118,11 +118,19 @@ def is_recorded(*tensors: Tensor | None) -> bool:
 def vjp(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of `function` with a graph of their own, for the second derivatives of an op; None where unwanted."""
+    """Gradients of `function` with a graph of their own, for the second derivatives of an op; None where unwanted.
+
+    Zeros for what no output with a cotangent depends on. In full precision under autocast, too, as the op itself is.
+    """
     wanted = [x for x in inputs if x.requires_grad]
-    pairs = [(y, d) for y, d in zip(function(*inputs), cotangents, strict=True) if d is not None and y.requires_grad]
-    outputs, d_outputs = zip(*pairs, strict=True)
-    gradients = iter(torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True, allow_unused=True))
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        outputs = zip(function(*inputs), cotangents, strict=True)
+        pairs = [(y, d) for y, d in outputs if d is not None and y.requires_grad]
+        if pairs:
+            options = {"create_graph": True, "materialize_grads": True}
+            gradients = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [d for _, d in pairs], **options))
+        else:  # torch.autograd.grad refuses to start from nothing
+            gradients = map(torch.zeros_like, wanted)
     return [next(gradients) if x.requires_grad else None for x in inputs]
 
 

@@ -91,6 +91,10 @@ class HashGrid:
         levels = [(lv.scale, lv.resolution, lv.offset, lv.size, lv.hashed) for lv in self.levels]
         return load_native("hash_encode").HashGrid(self.n_features, levels)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The native object can be neither copied nor pickled, and is made again when it is needed.
+        return {name: value for name, value in vars(self).items() if name != "native"}
+
 
 def hash_encode(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     """Encodes points by trilinear interpolation of learned features at every level of a hash grid.
