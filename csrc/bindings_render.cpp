@@ -4,6 +4,7 @@
 
 #include <array>
 #include <limits>
+#include <memory>
 
 #include "cpu/rays.h"
 #include "cpu/scan.h"
@@ -19,9 +20,25 @@ static T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-static MarchArgs march_args(Address rays_o, Address rays_d, Address jitter, Address near, Address far, float near_all,
-                            float far_all, int64_t n_rays, Address bits, std::array<int, 3> resolution,
-                            std::array<float, 6> aabb, float step, int64_t max_samples, int n_threads) {
+// The arguments of a march with the scan of its grid, which all its calls share, and those of a part of its rays.
+struct March {
+  MarchArgs args;
+  std::shared_ptr<const GridScan> scan;
+
+  March rays(int64_t first, int64_t n) const {
+    March part = *this;
+    part.args.rays_o += 3 * first;
+    part.args.rays_d += 3 * first;
+    for (const float** of_each : {&part.args.jitter, &part.args.near, &part.args.far})
+      if (*of_each != nullptr) *of_each += first;
+    part.args.n_rays = n;
+    return part;
+  }
+};
+
+static March march_args(Address rays_o, Address rays_d, Address jitter, Address near, Address far, float near_all,
+                        float far_all, int64_t n_rays, Address bits, std::array<int, 3> resolution,
+                        std::array<float, 6> aabb, float step, int64_t max_samples, int n_threads) {
   MarchArgs args;
   args.rays_o = at<float>(rays_o);
   args.rays_d = at<float>(rays_d);
@@ -37,7 +54,10 @@ static MarchArgs march_args(Address rays_o, Address rays_d, Address jitter, Addr
   args.step = step;
   args.max_samples = max_samples < 0 ? std::numeric_limits<int64_t>::max() : max_samples;
   args.n_threads = n_threads;
-  return args;
+  const auto scan = std::make_shared<GridScan>();
+  MVDREAM_FAST_CPU(scan_grid)(args, scan.get());
+  args.scan = scan.get();
+  return {args, scan};
 }
 
 static Packed packed(Address t_starts, Address t_ends, Address packed_info, int64_t n_rays, int n_threads) {
@@ -46,18 +66,18 @@ static Packed packed(Address t_starts, Address t_ends, Address packed_info, int6
 
 static void bind_march(py::module_& m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
-  py::class_<MarchArgs>(m, "MarchArgs").def(py::init(&march_args));
+  py::class_<March>(m, "MarchArgs").def(py::init(&march_args)).def("rays", &March::rays);
   py::class_<Packed>(m, "Packed").def(py::init(&packed));
-  m.def("march_status", [](const MarchArgs& args) { return MVDREAM_FAST_CPU(march_status)(args); }, NoGil());
+  m.def("march_status", [](const March& march) { return MVDREAM_FAST_CPU(march_status)(march.args); }, NoGil());
   m.def(
       "march_count",
-      [](const MarchArgs& args, Address counts) { return MVDREAM_FAST_CPU(march_count)(args, at<int64_t>(counts)); },
+      [](const March& march, Address counts) { return MVDREAM_FAST_CPU(march_count)(march.args, at<int64_t>(counts)); },
       NoGil());
   m.def(
       "march_fill",
-      [](const MarchArgs& args, Address packed_info, Address t_starts, Address t_ends) {
+      [](const March& march, Address packed_info, Address t_starts, Address t_ends) {
         MVDREAM_FAST_CPU(march_fill)
-        (args, at<int64_t>(packed_info), at<float>(t_starts), at<float>(t_ends));
+        (march.args, at<int64_t>(packed_info), at<float>(t_starts), at<float>(t_ends));
       },
       NoGil());
   m.def(
@@ -118,12 +138,12 @@ static void bind_rounds(py::module_& m) {
       }));
   m.def(
       "render_march",
-      [](const MarchArgs& args, const RenderRound& round) { return MVDREAM_FAST_CPU(render_march)(args, round); },
+      [](const March& march, const RenderRound& round) { return MVDREAM_FAST_CPU(render_march)(march.args, round); },
       NoGil());
   m.def(
       "render_positions",
-      [](const MarchArgs& args, const RenderRound& round, Address positions) {
-        MVDREAM_FAST_CPU(render_positions)(args, round, at<float>(positions));
+      [](const March& march, const RenderRound& round, Address positions) {
+        MVDREAM_FAST_CPU(render_positions)(march.args, round, at<float>(positions));
       },
       NoGil());
   m.def(

@@ -17,7 +17,7 @@ MVDREAM_FAST_HD float alpha_of(float x) {
   x = x > 87.0f ? 87.0f : x;  // exp(-87) is still a normal number; beyond it alpha is 1. NaN stays NaN
   x = x < -87.0f ? -87.0f : x;
   const float scaled = x * -1.44269504f;
-  const int n = static_cast<int>(scaled - 0.5f);
+  const int n = static_cast<int>(x == x ? scaled - 0.5f : 0.0f);  // a NaN has no integer
   const float nf = static_cast<float>(n);
   const float r = (-x - nf * 0.693359375f) - nf * -2.12194440e-4f;
   float p = 1.9875691500e-4f;

@@ -13,6 +13,23 @@
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
 
+// Whether a ray can be marched.
+enum MarchStatus {
+  kMarchFine = 0,
+  kMarchNotFinite = 1,
+  kMarchNoDirection = 2,
+  kMarchJitter = 3,
+  kMarchFar = 4,
+  kMarchTooFine = 5,
+};
+
+// A component of a direction this small moves no midpoint out of its cell: its axis never bounds a stretch.
+constexpr double kParallel = 1e-30;
+
+// Steps of a ray through the box. Near a cell's face a march tests points of the lattice one by one, in number one in a
+// million of its steps: with more than these it would not end.
+constexpr double kMostSteps = 4294967296.0;
+
 constexpr int kBlock = 4;  // cells a side of a block
 
 // What is known of a block: nothing in it, something, or every cell of a whole block (one that the grid doesn't cut).
@@ -80,6 +97,25 @@ MVDREAM_FAST_HD void point_at(const float* o, const float* d, float t, float* ou
   }
 }
 
+MVDREAM_FAST_HD MarchStatus status_of_ray(const float* o, const float* d, float jitter, float near, float far,
+                                          const float* aabb, float step) {
+  float finite = 0.0f * near;
+  for (int a = 0; a < 3; ++a) finite += 0.0f * o[a] + 0.0f * d[a];  // NaN if anything is infinite or NaN
+  if (!(finite == 0.0f)) return kMarchNotFinite;
+  if (!(jitter >= 0 && jitter < 1)) return kMarchJitter;
+  if (far != far) return kMarchFar;
+  bool parallel = true;
+  double way = static_cast<double>(far) - near;
+  for (int a = 0; a < 3; ++a) {
+    const double component = fabs(static_cast<double>(d[a]));
+    if (component < kParallel) continue;
+    parallel = false;
+    way = fmin(way, (static_cast<double>(aabb[a + 3]) - aabb[a]) / component);
+  }
+  if (parallel) return kMarchNoDirection;
+  return way <= kMostSteps * step ? kMarchFine : kMarchTooFine;
+}
+
 // First lattice index at or above x, kept in the range of integers.
 MVDREAM_FAST_HD int64_t ceil_index(double x) {
   if (!(x > 0)) return 0;
@@ -107,8 +143,7 @@ MVDREAM_FAST_HD RayWalk begin_walk(const OccupancyView& grid, const float* o, co
     walk.o[a] = o[a];
     walk.d[a] = d[a];
     walk.slack += 1e-9 * (fabs(walk.o[a]) + fabs(grid.low[a]) + grid.size[a] * grid.n[a]);
-    // A direction this small moves no midpoint out of its cell: the axis never bounds a stretch.
-    const bool parallel = fabs(walk.d[a]) < 1e-30;
+    const bool parallel = fabs(walk.d[a]) < kParallel;
     walk.inv[a] = parallel ? 0 : 1.0 / walk.d[a];
     if (!parallel) clip_to_slab(grid.clip[a], grid.clip[a + 3], walk.o[a], walk.inv[a], &enter, &exit);
   }

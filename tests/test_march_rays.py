@@ -62,6 +62,16 @@ def test_parity_of_sample_sets(share, resolution):
     assert equal(march_rays(*rays, BOX, bits, resolution, STEP), march_rays_ref(*rays, BOX, bits, resolution, STEP))
 
 
+@pytest.mark.parametrize("share", [0.002, 0.05, 1.0])
+@pytest.mark.parametrize("resolution", [(5, 6, 131), (9, 3, 64), (130, 2, 3), (4, 8, 200), (3, 1, 77)])
+def test_parity_on_rows_of_several_words(resolution, share):
+    """The scan of the grid reads 64 cells along z at a time, from any bit on."""
+    bits, rays = pack_bits(random_grid(resolution, share, seed=5)), random_rays(200, spread=0.7)
+    fast, reference = (f(*rays, BOX, bits, resolution, STEP) for f in (march_rays, march_rays_ref))
+    assert reference.n_samples > 10
+    assert equal(fast, reference)
+
+
 @pytest.mark.parametrize("resolution", [32, 30])
 def test_parity_on_a_ball_with_full_blocks_inside(resolution):
     centres = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
@@ -238,7 +248,16 @@ def test_same_bits_for_any_number_of_threads():
         ({"resolution": 9}, ValueError, r"occupancy_bits must be of shape \[92\]"),
         ({"occupancy_bits": torch.ones(64)}, TypeError, "occupancy_bits must be uint8"),
         ({"step_size": 0.0}, ValueError, "step_size must be positive"),
+        ({"rays_d": torch.full((4, 3), 9e-31)}, ValueError, "rays_d must be non-zero"),
+        (
+            {"rays_d": torch.tensor([[1e-20, 0, 0]] * 4)},
+            ValueError,
+            "rays_d must be of a length that crosses the box in",
+        ),
+        ({"step_size": 1e-11}, ValueError, "rays_d must be of a length that crosses the box in at most 2.32 steps"),
         ({"jitter": torch.full((4,), 2.0)}, ValueError, "jitter must be in"),
+        ({"jitter": torch.ones(4)}, ValueError, r"jitter must be in \[0, 1\)"),
+        ({"jitter": torch.full((4,), math.nan)}, ValueError, "jitter must be in"),
         ({"jitter": torch.zeros(3)}, ValueError, "jitter must be of shape"),
         ({"near": math.inf}, ValueError, "near must be finite"),
         ({"near": torch.tensor([0, 0, math.nan, 0])}, ValueError, "near must be finite"),
@@ -253,6 +272,24 @@ def test_refusals(change, error, text):
     arguments |= {"resolution": 8, "step_size": 0.1} | change
     with pytest.raises(error, match=f"march_rays: .*{text}"):
         march_rays(**arguments)
+
+
+def test_directions_that_are_small_but_not_too_small():
+    """An infinite `far` and directions along which a step hardly moves: the lattice is that of the reference."""
+    rays_o, rays_d = torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([[1e-3, 0.0, -1e-31]])
+    bits = pack_bits(random_grid(4, 1.0))
+    fast, reference = (f(rays_o, rays_d, BOX, bits, 4, 0.5) for f in (march_rays, march_rays_ref))
+    assert reference.n_samples == 1800
+    assert equal(fast, reference)
+    assert march_rays(rays_o, rays_d * 1e-15, BOX, bits, 4, 0.5, far=2.0).n_samples == 4
+
+
+def test_an_absurd_number_of_samples_is_refused():
+    rays_o, rays_d = torch.tensor([[-1.0, 0, 0]]).expand(600, 3), torch.tensor([[1.0, 0, 0]]).expand(600, 3)
+    with pytest.raises(
+        ValueError, match=r"march_rays: step_size must be long enough for 2\^40 samples at most"
+    ):
+        march_rays(rays_o, rays_d, BOX, torch.ones(1, dtype=torch.uint8), 1, 5e-10)
 
 
 def test_bits_round_trip():

@@ -3,12 +3,17 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
 namespace mvdream_fast {
 
-enum MarchStatus { kMarchFine = 0, kMarchNotFinite = 1, kMarchNoDirection = 2, kMarchJitter = 3, kMarchFar = 4 };
+// What is known of an occupancy grid before any ray is looked at; made once for all the calls of a march.
+struct GridScan {
+  std::vector<uint8_t> blocks;  // as in march.h
+  int first[3], last[3];        // of the occupied cells; last is below first where there is none
+};
 
 struct MarchArgs {
   const float* rays_o;  // [R, 3]
@@ -24,6 +29,7 @@ struct MarchArgs {
   float step;
   int64_t max_samples;  // of one ray
   int n_threads;
+  const GridScan* scan = nullptr;  // on CPUs
 };
 
 struct Packed {
@@ -79,7 +85,10 @@ struct CompositeBackward {
 
 }  // namespace mvdream_fast
 
-// Whether the rays can be marched: the highest MarchStatus of them.
+// The scan of the arguments' grid, for their `scan`.
+MVDREAM_FAST_CPU_OP(void, scan_grid, const mvdream_fast::MarchArgs& args, mvdream_fast::GridScan* scan)
+
+// Whether the rays can be marched: the highest MarchStatus (march.h) of them.
 MVDREAM_FAST_CPU_OP(int, march_status, const mvdream_fast::MarchArgs& args)
 
 // Samples of each ray, [R]; returns a MarchStatus.

@@ -1,7 +1,5 @@
-// The arguments of a march, ready to walk rays: the grid with the blocks of cells that hold anything.
+// The arguments of a march, ready to walk rays: the grid with what its scan found.
 #pragma once
-
-#include <vector>
 
 #include "cpu/rays.h"
 #include "march.h"
@@ -14,33 +12,16 @@ constexpr int64_t kRaysPerChunk = 64;  // of one thread at a time; results do no
 struct GridOfArgs {
   const MarchArgs& args;
   OccupancyView view;
-  std::vector<uint8_t> blocks;
   bool any;  // cell is occupied
 
   explicit GridOfArgs(const MarchArgs& args)
-      : args(args), view(make_view(args.bits, nullptr, args.resolution, args.aabb)) {
-    std::vector<uint8_t> counts(static_cast<size_t>(view.n_blocks[0]) * view.n_blocks[1] * view.n_blocks[2], 0);
-    int first[3] = {view.n[0], view.n[1], view.n[2]}, last[3] = {-1, -1, -1}, cell[3];
-    for (cell[0] = 0; cell[0] < view.n[0]; ++cell[0])
-      for (cell[1] = 0; cell[1] < view.n[1]; ++cell[1])
-        for (cell[2] = 0; cell[2] < view.n[2]; ++cell[2]) {
-          if (!cell_occupied(view, cell)) continue;
-          ++counts[block_index(view, cell)];
-          for (int a = 0; a < 3; ++a) {
-            first[a] = cell[a] < first[a] ? cell[a] : first[a];
-            last[a] = cell[a] > last[a] ? cell[a] : last[a];
-          }
-        }
-    constexpr int whole = kBlock * kBlock * kBlock;
-    blocks.resize(counts.size());
-    for (size_t i = 0; i < counts.size(); ++i)
-      blocks[i] = counts[i] == 0 ? kBlockEmpty : counts[i] == whole ? kBlockFull : kBlockMixed;
-    view.blocks = blocks.data();
+      : args(args), view(make_view(args.bits, args.scan->blocks.data(), args.resolution, args.aabb)) {
+    const GridScan& scan = *args.scan;
     for (int a = 0; a < 3; ++a) {
-      view.clip[a] = view.low[a] + view.size[a] * first[a];
-      view.clip[a + 3] = view.low[a] + view.size[a] * (last[a] + 1);
+      view.clip[a] = view.low[a] + view.size[a] * scan.first[a];
+      view.clip[a + 3] = view.low[a] + view.size[a] * (scan.last[a] + 1);
     }
-    any = last[0] >= 0;
+    any = scan.last[0] >= 0;
   }
   GridOfArgs(const GridOfArgs&) = delete;
   GridOfArgs& operator=(const GridOfArgs&) = delete;

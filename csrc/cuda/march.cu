@@ -13,15 +13,9 @@ using namespace device;
 constexpr int kThreads = 128;
 
 __device__ int ray_status(const MarchArgs& args, int64_t ray) {
-  const float *o = args.rays_o + 3 * ray, *d = args.rays_d + 3 * ray;
-  float finite = 0;
-  for (int a = 0; a < 3; ++a) finite += 0.0f * o[a] + 0.0f * d[a];  // NaN if anything is infinite or NaN
-  if (args.near) finite += 0.0f * args.near[ray];
-  if (!(finite == 0.0f)) return kMarchNotFinite;
-  if (d[0] == 0 && d[1] == 0 && d[2] == 0) return kMarchNoDirection;
-  if (args.jitter && !(args.jitter[ray] >= 0 && args.jitter[ray] <= 1)) return kMarchJitter;
-  if (args.far && args.far[ray] != args.far[ray]) return kMarchFar;
-  return kMarchFine;
+  return status_of_ray(args.rays_o + 3 * ray, args.rays_d + 3 * ray, args.jitter ? args.jitter[ray] : 0.0f,
+                       args.near ? args.near[ray] : args.near_all, args.far ? args.far[ray] : args.far_all, args.aabb,
+                       args.step);
 }
 
 __global__ void __launch_bounds__(kThreads) march_status_kernel(MarchArgs args, int* worst) {

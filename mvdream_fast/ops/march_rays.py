@@ -25,6 +25,7 @@ from mvdream_fast.ops._edges import (
 from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
 
 _RAYS_PER_BLOCK = 2048
+_MOST_SAMPLES = 1 << 40  # 8 TB: nobody means that, and torch's own words for it name no argument
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def march_rays(
     near, far: numbers, or [R]. max_samples: at most this many samples of one ray, the nearest; None for all.
 
     Returns: Samples; with no ray or no occupied cell there are none, and every count is 0.
-    Raises: ValueError for shapes, for a NaN, infinite or zero ray, a NaN bound, an empty box; TypeError; RuntimeError.
+    Raises: ValueError for shapes, for a NaN, infinite or zero ray, a NaN bound, an empty box, steps so short that a ray
+    would take more than 2^32 of them through the box; TypeError; RuntimeError.
     Source: the conventions of nerfacc 0.5.3's occupancy-grid estimator (Li et al., arXiv 2305.04966).
     """
     if torch.compiler.is_compiling():
@@ -216,7 +218,7 @@ def _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_s
     args, _alive = march_args("march_rays", rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
     counts = torch.empty(rays_o.shape[0], dtype=torch.int64, device=rays_o.device)
     raise_for("march_rays", native.march_count(args, counts.data_ptr()))
-    samples = _empty_samples(counts)
+    samples = _empty_samples("march_rays", counts)
     native.march_fill(args, *map(address, (samples.packed_info, samples.t_starts, samples.t_ends)))
     return samples
 
@@ -243,7 +245,7 @@ def _prune(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
     counts = torch.empty(samples.n_rays, dtype=torch.int64, device=sigmas.device)
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     native.prune_count(packed, sigmas.data_ptr(), *depths, keep.data_ptr(), counts.data_ptr())
-    kept = _empty_samples(counts)
+    kept = _empty_samples("prune_samples", counts)
     native.prune_fill(packed, *map(address, (keep, kept.packed_info, kept.t_starts, kept.t_ends)))
     return kept
 
@@ -261,9 +263,11 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().contiguous()
 
 
-def _empty_samples(counts: torch.Tensor) -> Samples:
+def _empty_samples(op: str, counts: torch.Tensor) -> Samples:
     ends = counts.cumsum(0)
     n_samples = int(ends[-1]) if ends.numel() else 0
+    few = n_samples <= _MOST_SAMPLES
+    require(few, op, "step_size", "long enough for 2^40 samples at most", f"{n_samples} samples", "take longer steps")
     t_starts, t_ends = (torch.empty(n_samples, dtype=torch.float32, device=counts.device) for _ in range(2))
     return Samples(t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
 
@@ -330,12 +334,14 @@ def _unknown_samples(like: torch.Tensor, n_rays: int) -> tuple[torch.Tensor, tor
 
 
 def raise_for(op: str, status: int) -> None:
-    """A MarchStatus of csrc/cpu/rays.h as the error that it stands for."""
+    """A MarchStatus of csrc/march.h as the error that it stands for."""
     look = "look at the camera that made the rays"
     require(status != 1, op, "rays_o, rays_d and near", "finite", "a NaN or infinite number", look)
-    require(status != 2, op, "rays_d", "non-zero", "a direction of length 0", "normalise the directions")
+    require(status != 2, op, "rays_d", "non-zero", "a direction of length 0 (below 1e-30)", "normalise the directions")
     require(status != 4, op, "far", "a number", "NaN", "use infinity for no limit")
     require(status != 3, op, "jitter", "in [0, 1)", "a value outside", "pass a fraction of the step")
+    few = "of a length that crosses the box in at most 2^32 steps"
+    require(status != 5, op, "rays_d", few, "a shorter one", "normalise the directions, or take longer steps")
 
 
 def _march_block(rays_o, rays_d, box, occupied, shape, step, start, far, max_samples, first_ray):

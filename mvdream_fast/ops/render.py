@@ -181,24 +181,21 @@ def _render_cpu(
     rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
 ) -> RenderedImage:
     native, n_rays = load_native("render"), rays_o.shape[0]
-    rays_o, rays_d = rays_o.detach().float().contiguous(), rays_d.detach().float().contiguous()
+    march, _alive = march_args("render", rays_o, rays_d, box, bits, shape, step_size, None, near, far)
+    raise_for("render", native.march_status(march))
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
-    rgb, opacity, depth = (rays_o.new_empty(size) for size in ((n_rays, 3), n_rays, n_rays))
+    outputs = [rays_o.new_empty(*size, dtype=torch.float32) for size in ((n_rays, 3), (n_rays,), (n_rays,))]
+    behind = None if background is None else background.detach().float().contiguous()
     n_samples = 0
     for i in range(0, n_rays, _RAYS_PER_CHUNK):
         part = slice(i, min(i + _RAYS_PER_CHUNK, n_rays))
-        march = (rays_o[part], rays_d[part], box, bits, shape, step_size, None, _bound(near, part), _bound(far, part))
-        args, alive = march_args("render", *march)
-        raise_for("render", native.march_status(args))
-        state, n = _rounds(native, args, part.stop - i, field, *depths)
-        behind = _rows(background, part)
-        behind = None if behind is None else behind.detach().float().contiguous()
-        stride = 3 if behind is not None and behind.ndim == 2 else 0
-        pixels = (rgb[part], opacity[part], depth[part])
-        native.render_finish(state.data_ptr(), part.stop - i, address(behind), stride, *map(address, pixels))
+        state, n = _rounds(native, march.rays(i, part.stop - i), part.stop - i, field, *depths)
+        own = _rows(behind, part)
+        stride = 3 if own is not None and own.ndim == 2 else 0
+        pixels = (address(x[part]) for x in outputs)
+        native.render_finish(state.data_ptr(), part.stop - i, address(own), stride, *pixels)
         n_samples += n
-        del alive
-    return RenderedImage(rgb, opacity, depth, n_samples)
+    return RenderedImage(*outputs, n_samples)
 
 
 def _rounds(native, args, n_rays: int, field: Field, least: float, most: float) -> tuple[torch.Tensor, int]:
