@@ -52,10 +52,10 @@ QueuedMarch march_args(Address rays_o, Address rays_d, Address jitter, Address n
 
 void bind_queue(py::module_& m) {
   py::class_<cuda::Queue>(m, "Queue")
-      .def(py::init([](Address stream, bool deterministic, bool tf32) {
-             return cuda::Queue{at<CUstream_st>(stream), deterministic, tf32};
+      .def(py::init([](Address stream, bool deterministic, bool tf32, int device) {
+             return cuda::Queue{at<CUstream_st>(stream), deterministic, tf32, device};
            }),
-           py::arg("stream"), py::arg("deterministic") = false, py::arg("tf32") = false);
+           py::arg("stream"), py::arg("deterministic") = false, py::arg("tf32") = false, py::arg("device") = -1);
   py::implicitly_convertible<py::int_, cuda::Queue>();
 }
 
@@ -206,5 +206,9 @@ void bind_cuda(py::module_& m) {
 }  // namespace mvdream_fast
 
 #ifdef MVDREAM_FAST_CUDA_HOST
-PYBIND11_MODULE(_cuda_host, m) { mvdream_fast::bind_cuda(m); }
+#include <cuda_runtime.h>
+PYBIND11_MODULE(_cuda_host, m) {
+  mvdream_fast::bind_cuda(m);
+  m.def("devices", [] { return std::array<int, 2>{shim::device, shim::launched_on}; });  // now, and of the last launch
+}
 #endif

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_composite
@@ -161,6 +162,55 @@ def test_tf32_has_the_error_of_ten_bits(monkeypatch, cuda_host):
 
 
 @pytest.fixture
+def launches(cuda_host, monkeypatch):
+    """Ops queue on device 2; the current device after each call and that of its launches, by the function's name."""
+    for name in ("march_rays", "composite", "hash_encode", "field"):
+        module = sys.modules[f"mvdream_fast.ops.{name}"]
+        monkeypatch.setattr(module, "queue_of", lambda like: cuda_host.Queue(0, device=2))
+    seen = {}
+
+    def watched(name):
+        def call(*arguments):
+            out = getattr(cuda_host, name)(*arguments)
+            seen[name] = cuda_host.devices()
+            return out
+
+        return call
+
+    classes = {"HashGrid", "Field", "MarchArgs", "Packed"}
+    functions = {name for name in dir(cuda_host) if name[0].islower() and name not in ("devices", "update_occupancy")}
+    backend = {name: getattr(cuda_host, name) for name in classes} | {name: watched(name) for name in functions}
+    monkeypatch.setattr(mvdream_fast, "_C", SimpleNamespace(**backend))
+    return seen, functions
+
+
+def test_every_op_makes_its_device_current_and_restores_it(fused, launches):
+    seen, functions = launches
+    rays, ball, bits = test_render_op.rays_around(5), hash_grid_ball(), test_render_op.grid(0.3)
+    fused(*rays, ball, test_render_op.BOX, bits, 32, test_render_op.STEP)
+    samples = ops.march_rays(*rays, test_render_op.BOX, bits, 32, test_render_op.STEP)
+    positions = samples.positions(*rays).requires_grad_()
+    sigmas, rgb = ball(positions)
+    out = ops.composite(sigmas, rgb, samples.t_starts, samples.t_ends, packed_info=samples.packed_info)
+    (out.rgb.sum() + ops.hash_encode(positions, ball.table, ball.spec.grid).sum()).backward()
+    ops.prune_samples(samples, sigmas)
+    assert set(seen) == functions
+    assert len(functions) == 13
+    assert all(devices == [0, 2] for devices in seen.values()), seen
+
+
+def test_update_occupancy_makes_its_device_current(cuda_host):
+    numbers = torch.rand(8)
+    out, bits = torch.empty(8), torch.empty(1, dtype=torch.uint8)
+    addresses = (numbers.data_ptr(), 8, numbers.data_ptr(), 0, 8, 0.95, 0.01, out.data_ptr(), bits.data_ptr())
+    cuda_host.update_occupancy(*addresses, cuda_host.Queue(0, device=3))
+    assert cuda_host.devices() == [0, 3]
+    with pytest.raises(RuntimeError, match="device: CUDA must succeed, got an error"):
+        cuda_host.update_occupancy(*addresses, cuda_host.Queue(0, device=4))
+    assert cuda_host.devices()[0] == 0
+
+
+@pytest.fixture
 def fused(monkeypatch):
     """`render` by the way that CUDA takes."""
     render_op = sys.modules["mvdream_fast.ops.render"]
@@ -227,8 +277,6 @@ def test_fused_render_of_nothing(fused, n_rays):
 
 def test_a_build_without_cuda_says_so(monkeypatch):
     monkeypatch.undo()
-    from types import SimpleNamespace
-
     from mvdream_fast import _C
 
     if hasattr(_C, "cuda"):

@@ -1,8 +1,11 @@
 """What the ops share at their edges: how many threads a native call takes, and the sentences of refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import mvdream_fast
 from mvdream_fast.ops import _edges
 
 
@@ -31,6 +34,15 @@ def test_a_control_groups_cores_bound_the_threads_that_nobody_chose(torch_of_64_
 def test_a_number_from_the_environment_was_chosen(torch_of_64_cores, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     assert _edges.thread_count() == 64
+
+
+def test_a_queue_names_the_device_of_its_tensors(monkeypatch):
+    made = []
+    cuda = SimpleNamespace(Queue=lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(mvdream_fast, "_C", SimpleNamespace(cuda=cuda), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7 + device.index))
+    _edges.queue_of(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 3)))
+    assert made == [(10, False, torch.backends.cuda.matmul.allow_tf32, 3)]
 
 
 def test_refusals_say_what_to_do():

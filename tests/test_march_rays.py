@@ -286,9 +286,7 @@ def test_directions_that_are_small_but_not_too_small():
 
 def test_an_absurd_number_of_samples_is_refused():
     rays_o, rays_d = torch.tensor([[-1.0, 0, 0]]).expand(600, 3), torch.tensor([[1.0, 0, 0]]).expand(600, 3)
-    with pytest.raises(
-        ValueError, match=r"march_rays: step_size must be long enough for 2\^40 samples at most"
-    ):
+    with pytest.raises(ValueError, match=r"march_rays: step_size must be long enough for 2\^40 samples at most"):
         march_rays(rays_o, rays_d, BOX, torch.ones(1, dtype=torch.uint8), 1, 5e-10)
 
 

@@ -122,11 +122,13 @@ __global__ void __launch_bounds__(kThreads, 4) composite_backward_kernel(Packed 
 }  // namespace
 
 void composite_forward(const Packed& samples, const CompositeForward& args, Queue queue) {
+  const DeviceGuard guard(queue.device);
   launch("composite forward", composite_forward_kernel, blocks_for(samples.n_rays, kThreads / kWarp), kThreads, 0,
          queue.stream, samples, args);
 }
 
 void composite_backward(const Packed& samples, const CompositeBackward& args, Queue queue) {
+  const DeviceGuard guard(queue.device);
   launch("composite backward", composite_backward_kernel, blocks_for(samples.n_rays, kThreads / kWarp), kThreads, 0,
          queue.stream, samples, args);
 }

@@ -318,6 +318,7 @@ __global__ void add_parts_kernel(const __grid_constant__ Field field, const __gr
 
 bool field_backward(const Field& field, const float* positions, int64_t n, const float* d_sigmas, const float* d_rgb,
                     const FieldGradients& gradients, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const Networks networks = make_networks(field);
   const bool with_sums = gradients.density != nullptr || gradients.color != nullptr;
   const size_t limit = shared_limit();

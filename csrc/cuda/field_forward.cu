@@ -60,6 +60,7 @@ void pad_networks(const Field& field, const Networks& networks, float* out, cuda
 }
 
 bool field_forward(const Field& field, const float* positions, int64_t n, float* sigmas, float* rgb, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const Networks networks = make_networks(field);
   const Scratch<float> weights(networks.size, queue.stream);
   pad_networks(field, networks, weights.get(), queue.stream);

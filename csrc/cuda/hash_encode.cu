@@ -147,6 +147,7 @@ void scatter_fixed(const HashGrid& grid, const float* positions, float scale, fl
 
 bool hash_encode_forward(const HashGrid& grid, const float* table, const float* positions, int64_t n, float* out,
                          Queue queue) {
+  const DeviceGuard guard(queue.device);
   const int64_t per_level = (n + kThreads - 1) / kThreads;
   with_features(grid.n_features, [&](auto f) {
     launch("hash_encode forward", encode_kernel<f>, blocks_for(per_level * grid.n_levels, 1, 1 << 30), kThreads, 0,
@@ -157,6 +158,7 @@ bool hash_encode_forward(const HashGrid& grid, const float* table, const float* 
 
 bool hash_encode_backward(const HashGrid& grid, const float* table, const float* positions, int64_t n,
                           const float* d_out, float* d_table, float* d_positions, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const int64_t per_level = (n + kThreads - 1) / kThreads;
   with_features(grid.n_features, [&](auto f) {
     if (d_table != nullptr && queue.deterministic) {

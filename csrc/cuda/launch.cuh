@@ -26,6 +26,28 @@ inline void check(cudaError_t error, const char* what) {
                            "; run with CUDA_LAUNCH_BLOCKING=1 to find the launch");
 }
 
+// Makes a device current for as long as it lives, as the first thing that an entry point does: streams, launches and
+// attributes belong to the current device, and nobody else has made the tensors' device current.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    if (device < 0) return;
+    int current = 0;
+    check(cudaGetDevice(&current), "device");
+    if (current == device) return;
+    check(cudaSetDevice(device), "device");
+    before_ = current;
+  }
+  ~DeviceGuard() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = -1;
+};
+
 // Blocks for n items; kernels stride over the grid, so that any n fits the cap.
 inline int64_t blocks_for(int64_t n, int64_t per_block, int64_t most = 1 << 16) {
   const int64_t n_blocks = (n + per_block - 1) / per_block;

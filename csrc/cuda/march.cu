@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 int march_status(const MarchArgs& args, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const Scratch<int> worst(1, queue.stream);
   worst.zero(1);
   launch("march status", march_status_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
@@ -110,6 +111,7 @@ int march_status(const MarchArgs& args, Queue queue) {
 }
 
 int march_count(const MarchArgs& args, int64_t* counts, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const int status = march_status(args, queue);
   if (status != kMarchFine) return status;
   const Blocks blocks(args, queue.stream);
@@ -119,24 +121,28 @@ int march_count(const MarchArgs& args, int64_t* counts, Queue queue) {
 }
 
 void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const Blocks blocks(args, queue.stream);
   launch("march fill", march_fill_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
          blocks.get(), packed_info, t_starts, t_ends);
 }
 
 void sample_positions(const Packed& samples, const float* rays_o, const float* rays_d, float* positions, Queue queue) {
+  const DeviceGuard guard(queue.device);
   launch("sample positions", sample_positions_kernel, blocks_for(samples.n_rays, kThreads / kWarp), kThreads, 0,
          queue.stream, samples, rays_o, rays_d, positions);
 }
 
 void prune_count(const Packed& samples, const float* sigmas, double least, double most, uint8_t* keep, int64_t* counts,
                  Queue queue) {
+  const DeviceGuard guard(queue.device);
   launch("prune count", prune_count_kernel, blocks_for(samples.n_rays, kThreads), kThreads, 0, queue.stream, samples,
          sigmas, least, most, keep, counts);
 }
 
 void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packed_info, float* t_starts, float* t_ends,
                 Queue queue) {
+  const DeviceGuard guard(queue.device);
   launch("prune fill", prune_fill_kernel, blocks_for(samples.n_rays, kThreads), kThreads, 0, queue.stream, samples,
          keep, packed_info, t_starts, t_ends);
 }

@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void update_occupancy(const float* ema, int64_t n_cells, const float* values, const int64_t* cells, int64_t n_values,
                       float decay, float threshold, float* new_ema, uint8_t* bits, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const char* name = "update occupancy";
   const int64_t of_cells = blocks_for(n_cells, kThreads), of_values = blocks_for(n_values, kThreads);
   launch(name, decay_all_kernel, of_cells, kThreads, 0, queue.stream, ema, cells ? nullptr : values, n_cells, decay,

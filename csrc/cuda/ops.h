@@ -16,6 +16,7 @@ struct Queue {
   CUstream_st* stream = nullptr;
   bool deterministic = false;  // sums into the table in fixed point, which any order of the threads leaves alike
   bool tf32 = false;           // one tensor-core product for a float32 one, to 10 bits, instead of three, to 21
+  int device = -1;             // of the stream and of every pointer; -1 for the one that is current
 };
 
 // The MarchStatus of rays, waiting for it; then the samples of each ray, [R].

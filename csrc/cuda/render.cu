@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t render(const Field& field, const MarchArgs& march, double least, double most, const float* background,
                int64_t background_stride, float* rgb, float* opacity, float* depth, Queue queue) {
+  const DeviceGuard guard(queue.device);
   const Networks networks = make_networks(field);
   const Scratch<float> weights(networks.size, queue.stream);
   const Scratch<unsigned long long> counters(2, queue.stream);

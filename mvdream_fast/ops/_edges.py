@@ -206,7 +206,8 @@ def _allowed() -> int:
 
 
 def queue_of(like: Tensor) -> object:
-    """What native calls take last: on a CPU the number of threads; on CUDA the current stream with torch's settings.
+    """What native calls take last: on a CPU the number of threads; on CUDA the current stream with torch's settings,
+    and the tensor's device, which the call makes current.
 
     torch.use_deterministic_algorithms and torch.backends.cuda.matmul.allow_tf32 are the settings that count.
     """
@@ -216,7 +217,7 @@ def queue_of(like: Tensor) -> object:
 
     stream = torch.cuda.current_stream(like.device).cuda_stream
     tf32 = torch.backends.cuda.matmul.allow_tf32
-    return _C.cuda.Queue(stream, torch.are_deterministic_algorithms_enabled(), tf32)
+    return _C.cuda.Queue(stream, torch.are_deterministic_algorithms_enabled(), tf32, like.device.index)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -188,7 +188,8 @@ inline bool run_block(int n_threads, size_t shared_bytes) {
 }  // namespace shim
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorLaunchFailure = 719, cudaErrorMemoryAllocation = 2;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorLaunchFailure = 719, cudaErrorMemoryAllocation = 2,
+                      cudaErrorInvalidDevice = 101;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -206,7 +207,16 @@ inline cudaError_t cudaFuncSetAttribute(const void*, int, int bytes) {
 }
 // A small GPU's limit makes large networks take the way without staging.
 constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// Several devices that share the host's memory, to see which one an op makes current.
+namespace shim {
+constexpr int kDevices = 4;
+inline int device = 0, launched_on = -1;
+}  // namespace shim
+inline cudaError_t cudaGetDevice(int* device) { return *device = shim::device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= shim::kDevices) return cudaErrorInvalidDevice;
+  return shim::device = device, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 99 * 1024, cudaSuccess; }
 inline cudaError_t cudaMallocAsync(void** out, size_t bytes, cudaStream_t) {
   *out = std::malloc(bytes);
@@ -226,6 +236,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
+  shim::launched_on = shim::device;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   shim::block.body = [&] { kernel(arguments...); };
