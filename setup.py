@@ -55,6 +55,7 @@ PACKAGES = [
     "mvdream_fast.kernels",
     "mvdream_fast.models",
     "mvdream_fast.nerfacc_compat",
+    "mvdream_fast.nerfacc_compat.estimators",
     "mvdream_fast.ops",
     "mvdream_fast.weights",
 ]

@@ -177,6 +177,79 @@ def test_accumulate():
         nerfacc.accumulate_along_rays(weights, None, RAYS)
 
 
+PACKED_FUNCTIONS = {
+    "pack_info": lambda rays, n: nerfacc.pack_info(rays, n),
+    "accumulate_along_rays": lambda rays, n: nerfacc.accumulate_along_rays(ALPHAS, None, rays, n),
+    "accumulate_along_rays_": lambda rays, n: nerfacc.accumulate_along_rays_(ALPHAS, None, rays, torch.zeros(n, 1)),
+    "distortion": lambda rays, n: nerfacc.distortion(ALPHAS, ALPHAS, ALPHAS + 1, rays, n),
+    "rendering": lambda rays, n: nerfacc.rendering(
+        ALPHAS, ALPHAS + 1, rays, n, rgb_alpha_fn=lambda *_: (torch.ones(7, 3), ALPHAS)
+    ),
+    **{
+        f"render_{name}_from_{kind}": lambda rays, n, name=name, kind=kind: getattr(
+            nerfacc, f"render_{name}_from_{kind}"
+        )(*(ALPHAS, ALPHAS + 1)[: 2 * (kind == "density")], ALPHAS, ray_indices=rays, n_rays=n)
+        for name in ("transmittance", "weight", "visibility")
+        for kind in ("alpha", "density")
+    },
+}
+
+
+@pytest.mark.parametrize("name", PACKED_FUNCTIONS)
+def test_ray_indices_are_checked(name):
+    call, unsorted = PACKED_FUNCTIONS[name], RAYS.flip(0)
+    call(RAYS, 3)
+    for rays in (RAYS, RAYS - 1):
+        with pytest.raises(ValueError, match=r"ray_indices must be in \[0, 2\)"):
+            call(rays, 2)
+    if name.startswith("accumulate"):  # a sum has no order
+        call(unsorted, 3)
+    else:
+        with pytest.raises(ValueError, match="pack_info: ray_indices must be sorted, got a decreasing index"):
+            call(unsorted, 3)
+
+
+def test_packed_chunks_without_their_rays_are_refused():
+    loose = nerfacc.RaySamples(torch.rand(7), ray_indices=RAYS.flip(0))
+    with pytest.raises(ValueError, match="ray_indices must be sorted"):
+        nerfacc.searchsorted(loose, loose)
+    with pytest.raises(ValueError, match=r"accumulate_along_rays: ray_indices must be of shape \[7\], got \[6\]"):
+        nerfacc.accumulate_along_rays(ALPHAS, None, RAYS[:6], 3)
+
+
+def strided(values):
+    """The same values with a stride, and one of them with stride 0 beside its contiguous copy."""
+    one = values[:1].expand(values.shape)
+    return [(torch.stack([values, -values], -1)[..., 0], values), (one, one.contiguous())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["inclusive_sum", "exclusive_sum", "inclusive_prod", "exclusive_prod"])
+def test_scans_of_strided_values(name, dtype):
+    function, far_apart = getattr(nerfacc, name), packing().T.contiguous().T
+    for values, plain in strided(draw(42, dtype=dtype)):
+        assert not values.is_contiguous()
+        results = []
+        for x, info in ((values, far_apart), (plain, packing())):
+            x = x.detach().requires_grad_()
+            out = function(x, info)
+            results.append([out, *torch.autograd.grad(out, x, draw(1, seed=1, dtype=dtype).expand(42))])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["alpha", "density"])
+@pytest.mark.parametrize("name", ["transmittance", "weight", "visibility"])
+def test_rendering_of_strided_values(name, kind):
+    function, rays = getattr(nerfacc, f"render_{name}_from_{kind}"), torch.repeat_interleave(torch.arange(6), LENGTHS)
+    for values, plain in strided(draw(42) * 0.9):
+        results = []
+        for x in (values, plain):
+            edges = (x * 0, x * 0 + 1) if kind == "density" else ()
+            out = function(*edges, x, ray_indices=rays.repeat(2, 1).T[:, 0], n_rays=6, prefix_trans=x[:1].expand(42))
+            results.append(out if isinstance(out, tuple) else (out,))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_distortion():
     weights, t = draw(2, 4).requires_grad_(), draw(2, 5, seed=1).sort(-1).values
     t_starts, t_ends = t[:, :-1], t[:, 1:]
@@ -497,6 +570,23 @@ def test_refusals():
         nerfacc.traverse_grids(torch.zeros(1, 3), torch.zeros(1, 3), cells, boxes)
     with pytest.raises(ValueError, match="nerfacc_compat: packed vals must be given with packed_info or ray_indices"):
         nerfacc.searchsorted(loose, loose)
+
+
+def test_submodules_have_nerfaccs_paths():
+    from mvdream_fast.nerfacc_compat import data_specs, grid, losses, pack, pdf, scan, volrend
+    from mvdream_fast.nerfacc_compat.estimators.base import AbstractEstimator
+    from mvdream_fast.nerfacc_compat.estimators.occ_grid import OccGridEstimator
+
+    assert OccGridEstimator is nerfacc.OccGridEstimator
+    assert pack.pack_info is nerfacc.pack_info
+    named = {data_specs: "RaySamples", grid: "traverse_grids", losses: "distortion", pdf: "importance_sampling"}
+    named |= {scan: "exclusive_sum", volrend: "rendering"}
+    assert all(getattr(module, name) is getattr(nerfacc, name) for module, name in named.items())
+    assert isinstance(OccGridEstimator([0, 0, 0, 1, 1, 1], resolution=4), AbstractEstimator)
+    assert AbstractEstimator().device == torch.device("cpu")
+    for call in (AbstractEstimator().sampling, AbstractEstimator().update_every_n_steps):
+        with pytest.raises(NotImplementedError, match=f"{call.__name__}: AbstractEstimator must define it"):
+            call()
 
 
 def parameters(function):

@@ -42,6 +42,18 @@ def test_by_hand():
     assert bits.tolist() == [0b0010]  # the mean decides: only cell 1 is above it
 
 
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize(("dtype", "other"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_results_have_the_dtype_of_ema(dtype, other, some):
+    ema, cells = (draw(60) ** 2).to(dtype), torch.tensor([3, 1, 3, 59]) if some else None
+    values = draw(4 if some else 60, seed=2).to(other) / 3
+    fast, reference = (f(ema, values, cells, 0.95, 0.2) for f in (update_occupancy, update_occupancy_ref))
+    assert fast[0].dtype == reference[0].dtype == dtype
+    assert torch.equal(fast[0], reference[0])
+    assert torch.equal(fast[1], reference[1])
+    torch.library.opcheck(torch.ops.mvdream_fast.update_occupancy.default, (ema, values, cells, 0.95, 0.2))
+
+
 def test_all_equal_cells_are_empty_and_all_unseen_too():
     _, bits = update_occupancy(torch.zeros(9), torch.zeros(9))
     assert bits.tolist() == [0, 0]

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mvdream_fast.nerfacc_compat.estimators.base import AbstractEstimator
 from mvdream_fast.nerfacc_compat.grid import sample_grids
 from mvdream_fast.nerfacc_compat.scan import pack_info
 from mvdream_fast.nerfacc_compat.volrend import render_visibility_from_alpha, render_visibility_from_density
@@ -12,7 +13,7 @@ from mvdream_fast.ops.march_rays import unpack_bits
 from mvdream_fast.ops.update_occupancy import update_occupancy
 
 
-class OccGridEstimator(nn.Module):
+class OccGridEstimator(AbstractEstimator):
     """Occupancy of `levels` nested grids, each twice as large as the one before, around roi_aabb.
 
     Buffers as in nerfacc, so that its checkpoints load: resolution [3], aabbs [levels, 6], occs [levels * cells] and
@@ -43,10 +44,6 @@ class OccGridEstimator(nn.Module):
         coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
         self.register_buffer("grid_coords", coordinates, persistent=False)
         self.register_buffer("grid_indices", torch.arange(self.cells_per_lvl), persistent=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.occs.device
 
     @torch.no_grad()
     def sampling(

@@ -3,18 +3,21 @@
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._packing import pack_info as pack
+from mvdream_fast.ops._packing import pack_sorted
 from mvdream_fast.ops.packed_scan import packed_scan
 
 
 @torch.no_grad()
 def pack_info(ray_indices: Tensor, n_rays: int | None = None) -> Tensor:
-    """Start and count of each ray's samples, [R, 2], of sorted ray_indices [S]; n_rays defaults to the last + 1."""
+    """Start and count of each ray's samples, [R, 2], of sorted ray_indices [S]; n_rays defaults to the last + 1.
+
+    Raises: ValueError for indices that are not sorted, or not in [0, n_rays).
+    """
     if ray_indices.ndim != 1:
         raise ValueError(f"pack_info: ray_indices must be of shape [S], got {list(ray_indices.shape)}; flatten them")
     if n_rays is None:
         n_rays = int(ray_indices.max()) + 1 if ray_indices.numel() else 0
-    return pack(ray_indices.long(), n_rays).to(ray_indices.dtype)
+    return pack_sorted("pack_info", ray_indices.long(), n_rays).to(ray_indices.dtype)
 
 
 def inclusive_sum(inputs: Tensor, packed_info: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.nerfacc_compat.scan import exclusive_prod, exclusive_sum, pack_info
+from mvdream_fast.ops._edges import require
 
 
 def rendering(
@@ -154,13 +155,16 @@ def render_visibility_from_density(
 def accumulate_along_rays(
     weights: Tensor, values: Tensor | None = None, ray_indices: Tensor | None = None, n_rays: int | None = None
 ) -> Tensor:
-    """Sum of weights * values along each ray: [R, D], D = 1 without values. Packed needs ray_indices and n_rays."""
+    """Sum of weights * values along each ray: [R, D], D = 1 without values. Packed needs ray_indices and n_rays.
+
+    ray_indices may come in any order here. Raises: ValueError for shapes, and for indices outside [0, n_rays).
+    """
     source = _weighted(weights, values)
     if ray_indices is None:
         return source.sum(-2)
     if n_rays is None:
         raise ValueError("accumulate_along_rays: n_rays must be given with ray_indices, got None; pass it")
-    _check_packed("accumulate_along_rays", weights)
+    _check_packed("accumulate_along_rays", weights, ray_indices, n_rays)
     return source.new_zeros(n_rays, source.shape[-1]).index_add(0, ray_indices, source)
 
 
@@ -175,7 +179,7 @@ def accumulate_along_rays_(
     if ray_indices is None:
         outputs.add_(source.sum(-2))
         return
-    _check_packed("accumulate_along_rays_", weights)
+    _check_packed("accumulate_along_rays_", weights, ray_indices, outputs.shape[0])
     outputs.index_add_(0, ray_indices, source)
 
 
@@ -199,6 +203,12 @@ def _weighted(weights: Tensor, values: Tensor | None) -> Tensor:
     return weights[..., None] * values
 
 
-def _check_packed(op: str, weights: Tensor) -> None:
+def _check_packed(op: str, weights: Tensor, ray_indices: Tensor, n_rays: int) -> None:
     if weights.ndim != 1:
         raise ValueError(f"{op}: weights must be [S] with ray_indices, got {list(weights.shape)}; flatten them")
+    if ray_indices.shape != weights.shape:
+        wanted, got = list(weights.shape), list(ray_indices.shape)
+        raise ValueError(f"{op}: ray_indices must be of shape {wanted}, got {got}; one ray a sample")
+    if ray_indices.numel():
+        ends = [int(x) for x in torch.aminmax(ray_indices)]
+        require(ends[0] >= 0 and ends[1] < n_rays, op, "ray_indices", f"in [0, {n_rays})", ends, "check n_rays")

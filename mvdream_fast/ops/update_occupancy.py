@@ -19,9 +19,10 @@ def update_occupancy(
     order. A negative entry marks a cell that no camera sees: it stays as it is, is never occupied, and does not count
     in the mean. Not differentiable; nothing is changed in place.
 
-    ema: [cells] float32. values: [P] float32, density times step at the cells. cells: [P] int64, None for all in order.
+    ema: [cells] float32, or float64, which runs through the plain-torch reference. values: [P], rounded to ema's dtype:
+    density times step at the cells. cells: [P] int64, None for all in order.
 
-    Returns: (ema' [cells], bits [ceil(cells / 8)] uint8, see `march_rays`).
+    Returns: (ema' [cells] of ema's dtype, bits [ceil(cells / 8)] uint8, see `march_rays`).
     Raises: ValueError, TypeError, RuntimeError for unfitting arguments or an index outside.
     Source: Müller et al., arXiv 2201.05989, appendix C; thresholds of nerfacc 0.5.3.
     """
@@ -40,19 +41,20 @@ def _checked(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.
         require(cells.dtype == torch.int64, op, "cells", "int64", cells.dtype, "convert with .long()", TypeError)
         within = cells.numel() == 0 or (int(cells.min()) >= 0 and int(cells.max()) < ema.shape[0])
         require(within, op, "cells", f"in [0, {ema.shape[0]})", "an index outside", "pass flat cell indices")
-    return _update(ema, values, cells, decay, threshold)
+    run = _update if ema.dtype == torch.float32 else update_occupancy_ref
+    return run(ema, values, cells, decay, threshold)
 
 
 @torch.no_grad()
 def update_occupancy_ref(ema, values, cells=None, decay=0.95, threshold=0.01) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch."""
-    values = torch.where(values.isnan(), 0, values)
+    values = torch.where(values.isnan(), 0, values).to(ema.dtype)
     if cells is None:
         new = torch.maximum(ema * decay, values)
     else:
         decayed = ema.clone()
         decayed[cells] = ema[cells] * decay
-        new = decayed.scatter_reduce(0, cells, values.to(ema.dtype), "amax")
+        new = decayed.scatter_reduce(0, cells, values, "amax")
     seen = ema >= 0
     new = torch.where(seen, new, ema)
     total = torch.where(seen, new, 0).double().sum()
@@ -62,7 +64,7 @@ def update_occupancy_ref(ema, values, cells=None, decay=0.95, threshold=0.01) ->
 
 def _update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
     native = load_native("update_occupancy", ema)
-    ema, values = ema.detach().float().contiguous(), values.detach().float().contiguous()
+    ema, values = ema.detach().contiguous(), values.detach().float().contiguous()
     cells = cells if cells is None else cells.contiguous()
     new, bits = torch.empty_like(ema), ema.new_empty((ema.shape[0] + 7) // 8, dtype=torch.uint8)
     native.update_occupancy(
@@ -82,4 +84,4 @@ def _op(
 @_op.register_fake
 def _(ema, values, cells, decay, threshold):
     n = ema.shape[0]
-    return ema.new_empty(n, dtype=torch.float32), ema.new_empty((n + 7) // 8, dtype=torch.uint8)
+    return ema.new_empty(n), ema.new_empty((n + 7) // 8, dtype=torch.uint8)

@@ -1,0 +1,1 @@
+"""nerfacc's folder of estimators."""

@@ -1,0 +1,22 @@
+"""What every estimator is; here there is one, `occ_grid`."""
+
+import torch
+from torch import nn
+
+
+class AbstractEstimator(nn.Module):
+    """Finds samples of rays, and learns where they are worth it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_dummy", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self._dummy.device
+
+    def sampling(self, *args, **kwargs):
+        raise NotImplementedError(f"sampling: {type(self).__name__} must define it, got none; override it")
+
+    def update_every_n_steps(self, *args, **kwargs) -> None:
+        raise NotImplementedError(f"update_every_n_steps: {type(self).__name__} must define it, got none; override it")
