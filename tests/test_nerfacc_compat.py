@@ -177,7 +177,12 @@ def test_accumulate():
         nerfacc.accumulate_along_rays(weights, None, RAYS)
 
 
-PACKED_FUNCTIONS = {
+def render_function(name):
+    function, edges = getattr(nerfacc, name), (ALPHAS, ALPHAS + 1) if name.endswith("density") else ()
+    return lambda rays, n: function(*edges, ALPHAS, ray_indices=rays, n_rays=n)
+
+
+PACKED_FUNCTIONS = {name: render_function(name) for name in nerfacc.__all__ if name.startswith("render_")} | {
     "pack_info": lambda rays, n: nerfacc.pack_info(rays, n),
     "accumulate_along_rays": lambda rays, n: nerfacc.accumulate_along_rays(ALPHAS, None, rays, n),
     "accumulate_along_rays_": lambda rays, n: nerfacc.accumulate_along_rays_(ALPHAS, None, rays, torch.zeros(n, 1)),
@@ -185,13 +190,6 @@ PACKED_FUNCTIONS = {
     "rendering": lambda rays, n: nerfacc.rendering(
         ALPHAS, ALPHAS + 1, rays, n, rgb_alpha_fn=lambda *_: (torch.ones(7, 3), ALPHAS)
     ),
-    **{
-        f"render_{name}_from_{kind}": lambda rays, n, name=name, kind=kind: getattr(
-            nerfacc, f"render_{name}_from_{kind}"
-        )(*(ALPHAS, ALPHAS + 1)[: 2 * (kind == "density")], ALPHAS, ray_indices=rays, n_rays=n)
-        for name in ("transmittance", "weight", "visibility")
-        for kind in ("alpha", "density")
-    },
 }
 
 
