@@ -24,11 +24,11 @@ enum MarchStatus {
 };
 
 // A component of a direction this small moves no midpoint out of its cell: its axis never bounds a stretch.
-constexpr double kParallel = 1e-30;
+constexpr float kParallel = 1e-30f;
 
 // Steps of a ray through the box. Near a cell's face a march tests points of the lattice one by one, in number one in a
 // million of its steps: with more than these it would not end.
-constexpr double kMostSteps = 4294967296.0;
+constexpr float kMostSteps = 4294967296.0f;
 
 constexpr int kBlock = 4;  // cells a side of a block
 
@@ -104,16 +104,15 @@ MVDREAM_FAST_HD MarchStatus status_of_ray(const float* o, const float* d, float 
   if (!(finite == 0.0f)) return kMarchNotFinite;
   if (!(jitter >= 0 && jitter < 1)) return kMarchJitter;
   if (far != far) return kMarchFar;
-  bool parallel = true;
-  double way = static_cast<double>(far) - near;
+  const float most = kMostSteps * step;
+  bool parallel = true, few = far - near <= most;
   for (int a = 0; a < 3; ++a) {
-    const double component = fabs(static_cast<double>(d[a]));
-    if (component < kParallel) continue;
-    parallel = false;
-    way = fmin(way, (static_cast<double>(aabb[a + 3]) - aabb[a]) / component);
+    const float component = fabsf(d[a]);
+    parallel = parallel && component < kParallel;
+    few = few || (component >= kParallel && aabb[a + 3] - aabb[a] <= component * most);
   }
   if (parallel) return kMarchNoDirection;
-  return way <= kMostSteps * step ? kMarchFine : kMarchTooFine;
+  return few ? kMarchFine : kMarchTooFine;
 }
 
 // First lattice index at or above x, kept in the range of integers.
