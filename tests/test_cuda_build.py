@@ -161,7 +161,7 @@ def test_the_linked_extension_has_every_op_and_refuses_without_a_gpu(extension):
     assert said["cuda"].endswith(" for 80-real 90-real 100-real 120")
     assert said["cpu_still_works"] == [0.5, 0.5]
     if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0:
-        pytest.skip("there is a GPU: tests of the ops call it")
+        pytest.skip("there is a GPU: tests/test_cuda_gpu.py calls them on it")
     assert set(said["refusals"]) == FUNCTIONS
     for name, text in said["refusals"].items():
         assert re.fullmatch(r"[a-z_ ]+: CUDA must succeed, got .*(driver|device).*; .+", text), (name, text)
