@@ -163,22 +163,43 @@ def test_a_plain_callable_serves_as_volume():
         torch.testing.assert_close(out.opacity, torch.tensor([1 - math.exp(-1.0)]), atol=0.005, rtol=0)
 
 
-def test_rotating_cameras_and_field_together_changes_nothing():
+QUARTER = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+GENERAL = torch.linalg.matrix_exp(torch.tensor([[0.0, -0.7, 0.4], [0.7, 0, -1.1], [-0.4, 1.1, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("turn", "sharpness", "options"),
+    [
+        (QUARTER, 10.0, {}),
+        # The cells and the box don't turn along: all cells full, nothing dense at the box's faces, and no thresholds.
+        (GENERAL, 60.0, {"alpha_thre": 0.0, "early_stop_eps": 0.0}),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_rotating_cameras_and_field_together_changes_nothing(turn, sharpness, options, training):
     class Blob(Ball):
         def __init__(self, turn):
-            super().__init__()
+            super().__init__(sharpness)
             self.turn = turn
+
+        def forward(self, positions):
+            return self.density(positions), torch.sigmoid(3 * positions @ self.turn)
 
         def density(self, positions):
             return super().density((positions @ self.turn) * torch.tensor([1.0, 1.3, 0.8]))
 
-    turn = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
     rays = rays_around(200)
     turned = SimpleNamespace(rays_o=rays.rays_o @ turn.T, rays_d=rays.rays_d @ turn.T)
-    plain = Renderer(Blob(torch.eye(3)), OccupancyGrid(), FixedBackground())(rays)
-    rotated = Renderer(Blob(turn), OccupancyGrid(), FixedBackground())(turned)
-    torch.testing.assert_close(plain.rgb, rotated.rgb, atol=1e-5, rtol=0)
-    torch.testing.assert_close(plain.depth, rotated.depth, atol=1e-5, rtol=0)
+    plain, rotated = (
+        Renderer(Blob(turn), OccupancyGrid(), FixedBackground(), **options)(
+            rays, Stream(0, 0, "render") if training else None, training=training
+        )
+        for turn, rays in ((torch.eye(3), rays), (turn, turned))
+    )
+    tolerance = 1e-6 * sharpness  # of positions that rotation rounds
+    torch.testing.assert_close(plain.rgb, rotated.rgb, atol=tolerance, rtol=0)
+    torch.testing.assert_close(plain.depth, rotated.depth, atol=2 * tolerance, rtol=0)
+    assert plain.opacity.max() > 0.9
 
 
 @pytest.mark.parametrize("normals", ["analytic", "finite_difference"])
