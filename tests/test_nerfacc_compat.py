@@ -443,6 +443,13 @@ def test_cell_by_cell_and_the_limit():
         ({"rays_o": torch.full((4, 3), math.nan)}, ValueError, "rays_o, rays_d and near must be finite"),
         ({"rays_d": torch.tensor([[1, 0, math.nan]] * 4)}, ValueError, "rays_o, rays_d and near must be finite"),
         ({"step_size": math.nan}, ValueError, "step_size must be a number, got NaN"),
+        ({"rays_d": torch.full((4, 3), 9e-31)}, ValueError, "rays_d must be non-zero"),
+        ({"step_size": 1e-11}, ValueError, "rays_d must be of a length that crosses the box in at most"),
+        (
+            {"rays_d": torch.full((4, 3), 1e-12)},
+            ValueError,
+            "rays_d must be of a length that crosses the box in at most",
+        ),
     ],
 )
 def test_refusals_of_a_traversal(change, error, text):

@@ -94,9 +94,13 @@ def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, ra
     require(boxes, op, "aabbs", "finite, minimum below maximum", "other boxes", "pass (x0, y0, z0, x1, y1, z1)")
     finite = bool(torch.isfinite(rays_o).all() & torch.isfinite(rays_d).all() & torch.isfinite(near).all())
     raise_for(op, 0 if finite else 1)
-    raise_for(op, 0 if bool((rays_d != 0).any(-1).all()) else 2)
+    longest = rays_d.double().abs().amax(-1)
+    raise_for(op, 0 if bool((longest >= 1e-30).all()) else 2)
     raise_for(op, 4 if bool(far.isnan().any()) else 0)
     require(not math.isnan(step_size), op, "step_size", "a number", "NaN", "pass 0 for one interval per cell")
+    if step_size > 0 and n_rays:  # the limit of march_rays, with more steps than which a ray would not end
+        way = torch.minimum((aabbs[:, 3:] - aabbs[:, :3]).max() / longest, far.double() - near.double())
+        raise_for(op, 0 if float(way.max()) <= 2**32 * step_size else 5)
     require(cone_angle >= 0, op, "cone_angle", "at least 0", cone_angle, "pass the growth of the step per distance")
     if rays_mask is not None:
         is_bool = isinstance(rays_mask, torch.Tensor) and rays_mask.dtype == torch.bool
