@@ -68,6 +68,7 @@ $(VENV)/.built-test: $(VENV)/.built $(VENV)/.deps-test
 SANITIZED := build/sanitize
 NATIVE_TESTS ?= tests/test_hash_encode.py tests/test_field.py tests/test_march_rays.py tests/test_composite.py \
 	tests/test_update_occupancy.py tests/test_render_op.py tests/test_nerfacc_compat.py \
+	tests/test_renderer.py tests/test_volume.py tests/test_background.py \
 	tests/test_geglu.py tests/test_group_norm_silu.py tests/test_winograd.py tests/test_cuda_host.py
 sanitize: $(VENV)/.built-test
 	mkdir -p $(SANITIZED)/site
