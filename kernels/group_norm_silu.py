@@ -20,6 +20,12 @@ SUM_CHANNELS = 128
 
 
 @triton.jit
+def group_size(size, pixels):
+    """Values of a group in float32: as integers of 32 bits the product passes 2^31."""
+    return tl.cast(size, tl.float32) * tl.cast(pixels, tl.float32)
+
+
+@triton.jit
 def _load(x, emb, image, channel, pixel, strides, channels, inside, channel_inside, EMB: tl.constexpr):
     """x + emb in float32 at [BLOCK_C, BLOCK_P] channels and pixels of an image; zero outside."""
     at = x + image * strides[0] + channel[:, None] * strides[1] + pixel[None, :] * strides[2]
@@ -46,7 +52,7 @@ def group_norm_silu_forward(
             pixel = (p + tl.arange(0, BLOCK_P)).to(tl.int64)
             inside = (local < size)[:, None] & (pixel < pixels)[None, :]
             sums += _load(x, emb, image, channel, pixel, strides, channels, inside, local < size, EMB)
-    n = tl.cast(size * pixels, tl.float32)
+    n = group_size(size, pixels)
     mu = tl.sum(tl.sum(sums, 1), 0) / n
     squares = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for c in range(0, size, BLOCK_C):
@@ -118,7 +124,7 @@ def group_norm_silu_backward(
         tl.store(part_weight + image * channels + channel, d_w, mask=local < size)
         total += tl.sum(w * d_b, 0)
         total_hat += tl.sum(w * d_w, 0)
-    n = tl.cast(size * pixels, tl.float32)
+    n = group_size(size, pixels)
     total, total_hat = total / n, total_hat / n
     for c in range(0, size, BLOCK_C):
         local = c + tl.arange(0, BLOCK_C)

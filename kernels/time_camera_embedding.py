@@ -162,13 +162,14 @@ def _dense(
         return y
     x2, weight2, bias2 = second or (x, weight, weight)
     block_out = OUT if weight.element_size() == 2 else OUT // 2  # exact float32 products keep more in registers
+    block_in = IN // 4 if kind == SINUSOID else IN  # sin and cos take registers
     grid = (triton.cdiv(x.shape[0], ROWS) * triton.cdiv(n_out, block_out),)
     dense[grid](
         x, weight, weight if bias is None else bias, x2, weight2, bias2,
         y if addend is None else addend.contiguous(), y if pre is None else pre, y,
         x.shape[0], n_in, weight2.shape[1], n_out, x.stride(0), x2.stride(0), *weight.stride(), _log_step(n_in),
         KIND=kind, SECOND=second is not None, ADD=addend is not None, BIAS=bias is not None, D_SILU=pre is not None,
-        BLOCK_R=ROWS, BLOCK_OUT=block_out, BLOCK_IN=IN, PRECISION="tf32" if allow_tf32 else "ieee", **OPTIONS,
+        BLOCK_R=ROWS, BLOCK_OUT=block_out, BLOCK_IN=block_in, PRECISION="tf32" if allow_tf32 else "ieee", **OPTIONS,
     )  # fmt: skip
     return y
 
