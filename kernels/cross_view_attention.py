@@ -305,7 +305,7 @@ def forward_tile(block_d: int, itemsize: int, capability: int, aligned: bool, wh
 def backward_tile(block_d: int, itemsize: int, capability: int) -> dict[str, int]:
     """The same for both backward kernels; they hold two accumulators, so their tiles are smaller.
 
-    Some spill: d_q of float32 heads above 64 on every device, 99 to 146 instructions; the others are in the kept file.
+    Some spill: d_q of float32 heads above 64 on every device, 95 to 140 instructions; the others are in docs/gpu.md.
     """
     if itemsize == 4:
         return _tile(32, 32, 8, 1) if block_d <= 64 else _tile(16, 32, 8, 1) if block_d == 128 else _tile(16, 16, 8, 1)
