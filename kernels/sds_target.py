@@ -57,7 +57,8 @@ def sds_target_x0(
         x0_m, x0_c = tl.where(inside, x0_m - mean_m, 0.0), tl.where(inside, x0_c - mean_c, 0.0)
         square_m += x0_m * x0_m
         square_c += x0_c * x0_c
-    std_m, std_c = tl.sqrt(tl.sum(square_m, 0) / (n - 1)), tl.sqrt(tl.sum(square_c, 0) / (n - 1))
+    rest = tl.maximum(n - 1, 1.0)  # a scene of one value, which only comes with a rescale of 0, has a deviation of 0
+    std_m, std_c = tl.sqrt(tl.sum(square_m, 0) / rest), tl.sqrt(tl.sum(square_c, 0) / rest)
     factor = rescale * ((std_c + STD_FLOOR) / (std_m + STD_FLOOR)) + (1 - rescale)
     for start in range(0, scene_size, BLOCK):
         local = start + tl.arange(0, BLOCK)

@@ -165,6 +165,8 @@ def test_scenes_of_one_value_have_no_deviation():
         sds_target(*arguments, n_views=1)
     assert sds_target(*arguments, n_views=1, rescale=0.0).target.isfinite().all()
     assert sds_target(*arguments, n_views=2).target.isfinite().all()
+    target, _ = by_kernels(*(a if a is None else a.to(DEVICE) for a in arguments[:6]), 7.5, "eps", 0.0, "x0", 1)
+    close(OP, target.cpu(), sds_target_ref(*arguments, n_views=1, rescale=0.0).target)
 
 
 @pytest.mark.parametrize(
