@@ -154,9 +154,11 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
     if quiet:
         yield None
     elif sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown"):  # rich draws none there
+        from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(transient=True) as bar:
+        # A console of its own: within rich's global one, a display that another program keeps open would hide the bar.
+        with Progress(console=Console(file=sys.stdout), transient=True) as bar:
             task = bar.add_task("sampling")
             bar.refresh()  # a small model is done before the bar's own clock ticks
             yield lambda done, total, _: bar.update(task, completed=done, total=total)

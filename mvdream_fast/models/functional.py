@@ -136,8 +136,13 @@ def _by_gemm(module: nn.Module, x: Tensor) -> bool:
 
 def _by_winograd(module: nn.Module, x: Tensor) -> bool:
     """Recorded by autograd or not; under autocast the dtypes differ, and in a compiled graph the op is not known."""
-    eager = type(module) is nn.Conv2d and not torch.compiler.is_compiling()
-    return eager and not torch.is_autocast_enabled(x.device.type) and winograd_pays(x, module.weight, module.bias)
+    if (
+        type(module) is not nn.Conv2d
+        or torch.compiler.is_compiling()
+        or not winograd_pays(x, module.weight, module.bias)
+    ):
+        return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 def _nhwc(x: Tensor) -> Tensor:
