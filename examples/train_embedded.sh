@@ -26,7 +26,7 @@ if [ -z "$INIT" ]; then
         --seed 0 $(resume "$WORK/vae")
 fi
 
-# 0.5 s a step of 8 scenes x 4 views: about 8 hours.
+# 0.5 s a step of 6 scenes x 4 views, measured with little else running: 8 scenes x 4 views take about 11 hours.
 $PYTHON -m mvdream_fast.train --data "$WORK/shards" -o "$WORK/unet" ${INIT:+--init "$INIT"} \
     $([ -n "$INIT" ] || echo "--vae $WORK/vae/model") --cache-latents --steps "$STEPS" --decay "$DECAY" --batch-size 8 \
     --lr 7e-4 --warmup 300 --ema 0.999 --seed 0 $(resume "$WORK/unet")
