@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from mvdream_fast.kernels import report
+from mvdream_fast.kernels import report, report_rates, report_workloads
 
 ROW = {
     "workload": "attention d64",
@@ -37,7 +37,7 @@ def test_main_kernels_on_an_h100(tmp_path):
     run = run_report("--quick", "--archs", "90", "--check", "--output", str(tmp_path / "rows.json"), check=False)
     assert run.returncode == 0, run.stderr
     rows = report.load(tmp_path / "rows.json")["rows"]
-    assert {r["workload"] for r in rows} == {w.name for w in report.workloads() if w.quick}
+    assert {r["workload"] for r in rows} == {w.name for w in report_workloads.workloads() if w.quick}
     forward = next(r for r in rows if r["kernel"] == "attention_forward")
     assert forward["tensor_cores"] == ["HGMMA"]
     assert forward["flops"] == 4 * 4 * 5 * 4096**2 * 64  # four scenes, five heads, two products of 4096 x 4096 x 64
@@ -56,19 +56,19 @@ def test_every_kernel_on_every_architecture(arch):
 def test_sizes_of_one_and_beyond_2_to_the_31_compile():
     # Triton makes a constant of an integer that is 1, and the interpreter does not: only the compiler finds its misuse.
     code = """if True:
-        from mvdream_fast.kernels import report
-        for row in report.compiled((90,), "", False, report.extremes):
+        from mvdream_fast.kernels import report, report_workloads
+        for row in report.compiled((90,), "", False, report_workloads.extremes):
             print(row["workload"])"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert set(run.stdout.splitlines()) == {w.name for w in report.extremes()}
+    assert set(run.stdout.splitlines()) == {w.name for w in report_workloads.extremes()}
 
 
 def test_the_kept_file_covers_every_workload_and_architecture():
     kept = report.load()
-    assert set(map(int, kept["gpus"])) == set(report.GPUS)
-    expected = {(w.name, arch) for w in report.workloads() for arch in report.GPUS}
+    assert set(map(int, kept["gpus"])) == set(report_rates.GPUS)
+    expected = {(w.name, arch) for w in report_workloads.workloads() for arch in report_rates.GPUS}
     assert {(r["workload"], r["arch"]) for r in kept["rows"]} == expected
     assert report.problems(kept["rows"], kept["rows"]) == []
     assert "predicted" in kept["times"]
@@ -179,13 +179,13 @@ def attention_launch(**change):
 
 
 def test_predicted_parts_by_hand():
-    gpu, scores = report.GPUS[90], 1024**2
-    parts = report.seconds(gpu, "attention_forward", attention_launch(), ["HGMMA"])
+    gpu, scores = report_rates.GPUS[90], 1024**2
+    parts = report_rates.seconds(gpu, "attention_forward", attention_launch(), ["HGMMA"])
     assert parts["products"] == pytest.approx(scores * 4 * 64 / 989e12)
     assert parts["exp2"] == pytest.approx(scores / (16 * 132 * 1.83e9))
     assert parts["float32"] == pytest.approx(scores * (4 + 1) / 33.5e12)  # an accumulator of 64 once in 64 keys
     with_cameras = attention_launch(CAMERA_K=True, CAMERA_V=True)
-    parts = report.seconds(gpu, "attention_forward", with_cameras, ["HGMMA"])
+    parts = report_rates.seconds(gpu, "attention_forward", with_cameras, ["HGMMA"])
     assert parts["float32"] == pytest.approx(scores * (4 + 1 + 3) / 33.5e12)
 
 
@@ -202,21 +202,23 @@ def test_predicted_parts_by_hand():
 def test_products_are_priced_at_their_own_rate(dtype, setting, cores, rate):
     q = torch.empty(2, 512, 1, 64, dtype=getattr(torch, dtype), device="meta")
     launch = attention_launch(q=q, out=q, PRECISION=setting)
-    parts = report.seconds(report.GPUS[90], "attention_forward", launch, cores)
+    parts = report_rates.seconds(report_rates.GPUS[90], "attention_forward", launch, cores)
     assert parts["products"] == pytest.approx(1024**2 * 4 * 64 / rate)
 
 
 def test_occupancy_by_hand():
-    gpu = report.GPUS[90]
+    gpu = report_rates.GPUS[90]
     # 168 registers x 32 threads = 5376, 21504 a block of four warps: three blocks fit, 12 of 64 warps.
-    assert report.occupancy(gpu, registers=168, shared=1024, warps=4) == 12 / 64
-    assert report.occupancy(gpu, registers=32, shared=100 * 1024, warps=4) == 8 / 64  # two blocks by shared memory
-    assert report.occupancy(gpu, registers=32, shared=0, warps=4) == 1
+    assert report_rates.occupancy(gpu, registers=168, shared=1024, warps=4) == 12 / 64
+    assert (
+        report_rates.occupancy(gpu, registers=32, shared=100 * 1024, warps=4) == 8 / 64
+    )  # two blocks by shared memory
+    assert report_rates.occupancy(gpu, registers=32, shared=0, warps=4) == 1
 
 
 def test_a_pointer_passed_twice_is_moved_once():
     x, y = torch.empty(10, dtype=torch.float16), torch.empty(3)
-    assert report.moved({"x": x, "again": x, "y": y, "n": 5}) == 20 + 12
+    assert report_rates.moved({"x": x, "again": x, "y": y, "n": 5}) == 20 + 12
 
 
 def test_help_needs_no_torch():
