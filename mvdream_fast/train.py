@@ -62,6 +62,8 @@ class Flags:
     """share of multi-view steps; the others are 2D mode"""
     caption_dropout: float = 0.1
     """share of scenes trained without their caption"""
+    timestep_shift: float = 1.0
+    """over 1: more of the noisy timesteps, where text and camera decide; the median is at s / (s + 1)"""
     accumulate: int = 1
     """batches whose gradients make one update"""
     gradient_checkpointing: bool = False
@@ -110,6 +112,8 @@ def _check(args: Flags) -> None:
     for name, value in (("multi-view-share", args.multi_view_share), ("caption-dropout", args.caption_dropout)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"--{name} must be from 0 to 1, got {value}")
+    if not 0 < args.timestep_shift <= 100:
+        raise ArgumentError(f"--timestep-shift must be over 0 and at most 100, got {args.timestep_shift}")
     if args.lr is not None and not args.lr > 0:
         raise ArgumentError(f"--lr must be over 0, got {args.lr}")
     if args.ema is not None and not 0 <= args.ema < 1:

@@ -299,6 +299,7 @@ def _options(args: "Flags") -> TrainOptions:
         decay=args.decay,
         multi_view_share=args.multi_view_share,
         caption_dropout=args.caption_dropout,
+        timestep_shift=args.timestep_shift,
         accumulate=args.accumulate,
         weighting=args.weighting,
         train_text=not args.freeze_text,

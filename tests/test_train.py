@@ -327,6 +327,15 @@ def test_timesteps_of_a_batch_are_spread():
     assert spread_timesteps(Stream(0, 0, "t"), 1, 1000).shape == (1,)
 
 
+@pytest.mark.parametrize(("shift", "quartiles"), [(3.0, (500, 750, 900)), (0.5, (143, 333, 600))])
+def test_shifted_timesteps_by_hand(shift, quartiles):
+    draws = torch.cat([spread_timesteps(Stream(0, i, "t"), 8, 1000, shift) for i in range(2000)]).double()
+    found = draws.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    assert torch.allclose(found, torch.tensor(quartiles).double(), atol=6)
+    assert draws.min() >= 0
+    assert draws.max() <= 999
+
+
 def test_decoder_only_leaves_the_latents(data, vae_model, tmp_path):
     main(flags(data, tmp_path, stage="vae", init=str(vae_model), decoder_only=True, steps=3, batch_size=4))
     before, after = load_model(vae_model), load_model(tmp_path / "model")
@@ -433,6 +442,7 @@ def command(*arguments):
     [
         (("--data", "nowhere", "-o", "out"), 5, "no train shards in nowhere"),
         (("--data", ".", "-o", "out", "--config", "big"), 2, "--config must be one of"),
+        (("--data", ".", "-o", "out", "--timestep-shift", "0"), 2, "--timestep-shift must be over 0 and at most 100"),
         (("--data", ".", "-o", "out", "--multi-view-share", "1.5"), 2, "--multi-view-share must be from 0 to 1"),
         (("--data", ".", "-o", "out", "--steps", "0"), 2, "--steps must be at least 1"),
         (("--data", ".", "-o", "out", "--set", "unet.views=2d"), 2, "--set must be NAME=VALUE, got 'unet.views=2d'"),
