@@ -93,6 +93,8 @@ class Flags:
     """cpu, cuda, ... (default: cuda if there is one)"""
     threads: int | None = None
     """CPU threads (default: all, shared among the processes of a machine)"""
+    workers: int | None = None
+    """more processes that draw the coming batches (default: 0; on a GPU the free cores, at most 8)"""
 
 
 def _check(args: Flags) -> None:
@@ -105,6 +107,8 @@ def _check(args: Flags) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.workers is not None and not 0 <= args.workers <= 256:
+        raise ArgumentError(f"--workers must be from 0 to 256, got {args.workers}")
     if args.decoder_only and (args.stage != "vae" or args.init is None):
         raise ArgumentError("--decoder-only must come with --stage vae and --init: there is no trained encoder to keep")
     if not 0 <= args.decay <= args.steps:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mvdream_fast import distributed
 from mvdream_fast.camera import get_camera
 from mvdream_fast.config import ModelConfig
+from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.batches import Batch, Source
 from mvdream_fast.distributed import ALONE, Ranks
 from mvdream_fast.errors import DivergedError, ModelError
@@ -78,15 +79,36 @@ class Denoiser(nn.Module):
         return self.unet(latents, t, self.text(ids), cameras, n_views)
 
 
+class Drawn(NamedTuple):
+    """A batch with all that is random about its loss, on the CPU. B scenes of V views, views fastest.
+
+    pictures, cameras, n_views, encoded: as in Batch; t [B*V] timesteps; noise [B*V, C, h, w]; posterior: the same for
+    the autoencoder, or None where the pictures are encoded; ids [B, L] of the captions that were not dropped.
+    """
+
+    pictures: Tensor
+    cameras: Tensor | None
+    n_views: int
+    encoded: bool
+    t: Tensor
+    noise: Tensor
+    posterior: Tensor | None
+    ids: Tensor
+
+
 class Trainer:
     """One optimisation of UNet and text tower. `step` is the number of updates done so far.
 
     Everything random is keyed by (seed, step, purpose), so the state is weights, EMA, Adam's moments and the step.
     Several processes (`ranks`) take equal shares of each batch; with `shard` they also share the weights' memory, and
-    `parts` is then a copy for samples and validation, which the first process alone holds.
+    `parts` is then a copy for samples and validation, which the first process alone holds. `workers` more processes
+    draw the coming batches.
     """
 
-    def __init__(self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False):
+    def __init__(
+        self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False,
+        workers: int = 0,
+    ):  # fmt: skip
         self.parts, self.source, self.options, self.ranks, self.step = parts, source, options, ranks, 0
         self.device = next(parts.unet.parameters()).device
         self.schedule = NoiseSchedule.from_config(parts.config.schedule, self.device)
@@ -104,29 +126,37 @@ class Trainer:
             self.parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.autocast == "fp16")
+        self.ahead = Ahead(self.draw, workers, pin=self.device.type == "cuda")
 
     def train_step(self) -> dict[str, float]:
         """One update; returns its loss, gradient norm and mode. Raises DivergedError before a weight is touched."""
-        options, total, multi_view = self.options, 0.0, self._multi_view()
-        share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
-        for micro in range(options.accumulate):
-            purpose = f"train/{micro}"
-            stream = Stream(options.seed, self.step, f"{purpose}/batch")
-            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
+        options, total = self.options, 0.0
+        for micro, drawn in enumerate(self.ahead(self.step)):
             with distributed.unsynchronised(self.model, micro < options.accumulate - 1):
-                stream = Stream(options.seed, self.step, purpose)
-                loss = self.loss(batch, stream, options.caption_dropout, ranks=self.ranks)
+                loss = self._loss(drawn)
                 self.scaler.scale(loss / options.accumulate).backward()
             total += loss.item() / options.accumulate
         total = self.ranks.mean(total)
         if not math.isfinite(total):
             raise DivergedError(f"the loss is {total} at step {self.step}; resume with a smaller learning rate")
         norm = self._update()
-        return {"loss": total, "grad_norm": norm, "multi_view": float(multi_view)}
+        return {"loss": total, "grad_norm": norm, "multi_view": float(drawn.cameras is not None)}
 
-    def _multi_view(self) -> bool:
+    def draw(self, step: int) -> list[Drawn]:
+        """What an update learns from, of each micro-batch; a function of the step alone that needs no GPU."""
+        options, out, multi_view = self.options, [], self._multi_view(step)
+        share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
+        for micro in range(options.accumulate):
+            purpose = f"train/{micro}"
+            stream = Stream(options.seed, step, f"{purpose}/batch")
+            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
+            stream = Stream(options.seed, step, purpose)
+            out.append(self._drawn(batch, stream, options.caption_dropout, None, self.ranks))
+        return out
+
+    def _multi_view(self, step: int) -> bool:
         """The mode is drawn per step, as published, so that every process of a step runs the same graph."""
-        return Stream(self.options.seed, self.step, "mode").uniform(1).item() < self.options.multi_view_share
+        return Stream(self.options.seed, step, "mode").uniform(1).item() < self.options.multi_view_share
 
     def _update(self) -> float:
         options = self.options
@@ -151,38 +181,46 @@ class Trainer:
 
         `batch` is the share of `ranks`: what is random is drawn for all of them, so it is what one process would draw.
         """
-        latents = self.latents(batch, stream, ranks)
-        n, v = ranks.world * len(batch.captions), batch.n_views
-        drawn = spread_timesteps(stream, n, self.parts.config.schedule.n_timesteps, self.options.timestep_shift)
-        drawn = ranks.part(drawn)
-        t = (drawn if t is None else t).repeat_interleave(v).to(self.device)  # the views of a scene share t
-        noise = ranks.part(stream.normal(n * v, *latents.shape[1:])).to(self.device)
+        return self._loss(self._drawn(batch, stream, dropout, t, ranks))
+
+    def _drawn(self, batch: Batch, stream: Stream, dropout: float, t: Tensor | None, ranks: Ranks) -> Drawn:
+        n, v, config = ranks.world * len(batch.captions), batch.n_views, self.parts.config
+        shape, posterior = batch.pictures.shape[1:], None
+        if not batch.encoded:
+            sides = (side // config.vae.downsampling for side in shape[1:])
+            shape = (config.vae.latent_channels, *sides)
+            posterior = ranks.part(stream.normal(n * v, *shape))
+        spread = ranks.part(spread_timesteps(stream, n, config.schedule.n_timesteps, self.options.timestep_shift))
+        t = (spread if t is None else t).repeat_interleave(v)  # the views of a scene share t
+        noise = ranks.part(stream.normal(n * v, *shape))
         drop = ranks.part((stream.uniform(n) < dropout).tolist())
         captions = ["" if gone else caption for gone, caption in zip(drop, batch.captions)]
+        ids = self.parts.tokenizer.encode(captions).ids
+        return Drawn(batch.pictures, batch.cameras, v, batch.encoded, t, noise, posterior, ids)
+
+    def _loss(self, drawn: Drawn) -> Tensor:
+        latents, t, noise = self.latents(drawn), self._there(drawn.t), self._there(drawn.noise)
+        cameras = drawn.cameras if drawn.cameras is None else self._there(drawn.cameras)
         # Validation runs on the first process alone, so it must not meet the others in a shared model.
         model = self.model if torch.is_grad_enabled() else self.denoiser
         with self._autocast():
-            out = model(self.schedule.add_noise(latents, noise, t), t, self._ids(captions), batch.cameras, v)
+            noisy = self.schedule.add_noise(latents, noise, t)
+            out = model(noisy, t, self._there(drawn.ids), cameras, drawn.n_views)
         error = (out.float() - self.schedule.target(latents, noise, t)).square().flatten(1).mean(1)
         return (error * self._weights(t)).mean()
 
-    def latents(self, batch: Batch, stream: Stream, ranks: Ranks = ALONE) -> Tensor:
-        """The batch's latents [B*V, C, h, w]: as cached, or a sample of the VAE's posterior."""
-        if batch.encoded:
-            return batch.pictures.to(self.device)
-        images = batch.pictures.to(self.device)
-        vae = self.parts.config.vae
-        height, width = (side // vae.downsampling for side in images.shape[2:])
-        noise = stream.normal(ranks.world * len(images), vae.latent_channels, height, width)
-        with torch.no_grad():
-            return self.parts.vae.encode(images, ranks.part(noise).to(self.device))
+    @torch.no_grad()
+    def latents(self, drawn: Drawn) -> Tensor:
+        """The latents [B*V, C, h, w]: as cached, or a sample of the VAE's posterior."""
+        pictures = self._there(drawn.pictures)
+        return pictures if drawn.encoded else self.parts.vae.encode(pictures, self._there(drawn.posterior))
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def context(self, captions: list[str]) -> Tensor:
         """Text states [B, L, width] of the captions."""
-        return self.parts.text(self._ids(captions))
-
-    def _ids(self, captions: list[str]) -> Tensor:
-        return self.parts.tokenizer.encode(captions).ids.to(self.device)
+        return self.parts.text(self.parts.tokenizer.encode(captions).ids.to(self.device))
 
     def _weights(self, t: Tensor) -> Tensor:
         """Loss weights [B*V]. Source of min-SNR: Hang et al. 2023, for both parameterisations."""

@@ -5,13 +5,14 @@ The loop that calls it (checkpoints, log, signals) is training_loop.py; what the
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.batches import SUFFIX, Shards, composite, view_group
 from mvdream_fast.evaluation import opposite_difference
 from mvdream_fast.evaluation_reference import HAS_FRONT, Orbit
@@ -178,9 +179,12 @@ def azimuth_loss(logits: Tensor, azimuth_deg: Tensor) -> Tensor:
 
 
 class EvaluatorTrainer(AveragedTrainer):
-    """One optimisation of the evaluator."""
+    """One optimisation of the evaluator. `workers` more processes draw the coming batches."""
 
-    def __init__(self, evaluator: Evaluator, source: EvaluatorSource, softener: Softener, options: EvaluatorOptions):
+    def __init__(
+        self, evaluator: Evaluator, source: EvaluatorSource, softener: Softener, options: EvaluatorOptions,
+        workers: int = 0,
+    ):  # fmt: skip
         self.evaluator, self.source, self.softener = evaluator, source, softener
         matrices = [p for p in evaluator.parameters() if p.ndim > 1]
         others = [p for p in evaluator.parameters() if p.ndim <= 1]
@@ -189,22 +193,27 @@ class EvaluatorTrainer(AveragedTrainer):
         sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(evaluator.config).items()}
         about = {"kind": "train-evaluator", "config": {"sizes": sizes}, "vocabulary": evaluator.tokenizer.vocabulary}
         super().__init__(evaluator, optimizer, options, about)
+        self.ahead = Ahead(self.draw, workers)
+
+    def draw(self, step: int) -> EvaluatorBatch:
+        """The scenes of an update, softened to [B, V, 3, size, size]; on the CPU."""
+        options = self.options
+        stream = Stream(options.seed, step, "evaluator")
+        batch = self.source.batch(stream, options.batch_size, options.n_views, options.more_captions)
+        pictures = self.softener(batch.pictures.flatten(0, 1), stream).unflatten(0, batch.pictures.shape[:2])
+        return replace(batch, pictures=pictures)
 
     def train_step(self) -> dict[str, float]:
         """One update; raises DivergedError before a weight is touched."""
-        options = self.options
-        stream = Stream(options.seed, self.step, "evaluator")
-        batch = self.source.batch(stream, options.batch_size, options.n_views, options.more_captions)
-        match, azimuth = self.losses(batch, stream)
-        loss = match + options.azimuth * azimuth
+        match, azimuth = self.losses(self.ahead(self.step))
+        loss = match + self.options.azimuth * azimuth
         norm = self.update(loss)
         return {"loss": loss.item(), "match": match.item(), "azimuth": azimuth.item(), "grad_norm": norm}
 
-    def losses(self, batch: EvaluatorBatch, stream: Stream) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: EvaluatorBatch) -> tuple[Tensor, Tensor]:
         """Contrastive loss, of single views and, where there are several, of their mean alike; and azimuth loss."""
         evaluator, device = self.evaluator, self.evaluator.device
-        pictures = self.softener(batch.pictures.flatten(0, 1), stream)
-        features = evaluator.features(pictures)
+        features = evaluator.features(batch.pictures.flatten(0, 1))
         text, also_true = evaluator.embed_text(batch.captions), batch.also_true.to(device)
         scenes = features.unflatten(0, batch.pictures.shape[:2])
         sets = [scenes] if batch.pictures.shape[1] == 1 else [scenes, *scenes.split(1, dim=1)]

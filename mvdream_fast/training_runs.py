@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast import run
+from mvdream_fast.cli import available_cores
 from mvdream_fast.config import NAMED, with_settings
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
 from mvdream_fast.distributed import Ranks, join, launched, leave
@@ -179,6 +180,14 @@ def _device(args: "Flags") -> torch.device:
     return device
 
 
+def _workers(args: "Flags", device: torch.device) -> int:
+    """Processes that draw batches. A CPU is busy with the model itself; a GPU would wait for the pictures."""
+    if args.workers is not None:
+        return args.workers
+    free = available_cores() // launched()[1] - 1
+    return max(0, min(8, free)) if device.type == "cuda" else 0
+
+
 def _given(**values) -> dict:
     """The flags that were given; a stage's options have the defaults of the others."""
     return {name: value for name, value in values.items() if value is not None}
@@ -196,10 +205,11 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
     bound = linear.bound(check, model.config.vae.latent_channels)
     if not args.init and len(model.config.vae.block_out_channels) == 1:
         linear_start(model.vae, linear)
-    vae = model.vae.to(_device(args)).train()
+    device = _device(args)
+    vae = model.vae.to(device).train()
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **given)
-    trainer = VAETrainer(model.config, vae, source, options)
+    trainer = VAETrainer(model.config, vae, source, options, _workers(args, device))
     check = check.to(trainer.device)
 
     def report() -> dict[str, float]:
@@ -233,11 +243,14 @@ def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | 
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     parts = Parts(model.config, model.unet.train(), model.text.train(), model.vae, model.tokenizer)
     cache = args.latents or folder / "latents"
+    workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
         if ranks.first == (turn == 0):
             source = _source(args, cache, parts, shards)
+            if workers and isinstance(source, LatentSource):
+                source.fill(workers)  # what draws batches cannot encode on a GPU
         ranks.wait()
-    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2")
+    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers)
     validation = ImageSource(held_out or shards)
     prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
 
@@ -268,12 +281,13 @@ def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shar
     vocabulary = _vocabulary(args, folder, shards.captions())
     torch.manual_seed(args.seed)
     config = EvaluatorConfig(vocabulary_size=len(vocabulary))
-    evaluator = Evaluator(config, vocabulary).to(_device(args))
+    device = _device(args)
+    evaluator = Evaluator(config, vocabulary).to(device)
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
     softener = Softener(Linear.fit(fit, PATCH), config.image_size)
-    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options)
+    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options, _workers(args, device))
 
     def report() -> dict[str, float]:
         with trainer.averaged():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast.config import ModelConfig
+from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.models.vae import LOGVAR_RANGE
 from mvdream_fast.rng import Stream
 from mvdream_fast.training_averaged import AveragedTrainer
@@ -39,9 +40,11 @@ class VAEOptions:
 
 
 class VAETrainer(AveragedTrainer):
-    """One optimisation of the autoencoder."""
+    """One optimisation of the autoencoder. `workers` more processes draw the coming batches."""
 
-    def __init__(self, config: ModelConfig, vae: nn.Module, source: "ImageSource", options: VAEOptions):
+    def __init__(
+        self, config: ModelConfig, vae: nn.Module, source: "ImageSource", options: VAEOptions, workers: int = 0
+    ):
         self.config, self.vae, self.source = config, vae, source
         if options.decoder_only:
             for module in (vae.model.encoder, vae.model.quant_conv):
@@ -50,14 +53,21 @@ class VAETrainer(AveragedTrainer):
         optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         sizes = json.loads(config.to_json())["vae"]
         super().__init__(vae, optimizer, options, {"kind": "train-vae", "config": {"vae": sizes}})
+        self.ahead = Ahead(self.draw, workers, pin=self.device.type == "cuda")
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """The pictures [n, 3, Hp, Wp] of an update, and the posterior's noise, [n, C, h, w]; on the CPU."""
+        options, vae = self.options, self.config.vae
+        stream = Stream(options.seed, step, "vae")
+        images = self.source.images(stream, options.batch_size)
+        side = images.shape[-1] // vae.downsampling
+        return images, stream.normal(len(images), vae.latent_channels, side, side)
 
     def train_step(self) -> dict[str, float]:
         """One update; raises DivergedError before a weight is touched."""
         options = self.options
-        stream = Stream(options.seed, self.step, "vae")
-        images = self.source.images(stream, options.batch_size).to(self.device)
+        images, noise = (tensor.to(self.device, non_blocking=True) for tensor in self.ahead(self.step))
         mean, logvar = self.vae.posterior(images)
-        noise = stream.normal(*mean.shape, device=self.device)
         scale = self.vae.config.scale_factor
         out = self.vae.decode((mean + torch.exp(0.5 * logvar) * noise) * scale)
         mse = F.mse_loss(out, images)

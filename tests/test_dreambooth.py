@@ -246,7 +246,8 @@ def test_photos_are_encoded_once_to_the_means(base):
         wanted = base.vae.encode(torch.stack([torch.ones(3, 16, 16), torch.zeros(3, 16, 16)]))
     torch.testing.assert_close(source.pictures, wanted)
     one = DreamBoothTrainer(parts, source, DreamBoothOptions(batch_size=2))
-    assert torch.equal(one.latents(batch, Stream(0, 0, "y")), batch.pictures)
+    drawn = one.draw(0)[0]
+    assert torch.equal(one.latents(drawn), drawn.pictures)
 
 
 # Low-rank adapters

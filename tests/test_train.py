@@ -169,7 +169,7 @@ def test_the_modes_share(data):
     trainer = make_trainer(data, multi_view_share=0.7)
     modes = []
     for trainer.step in range(400):
-        modes.append(trainer._multi_view())
+        modes.append(trainer._multi_view(trainer.step))
     assert 0.62 < sum(modes) / 400 < 0.78
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import normalize_camera
+from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.captions import clean
 from mvdream_fast.data.shards import decode_views, list_shards
 from mvdream_fast.distributed import ALONE, Ranks
@@ -27,6 +28,7 @@ from mvdream_fast.rng import Stream
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
 GREY, WHITE, COLOUR = range(3)
+FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
 BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
 
 
@@ -240,19 +242,41 @@ class LatentSource:
         kinds = [draw_background(stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
         groups = ranks.part(groups)
-        pictures = torch.cat([self._get(i, kind)[which] for (i, which), kind in zip(groups, ranks.part(kinds))])
+        pictures = torch.cat([self._get(i, kind, which) for (i, which), kind in zip(groups, ranks.part(kinds))])
         cameras = _cameras(self.shards, groups) if multi_view else None
         return Batch(pictures, cameras, ranks.part(captions), v, encoded=True)
 
-    def _get(self, i: int, kind: int) -> Tensor:
-        """Latents of all views of record i on a background, [V, C, h, w] float32."""
-        if not self.filled[i, kind]:
-            colour = background(kind, Stream(0, i, "background"))
+    def fill(self, workers: int = 0) -> None:
+        """Encodes all orbits that are not yet there, from pictures that `workers` processes decode.
+
+        After it `batch` encodes nothing, so that a process may call it that cannot reach the autoencoder's device.
+        """
+        missing = np.flatnonzero(~self.filled.all(1)).tolist()
+        groups = [missing[k : k + FILLED_AT_ONCE] for k in range(0, len(missing), FILLED_AT_ONCE)]
+        pictures = Ahead(lambda k: torch.cat([self._pictures(i) for i in groups[k]]), workers, until=len(groups))
+        for k, group in enumerate(groups):
             with torch.no_grad():
-                latents = self.encode(composite(self.shards.views(i), colour))
+                latents = self.encode(pictures(k)).cpu().numpy()
+            self.latents[group] = latents.reshape(len(group), *self.latents.shape[1:])
+            self.filled[group] = 1
+
+    def _pictures(self, i: int) -> Tensor:
+        """Record i on each background, its views fastest."""
+        kinds = range(len(BACKGROUND_SHARES))
+        return torch.cat([composite(self.shards.views(i), self._background(i, kind)) for kind in kinds])
+
+    @staticmethod
+    def _background(i: int, kind: int) -> Tensor:
+        return background(kind, Stream(0, i, "background"))
+
+    def _get(self, i: int, kind: int, which: list[int]) -> Tensor:
+        """Latents of views of record i on a background, [V, C, h, w] float32."""
+        if not self.filled[i, kind]:
+            with torch.no_grad():
+                latents = self.encode(composite(self.shards.views(i), self._background(i, kind)))
             self.latents[i, kind] = latents.cpu().numpy()
             self.filled[i, kind] = 1
-        return torch.from_numpy(self.latents[i, kind].astype(np.float32))
+        return torch.from_numpy(self.latents[i, kind, which].astype(np.float32))
 
 
 def _groups(
