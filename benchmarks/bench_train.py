@@ -74,7 +74,7 @@ def bench_batch(benchmark, shards, tmp_path_factory, kind, mode):
         source = LatentSource(shards, lambda images: torch.zeros(len(images), *shape), file, shape, "k")
         for i in range(len(shards)):
             for background in range(3):
-                source._get(i, background)
+                source._get(i, background, [0])
 
     def draw():
         source.batch(Stream(0, next(steps), "batch"), N_SCENES, N_VIEWS, mode == "multi-view")

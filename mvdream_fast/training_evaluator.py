@@ -195,26 +195,26 @@ class EvaluatorTrainer(AveragedTrainer):
         super().__init__(evaluator, optimizer, options, about)
         self.ahead = Ahead(self.draw, workers)
 
-    def draw(self, step: int) -> EvaluatorBatch:
-        """The scenes of an update, softened to [B, V, 3, size, size]; on the CPU."""
+    def draw(self, step: int) -> tuple[EvaluatorBatch, Tensor]:
+        """The scenes of an update, softened to [B, V, 3, size, size], and their captions' token ids; on the CPU."""
         options = self.options
         stream = Stream(options.seed, step, "evaluator")
         batch = self.source.batch(stream, options.batch_size, options.n_views, options.more_captions)
         pictures = self.softener(batch.pictures.flatten(0, 1), stream).unflatten(0, batch.pictures.shape[:2])
-        return replace(batch, pictures=pictures)
+        return replace(batch, pictures=pictures), self.evaluator.tokenizer.encode(batch.captions).ids
 
     def train_step(self) -> dict[str, float]:
         """One update; raises DivergedError before a weight is touched."""
-        match, azimuth = self.losses(self.ahead(self.step))
+        match, azimuth = self.losses(*self.ahead(self.step))
         loss = match + self.options.azimuth * azimuth
         norm = self.update(loss)
         return {"loss": loss.item(), "match": match.item(), "azimuth": azimuth.item(), "grad_norm": norm}
 
-    def losses(self, batch: EvaluatorBatch) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: EvaluatorBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Contrastive loss, of single views and, where there are several, of their mean alike; and azimuth loss."""
         evaluator, device = self.evaluator, self.evaluator.device
         features = evaluator.features(batch.pictures.flatten(0, 1))
-        text, also_true = evaluator.embed_text(batch.captions), batch.also_true.to(device)
+        text, also_true = evaluator.embed_ids(ids), batch.also_true.to(device)
         scenes = features.unflatten(0, batch.pictures.shape[:2])
         sets = [scenes] if batch.pictures.shape[1] == 1 else [scenes, *scenes.split(1, dim=1)]
         match = [contrastive(evaluator.embed_features(views), text, evaluator.scale, also_true) for views in sets]

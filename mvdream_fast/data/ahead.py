@@ -35,7 +35,7 @@ class Ahead(Generic[Drawn]):
             self._rest = self._begin(step)
         try:
             drawn = next(self._rest)
-        except RuntimeError:  # a signal to the whole process group ends the workers first
+        except (RuntimeError, ConnectionError, EOFError):  # a worker is gone: a signal to the group ends them first
             self._rest = None
             return self.draw(step)
         self._next = step + 1

@@ -39,7 +39,7 @@ class EvaluatorConfig:
     """Sizes. The image is cut into 4 x 4 patches first; each entry of `channels` is a level of half the resolution."""
 
     image_size: int = 32  # generated views of 64 pixels hold no more detail than that
-    channels: tuple[int, ...] = (32, 80, 160)
+    channels: tuple[int, ...] = (48, 112, 224)
     blocks: int = 2  # of a level
     features: int = 128  # width of what both heads read, and of the Frechet distance
     embedding: int = 128
@@ -177,7 +177,11 @@ class Evaluator(nn.Module):
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> unit embeddings [B, E]."""
-        return F.normalize(self.text(self.tokenizer.encode(list(texts)).ids.to(self.device)), dim=-1)
+        return self.embed_ids(self.tokenizer.encode(list(texts)).ids)
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Token ids [B, L] -> unit embeddings [B, E]."""
+        return F.normalize(self.text(ids.to(self.device)), dim=-1)
 
     def headings(self, features: Tensor) -> Heading:
         """Features [n, F] -> the azimuths that the images seem to be taken from."""
