@@ -215,7 +215,7 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
     def report() -> dict[str, float]:
         with trainer.averaged():
             both = torch.cat([check[:8], vae.decode(vae.encode(check[:8])).clamp(-1, 1)]).unflatten(0, (2, 8))
-            _write_sheet(folder, trainer.step, both / 2 + 0.5)
+            _write_sheet(folder, trainer.step, (both / 2 + 0.5).cpu())
             return {"psnr_held_out": reconstruction(vae, check), "psnr_linear_bound": bound}
 
     loop = Loop(trainer, folder, _loop_options(args), report)
