@@ -69,7 +69,7 @@ class Guidance:
     """
 
     def __init__(self, unet, vae, schedule: NoiseSchedule, cond: Tensor, uncond: Tensor, config: GuidanceConfig):
-        """cond, uncond: [1, L, Dt], text of the prompt and of the negative prompt."""
+        """cond, uncond: [1, L, Dt], text of the prompt and of the negative prompt, in the UNet's dtype."""
         self.unet, self.vae, self.schedule, self.config = unet, vae, schedule, config
         self.text = torch.cat([cond, uncond])  # [2, L, Dt]
         self._contexts: dict[int, object] = {}
@@ -102,7 +102,7 @@ class Guidance:
         noise = stream.normal(*z.shape, device=z.device).to(z.dtype)
         with torch.no_grad():
             z_t = self.schedule.add_noise(z.detach(), noise, t)
-            camera = None if c2w is None else normalize_camera(c2w).to(z.dtype)
+            camera = None if c2w is None else normalize_camera(c2w)
             cond, uncond = self.predict(z_t, t, camera, n_views)
         result = sds_target(
             z, z_t, cond, uncond, noise, self.schedule.alphas_cumprod[t].reshape(1), self.config.guidance_scale,
@@ -131,10 +131,12 @@ class Guidance:
         return self.vae.encode(rgb * 2 - 1, noise.to(rgb.dtype) if self.config.sample_posterior else None)
 
     def predict(self, z_t: Tensor, t: int, camera: Tensor | None, n_views: int) -> tuple[Tensor, Tensor]:
-        """The model's raw outputs with the prompt and with the negative one, from one call."""
-        n_groups = len(z_t) // n_views
+        """The model's raw outputs with the prompt and with the negative one, from one call; in the dtype of z_t."""
+        n_groups, dtype = len(z_t) // n_views, self.text.dtype
         if n_groups not in self._contexts:
             context = self.text.repeat_interleave(n_groups, dim=0)
             self._contexts[n_groups] = self.unet.prepare_context(context)
         times = torch.full((len(z_t),), t, device=z_t.device)
-        return self.unet(z_t, times, self._contexts[n_groups], camera, n_views, n_prompts=2).chunk(2)
+        camera = camera if camera is None else camera.to(dtype)
+        out = self.unet(z_t.to(dtype), times, self._contexts[n_groups], camera, n_views, n_prompts=2)
+        return out.to(z_t.dtype).chunk(2)

@@ -40,9 +40,8 @@ class Distillation:
         silent = lambda _: None  # noqa: E731 (the command has named unknown words once)
         text = pipeline.encode_prompt(prompt, config.negative_prompt, suffix=config.suffix, warn=silent)
         settings = GuidanceConfig(config.loss, config.guidance_scale, config.rescale, config.min_step, config.max_step)
-        self.guidance = Guidance(
-            pipeline.model.unet, pipeline.model.vae, pipeline.schedule, text.cond, text.uncond, settings
-        )
+        cond, uncond = text.cond.to(pipeline.dtype), text.uncond.to(pipeline.dtype)
+        self.guidance = Guidance(pipeline.model.unet, pipeline.model.vae, pipeline.schedule, cond, uncond, settings)
         self._target: Tensor | None = None  # of the last answer; held only while it is to be used again
 
     def cameras(self, step: int, stream: Stream) -> Cameras:

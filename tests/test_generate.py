@@ -14,7 +14,7 @@ from mvdream_fast import cli, generate
 from mvdream_fast.models.checkpoint import save_model
 from mvdream_fast.pipeline import MVDreamPipeline
 
-ARGUMENTS = ["--steps", "2", "--device", "cpu", "--threads", "1"]
+ARGUMENTS = ["--steps", "2", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")

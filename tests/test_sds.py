@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import trimesh
 from PIL import Image
 from reference.random_model import random_model
@@ -22,7 +23,7 @@ from mvdream_fast.field.asset import Asset
 from mvdream_fast.guidance import Guidance
 from mvdream_fast.models.checkpoint import save_model
 
-QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1"]
+QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
 SETTLED = ["--preset", "mini", *QUICK]
 
 
@@ -123,6 +124,17 @@ def test_wrong_use_is_one_sentence_and_a_code(arguments, code, message, capsys):
     assert "Traceback" not in captured
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_model_may_compute_in_half_precision(dtype, model, capsys):
+    """What auto means depends on the machine; both halves run on all of them, and the volume stays in float32."""
+    assert command("a green chair", "--model", model, "--steps", "2", "--seed", "4", *SETTLED, "--dtype", dtype) == 0
+    assert f" on cpu in {dtype}\n" in capsys.readouterr().out
+    records = [json.loads(line) for line in (latest() / "log.jsonl").read_text().splitlines()]
+    assert all(0 < record["grad_norm"] < 1e6 for record in records)
+    asset = Asset.load(latest() / "asset.safetensors")
+    assert {tensor.dtype for tensor in asset.state().values() if tensor.is_floating_point()} == {torch.float32}
+
+
 def test_a_run_can_be_made_again_from_its_own_configuration(model, capsys):
     extra = ["--texture", "32", "--faces", "200", "--formats", "obj", "ply", "--up", "z"]
     assert command("a red car", "--model", model, "--steps", "3", "--seed", "2", *SETTLED, *extra) == 0
@@ -131,7 +143,7 @@ def test_a_run_can_be_made_again_from_its_own_configuration(model, capsys):
     body = trimesh.load(first / "mesh.glb", force="mesh")
     assert body.visual.material.baseColorTexture.size == (32, 32)
     capsys.readouterr()
-    rest = ["--device", "cpu", "--threads", "1", "--quiet"]
+    rest = ["--device", "cpu", "--threads", "1", "--dtype", "float32", "--quiet"]
     assert command("--config", str(first / "config.json"), *rest) == 0
     again = latest()
     assert again != first

@@ -48,7 +48,7 @@ class Stub:
 
     def __init__(self):
         self.model = SimpleNamespace(unet=CountingUNet(), vae=PoolingVAE())
-        self.schedule = NoiseSchedule.from_config(ScheduleConfig())
+        self.schedule, self.dtype = NoiseSchedule.from_config(ScheduleConfig()), torch.float32
 
     def encode_prompt(self, prompt, negative_prompt, suffix, warn):
         return SimpleNamespace(cond=torch.zeros(1, 2, 4), uncond=torch.zeros(1, 2, 4))
