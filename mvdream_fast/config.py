@@ -264,6 +264,7 @@ class SDSConfig:
 
     preset: Literal["paper", "mini", "fast"] = "paper"
     method: Literal["sds", "reconstruct"] = "sds"
+    mode: Literal["3d", "2d"] = "3d"  # 2d: DreamFusion's single-view prior, for comparison: no cameras, but view words
     steps: int = 10_000
     n_views: int = 4
     n_groups: tuple[int, ...] = (2, 1)

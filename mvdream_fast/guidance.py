@@ -82,7 +82,14 @@ class Guidance:
         return int(stream.integers(low, high + 1))
 
     def __call__(
-        self, rgb: Tensor, c2w: Tensor | None, n_views: int, step: int, stream: Stream, lap: Lap = no_lap
+        self,
+        rgb: Tensor,
+        c2w: Tensor | None,
+        n_views: int,
+        step: int,
+        stream: Stream,
+        lap: Lap = no_lap,
+        text: Tensor | None = None,
     ) -> GuidanceLoss:
         """L = sum (z - sg(target))^2 / (2 B V), whose gradient on the latents is that of FACTS' formulas.
 
@@ -90,6 +97,7 @@ class Guidance:
             rgb: [B*V, 3, Hp, Wp] in [0, 1], views fastest; resized to the model's image size (bilinear).
             c2w: [B*V, 4, 4] poses, normalised here; None asks the model in 2D mode (then n_views is 1).
             lap: called after the encoder ("vae") and after the UNet ("unet").
+            text: [2*B, L, Dt] of each group's own prompt, then negative prompt; None takes the one prompt for all.
 
         Returns:
             GuidanceLoss.
@@ -103,7 +111,7 @@ class Guidance:
         with torch.no_grad():
             z_t = self.schedule.add_noise(z.detach(), noise, t)
             camera = None if c2w is None else normalize_camera(c2w)
-            cond, uncond = self.predict(z_t, t, camera, n_views)
+            cond, uncond = self.predict(z_t, t, camera, n_views, text)
         result = sds_target(
             z, z_t, cond, uncond, noise, self.schedule.alphas_cumprod[t].reshape(1), self.config.guidance_scale,
             self.schedule.prediction, self.config.rescale, self.config.loss, n_views,
@@ -130,13 +138,16 @@ class Guidance:
         noise = stream.normal(len(rgb), self.vae.config.latent_channels, side, side, device=rgb.device)
         return self.vae.encode(rgb * 2 - 1, noise.to(rgb.dtype) if self.config.sample_posterior else None)
 
-    def predict(self, z_t: Tensor, t: int, camera: Tensor | None, n_views: int) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, z_t: Tensor, t: int, camera: Tensor | None, n_views: int, text: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The model's raw outputs with the prompt and with the negative one, from one call; in the dtype of z_t."""
         n_groups, dtype = len(z_t) // n_views, self.text.dtype
-        if n_groups not in self._contexts:
+        if text is None and n_groups not in self._contexts:
             context = self.text.repeat_interleave(n_groups, dim=0)
             self._contexts[n_groups] = self.unet.prepare_context(context)
+        context = self._contexts[n_groups] if text is None else text
         times = torch.full((len(z_t),), t, device=z_t.device)
         camera = camera if camera is None else camera.to(dtype)
-        out = self.unet(z_t.to(dtype), times, self._contexts[n_groups], camera, n_views, n_prompts=2)
+        out = self.unet(z_t.to(dtype), times, context, camera, n_views, n_prompts=2)
         return out.to(z_t.dtype).chunk(2)

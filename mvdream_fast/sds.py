@@ -47,6 +47,9 @@ class Flags:
     the embedded model and others that draw 64 pixels, else paper."""
     method: Literal["sds", "reconstruct"] | None = None
     """reconstruct: fit the volume to views that are sampled once, instead of distilling."""
+    mode: Literal["3d", "2d"] | None = None
+    """2d: the model sees each view by itself, without its camera; view words in the prompt instead (DreamFusion's
+    way). For comparison."""
     steps: int | None = None
     """Number of steps; schedules stretch with it. Default: the preset's."""
     seed: str | None = None
@@ -249,7 +252,7 @@ def sample_views(pipeline: "MVDreamPipeline", request: "Request", folder: Path) 
 
     views = pipeline(
         request.prompt, seed=request.seed, n_steps=25, negative_prompt=request.config.negative_prompt,
-        warn=lambda _: None,
+        mode=request.config.mode, warn=lambda _: None,
     )  # fmt: skip
     out = io.BytesIO()
     views.sheet().save(out, "PNG")

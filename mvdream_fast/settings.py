@@ -101,6 +101,8 @@ def check_config(config: SDSConfig) -> None:
     n_stages = len(config.milestones) + 1
     sizes, weights = config.render_size, [getattr(config, name) for name in _ramps("lambda_")]
     rules = (
+        (config.mode == "3d" or config.method == "sds",
+         "--mode must be 3d with --method reconstruct, whose views are sampled together", config.mode),
         (1 <= config.steps <= 10**7, "--steps must be at least 1", config.steps),
         (1 <= config.n_views <= 256, "--n-views must be at least 1, and at most 256", config.n_views),
         (sizes and 8 <= min(sizes) <= max(sizes) <= 1024, "--render-size must be 8 to 1024", sizes),

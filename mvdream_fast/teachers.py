@@ -12,7 +12,7 @@ from torch import Tensor
 from mvdream_fast.camera import Cameras, middle_cameras, sample_cameras
 from mvdream_fast.config import SDSConfig
 from mvdream_fast.errors import ModelError
-from mvdream_fast.guidance import Guidance, GuidanceConfig, Lap, distance, no_lap
+from mvdream_fast.guidance import Guidance, GuidanceConfig, GuidanceLoss, Lap, distance, no_lap
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.rng import Stream
 
@@ -60,7 +60,7 @@ class Distillation:
         return loss, 0
 
     def _ask(self, rgb: Tensor, cameras: Cameras, step: int, stream: Stream, lap: Lap) -> tuple[Tensor, int]:
-        out = self.guidance(rgb, cameras.c2w.to(rgb.device), self.config.n_views, step, stream, lap)
+        out = self._answer(rgb, cameras, step, stream, lap)
         if self.config.match == "latents":
             self._target = out.target if self.config.updates_per_guidance > 1 else None
             return out.loss, out.t
@@ -69,6 +69,9 @@ class Distillation:
         self._target = target if self.config.updates_per_guidance > 1 else None
         return distance(_resized(rgb, target), target), out.t
 
+    def _answer(self, rgb: Tensor, cameras: Cameras, step: int, stream: Stream, lap: Lap) -> GuidanceLoss:
+        return self.guidance(rgb, cameras.c2w.to(rgb.device), self.config.n_views, step, stream, lap)
+
     def state(self) -> dict[str, Tensor]:
         """The answer in use, for steps that go on from it."""
         return {} if self._target is None else {"target": self._target}
@@ -76,6 +79,38 @@ class Distillation:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         target = tensors.get("target")
         self._target = None if target is None else target.to(self.guidance.text.device)
+
+
+class SingleViewDistillation(Distillation):
+    """The same from the model's 2D mode, which knows no cameras: each view by itself, told its side in words.
+
+    Source: Poole et al. 2022, "DreamFusion", section 3.2 (view-dependent prompts).
+    """
+
+    def __init__(self, pipeline: MVDreamPipeline, prompt: str, config: SDSConfig):
+        super().__init__(pipeline, prompt, config)
+        sides = [f"{prompt}, {words}" for words in VIEW_WORDS]
+        text = pipeline.encode_prompt(sides, config.negative_prompt, suffix=config.suffix, warn=lambda _: None)
+        self._sides, self._negative = text.cond.to(pipeline.dtype), text.uncond.to(pipeline.dtype)
+
+    def _answer(self, rgb: Tensor, cameras: Cameras, step: int, stream: Stream, lap: Lap) -> GuidanceLoss:
+        rows = view_words(cameras.c2w).to(self._sides.device)
+        text = torch.cat([self._sides[rows], self._negative[rows]])
+        return self.guidance(rgb, None, 1, step, stream, lap, text)
+
+
+VIEW_WORDS = ("front view", "side view", "back view", "overhead view")
+
+
+def view_words(c2w: Tensor) -> Tensor:
+    """Which of VIEW_WORDS each view is, [V] for c2w [V, 4, 4]: by quarters around the front, or above 60 degrees.
+
+    Source: Poole et al. 2022, "DreamFusion", section 3.2; quarters as threestudio has them.
+    """
+    x, y, z = c2w[:, :3, 3].unbind(1)
+    azimuth = torch.rad2deg(torch.atan2(x, -y)).abs()
+    row = torch.where(azimuth < 45, 0, torch.where(azimuth <= 135, 1, 2))
+    return torch.where(torch.rad2deg(torch.atan2(z, torch.hypot(x, y))) > 60, 3, row)
 
 
 class Reconstruction:

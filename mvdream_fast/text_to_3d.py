@@ -25,7 +25,7 @@ from mvdream_fast.optimization import (
     make_optimizer,
 )
 from mvdream_fast.pipeline import MVDreamPipeline
-from mvdream_fast.teachers import Distillation, Reconstruction, Teacher
+from mvdream_fast.teachers import Distillation, Reconstruction, SingleViewDistillation, Teacher
 
 __all__ = [
     "EMPTY_STEPS",
@@ -37,6 +37,7 @@ __all__ = [
     "Progress",
     "Reconstruction",
     "Record",
+    "SingleViewDistillation",
     "Teacher",
     "TextTo3D",
     "make_optimizer",
@@ -125,7 +126,8 @@ class TextTo3D:
         """What scores the views: score distillation, or, with method "reconstruct", sampled views to be fitted."""
         if config.method == "reconstruct":
             return Reconstruction(self.pipeline, prompt, config, seed)
-        return Distillation(self.pipeline, prompt, config)
+        kind = Distillation if config.mode == "3d" else SingleViewDistillation
+        return kind(self.pipeline, prompt, config)
 
     def _release(self, config: SDSConfig) -> None:
         self.pipeline.text = self.pipeline.model.text = None

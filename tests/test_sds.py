@@ -82,6 +82,17 @@ def test_everything_is_left_behind(model, capsys):
     assert "\r" not in out
 
 
+def test_the_single_view_prior_makes_another_asset(model):
+    arguments = ["a green chair", "--model", model, "--steps", "3", *SETTLED]
+    digests = []
+    for mode in ("3d", "2d"):
+        assert command(*arguments, "--mode", mode) == 0
+        assert json.loads((latest() / "config.json").read_text())["sds"]["mode"] == mode
+        digests.append((digest(latest()), (latest() / "views.png").read_bytes()))
+    assert digests[0][0] != digests[1][0]
+    assert digests[0][1] != digests[1][1]  # what is shown first is drawn in that mode, too
+
+
 def test_reconstruction_shares_the_loop(model):
     arguments = ["--method", "reconstruct", "--n-views", "3", "--steps", "4", *SETTLED]
     assert command("--prompt", "a red car", "--model", model, *arguments) == 0

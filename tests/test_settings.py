@@ -108,6 +108,7 @@ def test_files_that_cannot_be_read(tmp_path):
     [
         ({"weight_decay": 2.0}, "weight_decay must be"),
         ({"milestones": (3,)}, "one entry more than milestones"),
+        ({"mode": "2d", "method": "reconstruct"}, "--mode must be 3d with --method reconstruct"),
         ({"milestones": (9, 3), "render_size": (8, 8, 8), "n_groups": (1, 1, 1)}, "milestones must grow"),
         ({"lambda_sparsity": (0.0, -1.0, 1.0, 9.0)}, "loss weights must be"),
         ({"max_step": (0.0, 2.0, 0.5, 9.0)}, "must be fractions"),

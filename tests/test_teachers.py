@@ -5,15 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference.random_model import random_model
 from reference.studio import TINY, Studio, same
 
 from mvdream_fast import run
+from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.config import ScheduleConfig, VAEConfig
 from mvdream_fast.errors import ModelError
 from mvdream_fast.optimization import Optimization
+from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.rng import Stream
 from mvdream_fast.schedule import NoiseSchedule
-from mvdream_fast.teachers import Distillation
+from mvdream_fast.teachers import VIEW_WORDS, Distillation, SingleViewDistillation, view_words
 
 REUSING = dataclasses.replace(TINY, steps=7, updates_per_guidance=3)
 
@@ -132,3 +135,58 @@ def test_an_answer_that_is_missing_is_told():
     teacher = taught(REUSING)
     with pytest.raises(ModelError, match="does not hold the model's answer that step 1 goes on from"):
         teacher.score(torch.rand(4, 3, 8, 8), None, 1, Stream(0, 1, "guidance"))
+
+
+def test_each_side_has_its_words():
+    around = orbit_cameras(8, elevation_deg=20.0, distance=2.0, fovy_deg=40.0).c2w
+    words = [VIEW_WORDS[row].split()[0] for row in view_words(around).tolist()]
+    # half-way between two sides counts as the side; four of eight views are told what DreamFusion tells them
+    assert words == ["front", "side", "side", "side", "back", "side", "side", "side"]
+    assert {VIEW_WORDS[row] for row in view_words(orbit_cameras(4, elevation_deg=70.0).c2w).tolist()} == {VIEW_WORDS[3]}
+
+
+class Sides(Stub):
+    """Its text states say which prompt they are of."""
+
+    def encode_prompt(self, prompt, negative_prompt, suffix, warn):
+        self.prompts = prompts = [prompt] if isinstance(prompt, str) else prompt
+        states = torch.arange(1.0, 1 + len(prompts))[:, None, None].expand(-1, 2, 4)
+        return SimpleNamespace(cond=states, uncond=-states.new_ones(len(prompts), 2, 4))
+
+
+def test_the_single_view_prior_is_asked_without_cameras_and_told_each_side():
+    pipeline, asked = Sides(), []
+
+    def unet(z_t, t, context, camera, n_views, n_prompts):
+        asked.append((context[:, 0, 0].tolist(), camera, n_views, n_prompts, len(z_t)))
+        return torch.cat([0.5 * z_t, 0.4 * z_t])
+
+    pipeline.model.unet = unet
+    teacher = SingleViewDistillation(pipeline, "a car", dataclasses.replace(TINY, mode="2d"))
+    assert pipeline.prompts == [f"a car, {words}" for words in VIEW_WORDS]
+    cameras = orbit_cameras(4, elevation_deg=20.0)
+    rgb = torch.rand(4, 3, 8, 8, requires_grad=True)
+    loss, _ = teacher.score(rgb, cameras, 0, Stream(0, 0, "guidance"))
+    loss.backward()
+    assert asked == [([1.0, 2.0, 3.0, 2.0, -1, -1, -1, -1], None, 1, 2, 4)]
+    assert rgb.grad.abs().sum() > 0
+
+
+def test_views_of_the_single_view_prior_do_not_know_of_each_other(tmp_path):
+    """The gradient of one view is the same whatever the others show; a real UNet and its 2D mode."""
+    model = random_model()
+    pipeline = MVDreamPipeline(model, "cpu", "float32")
+    config = dataclasses.replace(TINY, mode="2d", rescale=0.5)
+    teacher, cameras = SingleViewDistillation(pipeline, "a chair", config), orbit_cameras(4, elevation_deg=20.0)
+    size = model.vae.config.image_size
+    rgb = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    def gradient(images):
+        images = images.clone().requires_grad_()
+        teacher.score(images, cameras, 0, Stream(0, 0, "guidance"))[0].backward()
+        return images.grad
+
+    changed = rgb.clone()
+    changed[1:] = 1 - changed[1:]
+    torch.testing.assert_close(gradient(rgb)[0], gradient(changed)[0])
+    assert not torch.allclose(gradient(rgb)[1], gradient(changed)[1])
