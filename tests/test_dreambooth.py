@@ -355,12 +355,13 @@ def test_a_run_leaves_an_ordinary_model(whole, model, base):
     assert record.keys() >= {"step", "val_photos"}
 
 
-def test_generate_and_sds_take_the_tuned_model(whole, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate_and_sds_take_the_tuned_model(whole, dtype, monkeypatch):
     from mvdream_fast import generate, sds
     from mvdream_fast.field.asset import Asset
 
     monkeypatch.setattr(Asset, "turntable", lambda self, path, *_, **__: None)
-    made = ["--model", str(whole / "model"), "--device", "cpu", "--threads", "1"]
+    made = ["--model", str(whole / "model"), "--device", "cpu", "--threads", "1", "--dtype", dtype]
     cli.run(generate.main, generate.Flags, prog="generate", argv=[PROMPT, *made, "--steps", "1", "-o", "views"])
     assert Path("views/views.png").exists()
     small = ["--preset", "mini", "--steps", "2", "--render-size", "8", "--mesh-resolution", "24"]

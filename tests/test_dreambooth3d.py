@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from reference.random_model import random_model
 
-from mvdream_fast import cli, dreambooth, dreambooth3d, run
+from mvdream_fast import cli, dreambooth, dreambooth3d, machine, run
 from mvdream_fast.camera import normalize_camera, sample_cameras
 from mvdream_fast.config import resolve_config
 from mvdream_fast.data.photos import PhotoSource
@@ -124,9 +124,11 @@ def test_pseudo_views_round_trip(tmp_path):
         PseudoViews.load(tmp_path / "v.safetensors")
 
 
-@pytest.fixture
-def arguments(tmp_path, monkeypatch) -> list[str]:
+@pytest.fixture(params=[(), ("avx512_bf16",)], ids=["float32", "bfloat16"])
+def arguments(tmp_path, monkeypatch, request) -> list[str]:
+    """The stages take auto's dtype: the processor's features are given, so that every machine meets both."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(request.param))
     save_model(random_model(), "tiny")
     Path("photos").mkdir()
     draws = np.random.default_rng(0)

@@ -71,7 +71,9 @@ def command(*arguments: str) -> int:
     return 0
 
 
-ARGUMENTS = ["--evaluator", "evaluator", "--prompts", "prompts.txt", "--threads", "1", "--device", "cpu"]
+ARGUMENTS = [
+    "--evaluator", "evaluator", "--prompts", "prompts.txt", "--threads", "1", "--device", "cpu", "--dtype", "float32",
+]  # fmt: skip
 
 
 def test_models_and_runs_in_one_report(place, capsys):
@@ -96,7 +98,7 @@ def test_models_and_runs_in_one_report(place, capsys):
 
 def test_the_same_figures_twice(judge):
     options = SamplingOptions(steps=1, seeds=1, n_captions=2, n_prompts=1)
-    pipeline = MVDreamPipeline(random_model(), "cpu")
+    pipeline = MVDreamPipeline(random_model(), "cpu", "float32")
     first, second = (evaluate_model(pipeline, judge, options, lambda _: None) for _ in range(2))
     for part in ("held_out", "prompts"):
         assert first[part] == second[part]

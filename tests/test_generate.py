@@ -64,6 +64,19 @@ def test_views_sheet_and_config(model, capsys):
     assert "step 2/2" in lines[-2]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", ["3d", "2d"])
+def test_every_precision_on_every_machine(model, dtype, mode, capsys):
+    """What auto means depends on the processor, so each is asked for by name; the views differ by roundings only."""
+    arguments = ["a green chair", "--model", model, "--seed", "7", "--mode", mode, *ARGUMENTS]
+    assert command(*arguments, "-o", "exact") == 0
+    assert command(*arguments, "-o", "out", "--dtype", dtype) == 0
+    assert f" on cpu in {dtype}," in capsys.readouterr().out
+    exact, drawn = (np.asarray(Image.open(f"{name}/views.png")).astype(int) for name in ("exact", "out"))
+    # 8 bits of mantissa through 2 guided steps; of 255
+    assert np.abs(drawn - exact).mean() < 5
+
+
 def test_default_folder_is_named_after_the_prompt_and_never_by_it(model):
     assert command("--prompt", "../../A Green\tChair! " + "very " * 30, "--model", model, *ARGUMENTS) == 0
     assert set(os.listdir()) == {"outputs"}

@@ -119,6 +119,22 @@ def test_unet_sees_one_batch_without_a_graph():
     assert guidance.unet.gain.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("poses", [POSES, None], ids=["3d", "2d"])
+def test_the_unet_is_asked_in_the_texts_dtype_and_the_rest_stays_in_float32(dtype, poses):
+    """Latents and camera go in as the text is; loss, target and the gradient of the images come out as the images."""
+    guidance = make()
+    guidance.text = guidance.text.to(dtype)
+    guidance.unet.to(dtype)
+    rgb = views()
+    out = guidance(rgb, poses, 1 if poses is None else 4, 0, Stream(0, 0, "g"))
+    ((z_t, _, camera, *_),) = guidance.unet.calls
+    assert z_t.dtype == dtype
+    assert camera is None or camera.dtype == dtype
+    (d_rgb,) = torch.autograd.grad(out.loss, rgb)
+    assert {x.dtype for x in (out.loss, out.target, out.grad_norm, d_rgb)} == {torch.float32}
+
+
 def test_timesteps_anneal_as_published():
     guidance = make()
     seen = {s: [guidance.timestep(s, Stream(i, s, "t")) for i in range(300)] for s in (0, 4000, 8000, 10_000)}

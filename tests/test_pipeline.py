@@ -150,7 +150,7 @@ class Counting:
 
 @pytest.mark.parametrize(("scale", "batch"), [(7.5, 8), (1.0, 4), (0.0, 8)])
 def test_text_is_encoded_once_and_guidance_is_one_batch(scale, batch):
-    pipe = MVDreamPipeline(random_model(), device="cpu")
+    pipe = MVDreamPipeline(random_model(), device="cpu", dtype="float32")
     pipe.unet, pipe.text = Counting(pipe.unet), Counting(pipe.text)
     pipe(PROMPT, guidance_scale=scale, **FEW)
     assert pipe.text.calls == [2]
@@ -263,7 +263,7 @@ def test_wrong_arguments(pipe, arguments, message):
 
 
 def test_numbers_that_are_not_finite_are_not_drawn():
-    pipe = MVDreamPipeline(random_model(), device="cpu")
+    pipe = MVDreamPipeline(random_model(), device="cpu", dtype="float32")
     with torch.no_grad():
         pipe.unet.out[2].bias[0] = float("nan")
     with pytest.raises(DivergedError, match="left the finite numbers; try --dtype float32"):
@@ -283,7 +283,7 @@ def test_bfloat16_draws_nearly_the_same():
 
 
 def test_a_model_of_noise_prediction_samples_too():
-    views = MVDreamPipeline(random_model(prediction="eps"), device="cpu")(PROMPT, **FEW)
+    views = MVDreamPipeline(random_model(prediction="eps"), device="cpu", dtype="float32")(PROMPT, **FEW)
     assert views.tensor.isfinite().all()
 
 

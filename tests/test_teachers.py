@@ -190,3 +190,22 @@ def test_views_of_the_single_view_prior_do_not_know_of_each_other(tmp_path):
     changed[1:] = 1 - changed[1:]
     torch.testing.assert_close(gradient(rgb)[0], gradient(changed)[0])
     assert not torch.allclose(gradient(rgb)[1], gradient(changed)[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [Distillation, SingleViewDistillation])
+def test_a_model_in_half_precision_teaches_nearly_the_same(kind, dtype):
+    """Its text tower answers in float32: the teacher hands that on in the UNet's dtype, and pulls in float32."""
+    cameras, rgb = orbit_cameras(4, elevation_deg=20.0), Stream(0, 0, "images").uniform(4, 3, 16, 16)
+    # 2: with TINY's scale of 50 the difference of the two answers, and its rounding, would be all there is
+    config = dataclasses.replace(TINY, guidance_scale=2.0, rescale=0.0)
+
+    def gradient(dtype):
+        images = rgb.clone().requires_grad_()
+        teacher = kind(MVDreamPipeline(random_model(), "cpu", dtype), "a chair", config)
+        teacher.score(images, cameras, 0, Stream(0, 0, "guidance"))[0].backward()
+        return images.grad
+
+    exact, rough = gradient("float32"), gradient(dtype)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).norm() < 0.05 * exact.norm()
