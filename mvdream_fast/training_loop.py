@@ -32,8 +32,8 @@ class LoopOptions:
 class Loop:
     """Runs a trainer to a number of steps: log lines, checkpoints, and `report` every so often.
 
-    Works on anything with `step`, `train_step()`, `state()` and `meta()`. Of several processes the first one's clock
-    counts, and it alone writes.
+    Works on anything with `step`, `train_step()`, `ahead`, `state()` and `meta()`. Of several processes the first one's
+    clock counts, and it alone writes.
     """
 
     def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE):
@@ -77,9 +77,10 @@ class Loop:
                     self.save()
                     saved = since = time.monotonic()
             stopped = self.ranks.largest(interrupt.exit_code)[0]
+        self.trainer.ahead.close()
+        self.save()
         if self.report and not stopped:
             self._report()
-        self.save()
         return stopped
 
     def _due(self, minutes: float, seconds: float, steps: int) -> int:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import test_evaluator
@@ -44,6 +46,16 @@ def test_the_last_step_can_be_named():
     ahead = Ahead(draw, workers=1, until=3)
     drawn += [ahead(step) for step in range(3)]
     assert drawn == [0, 1, 2]
+
+
+def test_workers_end_in_silence():
+    """One of them is in the middle of a batch, as at the end of every run."""
+    program = (
+        "import time, torch\nfrom mvdream_fast.data.ahead import Ahead\n"
+        "ahead = Ahead(lambda step: (time.sleep(0.3 * step), torch.zeros(3))[1], workers=2)\nahead(0)\nahead.close()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def failing(step: int) -> int:
