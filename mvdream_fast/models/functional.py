@@ -122,8 +122,8 @@ def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) -> Tensor:
-    """h + out(geglu(proj(norm(h)))) on [B*V, N, C]; without autograd a block of rows at a time, into h itself."""
-    if not lean(h):
+    """h + out(geglu(proj(norm(h)))) on [B*V, N, C]; on a CPU without autograd a block of rows at a time, into h."""
+    if not lean(h) or h.device.type != "cpu":  # a GPU has no cache to stay in, and every block is five launches
         return h + out(geglu(proj(norm(h))))
     for rows in h.view(-1, h.shape[-1]).split(_FEED_FORWARD_ROWS):
         rows.copy_(add_linear(rows, out, geglu(proj(norm(rows)))))  # nothing to copy where it wrote in place

@@ -328,5 +328,6 @@ def _key(tensors: list[Tensor] | None) -> tuple | None:
     if any(type(x) not in (Tensor, nn.Parameter) or x.is_inference() for x in tensors):
         return None
     device = tensors[0].device.type
-    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    on = device != "meta" and torch.is_autocast_enabled(device)  # which torch refuses to answer for the meta device
+    cast = torch.get_autocast_dtype(device) if on else None
     return (cast, *((x.data_ptr(), x._version, x.dtype, x.shape, x.stride()) for x in tensors))

@@ -115,6 +115,11 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def is_followed(*tensors: Tensor | None) -> bool:
+    """Whether a call on these must be a torch.autograd.Function; without, a launch costs the CPU less."""
+    return is_recorded(*tensors) or is_watched()
+
+
 def vjp(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

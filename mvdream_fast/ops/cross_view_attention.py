@@ -13,6 +13,7 @@ from mvdream_fast.ops._edges import (
     check_float,
     is_autocast,
     is_batched,
+    is_followed,
     is_watched,
     run_kernels,
     vmap_error,
@@ -72,8 +73,11 @@ def cross_view_attention(
         return torch.ops.mvdream_fast.cross_view_attention(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
     if is_batched(q, k, v, camera_q, camera_k, camera_v):
         raise vmap_error(OP)
-    if q.is_cuda:
+    if q.is_cuda and is_followed(q, k, v, camera_q, camera_k, camera_v):
         return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
+    if q.is_cuda:
+        cameras = (camera_q, camera_k, camera_v)
+        return run_kernels(OP, "q", q, "forward", q, k, v, views, *cameras, scale, _allow_tf32(q))[0]
     return _cpu(q, k, v, views, camera_q, camera_k, camera_v, scale)
 
 

@@ -13,6 +13,7 @@ from mvdream_fast.ops._edges import (
     by_name,
     check_float,
     is_batched,
+    is_followed,
     is_recorded,
     load_native,
     run_kernels,
@@ -49,7 +50,7 @@ def geglu(x: Tensor) -> Tensor:
     if is_batched(x):
         raise vmap_error("geglu")
     if x.is_cuda:
-        return _GEGLU.apply(x)
+        return _GEGLU.apply(x) if is_followed(x) else run_kernels("geglu", "x", x, "forward", x)
     return _OnCpu.apply(x) if is_recorded(x) and _is_native(x) else _forward_cpu(x)
 
 

@@ -14,6 +14,7 @@ from mvdream_fast.ops._edges import (
     check_float,
     check_like,
     is_batched,
+    is_followed,
     is_recorded,
     load_native,
     run_kernels,
@@ -62,8 +63,10 @@ def group_norm_silu(
         return torch.ops.mvdream_fast.group_norm_silu(x, weight, bias, n_groups, eps, emb, silu)[0]
     if is_batched(x, weight, bias, emb):
         raise vmap_error("group_norm_silu")
-    if x.is_cuda:
+    if x.is_cuda and is_followed(x, weight, bias, emb):
         return _GroupNormSiLU.apply(x, weight, bias, n_groups, eps, emb, silu)
+    if x.is_cuda:
+        return _forward(_dense(x), weight, bias, n_groups, eps, emb, silu)[0]
     if _is_native(x, weight, bias, emb):
         if is_recorded(x, weight, bias, emb):
             return _OnCpu.apply(x, weight, bias, n_groups, eps, emb, silu)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import by_name, check_float, is_autocast, is_batched, run_kernels, vmap_error
+from mvdream_fast.ops._edges import by_name, check_float, is_autocast, is_batched, is_followed, run_kernels, vmap_error
 
 OP = "time_camera_embedding"
 MAX_PERIOD = 10000.0
@@ -71,7 +71,8 @@ def time_camera_embedding(
     if is_batched(*arguments):
         raise vmap_error(OP)
     if t.is_cuda:
-        return _autocast(_TimeCameraEmbedding.apply(*arguments))
+        followed = is_followed(*arguments)
+        return _autocast(_TimeCameraEmbedding.apply(*arguments) if followed else _forward_kernels(*arguments)[0])
     if not torch.is_autocast_enabled("cpu"):
         return _forward_cpu(*arguments)[0]
     with torch.autocast("cpu", enabled=False):
