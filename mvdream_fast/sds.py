@@ -43,8 +43,8 @@ class Flags:
     model: str | None = None
     """A model folder, a released checkpoint, or "embedded" (the default): the small model of the package."""
     preset: Literal["auto", "mini", "fast", "paper"] = "auto"
-    """mini: the embedded model on a CPU. fast: half its steps, the first half of them at half the size. paper: MVDream's
-    recipe. auto: mini for the embedded model and others that draw 64 pixels, else paper."""
+    """mini: the embedded model on a CPU. fast: half its steps, the first half of them at half the size.
+    paper: MVDream's recipe. auto: mini for the embedded model and others that draw 64 pixels, else paper."""
     method: Literal["sds", "reconstruct"] | None = None
     """reconstruct: fit the volume to views that are sampled once, instead of distilling."""
     mode: Literal["3d", "2d"] | None = None
