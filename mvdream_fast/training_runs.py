@@ -6,6 +6,7 @@ The optimisations themselves are training.py and training_vae.py.
 import copy
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
 from mvdream_fast.distributed import Ranks, join, launched, leave
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.evaluation_reference import measure
+from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.checkpoint import Model, load_model, save_model
 from mvdream_fast.models.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.models.manifest import PARTS, build, manifest, owner
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 N_FIT, N_CHECK = 512, 256  # pictures for the linear bound and the latent scale; held-out pictures for the PSNR
 SHEET_PROMPTS = 8
+ADDED = re.compile(r"(^|\.)(camera_embed|camera_token|camera_vectors|norm_views|attn_views)\.")  # layers --set may add
 
 
 def run_stage(args: "Flags") -> int:
@@ -133,7 +136,7 @@ def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
     if (args.init is None) == (args.vae is None):
         raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
     if args.init:
-        return _adjusted(load_model(args.init, torch.float32, add_cameras=True), args.settings)
+        return adjusted(load_model(args.init, torch.float32, add_cameras=True), args.settings, args.seed)
     model = new_model(args.config, _vocabulary(args, folder, captions), args.seed, args.settings)
     trained = load_model(args.vae, torch.float32, ("vae",))
     made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
@@ -154,18 +157,27 @@ def _with_text(model: Model, source: str) -> Model:
     return model
 
 
-def _adjusted(model: Model, settings: Sequence[str]) -> Model:
-    """A trained model in a configuration changed by settings that none of its weights depends on."""
+def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
+    """A trained model in a configuration changed by settings.
+
+    Layers that both have keep their weights, those only the old one has are left out, new ones add nothing at first.
+    """
     config = with_settings(model.config, settings)
-    if any(manifest(part, config) != manifest(part, model.config) for part in PARTS):
-        raise ArgumentError(f"--set must leave the weights of --init as they are, got {' '.join(settings)}; change "
-                            "shapes in a new model of --config")  # fmt: skip
     for part in PARTS if settings else ():
-        old = getattr(model, part)
-        with torch.device("meta"):
-            module = build(part, config)
-        owner(part, module).load_state_dict(owner(part, old).state_dict(), assign=True)
-        setattr(model, part, module.to(memory_format=torch.channels_last))
+        module = getattr(model, part)
+        trained, wanted = owner(part, module).state_dict(), manifest(part, config)
+        fixed = [name for name in trained.keys() | wanted.keys() if not ADDED.search(name)]
+        if any(name not in trained or trained[name].shape != wanted.get(name) for name in fixed):
+            raise ArgumentError(f"--set must leave the widths and depths of --init as they are, got "
+                                f"{' '.join(settings)}; change them in a new model of --config")  # fmt: skip
+        torch.manual_seed(seed)
+        with torch.device("cpu" if wanted.keys() - trained.keys() else "meta"):
+            changed = build(part, config)
+        if part == "unet" and config.unet.camera_in == "time" and "camera_embed.2.weight" not in trained:
+            zero(changed.camera_embed[2])  # where another layer begins at zero, this one must not, or neither learns
+        kept = {name: weight for name, weight in trained.items() if name in wanted}
+        owner(part, changed).load_state_dict(kept, strict=False, assign=True)
+        setattr(model, part, changed.to(memory_format=torch.channels_last))
     model.config = config
     return model
 

@@ -389,8 +389,36 @@ def test_training_goes_on_from_published_files(data, tmp_path, kind):
     assert model.config.unet.camera_in == "time"
     assert model.config.vae.image_size == 16
     assert model.unet.camera_embed[2].weight.any()
-    with pytest.raises(ArgumentError, match=r"--set must leave the weights of --init as they are, got unet.camera_in"):
-        main(flags(data, tmp_path / "no", **more | {"settings": ("unet.camera_in=none",)}))
+    with pytest.raises(ArgumentError, match=r"--set must leave the widths and depths of --init as they are, got vae.l"):
+        main(flags(data, tmp_path / "no", **more | {"settings": ("vae.layers_per_block=1",)}))
+
+
+@pytest.mark.parametrize("where", ["time", "attention", "none"])
+@pytest.mark.parametrize("mixing", ["3d", "temporal"])
+def test_a_2d_model_gets_cameras_and_views(where, mixing):
+    """As the paper starts from Stable Diffusion: what it could stays, to the bit, whichever layers are added, and these learn."""
+    rows = build_subset_vocabulary(["a red chair"])
+    old = training_runs.new_model("mini", rows, seed=0, settings=("unet.camera_in=none",))
+    g = torch.Generator().manual_seed(1)
+    for parameter in old.unet.parameters():  # none of the layers that close a branch may be zero
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=g)
+    latents, camera = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 16, generator=g)
+    context, t = torch.randn(2, 5, old.config.unet.context_dim, generator=g), torch.tensor([3, 3, 500, 500])
+    both = context.repeat_interleave(2, 0)
+    with torch.no_grad():
+        alone, together = old.unet(latents, t, both), old.unet(latents, t, context, n_views=2)
+    assert not torch.allclose(alone, together, atol=1e-3)
+    settings = (f"unet.camera_in={where}", f"unet.view_mixing={mixing}")
+    new = training_runs.adjusted(old, settings, seed=0)
+    assert new.config.unet == with_settings(new.config, settings).unet
+    with torch.no_grad():
+        torch.testing.assert_close(new.unet(latents, t, both), alone, rtol=0, atol=0)
+        mixed = new.unet(latents, t, context, camera, n_views=2)
+    torch.testing.assert_close(mixed, together if mixing == "3d" else alone, rtol=1e-5, atol=1e-5)
+    new.unet(latents, t, context, camera, n_views=2).square().mean().backward()
+    for layers, there in (("camera_", where != "none"), ("attn_views.", mixing == "temporal")):
+        learning = [name for name, p in new.unet.named_parameters() if layers in name and p.grad.any()]
+        assert bool(learning) == there
 
 
 @pytest.mark.parametrize(
