@@ -2,8 +2,9 @@
 
     python examples/ablations.py --data SHARDS --base MODEL -o WORK [--steps 600] [--docs docs]
 
-Every variant trains a new UNet on the autoencoder and the text tower of MODEL (a model folder, or "embedded"), which
-stay as they are. Stopped and started again with the same flags, it goes on where it was; `--only` names some variants.
+As the paper starts from Stable Diffusion, a UNet that knows only single pictures is trained first (`--steps-2d`), on
+the autoencoder and the text tower of MODEL (a model folder, or "embedded"), which stay as they are; every variant goes
+on from it. Stopped and started again with the same flags, it goes on where it was; `--only` names some variants.
 The table goes into DOCS/ablations.md between its two marks, the picture beside it.
 """
 
@@ -12,7 +13,7 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,28 +41,36 @@ BEGIN, END = "<!-- results: written by examples/ablations.py -->", "<!-- end of 
 PROMPTS = ("a red armchair", "a brown teddy bear", "a blue car")
 
 
+def unet(view_mixing: str = "3d", camera_in: str = "time") -> tuple[str, ...]:
+    """The settings of a UNet: those of the paper, but for what is named."""
+    return f"unet.view_mixing={view_mixing}", f"unet.camera_in={camera_in}"
+
+
+SINGLE = unet("2d", "none")
+
+
 @dataclass(frozen=True)
 class Variant:
     """What is changed against the first one, and the question that this answers."""
 
     question: str
     label: str
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = unet()
     n_views: int = N_VIEWS
     multi_view_share: float = 0.7
 
 
 VARIANTS = {
     "mvdream": Variant("as published", "3D attention, camera in the time embedding, 30 % 2D, 4 views"),
-    "attention-2d": Variant("how views meet", "2D attention only", ("unet.view_mixing=2d",)),
+    "attention-2d": Variant("how views meet", "2D attention only", unet(view_mixing="2d")),
     "attention-temporal": Variant(
-        "how views meet", "2D attention, then attention over the views at each pixel", ("unet.view_mixing=temporal",)
+        "how views meet", "2D attention, then attention over the views at each pixel", unet(view_mixing="temporal")
     ),
-    "camera-text": Variant("where the camera goes", "camera as a text token", ("unet.camera_in=text",)),
+    "camera-text": Variant("where the camera goes", "camera as a text token", unet(camera_in="text")),
     "camera-attention": Variant(
-        "where the camera goes", "camera in queries, keys and values", ("unet.camera_in=attention",)
+        "where the camera goes", "camera in queries, keys and values", unet(camera_in="attention")
     ),
-    "camera-none": Variant("where the camera goes", "no camera", ("unet.camera_in=none",)),
+    "camera-none": Variant("where the camera goes", "no camera", unet(camera_in="none")),
     "no-2d": Variant("what the 2D share does", "multi-view steps only", multi_view_share=1.0),
     "views-2": Variant("how many views", "2 views a scene", n_views=2),
     "views-1": Variant("how many views", "1 view a scene", n_views=1),
@@ -76,8 +85,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--docs", type=Path, help="folder of ablations.md and its picture (default: OUT)")
     parser.add_argument("--steps", type=int, default=600, help=f"updates of {BATCH * N_VIEWS} pictures each")
+    parser.add_argument("--steps-2d", type=int, default=3000, help="updates of the 2D model that all start from")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr-2d", type=float, default=7e-4)
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
@@ -87,24 +98,39 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train_variant(args: argparse.Namespace, name: str) -> Path:
-    """Trains a variant, or what is left of it. Returns its model folder."""
-    variant, folder = VARIANTS[name], args.out / name
-    flags = train.Flags(
-        data=args.data, output=folder, config=args.config, settings=variant.settings, vae=args.base, text=args.base,
-        freeze_text=True, cache_latents=True, latents=args.out / "latents", steps=args.steps, lr=args.lr,
-        warmup=min(100, args.steps // 4), decay=args.steps // 5, ema=0.995, n_views=variant.n_views,
-        batch_size=BATCH * N_VIEWS // variant.n_views, multi_view_share=variant.multi_view_share, sheet_minutes=0.0,
-        sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale,
-        resume=(folder / "checkpoints" / "LATEST").exists(), threads=args.threads,
+def train_2d(args: argparse.Namespace) -> Path:
+    """Trains the model of single pictures, or what is left of it. Returns its folder."""
+    flags = common_flags(args, "base", args.steps_2d, args.lr_2d, ema=0.998)
+    budget = {"steps": args.steps_2d, "lr": args.lr_2d, "config": args.config, "base": args.base}
+    return train_once(replace(flags, config=args.config, vae=args.base, text=args.base, batch_size=BATCH,
+                              settings=SINGLE, multi_view_share=0.0), budget)  # fmt: skip
+
+
+def train_variant(args: argparse.Namespace, name: str, start: Path) -> Path:
+    """Trains a variant from the 2D model, or what is left of it. Returns its model folder."""
+    variant = VARIANTS[name]
+    flags = common_flags(args, name, args.steps, args.lr, ema=0.99)
+    flags = replace(flags, init=str(start), settings=variant.settings, n_views=variant.n_views,
+                    batch_size=BATCH * N_VIEWS // variant.n_views, multi_view_share=variant.multi_view_share)  # fmt: skip
+    return train_once(flags, {"steps": args.steps, "lr": args.lr, "steps_2d": args.steps_2d, "lr_2d": args.lr_2d})
+
+
+def common_flags(args: argparse.Namespace, name: str, steps: int, lr: float, ema: float) -> train.Flags:
+    return train.Flags(
+        data=args.data, output=args.out / name, freeze_text=True, cache_latents=True, latents=args.out / "latents",
+        steps=steps, lr=lr, warmup=min(100, steps // 4), decay=steps // 5, ema=ema, sheet_minutes=0.0,
+        sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale, threads=args.threads,
     )  # fmt: skip
-    done = folder / "done.json"
-    budget = {"steps": args.steps, "lr": args.lr}
+
+
+def train_once(flags: train.Flags, budget: dict[str, object]) -> Path:
+    """Trains, unless a run of this budget is there already, which is only finished."""
+    done = flags.output / "done.json"
     if not done.exists() or json.loads(done.read_text()) != budget:
-        train.main(flags)
+        train.main(replace(flags, resume=(flags.output / "checkpoints" / "LATEST").exists()))
         atomic_write(done, json.dumps(budget))
-        (folder / "scores.json").unlink(missing_ok=True)
-    return folder / "model"
+        (flags.output / "scores.json").unlink(missing_ok=True)
+    return flags.output / "model"
 
 
 def scores(args: argparse.Namespace, name: str, model: Path) -> dict[str, float]:
@@ -152,7 +178,7 @@ def table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str
     ]
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
     budget = (
-        f"{args.steps} steps of {BATCH * N_VIEWS} pictures each ({n_pictures:,} pictures; {min(minutes):.1f} to "
+        f"From one 2D model of {args.steps_2d} steps: {args.steps} steps of {BATCH * N_VIEWS} pictures each ({n_pictures:,} pictures; {min(minutes):.1f} to "
         f"{max(minutes):.1f} minutes a variant), {time.strftime('%Y-%m-%d')}."
     )
     return "\n".join([budget, "", *(f"| {line} |" for line in lines), "", "![four views of each](ablations.png)"])
@@ -195,9 +221,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     docs = args.docs or args.out
     models, results = {}, {}
+    start = train_2d(args)
     for name in args.only:
         print(f"{name}: {VARIANTS[name].label}", flush=True)
-        models[name] = train_variant(args, name)
+        models[name] = train_variant(args, name, start)
         results[name] = scores(args, name, models[name])
         print(f"{name}: " + " ".join(f"{key} {value:.4g}" for key, value in results[name].items()), flush=True)
     docs.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def flags(tmp_path, ablations):
     model = training_runs.new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
     save_model(model, tmp_path / "base")
     return ["--data", str(data), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out"), "--steps", "1",
-            "--threads", "1", "--prompts", "a thing0", "--sampling-steps", "2"]  # fmt: skip
+            "--steps-2d", "1", "--threads", "1", "--prompts", "a thing0", "--sampling-steps", "2"]  # fmt: skip
 
 
 def test_every_variant_on_one_table(ablations, flags, tmp_path):
@@ -59,7 +59,7 @@ def test_every_variant_on_one_table(ablations, flags, tmp_path):
     assert all(0 < float(loss) < 10 for loss in losses)
     assert {row.split(" | ")[4] for row in rows} == {"90"}
     assert {row.split(" | ")[6] for row in rows} == {"0.025"}
-    assert "1 steps of 8 pictures each (8 pictures; " in page
+    assert "From one 2D model of 1 steps: 1 steps of 8 pictures each (8 pictures; " in page
     size = TINY.vae.image_size
     assert Image.open(out / "ablations.png").size == (4 * size, len(ablations.VARIANTS) * (size + 14))
     for name, variant in ablations.VARIANTS.items():
@@ -78,13 +78,13 @@ def test_it_goes_on_where_it_was(ablations, flags, tmp_path, monkeypatch):
     docs.mkdir()
     (docs / "ablations.md").write_text(f"# Mine\n{ablations.BEGIN}\nold\n{ablations.END}\nThe end.\n")
     ablations.main([*flags, "--only", "mvdream", "no-2d", "--docs", str(docs)])
-    assert trained == ["mvdream", "no-2d"]
+    assert trained == ["base", "mvdream", "no-2d"]
     page = (docs / "ablations.md").read_text()
     assert page.startswith("# Mine\n")
     assert page.endswith("The end.\n")
     assert "old" not in page
     ablations.main([*flags, "--only", "no-2d", "--steps", "2"])
-    assert trained == ["mvdream", "no-2d", "no-2d"]
+    assert trained == ["base", "mvdream", "no-2d", "no-2d"]
     assert json.loads((tmp_path / "out" / "no-2d" / "done.json").read_text())["steps"] == 2
     (docs / "ablations.md").write_text("# No marks\n")
     with pytest.raises(SystemExit, match="must hold the lines"):
