@@ -110,8 +110,9 @@ def train_variant(args: argparse.Namespace, name: str, start: Path) -> Path:
     """Trains a variant from the 2D model, or what is left of it. Returns its model folder."""
     variant = VARIANTS[name]
     flags = common_flags(args, name, args.steps, args.lr, ema=0.99)
-    flags = replace(flags, init=str(start), settings=variant.settings, n_views=variant.n_views,
-                    batch_size=BATCH * N_VIEWS // variant.n_views, multi_view_share=variant.multi_view_share)  # fmt: skip
+    n_views, share = variant.n_views, variant.multi_view_share
+    flags = replace(flags, init=str(start), settings=variant.settings, n_views=n_views, multi_view_share=share,
+                    batch_size=BATCH * N_VIEWS // n_views)  # fmt: skip
     return train_once(flags, {"steps": args.steps, "lr": args.lr, "steps_2d": args.steps_2d, "lr_2d": args.lr_2d})
 
 
@@ -178,8 +179,9 @@ def table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str
     ]
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
     budget = (
-        f"From one 2D model of {args.steps_2d} steps: {args.steps} steps of {BATCH * N_VIEWS} pictures each ({n_pictures:,} pictures; {min(minutes):.1f} to "
-        f"{max(minutes):.1f} minutes a variant), {time.strftime('%Y-%m-%d')}."
+        f"From one 2D model of {args.steps_2d} steps: {args.steps} steps of {BATCH * N_VIEWS} pictures each "
+        f"({n_pictures:,} pictures; {min(minutes):.1f} to {max(minutes):.1f} minutes a variant), "
+        f"{time.strftime('%Y-%m-%d')}."
     )
     return "\n".join([budget, "", *(f"| {line} |" for line in lines), "", "![four views of each](ablations.png)"])
 

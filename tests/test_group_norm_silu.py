@@ -140,15 +140,27 @@ def test_gradients_in_float64(function):
     assert torch.autograd.gradcheck(lambda x, w, b, e: function(x, w, b, 2, 1e-5, e, True), tuple(inputs.values()))
 
 
-def parameter_terms(inputs, d_y, n_groups, silu):
-    """The largest sums of absolute terms behind d_weight and d_bias, in float64."""
+def error_terms(inputs, d_y, n_groups, silu):
+    """The largest sums of absolute terms behind each result, in float64.
+
+    The normalised value is itself a difference, of value and mean; in a group of one pixel nothing is left of it, and
+    the deviation is that of eps.
+    """
     x = double(inputs)
     one, zero = torch.ones_like(x["weight"]), torch.zeros_like(x["bias"])
     xhat = group_norm_silu_ref(x["x"], one, zero, n_groups, 1e-5, x.get("emb"), False)
     z = xhat * x["weight"][:, None, None] + x["bias"][:, None, None]
+    h = x["x"] + (x["emb"][:, :, None, None] if "emb" in x else 0)
+    groups = h.unflatten(1, (n_groups, -1)).flatten(2)
+    rstd = (groups.var(-1, correction=0) + 1e-5).rsqrt().repeat_interleave(h.shape[1] // n_groups, 1)[:, :, None, None]
+    rounding = torch.finfo(torch.float32).eps / torch.finfo(inputs["weight"].dtype).eps  # the difference is in float32
+    differences = xhat.abs() + 2 * h.abs() * rstd * rounding
     gate = torch.sigmoid(z)
     d_z = (d_y.double() * (gate * (1 + z * (1 - gate)) if silu else 1)).abs()
-    sums = {"d_weight": (d_z * xhat.abs()).sum((0, 2, 3)), "d_bias": d_z.sum((0, 2, 3))}
+    sums = {"d_weight": (d_z * differences).sum((0, 2, 3)), "d_bias": d_z.sum((0, 2, 3))}
+    affine = 3 * x["weight"].abs().max() + x["bias"].abs().max()
+    d_x = rstd.max() * affine
+    sums |= {"y": affine, "d_x": d_x, "d_emb": d_x * h[0, 0].numel() ** 0.5}
     return {name: s.max().item() for name, s in sums.items()}
 
 
@@ -168,12 +180,7 @@ def check_case(case):
         run(group_norm_silu_ref, inputs, d_y, *arguments),
     )
     exact = run(group_norm_silu_ref, double(inputs), d_y.double(), *arguments)
-    # What the results are summed from: the affine map's two terms; for gradients, sums over pixels that cancel.
-    affine = 3 * inputs["weight"].abs().max().item() + inputs["bias"].abs().max().item()
-    rstd = 1 / max(inputs["x"].detach().double().std(correction=0).item(), 1e-5**0.5)
-    pixels = d_y[0, 0].numel() ** 0.5
-    terms = {"y": affine, "d_x": rstd * affine, "d_emb": rstd * affine * pixels}
-    terms |= parameter_terms(inputs, d_y, *arguments)
+    terms = error_terms(inputs, d_y, *arguments)
     for name, result in results.items():
         within_flash_rule(result, plain[name], exact[name], terms[name])
 

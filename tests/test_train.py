@@ -396,7 +396,7 @@ def test_training_goes_on_from_published_files(data, tmp_path, kind):
 @pytest.mark.parametrize("where", ["time", "attention", "none"])
 @pytest.mark.parametrize("mixing", ["3d", "temporal"])
 def test_a_2d_model_gets_cameras_and_views(where, mixing):
-    """As the paper starts from Stable Diffusion: what it could stays, to the bit, whichever layers are added, and these learn."""
+    """As the paper starts from Stable Diffusion: what it could stays, to the bit; layers that are added learn."""
     rows = build_subset_vocabulary(["a red chair"])
     old = training_runs.new_model("mini", rows, seed=0, settings=("unet.camera_in=none",))
     g = torch.Generator().manual_seed(1)
