@@ -1,5 +1,5 @@
-"""The command `dreambooth`: an ordinary model at the end, the same bytes after a stop, each mistake one sentence with its
-code."""
+"""The command `dreambooth`: an ordinary model at the end, the same bytes after a stop, a sentence and a code for each
+mistake."""
 
 import dataclasses
 import errno
