@@ -31,7 +31,7 @@ from mvdream_fast.dreambooth3d import PseudoViews
 from mvdream_fast.evaluation_reference import DISTANCE, ELEVATION_DEG, FOVY_DEG
 from mvdream_fast.evaluation_runs import read_prompts
 from mvdream_fast.field.asset import Asset
-from mvdream_fast.models.checkpoint import load_model
+from mvdream_fast.models.checkpoint import load_model, open_source
 from mvdream_fast.models.evaluator import EMBEDDED_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.rng import Stream
@@ -52,9 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluator", type=Path, default=EMBEDDED_FOLDER, help="folder of the evaluator")
     parser.add_argument("--prompts", type=Path, help="the other prompts (default: the evaluator's fixed list)")
     parser.add_argument("--out", type=Path, default=Path("dreambooth_demo"))
-    parser.add_argument(
-        "--lambdas", type=float, nargs="+", default=[0, 1, 1000], help="the second one is used throughout"
-    )
+    parser.add_argument("--lambdas", type=float, nargs="+", default=[0, 1, 3000], help="of the first object's tunings")
     parser.add_argument("--preset", default="fast", help="of the assets")
     parser.add_argument("--sds-steps", type=int, help="default: the preset's")
     parser.add_argument("--tuning", nargs="*", default=[], metavar="NAME=VALUE", help="other flags of the tuning")
@@ -98,7 +96,7 @@ def prepare(shards: Shards, key: str, noun: str, folder: Path) -> Subject:
 
 def tune(args: argparse.Namespace, subject: Subject, folder: Path, **more) -> float:
     """A run of the dreambooth command in `folder`, unless it is there; returns its seconds."""
-    note = folder.with_suffix(".seconds")
+    note = folder.parent / f"{folder.name}.seconds"  # the name may have a point in it
     if not note.exists():
         flags = dreambooth.Flags(
             instance_data_dir=subject.photos, instance_prompt=subject.prompt, model=args.model, output=folder,
@@ -296,7 +294,7 @@ def main() -> None:
     subjects = [prepare(held_out, key, noun, args.out / noun / "photos") for key, noun in SUBJECTS.items()]
     subjects = subjects[: args.objects]
     demo = Demo(args, load_evaluator(args.evaluator), Figures(args.out / "figures.json"))
-    weight = args.lambdas[min(1, len(args.lambdas) - 1)]
+    weight = dreambooth_runs.recipe(open_source(args.model).config)["lambda_preserve"]
     rows = [demo.two_steps(subject, weight) for subject in subjects]
     demo.forgotten(subjects[0], train, read_prompts(args.prompts))
     if not args.no_stages:

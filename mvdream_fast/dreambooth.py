@@ -41,8 +41,8 @@ class Flags:
     train_batch_size: int = 4
     """photos a step"""
     gradient_accumulation_steps: int = 1
-    lambda_preserve: float = 1.0
-    """weight of ||theta - theta_0||_1 / N over the UNet's N weights"""
+    lambda_preserve: float | None = None
+    """weight of ||theta - theta_0||_1 / N over the UNet's N weights (default: the paper's 1, for a small model 3000)"""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0
     adam_beta1: float = 0.9
@@ -123,8 +123,9 @@ def check_flags(flags: Flags) -> None:
         if value is not None and value < 1:
             raise ArgumentError(f"--{name} must be at least 1, got {value}")
     for name in NOT_NEGATIVE:
-        if not 0 <= getattr(flags, name) < float("inf"):
-            raise ArgumentError(f"--{name} must not be negative, got {getattr(flags, name)}")
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ArgumentError(f"--{name} must not be negative, got {value}")
     for name, low, high in (("learning_rate", 0, 1), ("adam_epsilon", 0, 1), ("max_grad_norm", 0, float("inf")),
                             ("pseudo_strength", 0, 1), ("pseudo_share", 0, 1)):  # fmt: skip
         value = getattr(flags, name)

@@ -33,8 +33,10 @@ from mvdream_fast.training import Parts
 from mvdream_fast.training_dreambooth import DreamBoothOptions, DreamBoothTrainer
 from mvdream_fast.training_loop import Loop, LoopOptions, sheet
 
-RECIPES = {"paper": {"max_train_steps": 600, "learning_rate": 2e-6, "partial_steps": 150},
-           "mini": {"max_train_steps": 400, "learning_rate": 5e-5, "partial_steps": 100}}  # fmt: skip
+RECIPES = {
+    "paper": {"max_train_steps": 600, "learning_rate": 2e-6, "lambda_preserve": 1.0, "partial_steps": 150},
+    "mini": {"max_train_steps": 400, "learning_rate": 2e-4, "lambda_preserve": 3000.0, "partial_steps": 100},
+}
 PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "threads", "quiet")  # not part of what a run is
 GREY = 0.5  # the background that models are mostly trained on
 OUTPUTS = Path("outputs")
@@ -142,16 +144,20 @@ def _configuration(model: str, dry_run: bool) -> ModelConfig:
     return open_source(model).config
 
 
+def recipe(config: ModelConfig) -> dict[str, Any]:
+    """What a run of this model does where nothing is said: the paper's numbers, or those measured for small models."""
+    return RECIPES[preset_for(config.vae.image_size)]
+
+
 def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
     """Settles what was left open. Raises ArgumentError for numbers that do not fit the model or each other."""
-    preset = preset_for(config.vae.image_size)
     settings = {name: value for name, value in given.items() if name not in PASSING}
-    for name, value in RECIPES[preset].items():
+    for name, value in recipe(config).items():
         if settings[name] is None:
             settings[name] = value
     settings["resolution"] = settings["resolution"] or config.vae.image_size
     if settings["sds_preset"] == "auto":
-        settings["sds_preset"] = preset
+        settings["sds_preset"] = preset_for(config.vae.image_size)
     resolve_config(settings["sds_preset"])
     factor = config.vae.downsampling * 2 ** (len(config.unet.channel_mult) - 1)
     if settings["resolution"] % factor or settings["resolution"] > 4 * config.vae.image_size:
