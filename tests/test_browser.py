@@ -57,6 +57,7 @@ def test_the_report_turns_the_asset_without_a_network(browser, tmp_path):
     picture = browser.wait_for(lambda picture: n_red(picture) > 5000)
     rows, columns = np.nonzero((picture.astype(int)[:, :, 0] > 90) & (picture[:, :, 1] < 60))
     assert 0.5 < np.ptp(rows) / np.ptp(columns) < 2  # a ball, not a bar
+    assert (picture == 128).all(-1).sum() > 5000  # around it, where it stays while it is turned, the grey of the views
     assert outside(browser, path.as_uri()) == []
     assert not browser.complaints
 

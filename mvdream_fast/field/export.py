@@ -13,6 +13,7 @@ from mvdream_fast.field.mesh import Mesh
 from mvdream_fast.files import atomic_write
 
 Y_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)  # (x, y, z) -> (x, z, -y)
+VIEWER_FOVY_DEG, VIEWER_ELEVATION_DEG = 40.0, 15.0
 
 
 def to_linear(srgb: np.ndarray) -> np.ndarray:
@@ -36,9 +37,14 @@ def viewer_html(mesh: Mesh) -> str:
     from trimesh.viewer.notebook import scene_to_html
 
     scene = _scene(mesh, mesh.colors, "asset")
+    away = scene.scale / 2 / np.sin(np.radians(VIEWER_FOVY_DEG / 2))  # all of it stays in view while it is turned
+    scene.set_camera(
+        (-np.radians(VIEWER_ELEVATION_DEG), 0.0, 0.0), away, scene.centroid, fov=(VIEWER_FOVY_DEG, VIEWER_FOVY_DEG)
+    )
     plain = scene.export
     scene.export = lambda **options: plain(**options, include_normals=True, tree_postprocessor=_add_material)
-    return scene_to_html(scene)
+    # White things show on grey.
+    return scene_to_html(scene).replace("THREE.Color(0xffffff)", "THREE.Color(0x808080)")
 
 
 def _textured(mesh: Mesh, name: str):
