@@ -1,6 +1,6 @@
 """The paper's ablations at the size of the embedded model: one budget for every variant, one table and one picture.
 
-    python examples/ablations.py --data SHARDS --base MODEL -o WORK [--steps 600] [--docs docs]
+    python examples/ablations.py --data SHARDS --base MODEL -o WORK [--steps 1500] [--docs docs]
 
 As the paper starts from Stable Diffusion, a UNet that knows only single pictures is trained first (`--steps-2d`), on
 the autoencoder and the text tower of MODEL (a model folder, or "embedded"), which stay as they are; every variant goes
@@ -84,11 +84,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="mini", help="configuration of the UNet that is varied")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--docs", type=Path, help="folder of ablations.md and its picture (default: OUT)")
-    parser.add_argument("--steps", type=int, default=600, help=f"updates of {BATCH * N_VIEWS} pictures each")
-    parser.add_argument("--steps-2d", type=int, default=3000, help="updates of the 2D model that all start from")
+    parser.add_argument("--steps", type=int, default=1500, help=f"updates of {BATCH * N_VIEWS} pictures each")
+    parser.add_argument("--steps-2d", type=int, default=2000, help="updates of the 2D model that all start from")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--lr-2d", type=float, default=7e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr-2d", type=float, default=1e-3)
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
@@ -119,8 +119,8 @@ def train_variant(args: argparse.Namespace, name: str, start: Path) -> Path:
 def common_flags(args: argparse.Namespace, name: str, steps: int, lr: float, ema: float) -> train.Flags:
     return train.Flags(
         data=args.data, output=args.out / name, freeze_text=True, cache_latents=True, latents=args.out / "latents",
-        steps=steps, lr=lr, warmup=min(100, steps // 4), decay=steps // 5, ema=ema, sheet_minutes=0.0,
-        sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale, threads=args.threads,
+        steps=steps, lr=lr, warmup=min(100, steps // 4), decay=steps // 5, ema=ema, timestep_shift=2.0,
+        sheet_minutes=0.0, sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale, threads=args.threads,
     )  # fmt: skip
 
 
