@@ -117,3 +117,20 @@ def test_exit_codes(error, code, capsys):
 def test_a_programming_error_keeps_its_traceback():
     with pytest.raises(KeyError):
         run_with(KeyError("bug"))
+
+
+@pytest.mark.parametrize(
+    ("given", "imported", "expected"),
+    [
+        ({}, False, cli.SPIN_COUNT),
+        ({}, True, None),  # too late
+        ({"GOMP_SPINCOUNT": "7"}, False, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, False, None),
+    ],
+)
+def test_waiting_threads_give_their_core_away(given, imported, expected, monkeypatch):
+    monkeypatch.setattr(cli.os, "environ", dict(given))
+    modules = {name: module for name, module in sys.modules.items() if imported or name != "torch"}
+    monkeypatch.setattr(cli.sys, "modules", modules | ({"torch": cli} if imported else {}))
+    cli.share_cores()
+    assert cli.os.environ.get("GOMP_SPINCOUNT") == expected
