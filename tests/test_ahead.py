@@ -17,6 +17,7 @@ from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.errors import InputFileError
 from mvdream_fast.rng import Stream
+from mvdream_fast.train import main
 from mvdream_fast.training_averaged import AveragedTrainer
 
 __all__ = ["data", "folder", "shards", "tiny"]  # fixtures
@@ -122,9 +123,9 @@ def test_a_filled_cache_has_what_is_encoded_on_demand(folder, workers):
 
 def test_a_whole_run_with_workers(data, tmp_path):
     """The command caches first what its workers read, and a run with workers has the bytes of one without."""
-    test_train.main(test_train.flags(data, tmp_path / "vae", stage="vae", workers=1))
+    main(test_train.flags(data, tmp_path / "vae", stage="vae", workers=1))
     for name, workers in (("alone", 0), ("helped", 2)):
         flags = {"vae": str(tmp_path / "vae" / "model"), "cache_latents": True, "steps": 3, "workers": workers}
-        test_train.main(test_train.flags(data, tmp_path / name, **flags))
+        main(test_train.flags(data, tmp_path / name, **flags))
     alone, helped = ((tmp_path / name / "model" / "unet.safetensors").read_bytes() for name in ("alone", "helped"))
     assert alone == helped
