@@ -14,42 +14,44 @@ from mvdream_fast.cli import SPIN_COUNT
 
 N_STEPS, ROUNDS = 20, 3
 SPINNING = {"libgomp's": {}, "ours": {"GOMP_SPINCOUNT": SPIN_COUNT}}
-PROGRAM = """
+PIPELINE = """
 import sys, time
 from mvdream_fast import MVDreamPipeline
 pipeline = MVDreamPipeline.from_pretrained("embedded")
 n_steps, rounds = int(sys.argv[1]), int(sys.argv[2])
+"""
+MEASURE = """
 seconds = []
 for seed in range(rounds + 1):  # the first one warms up
     start = time.perf_counter()
     pipeline("a red armchair", n_steps=n_steps, seed=seed)
     seconds.append(time.perf_counter() - start)
-print(min(seconds[1:]) / n_steps, flush=True)
-sys.stdin.read()  # works beside the others until all are done, then goes
+print(min(seconds[1:]) / n_steps)
 """
-BESIDE = "while True: pipeline('a red armchair', n_steps=n_steps, seed=0)\n"
+KEEP_GOING = """
+while True:
+    pipeline("a red armchair", n_steps=n_steps, seed=0)
+"""
 _best: dict[tuple[str, int], float] = {}
 
 
 def start(program: str, environment: dict[str, str]) -> subprocess.Popen:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
-    line = [sys.executable, "-c", program, str(N_STEPS), str(ROUNDS)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(line, env=inherited | environment, text=True, **pipes)
+    line = [sys.executable, "-c", PIPELINE + program, str(N_STEPS), str(ROUNDS)]
+    return subprocess.Popen(line, env=inherited | environment, text=True, stdout=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("n_programs", [1, 2])
 @pytest.mark.parametrize("spinning", list(SPINNING))
 def bench_step_beside_others(benchmark, spinning, n_programs):
     def measure() -> float:
-        others = [start(PROGRAM.replace("sys.stdin.read()", BESIDE), SPINNING[spinning]) for _ in range(n_programs - 1)]
+        others = [start(KEEP_GOING, SPINNING[spinning]) for _ in range(n_programs - 1)]
         try:
-            one = start(PROGRAM, SPINNING[spinning])
-            return float(one.communicate()[0])
+            return float(start(MEASURE, SPINNING[spinning]).communicate()[0])
         finally:
             for other in others:
                 other.kill()
-                other.wait()
+                other.communicate()
 
     benchmark.group = f"{n_programs} at once"
     _best[spinning, n_programs] = benchmark.pedantic(measure, rounds=1)

@@ -125,7 +125,7 @@ def common_flags(args: argparse.Namespace, name: str, steps: int, lr: float, ema
 
 
 def train_once(flags: train.Flags, budget: dict[str, object]) -> Path:
-    """Trains, unless a run of this budget is there already, which is only finished."""
+    """Trains, or finishes a run that was stopped; does nothing where one of this budget is done. Returns its model."""
     done = flags.output / "done.json"
     if not done.exists() or json.loads(done.read_text()) != budget:
         train.main(replace(flags, resume=(flags.output / "checkpoints" / "LATEST").exists()))

@@ -13,7 +13,7 @@ from mvdream_fast.errors import OutOfMemoryError, OutputError, UserError
 from mvdream_fast.machine import available_cores
 
 Args = TypeVar("Args")
-SPIN_COUNT = "5000"  # about 20 us; 1,000 already costs a fifth of a small model's speed, libgomp's default is 300,000
+SPIN_COUNT = "5000"  # about 0.1 ms; 1,000 already costs a fifth of a small model's speed, libgomp's default is 300,000
 
 EXIT_CODES = """exit codes: 0 done; 2 wrong arguments or prompt; 3 model missing, unreadable or of another
 configuration; 4 out of memory; 5 another input file missing or unreadable; 6 diverged; 7 output cannot be written or
@@ -33,9 +33,9 @@ def set_threads(threads: int | None) -> int:
 def share_cores() -> None:
     """Lets threads that wait give their core away sooner; before torch is imported, or it has no effect.
 
-    OpenMP's threads spin for milliseconds at every barrier. Two such programs on one machine mostly wait for each
-    other: a step beside a training run took 1.7 s, with this 0.11 s, and alone as long as before
-    (benchmarks/bench_busy.py). What the user has set stays.
+    OpenMP's threads spin for milliseconds at every barrier. Two such programs on one machine may mostly wait for each
+    other, as the scheduler places them: a step beside a training run took 0.15 to 1.9 s, with this 0.11 to 0.13 s.
+    Alone it takes as long as before (benchmarks/bench_busy.py). What the user has set stays.
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

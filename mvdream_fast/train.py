@@ -31,7 +31,7 @@ class Flags:
     """configuration of a new model: mini, sd21-4view, sd15-4view"""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
     """changes to the configuration, as unet.view_mixing=2d or unet.camera_in=text; with --init, those that leave its
-    widths and depths as they are: layers that are new add nothing at first"""
+    widths and depths as they are: new layers add nothing at first (a camera token takes some of the attention)"""
     init: str | None = None
     """model to go on from, instead of a new one of --config: a folder, a name, the released MVDream .pt, or Stable
     Diffusion 2.1's own .safetensors file (its new camera layers begin at zero)"""

@@ -160,7 +160,8 @@ def _with_text(model: Model, source: str) -> Model:
 def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
     """A trained model in a configuration changed by settings.
 
-    Layers that both have keep their weights, those only the old one has are left out, new ones add nothing at first.
+    Layers that both have keep their weights, those only the old one has are left out, new ones add nothing at first
+    (but a camera token: the text attention sees it from the start).
     """
     config = with_settings(model.config, settings)
     for part in PARTS if settings else ():
