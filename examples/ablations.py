@@ -5,15 +5,21 @@
 As the paper starts from Stable Diffusion, a UNet that knows only single pictures is trained first (`--steps-2d`), on
 the autoencoder and the text tower of MODEL (a model folder, or "embedded"), which stay as they are; every variant goes
 on from it. Stopped and started again with the same flags, it goes on where it was; `--only` names some variants.
+On a GPU, which one small model leaves idle, `--jobs` variants are trained side by side.
 The table goes into DOCS/ablations.md between its two marks, the picture beside it.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +42,8 @@ COLUMNS = {
     "top1": "R-precision",
     "frechet": "Fréchet distance",
 }
-BATCH, N_VIEWS = 8, 4  # of the first variant; all others see as many pictures a step
+N_VIEWS = 4  # of the first variant; all others see as many pictures a step
+VALIDATION_BATCH = 8  # scenes
 BEGIN, END = "<!-- results: written by examples/ablations.py -->", "<!-- end of the results -->"
 PROMPTS = ("a red armchair", "a brown teddy bear", "a blue car")
 
@@ -84,9 +91,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="mini", help="configuration of the UNet that is varied")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--docs", type=Path, help="folder of ablations.md and its picture (default: OUT)")
-    parser.add_argument("--steps", type=int, default=1500, help=f"updates of {BATCH * N_VIEWS} pictures each")
+    parser.add_argument("--steps", type=int, default=1500, help="updates of each variant")
     parser.add_argument("--steps-2d", type=int, default=2000, help="updates of the 2D model that all start from")
+    parser.add_argument("--batch-size", type=int, default=8, help=f"scenes an update, of {N_VIEWS} pictures")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--timestep-shift", type=float, default=3.0, help="of every training; cameras decide in noise")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-2d", type=float, default=1e-3)
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
@@ -94,16 +103,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
     parser.add_argument("--quick", action="store_true", help="evaluate on 12 captions instead of 40")
     parser.add_argument("--no-evaluator", dest="evaluator", action="store_false", help="losses and the picture alone")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the training")
+    parser.add_argument("--jobs", type=int, default=1, help="variants that are trained and judged at once")
+    parser.add_argument("--threads", type=int, help="CPU threads of each")
     return parser.parse_args(argv)
 
 
 def train_2d(args: argparse.Namespace) -> Path:
     """Trains the model of single pictures, or what is left of it. Returns its folder."""
     flags = common_flags(args, "base", args.steps_2d, args.lr_2d, ema=0.998)
-    budget = {"steps": args.steps_2d, "lr": args.lr_2d, "config": args.config, "base": args.base}
-    return train_once(replace(flags, config=args.config, vae=args.base, text=args.base, batch_size=BATCH,
-                              settings=SINGLE, multi_view_share=0.0), budget)  # fmt: skip
+    return train_once(replace(flags, config=args.config, vae=args.base, text=args.base, batch_size=args.batch_size,
+                              settings=SINGLE, multi_view_share=0.0), budget_2d(args))  # fmt: skip
+
+
+def budget_2d(args: argparse.Namespace) -> dict[str, object]:
+    """All that decides the weights of the model of single pictures, but for the data."""
+    names = ("steps_2d", "lr_2d", "batch_size", "timestep_shift", "dtype", "config", "base")
+    return {name: getattr(args, name) for name in names}
 
 
 def train_variant(args: argparse.Namespace, name: str, start: Path) -> Path:
@@ -112,25 +129,33 @@ def train_variant(args: argparse.Namespace, name: str, start: Path) -> Path:
     flags = common_flags(args, name, args.steps, args.lr, ema=0.99)
     n_views, share = variant.n_views, variant.multi_view_share
     flags = replace(flags, init=str(start), settings=variant.settings, n_views=n_views, multi_view_share=share,
-                    batch_size=BATCH * N_VIEWS // n_views)  # fmt: skip
-    return train_once(flags, {"steps": args.steps, "lr": args.lr, "steps_2d": args.steps_2d, "lr_2d": args.lr_2d})
+                    batch_size=args.batch_size * N_VIEWS // n_views)  # fmt: skip
+    return train_once(flags, {"steps": args.steps, "lr": args.lr} | budget_2d(args))
 
 
 def common_flags(args: argparse.Namespace, name: str, steps: int, lr: float, ema: float) -> train.Flags:
     return train.Flags(
         data=args.data, output=args.out / name, freeze_text=True, cache_latents=True, latents=args.out / "latents",
-        steps=steps, lr=lr, warmup=min(100, steps // 4), decay=steps // 5, ema=ema, timestep_shift=2.0,
+        steps=steps, lr=lr, warmup=min(100, steps // 4), decay=steps // 5, ema=ema, timestep_shift=args.timestep_shift,
         sheet_minutes=0.0, sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale, threads=args.threads,
+        dtype=args.dtype, device=None if args.device == "auto" else args.device,
+        workers=None if args.jobs == 1 or name == "base" else 1,
     )  # fmt: skip
 
 
 def train_once(flags: train.Flags, budget: dict[str, object]) -> Path:
-    """Trains, or finishes a run that was stopped; does nothing where one of this budget is done. Returns its model."""
-    done = flags.output / "done.json"
-    if not done.exists() or json.loads(done.read_text()) != budget:
+    """Trains, or finishes a run that was stopped; does nothing where it is done. Returns its model.
+
+    A folder keeps to the budget that it was begun with: a checkpoint of another start would be neither.
+    """
+    kept, done = flags.output / "budget.json", flags.output / "done"
+    if kept.exists() and json.loads(kept.read_text()) != budget:
+        raise SystemExit(f"{flags.output} was begun with another budget; name another folder with -o")
+    if not done.exists():
+        flags.output.mkdir(parents=True, exist_ok=True)
+        atomic_write(kept, json.dumps(budget))
         train.main(replace(flags, resume=(flags.output / "checkpoints" / "LATEST").exists()))
-        atomic_write(done, json.dumps(budget))
-        (flags.output / "scores.json").unlink(missing_ok=True)
+        done.touch()
     return flags.output / "model"
 
 
@@ -153,7 +178,7 @@ def validation(data: Path, folder: Path) -> dict[str, float]:
         source = ImageSource(Shards(data, "held_out"))
     except InputFileError:
         source = ImageSource(Shards(data))
-    return Trainer(parts, source, TrainOptions(batch_size=BATCH, n_views=N_VIEWS)).validate(source)
+    return Trainer(parts, source, TrainOptions(batch_size=VALIDATION_BATCH, n_views=N_VIEWS)).validate(source)
 
 
 def judged(args: argparse.Namespace, model: Path) -> dict[str, float]:
@@ -163,14 +188,14 @@ def judged(args: argparse.Namespace, model: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         asked = {"steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "threads": args.threads}
-        asked |= {"seeds": 1, "quick": args.quick, "quiet": True}
+        asked |= {"seeds": 1, "quick": args.quick, "quiet": True, "device": args.device}
         evaluate.main(evaluate.Flags(targets=(str(model),), json=report, **asked))
         return json.loads(report.read_text())["models"][str(model)]["held_out"]
 
 
 def table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str:
     """Markdown: a row for each variant, the same budget for all."""
-    n_pictures = args.steps * BATCH * N_VIEWS
+    each = args.batch_size * N_VIEWS
     minutes = [r["minutes"] for r in results.values()]
     head = ["question", "variant", *COLUMNS.values()]
     rows = [
@@ -179,9 +204,9 @@ def table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str
     ]
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
     budget = (
-        f"From one 2D model of {args.steps_2d} steps: {args.steps} steps of {BATCH * N_VIEWS} pictures each "
-        f"({n_pictures:,} pictures; {min(minutes):.1f} to {max(minutes):.1f} minutes a variant), "
-        f"{time.strftime('%Y-%m-%d')}."
+        f"From one 2D model of {args.steps_2d * each:,} pictures: {args.steps} steps of {each} pictures each "
+        f"({args.steps * each:,} pictures; {min(minutes):.1f} to {max(minutes):.1f} minutes a variant"
+        f"{f', {args.jobs} at once' if args.jobs > 1 else ''}), {time.strftime('%Y-%m-%d')}."
     )
     return "\n".join([budget, "", *(f"| {line} |" for line in lines), "", "![four views of each](ablations.png)"])
 
@@ -194,7 +219,7 @@ def picture(args: argparse.Namespace, models: dict[str, Path]) -> Image.Image:
     """A row of four views of each prompt for each variant, its name above."""
     rows = []
     for name, folder in models.items():
-        pipeline = MVDreamPipeline.from_pretrained(folder)
+        pipeline = MVDreamPipeline.from_pretrained(folder, args.device)
         how = {"n_steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "seed": 0}
         views = pipeline(list(args.prompts), N_VIEWS, **how, warn=lambda _: None)
         strip = torch.cat([view for scene in views for view in scene.tensor], dim=2)  # [3, s, n * V * s]
@@ -219,19 +244,34 @@ def write(path: Path, text: str) -> None:
     atomic_write(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
+def trained_and_judged(args: argparse.Namespace, start: Path, name: str) -> tuple[Path, dict[str, float]]:
+    """The model folder of a variant and its measures."""
+    print(f"{name}: {VARIANTS[name].label}", flush=True)
+    model = train_variant(args, name, start)
+    found = scores(args, name, model)
+    print(f"{name}: " + " ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True)
+    return model, found
+
+
+@contextmanager
+def mapping(jobs: int) -> Iterator[Callable]:
+    """`map`, or the same with so many processes; spawned, as a forked one could not use the GPU."""
+    if jobs == 1:
+        yield map
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            yield pool.map
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     docs = args.docs or args.out
-    models, results = {}, {}
     start = train_2d(args)
-    for name in args.only:
-        print(f"{name}: {VARIANTS[name].label}", flush=True)
-        models[name] = train_variant(args, name, start)
-        results[name] = scores(args, name, models[name])
-        print(f"{name}: " + " ".join(f"{key} {value:.4g}" for key, value in results[name].items()), flush=True)
+    with mapping(args.jobs) as each:
+        found = dict(zip(args.only, each(partial(trained_and_judged, args, start), args.only)))
     docs.mkdir(parents=True, exist_ok=True)
-    picture(args, models).save(docs / "ablations.png")
-    write(docs / "ablations.md", table(args, results))
+    picture(args, {name: model for name, (model, _) in found.items()}).save(docs / "ablations.png")
+    write(docs / "ablations.md", table(args, {name: measures for name, (_, measures) in found.items()}))
     print(docs / "ablations.md")
 
 

@@ -24,7 +24,7 @@ def ablations(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(training_runs.NAMED, "mini", TINY)
-    monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(module, "VALIDATION_BATCH", 2)
     monkeypatch.setattr(module.evaluate, "main", judge)
     return module
 
@@ -46,7 +46,8 @@ def flags(tmp_path, ablations):
     model = training_runs.new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
     save_model(model, tmp_path / "base")
     return ["--data", str(data), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out"), "--steps", "1",
-            "--steps-2d", "1", "--threads", "1", "--prompts", "a thing0", "--sampling-steps", "2"]  # fmt: skip
+            "--steps-2d", "1", "--batch-size", "2", "--threads", "1", "--prompts", "a thing0",
+            "--sampling-steps", "2"]  # fmt: skip
 
 
 def test_every_variant_on_one_table(ablations, flags, tmp_path):
@@ -59,7 +60,7 @@ def test_every_variant_on_one_table(ablations, flags, tmp_path):
     assert all(0 < float(loss) < 10 for loss in losses)
     assert {row.split(" | ")[4] for row in rows} == {"90"}
     assert {row.split(" | ")[6] for row in rows} == {"0.025"}
-    assert "From one 2D model of 1 steps: 1 steps of 8 pictures each (8 pictures; " in page
+    assert "From one 2D model of 8 pictures: 1 steps of 8 pictures each (8 pictures; " in page
     size = TINY.vae.image_size
     assert Image.open(out / "ablations.png").size == (4 * size, len(ablations.VARIANTS) * (size + 14))
     for name, variant in ablations.VARIANTS.items():
@@ -83,9 +84,10 @@ def test_it_goes_on_where_it_was(ablations, flags, tmp_path, monkeypatch):
     assert page.startswith("# Mine\n")
     assert page.endswith("The end.\n")
     assert "old" not in page
-    ablations.main([*flags, "--only", "no-2d", "--steps", "2"])
-    assert trained == ["base", "mvdream", "no-2d", "no-2d"]
-    assert json.loads((tmp_path / "out" / "no-2d" / "done.json").read_text())["steps"] == 2
+    for other in ("--steps", "--steps-2d", "--lr", "--batch-size"):
+        with pytest.raises(SystemExit, match="was begun with another budget; name another folder with -o"):
+            ablations.main([*flags, "--only", "no-2d", other, "3"])
+    assert trained == ["base", "mvdream", "no-2d"]
     (docs / "ablations.md").write_text("# No marks\n")
     with pytest.raises(SystemExit, match="must hold the lines"):
         ablations.main([*flags, "--only", "mvdream", "--docs", str(docs)])
