@@ -109,7 +109,7 @@ def test_regrouping_packed_views_makes_no_copy():
 @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (4, 0, 2, 8), (4, 5, 0, 8)])
 @pytest.mark.parametrize("function", [attention, by_kernels])
 def test_empty(shape, function):
-    inputs, d_out = draw(shape)
+    inputs, d_out = draw(shape, device=DEVICE)
     results = run(function, inputs, d_out, 2)
     assert results["out"].shape == shape
     assert all(not results[f"d_{name}"].any() and results[f"d_{name}"].shape == x.shape for name, x in inputs.items())

@@ -117,7 +117,7 @@ def test_a_precomputed_camera_part_gives_the_same():
 
 @pytest.mark.parametrize("function", [time_camera_embedding, by_kernels])
 def test_empty(function):
-    arguments, d_out = draw(images=0)
+    arguments, d_out = draw(images=0, device=DEVICE)
     results = run(function, arguments, d_out)
     assert results.pop("out").shape == (0, 20)
     assert not any(g.any() for g in results.values())

@@ -112,7 +112,8 @@ def _in_blocks(
     for i in range(0, n_rays, _RAYS_PER_CHUNK // 4):
         part = slice(i, i + _RAYS_PER_CHUNK // 4)
         samples = march(rays_o[part], rays_d[part], *grid, None, *(_bound(x, part) for x in bounds))
-        sigmas, colours = _evaluate(field, positions_of(samples, rays_o[part], rays_d[part]))
+        positions = positions_of(samples, rays_o[part], rays_d[part])
+        sigmas, colours = (x.to(positions.dtype) for x in _evaluate(field, positions))
         n_samples += samples.n_samples
         keep = visible_ref(samples, sigmas, alpha_thre, early_stop_eps)
         kept, behind = samples.select(keep), _rows(background, part)
@@ -126,9 +127,10 @@ def _render_cuda(
     rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
 ) -> RenderedImage:
     known, thresholds = fusable(field), (alpha_thre, early_stop_eps)
+    march, _alive = march_args("render", rays_o, rays_d, box, bits, shape, step_size, None, near, far)
+    raise_for("render", load_native("render", rays_o).march_status(march))
     if known is not None:
-        march = (box, bits, shape, step_size, background, near, far)
-        return _render_fused(rays_o, rays_d, known, *march, *thresholds)
+        return _render_fused(rays_o, known, march, background, *thresholds)
     grid, bounds = (box, bits, shape, step_size), (near, far)
     ops = (march_rays, Samples.positions, composite)
     return _in_blocks(*ops, rays_o, rays_d, field, grid, bounds, background, *thresholds)
@@ -142,20 +144,16 @@ def fusable(field: Field) -> HashGridField | None:
     return field if field is not None and field.table.dtype == torch.float32 else None
 
 
-def _render_fused(
-    rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
-) -> RenderedImage:
+def _render_fused(rays_o, field, march, background, alpha_thre, early_stop_eps) -> RenderedImage:
     native, n_rays = load_native("render", rays_o), rays_o.shape[0]
     check_same_device("render", rays_o=rays_o, table=field.table)
-    args, _alive = march_args("render", rays_o, rays_d, box, bits, shape, step_size, None, near, far)
-    raise_for("render", native.march_status(args))
     parameters = [aligned(x.detach()) for x in (field.table, *field.density_weights, *field.feature_weights)]
     behind = None if background is None else background.detach().float().contiguous()
     stride = 3 if behind is not None and behind.ndim == 2 else 0
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     outputs = [rays_o.new_empty(*size, dtype=torch.float32) for size in ((n_rays, 3), (n_rays,), (n_rays,))]
     native_field = native_of(field.spec, len(field.density_weights), parameters)
-    n_samples = native.render(native_field, args, *depths, address(behind), stride, *map(address, outputs))
+    n_samples = native.render(native_field, march, *depths, address(behind), stride, *map(address, outputs))
     return RenderedImage(*outputs, n_samples)
 
 
