@@ -1,10 +1,12 @@
 """The paper's ablations at the size of the embedded model: one budget for every variant, one table and one picture.
 
-    python examples/ablations.py --data SHARDS --base MODEL -o WORK [--steps 1500] [--docs docs]
+    python examples/ablations_data.py SHARDS -o DATA
+    python examples/ablations.py --data DATA -o WORK [--steps 1500] [--docs docs]
 
 As the paper starts from Stable Diffusion, a UNet that knows only single pictures is trained first (`--steps-2d`), on
-the autoencoder and the text tower of MODEL (a model folder, or "embedded"), which stay as they are; every variant goes
-on from it. Stopped and started again with the same flags, it goes on where it was; `--only` names some variants.
+the autoencoder and the text tower of --base (a model folder, or "embedded"), which stay as they are; every variant goes
+on from it. WORK/base/model can be the --start of other runs.
+Stopped and started again with the same flags, it goes on where it was; `--only` names some variants.
 On a GPU, which one small model leaves idle, `--jobs` variants are trained side by side.
 The table goes into DOCS/ablations.md between its two marks, the picture beside it.
 """
@@ -25,10 +27,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from mvdream_fast import evaluate, train
+from mvdream_fast import evaluate, train, training_runs
 from mvdream_fast.data.batches import ImageSource, Shards
-from mvdream_fast.errors import InputFileError
 from mvdream_fast.files import atomic_write
+from mvdream_fast.machine import choose_device
 from mvdream_fast.models.checkpoint import load_model
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.run import JsonlLog
@@ -45,7 +47,7 @@ COLUMNS = {
 N_VIEWS = 4  # of the first variant; all others see as many pictures a step
 VALIDATION_BATCH = 8  # scenes
 BEGIN, END = "<!-- results: written by examples/ablations.py -->", "<!-- end of the results -->"
-PROMPTS = ("a red armchair", "a brown teddy bear", "a blue car")
+N_PROMPTS = 3
 
 
 def unet(view_mixing: str = "3d", camera_in: str = "time") -> tuple[str, ...]:
@@ -86,7 +88,8 @@ VARIANTS = {
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards, some of them held out")
+    parser.add_argument("--start", help="2D model that all start from (default: it is trained first)")
     parser.add_argument("--base", default="embedded", help="model whose autoencoder and text tower all share")
     parser.add_argument("--config", default="mini", help="configuration of the UNet that is varied")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the runs")
@@ -98,7 +101,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timestep-shift", type=float, default=3.0, help="of every training; cameras decide in noise")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-2d", type=float, default=1e-3)
-    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the picture")
+    parser.add_argument("--prompts", nargs="+", help=f"of the picture (default: the first {N_PROMPTS} captions)")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
     parser.add_argument("--quick", action="store_true", help="evaluate on 12 captions instead of 40")
@@ -107,11 +110,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the training")
     parser.add_argument("--jobs", type=int, default=1, help="variants that are trained and judged at once")
     parser.add_argument("--threads", type=int, help="CPU threads of each")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    captions = (record.meta["caption"] for record in held_out(args.data).records)
+    args.prompts = args.prompts or list(dict.fromkeys(captions))[:N_PROMPTS]
+    return args
+
+
+def held_out(data: Path) -> Shards:
+    """The renders that no variant sees."""
+    return Shards(data, "held_out")
 
 
 def train_2d(args: argparse.Namespace) -> Path:
-    """Trains the model of single pictures, or what is left of it. Returns its folder."""
+    """Trains the model of single pictures, or what is left of it. Returns its folder, or --start."""
+    if args.start:
+        return Path(args.start)
     flags = common_flags(args, "base", args.steps_2d, args.lr_2d, ema=0.998)
     return train_once(replace(flags, config=args.config, vae=args.base, text=args.base, batch_size=args.batch_size,
                               settings=SINGLE, multi_view_share=0.0), budget_2d(args))  # fmt: skip
@@ -119,7 +132,7 @@ def train_2d(args: argparse.Namespace) -> Path:
 
 def budget_2d(args: argparse.Namespace) -> dict[str, object]:
     """All that decides the weights of the model of single pictures, but for the data."""
-    names = ("steps_2d", "lr_2d", "batch_size", "timestep_shift", "dtype", "config", "base")
+    names = ("steps_2d", "lr_2d", "batch_size", "timestep_shift", "dtype", "config", "base", "start")
     return {name: getattr(args, name) for name in names}
 
 
@@ -159,7 +172,7 @@ def train_once(flags: train.Flags, budget: dict[str, object]) -> Path:
     return flags.output / "model"
 
 
-def scores(args: argparse.Namespace, name: str, model: Path) -> dict[str, float]:
+def scores(args: argparse.Namespace, name: str, model: Path) -> dict:
     """The measures of a variant, kept beside it."""
     path = args.out / name / "scores.json"
     if not path.exists():
@@ -172,40 +185,48 @@ def scores(args: argparse.Namespace, name: str, model: Path) -> dict[str, float]
 
 def validation(data: Path, folder: Path) -> dict[str, float]:
     """The loss in both modes on held-out renders; four views for all, however many a variant was trained with."""
-    model = load_model(folder, torch.float32)
+    model, source = load_model(folder, torch.float32), ImageSource(held_out(data))
     parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
-    try:
-        source = ImageSource(Shards(data, "held_out"))
-    except InputFileError:
-        source = ImageSource(Shards(data))
     return Trainer(parts, source, TrainOptions(batch_size=VALIDATION_BATCH, n_views=N_VIEWS)).validate(source)
 
 
-def judged(args: argparse.Namespace, model: Path) -> dict[str, float]:
-    """What the evaluator says of four views of held-out captions; nothing with --no-evaluator."""
+def judged(args: argparse.Namespace, model: Path) -> dict:
+    """What the evaluator says of four views of the held-out captions, and of their renders; nothing if it isn't asked.
+
+    The fixed prompts are about other objects: those of the picture stand in.
+    """
     if not args.evaluator:
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
+        report, prompts = Path(folder) / "report.json", Path(folder) / "prompts.txt"
+        prompts.write_text("\n".join(args.prompts) + "\n", encoding="utf-8")
         asked = {"steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "threads": args.threads}
-        asked |= {"seeds": 1, "quick": args.quick, "quiet": True, "device": args.device}
+        asked |= {
+            "seeds": 1,
+            "quick": args.quick,
+            "quiet": True,
+            "device": args.device,
+            "data": args.data,
+            "prompts": prompts,
+        }
         evaluate.main(evaluate.Flags(targets=(str(model),), json=report, **asked))
-        return json.loads(report.read_text())["models"][str(model)]["held_out"]
+        found = json.loads(report.read_text())["models"][str(model)]
+        return found["held_out"] | {"real": found["real"]}
 
 
-def table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> str:
+def table(args: argparse.Namespace, results: dict[str, dict]) -> str:
     """Markdown: a row for each variant, the same budget for all."""
     each = args.batch_size * N_VIEWS
     minutes = [r["minutes"] for r in results.values()]
     head = ["question", "variant", *COLUMNS.values()]
-    rows = [
-        [VARIANTS[name].question, VARIANTS[name].label, *(_figure(found.get(key)) for key in COLUMNS)]
-        for name, found in results.items()
-    ]
+    measured = {(VARIANTS[name].question, VARIANTS[name].label): found for name, found in results.items()}
+    measured["", "real renders"] = next(iter(results.values())).get("real", {})
+    rows = [[*name, *(_figure(found.get(key)) for key in COLUMNS)] for name, found in measured.items()]
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
+    start = "" if args.start else f" of {args.steps_2d * each:,} pictures"
     budget = (
-        f"From one 2D model of {args.steps_2d * each:,} pictures: {args.steps} steps of {each} pictures each "
-        f"({args.steps * each:,} pictures; {min(minutes):.1f} to {max(minutes):.1f} minutes a variant"
+        f"From one 2D model{start}: {args.steps} steps of {each} pictures each ({args.steps * each:,} pictures; "
+        f"{min(minutes):.1f} to {max(minutes):.1f} minutes a variant"
         f"{f', {args.jobs} at once' if args.jobs > 1 else ''}), {time.strftime('%Y-%m-%d')}."
     )
     return "\n".join([budget, "", *(f"| {line} |" for line in lines), "", "![four views of each](ablations.png)"])
@@ -215,15 +236,23 @@ def _figure(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
-def picture(args: argparse.Namespace, models: dict[str, Path]) -> Image.Image:
-    """A row of four views of each prompt for each variant, its name above."""
-    rows = []
-    for name, folder in models.items():
-        pipeline = MVDreamPipeline.from_pretrained(folder, args.device)
+def views(args: argparse.Namespace, name: str, model: Path) -> Path:
+    """Draws four views of each prompt, side by side, beside a variant. Returns the file."""
+    path = args.out / name / "views.png"
+    if not path.exists():
+        pipeline = MVDreamPipeline.from_pretrained(model, args.device)
         how = {"n_steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "seed": 0}
-        views = pipeline(list(args.prompts), N_VIEWS, **how, warn=lambda _: None)
-        strip = torch.cat([view for scene in views for view in scene.tensor], dim=2)  # [3, s, n * V * s]
-        pixels = Image.fromarray((strip.permute(1, 2, 0) * 255).round().byte().numpy())
+        drawn = pipeline(args.prompts, N_VIEWS, **how, warn=lambda _: None)
+        strip = torch.cat([view for scene in drawn for view in scene.tensor], dim=2)  # [3, s, n * V * s]
+        Image.fromarray((strip.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
+    return path
+
+
+def picture(files: dict[str, Path]) -> Image.Image:
+    """The views of each variant in a row, its name above."""
+    rows = []
+    for name, path in files.items():
+        pixels = Image.open(path)
         row = Image.new("RGB", (pixels.width, pixels.height + 14), "white")
         row.paste(pixels, (0, 14))
         ImageDraw.Draw(row).text((2, 1), f"{name}: {VARIANTS[name].label}", fill="black")
@@ -244,13 +273,22 @@ def write(path: Path, text: str) -> None:
     atomic_write(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def trained_and_judged(args: argparse.Namespace, start: Path, name: str) -> tuple[Path, dict[str, float]]:
-    """The model folder of a variant and its measures."""
+def trained_and_judged(args: argparse.Namespace, start: Path, name: str) -> tuple[Path, dict]:
+    """The drawn views of a variant and its measures."""
     print(f"{name}: {VARIANTS[name].label}", flush=True)
     model = train_variant(args, name, start)
-    found = scores(args, name, model)
-    print(f"{name}: " + " ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True)
-    return model, found
+    drawn, found = views(args, name, model), scores(args, name, model)
+    print(
+        f"{name}: " + " ".join(f"{key} {found[key]:.4g}" for key in ("minutes", *COLUMNS) if key in found), flush=True
+    )
+    return drawn, found
+
+
+def fill_latents(args: argparse.Namespace, start: Path) -> None:
+    """Encodes all views before several processes read them, which may not make the cache's files at once."""
+    flags, model = common_flags(args, "latents", 1, 1.0, ema=0.0), load_model(start, torch.float32, ("vae",))
+    vae = model.vae.to(choose_device(args.device))
+    training_runs.source_of(flags, flags.latents, model.config, vae, Shards(args.data)).fill()
 
 
 @contextmanager
@@ -267,10 +305,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     docs = args.docs or args.out
     start = train_2d(args)
+    if args.jobs > 1:
+        fill_latents(args, start)
     with mapping(args.jobs) as each:
         found = dict(zip(args.only, each(partial(trained_and_judged, args, start), args.only)))
     docs.mkdir(parents=True, exist_ok=True)
-    picture(args, {name: model for name, (model, _) in found.items()}).save(docs / "ablations.png")
+    picture({name: drawn for name, (drawn, _) in found.items()}).save(docs / "ablations.png")
     write(docs / "ablations.md", table(args, {name: measures for name, (_, measures) in found.items()}))
     print(docs / "ablations.md")
 

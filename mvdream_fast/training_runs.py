@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvdream_fast import run
 from mvdream_fast.cli import available_cores
-from mvdream_fast.config import NAMED, with_settings
+from mvdream_fast.config import NAMED, ModelConfig, with_settings
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
 from mvdream_fast.distributed import Ranks, join, launched, leave
 from mvdream_fast.errors import ArgumentError, InputFileError, ModelError, OutputError
@@ -259,7 +259,7 @@ def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | 
     workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
         if ranks.first == (turn == 0):
-            source = _source(args, cache, parts, shards)
+            source = source_of(args, cache, parts.config, parts.vae, shards)
             if workers and isinstance(source, LatentSource):
                 source.fill(workers)  # what draws batches cannot encode on a GPU
         ranks.wait()
@@ -340,24 +340,24 @@ def _loop_options(args: "Flags") -> LoopOptions:
     return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
 
 
-def _source(args: "Flags", file: Path, parts: Parts, shards: Shards) -> Source:
-    """Latents from the cache, or pictures that the trainer encodes."""
-    vae = parts.config.vae
+def source_of(args: "Flags", file: Path, config: ModelConfig, autoencoder: torch.nn.Module, shards: Shards) -> Source:
+    """Latents from the cache at `file`, or pictures that the trainer encodes."""
+    vae = config.vae
     if shards.size != vae.image_size:
         raise ArgumentError(f"the model must be given pictures of {vae.image_size} px, got shards of {shards.size} px")
     if not args.cache_latents:
         return ImageSource(shards)
-    device = next(parts.vae.parameters()).device
+    device = next(autoencoder.parameters()).device
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in parts.vae.state_dict().values():
+    for tensor in autoencoder.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     for record in shards.records:
         digest.update(f"{record.meta['key']} {record.size}".encode())
 
     def encode(images: Tensor) -> Tensor:
-        return parts.vae.encode(images.to(device))
+        return autoencoder.encode(images.to(device))
 
-    size = parts.config.latent_size
+    size = config.latent_size
     return LatentSource(shards, encode, file, (vae.latent_channels, size, size), digest.hexdigest())
 
 
