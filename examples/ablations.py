@@ -40,6 +40,7 @@ COLUMNS = {
     "val_multi_view": "loss, multi-view",
     "val_2d": "loss, 2D",
     "azimuth_error_deg": "azimuth error (deg)",
+    "azimuth_within_45": "within 45 deg",
     "hull_support": "consistency",
     "top1": "R-precision",
     "frechet": "Fréchet distance",

@@ -65,11 +65,11 @@ def test_every_variant_on_one_table(ablations, flags, tmp_path):
     page = (out / "ablations.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
     assert [row.split(" | ")[1] for row in rows] == [*(v.label for v in ablations.VARIANTS.values()), "real renders"]
-    assert rows.pop().split(" | ")[4:7:2] == ["26", "0.7"]
+    assert rows.pop().split(" | ")[4:8:3] == ["26", "0.7"]
     losses = [row.split(" | ")[2] for row in rows]
     assert all(0 < float(loss) < 10 for loss in losses)
     assert {row.split(" | ")[4] for row in rows} == {"90"}
-    assert {row.split(" | ")[6] for row in rows} == {"0.025"}
+    assert {row.split(" | ")[7] for row in rows} == {"0.025"}
     assert "From one 2D model of 8 pictures: 1 steps of 8 pictures each (8 pictures; " in page
     size = TINY.vae.image_size
     assert Image.open(out / "ablations.png").size == (4 * size, len(ablations.VARIANTS) * (size + 14))
