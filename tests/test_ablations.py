@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +112,20 @@ def test_they_start_from_a_2d_model_that_is_there(ablations, flags, tmp_path):
     ablations.main(other)
     assert not (tmp_path / "other" / "base").exists()
     assert "From one 2D model: 1 steps of 8 pictures each" in (tmp_path / "other" / "ablations.md").read_text()
+
+
+def test_variants_side_by_side(flags, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "ablations.py"), *flags, "--start", str(tmp_path / "base"), "--jobs", "2"]
+    subprocess.run([*command, "--no-evaluator", "--only", "mvdream", "camera-none"], check=True)
+    page = (tmp_path / "out" / "ablations.md").read_text()
+    assert [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")][2:] == [
+        "| as published",
+        "| where the camera goes",
+        "| ",
+    ]
+    assert "minutes a variant, 2 at once)" in page
+    assert (tmp_path / "out" / "latents.npy").exists()
+    assert load_model(tmp_path / "out" / "camera-none" / "model", parts=()).config.unet.camera_in == "none"
 
 
 def test_prompts_of_the_picture_are_the_first_captions(ablations, flags):
