@@ -49,6 +49,7 @@ N_VIEWS = 4  # of the first variant; all others see as many pictures a step
 VALIDATION_BATCH = 8  # scenes
 BEGIN, END = "<!-- results: written by examples/ablations.py -->", "<!-- end of the results -->"
 N_PROMPTS = 3
+LATENTS = "latents"  # the cache that all share
 
 
 def unet(view_mixing: str = "3d", camera_in: str = "time") -> tuple[str, ...]:
@@ -143,17 +144,17 @@ def train_variant(args: argparse.Namespace, name: str, start: Path) -> Path:
     flags = common_flags(args, name, args.steps, args.lr, ema=0.99)
     n_views, share = variant.n_views, variant.multi_view_share
     flags = replace(flags, init=str(start), settings=variant.settings, n_views=n_views, multi_view_share=share,
-                    batch_size=args.batch_size * N_VIEWS // n_views)  # fmt: skip
+                    batch_size=args.batch_size * N_VIEWS // n_views,
+                    workers=1 if args.jobs > 1 else None)  # fmt: skip
     return train_once(flags, {"steps": args.steps, "lr": args.lr} | budget_2d(args))
 
 
 def common_flags(args: argparse.Namespace, name: str, steps: int, lr: float, ema: float) -> train.Flags:
     return train.Flags(
-        data=args.data, output=args.out / name, freeze_text=True, cache_latents=True, latents=args.out / "latents",
+        data=args.data, output=args.out / name, freeze_text=True, cache_latents=True, latents=args.out / LATENTS,
         steps=steps, lr=lr, warmup=min(100, steps // 4), decay=steps // 5, ema=ema, timestep_shift=args.timestep_shift,
         sheet_minutes=0.0, sheet_prompts=tuple(args.prompts), sheet_guidance=args.guidance_scale, threads=args.threads,
         dtype=args.dtype, device=None if args.device == "auto" else args.device,
-        workers=None if args.jobs == 1 or name == "base" else 1,
     )  # fmt: skip
 
 
@@ -201,16 +202,10 @@ def judged(args: argparse.Namespace, model: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report, prompts = Path(folder) / "report.json", Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(args.prompts) + "\n", encoding="utf-8")
-        asked = {"steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "threads": args.threads}
-        asked |= {
-            "seeds": 1,
-            "quick": args.quick,
-            "quiet": True,
-            "device": args.device,
-            "data": args.data,
-            "prompts": prompts,
-        }
-        evaluate.main(evaluate.Flags(targets=(str(model),), json=report, **asked))
+        evaluate.main(evaluate.Flags(
+            targets=(str(model),), json=report, data=args.data, prompts=prompts, seeds=1, quick=args.quick, quiet=True,
+            steps=args.sampling_steps, guidance_scale=args.guidance_scale, device=args.device, threads=args.threads,
+        ))  # fmt: skip
         found = json.loads(report.read_text())["models"][str(model)]
         return found["held_out"] | {"real": found["real"]}
 
@@ -287,9 +282,9 @@ def trained_and_judged(args: argparse.Namespace, start: Path, name: str) -> tupl
 
 def fill_latents(args: argparse.Namespace, start: Path) -> None:
     """Encodes all views before several processes read them, which may not make the cache's files at once."""
-    flags, model = common_flags(args, "latents", 1, 1.0, ema=0.0), load_model(start, torch.float32, ("vae",))
+    model = load_model(start, torch.float32, ("vae",))
     vae = model.vae.to(choose_device(args.device))
-    training_runs.source_of(flags, flags.latents, model.config, vae, Shards(args.data)).fill()
+    training_runs.source_of(args.out / LATENTS, model.config, vae, Shards(args.data)).fill()
 
 
 @contextmanager

@@ -255,11 +255,11 @@ def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | 
         module.to(device)
     model.unet.gradient_checkpointing = args.gradient_checkpointing
     parts = Parts(model.config, model.unet.train(), model.text.train(), model.vae, model.tokenizer)
-    cache = args.latents or folder / "latents"
+    cache = (args.latents or folder / "latents") if args.cache_latents else None
     workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
         if ranks.first == (turn == 0):
-            source = source_of(args, cache, parts.config, parts.vae, shards)
+            source = source_of(cache, parts.config, parts.vae, shards)
             if workers and isinstance(source, LatentSource):
                 source.fill(workers)  # what draws batches cannot encode on a GPU
         ranks.wait()
@@ -340,12 +340,12 @@ def _loop_options(args: "Flags") -> LoopOptions:
     return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
 
 
-def source_of(args: "Flags", file: Path, config: ModelConfig, autoencoder: torch.nn.Module, shards: Shards) -> Source:
-    """Latents from the cache at `file`, or pictures that the trainer encodes."""
+def source_of(cache: Path | None, config: ModelConfig, autoencoder: torch.nn.Module, shards: Shards) -> Source:
+    """Latents from a cache, or where there is none pictures that the trainer encodes."""
     vae = config.vae
     if shards.size != vae.image_size:
         raise ArgumentError(f"the model must be given pictures of {vae.image_size} px, got shards of {shards.size} px")
-    if not args.cache_latents:
+    if cache is None:
         return ImageSource(shards)
     device = next(autoencoder.parameters()).device
     digest = hashlib.blake2b(digest_size=16)
@@ -358,7 +358,7 @@ def source_of(args: "Flags", file: Path, config: ModelConfig, autoencoder: torch
         return autoencoder.encode(images.to(device))
 
     size = config.latent_size
-    return LatentSource(shards, encode, file, (vae.latent_channels, size, size), digest.hexdigest())
+    return LatentSource(shards, encode, cache, (vae.latent_channels, size, size), digest.hexdigest())
 
 
 def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:

@@ -134,7 +134,7 @@ def test_prompts_of_the_picture_are_the_first_captions(ablations, flags):
 
 
 def thing(name, orbit, with_front, caption=None):
-    """An orbit of a disc that is red before and green behind, or red all over; from the fourth on, painted."""
+    """An orbit of full pictures, red before and green behind, or red all over; from the fourth on, painted."""
     sample = make_sample(0)
     v, half = len(sample.views), len(sample.views) // 2
     sample.views[:] = (255, 0, 0, 255)

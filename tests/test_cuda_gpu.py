@@ -130,6 +130,14 @@ def deterministic():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def test_composite_float64_goes_through_the_reference():
+    sigmas, rgb, t_starts, t_ends, packed_info = test_composite.scene(20, dtype=torch.float64)
+    out = test_composite.composite(sigmas, rgb, t_starts, t_ends, packed_info=packed_info)
+    wanted = test_composite.composite_ref(sigmas, rgb, t_starts, t_ends, packed_info)
+    for a, b in zip(out, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)  # and dtypes
+
+
 # To the bit, where atomics add in whatever order they come: in deterministic mode only.
 @pytest.mark.parametrize("wanted", ["positions", "table"])
 def test_hash_encode_one_gradient_alone_is_the_same(deterministic, wanted):

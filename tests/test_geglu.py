@@ -173,6 +173,8 @@ def test_cpu_rounds_low_precision_once(dtype):
     exact, limits = geglu_ref(x.double()), torch.finfo(dtype)
     one_rounding = 0.51 * limits.eps * exact.abs() + limits.tiny * limits.eps
     assert ((geglu(x) - exact).abs() <= one_rounding).all()
+    x = torch.tensor([60000.0, 17 * 2.0**-24], dtype=torch.float16)  # half the gate lies between two float16 numbers
+    assert geglu(x).item() == pytest.approx(geglu_ref(x.float()).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
