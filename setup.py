@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -48,21 +48,11 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(tree), "--parallel", str(build_jobs())], check=True)
 
 
-PACKAGES = [
-    "mvdream_fast",
-    "mvdream_fast.data",
-    "mvdream_fast.field",
-    "mvdream_fast.kernels",
-    "mvdream_fast.models",
-    "mvdream_fast.nerfacc_compat",
-    "mvdream_fast.nerfacc_compat.estimators",
-    "mvdream_fast.ops",
-    "mvdream_fast.weights",
-]
+# Every folder of the package; a bare find_packages() would ship the top-level `kernels`, another package's name.
+PACKAGES = [*find_packages(include=["mvdream_fast", "mvdream_fast.*"]), "mvdream_fast.kernels"]
 
 setup(
     version=version(),
-    # An explicit list: find_packages() would ship the top-level `kernels`, another package's name.
     packages=PACKAGES,
     package_dir={"mvdream_fast.kernels": "kernels"},
     package_data={

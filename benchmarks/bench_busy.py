@@ -1,7 +1,7 @@
 """Four views from the embedded model while the same is going on beside it: what two commands on one machine cost.
 
 Each measurement starts processes, as commands are: alone and in pairs, with OpenMP's own spinning and with that of
-`mvdream_fast.cli.share_cores`. A table of milliseconds a step at the end.
+`mvdream_fast.core.cli.share_cores`. A table of milliseconds a step at the end.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from mvdream_fast.cli import SPIN_COUNT
+from mvdream_fast.core.cli import SPIN_COUNT
 
 N_STEPS, ROUNDS = 20, 3
 SPINNING = {"libgomp's": {}, "ours": {"GOMP_SPINCOUNT": SPIN_COUNT}}

@@ -22,9 +22,9 @@ from bench_render import BOX, CELLS, STEP, Ball, grid_of
 
 from mvdream_fast import ops
 from mvdream_fast.camera import generate_rays, get_camera, orbit_cameras
-from mvdream_fast.config import MINI, NAMED
-from mvdream_fast.field.volume import Volume, VolumeConfig
+from mvdream_fast.models.config import MINI, NAMED
 from mvdream_fast.models.unet import MultiViewUNet
+from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 TOY = os.environ.get("MVDREAM_FAST_BENCH_CPU") == "1"
 DEVICE = torch.device("cpu" if TOY else "cuda")

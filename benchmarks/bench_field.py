@@ -18,7 +18,7 @@ import torch
 from reference.memory import peak_memory, settled_memory
 
 from mvdream_fast import ops
-from mvdream_fast.field.volume import Volume, VolumeConfig
+from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = min(2, os.cpu_count() or 1)

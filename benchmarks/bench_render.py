@@ -13,12 +13,12 @@ from reference.memory import peak_memory, settled_memory
 
 from mvdream_fast import ops
 from mvdream_fast.camera import generate_rays, orbit_cameras
-from mvdream_fast.field.background import EnvironmentMap
-from mvdream_fast.field.occupancy import OccupancyGrid, default_step_size
-from mvdream_fast.field.renderer import Renderer
-from mvdream_fast.field.volume import Volume, VolumeConfig
+from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops.march_rays import pack_bits
-from mvdream_fast.rng import Stream
+from mvdream_fast.scene.background import EnvironmentMap
+from mvdream_fast.scene.nerf.occupancy import OccupancyGrid, default_step_size
+from mvdream_fast.scene.nerf.renderer import Renderer
+from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 THREADS = min(2, os.cpu_count() or 1)
 STEP, BOX, CELLS = default_step_size(1.0), (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0), 32

@@ -14,7 +14,7 @@ def stand_in(n_faces: int, textured: bool):
     """A knobbly ring of about so many faces."""
     import trimesh
 
-    from mvdream_fast.data.assets import Mesh, Part
+    from mvdream_fast.rendering.mesh_file import Mesh, Part
 
     sections = max(8, int((n_faces / 2) ** 0.5))
     ring = trimesh.creation.torus(0.7, 0.25, major_sections=sections, minor_sections=n_faces // (2 * sections))
@@ -32,8 +32,8 @@ def stand_in(n_faces: int, textured: bool):
 
 @pytest.fixture(scope="module", params=["gl", "numpy"])
 def renderer(request):
-    from mvdream_fast.data.rendering import make_renderer
-    from mvdream_fast.errors import ArgumentError
+    from mvdream_fast.core.errors import ArgumentError
+    from mvdream_fast.rendering.dataset import make_renderer
 
     try:
         return make_renderer(request.param)
@@ -44,7 +44,7 @@ def renderer(request):
 @pytest.mark.parametrize("n_faces", [4_300, 45_000])
 @pytest.mark.parametrize("textured", [False, True], ids=["plain", "textured"])
 def bench_orbit(benchmark, request, renderer, n_faces, textured):
-    from mvdream_fast.data.orbits import PRESETS, orbit
+    from mvdream_fast.rendering.orbits import PRESETS, orbit
 
     mesh, cameras = stand_in(n_faces, textured), orbit(PRESETS["embedded"], np.full(4, 0.5))
     benchmark.group = f"orbit of 16 views, {n_faces} faces"

@@ -64,11 +64,11 @@ def measure(size: str, name: str) -> dict:
     """In this process: seconds of a step, its parts, and the process' high-water mark."""
     import torch
 
-    from mvdream_fast.guidance import Guidance, GuidanceConfig
-    from mvdream_fast.optimization import Optimization
-    from mvdream_fast.rng import Stream
-    from mvdream_fast.schedule import NoiseSchedule
-    from mvdream_fast.teachers import Distillation
+    from mvdream_fast.core.rng import Stream
+    from mvdream_fast.diffusion.schedule import NoiseSchedule
+    from mvdream_fast.distill.state import Optimization
+    from mvdream_fast.guidance.sds import Guidance, GuidanceConfig
+    from mvdream_fast.guidance.teachers import Distillation
 
     torch.set_num_threads(THREADS)
     model, config = configurations(size)
@@ -95,7 +95,7 @@ def measure(size: str, name: str) -> dict:
 
 
 def configurations(size: str):
-    from mvdream_fast.config import MINI, SD21, SDS_PRESETS, UNetConfig, VAEConfig
+    from mvdream_fast.models.config import MINI, SD21, SDS_PRESETS, UNetConfig, VAEConfig
 
     if size == "mini":
         return MINI, SDS_PRESETS["mini"]
@@ -129,8 +129,8 @@ class PlainUNet:
     def __init__(self, model):
         from reference.diffusers_unet import diffusers_unet
 
+        from mvdream_fast.core.rng import Stream
         from mvdream_fast.ops import MLP
-        from mvdream_fast.rng import Stream
 
         self.unet = diffusers_unet(model.unet, model.latent_size).eval().requires_grad_(False)
         width, draw = model.unet.time_embed_dim, Stream(0, 0, "camera").normal
@@ -156,13 +156,14 @@ def use_references() -> None:
     """The renderer, the occupancy grid and the guidance of this process in plain torch."""
     from types import SimpleNamespace
 
-    from mvdream_fast import guidance, ops
-    from mvdream_fast.field import occupancy, renderer, volume
+    from mvdream_fast import ops
+    from mvdream_fast.guidance import sds
+    from mvdream_fast.scene.nerf import occupancy, renderer, volume
 
     renderer.march_rays, renderer.prune_samples = ops.march_rays_ref, ops.prune_samples_ref
     renderer.composite, renderer.render = ops.composite_ref, ops.render_ref
     volume.ops = SimpleNamespace(field=ops.field_ref, field_density=ops.field_density_ref)
-    occupancy.update_occupancy, guidance.sds_target = ops.update_occupancy_ref, ops.sds_target_ref
+    occupancy.update_occupancy, sds.sds_target = ops.update_occupancy_ref, ops.sds_target_ref
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ def setting():
     import torch
 
     from mvdream_fast.camera import get_camera
-    from mvdream_fast.config import MINI
+    from mvdream_fast.core.rng import Stream
     from mvdream_fast.data.batches import Batch
+    from mvdream_fast.models.config import MINI
     from mvdream_fast.models.tokenizer import build_subset_vocabulary
-    from mvdream_fast.rng import Stream
-    from mvdream_fast.training_runs import new_model
+    from mvdream_fast.training.runs import new_model
 
     torch.set_num_threads(THREADS)
     captions = [f"a {colour} armchair with cushions" for colour in ("red", "blue", "green", "white") * 2]
@@ -62,9 +62,9 @@ def bench_batch(benchmark, shards, tmp_path_factory, kind, mode):
     """The batch of such a step: strips that were never decoded before, or latents of the cache."""
     import torch
 
-    from mvdream_fast.config import MINI
+    from mvdream_fast.core.rng import Stream
     from mvdream_fast.data.batches import ImageSource, LatentSource
-    from mvdream_fast.rng import Stream
+    from mvdream_fast.models.config import MINI
 
     benchmark.group = "batch of 32 pictures"
     shape = (MINI.unet.in_channels, MINI.latent_size, MINI.latent_size)
@@ -89,8 +89,8 @@ def shards(tmp_path_factory):
     import numpy as np
 
     from mvdream_fast.data.batches import Shards
-    from mvdream_fast.data.orbits import PRESETS, orbit
     from mvdream_fast.data.shards import Sample, write_shard
+    from mvdream_fast.rendering.orbits import PRESETS, orbit
 
     folder, n, size = tmp_path_factory.mktemp("shards"), 16, 64
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
@@ -108,7 +108,7 @@ def shards(tmp_path_factory):
 
 
 def make_trainer(model, batch, contestant: str):
-    from mvdream_fast.training import Parts, Trainer, TrainOptions
+    from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 
     unet = copy.deepcopy(model.unet) if contestant == "ours" else from_diffusers(model.unet, contestant)
     parts = Parts(model.config, unet, copy.deepcopy(model.text), model.vae, model.tokenizer)

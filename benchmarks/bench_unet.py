@@ -143,7 +143,7 @@ def _share_of(names: set[str], sample, n_steps: int = 2) -> float:
 
 
 def _config(size: str):
-    from mvdream_fast.config import MINI, UNetConfig
+    from mvdream_fast.models.config import MINI, UNetConfig
 
     if size == "mini":
         return MINI.unet, MINI.latent_size, MINI.text.context_length, MINI.schedule
@@ -158,10 +158,10 @@ def _sampler(size: str, name: str):
     from reference.diffusers_unet import RegroupProcessor, add_camera, diffusers_unet, to_diffusers
 
     from mvdream_fast.camera import get_camera
+    from mvdream_fast.diffusion.sampler import ddim_sample
+    from mvdream_fast.diffusion.schedule import NoiseSchedule
     from mvdream_fast.models.unet import MultiViewUNet
     from mvdream_fast.ops import MLP, camera_embedding
-    from mvdream_fast.sampler import ddim_sample
-    from mvdream_fast.schedule import NoiseSchedule
 
     config, side, n_tokens, schedule_config = _config(size)
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mvdream_fast.data.batches import SUFFIX, Shards
 from mvdream_fast.data.captions import NAMES
-from mvdream_fast.evaluation_runs import is_new, read_prompts
+from mvdream_fast.evaluation.judging import is_new, read_prompts
 
 HERE = Path(__file__).parent
 

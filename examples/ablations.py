@@ -27,14 +27,15 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from mvdream_fast import evaluate, train, training_runs
+from mvdream_fast import evaluate, train
+from mvdream_fast.checkpoints.open import load_model
+from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.machine import choose_device
+from mvdream_fast.core.run_folder import JsonlLog
 from mvdream_fast.data.batches import ImageSource, Shards
-from mvdream_fast.files import atomic_write
-from mvdream_fast.machine import choose_device
-from mvdream_fast.models.checkpoint import load_model
 from mvdream_fast.pipeline import MVDreamPipeline
-from mvdream_fast.run import JsonlLog
-from mvdream_fast.training import Parts, Trainer, TrainOptions
+from mvdream_fast.training import runs
+from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 
 COLUMNS = {
     "val_multi_view": "loss, multi-view",
@@ -284,7 +285,7 @@ def fill_latents(args: argparse.Namespace, start: Path) -> None:
     """Encodes all views before several processes read them, which may not make the cache's files at once."""
     model = load_model(start, torch.float32, ("vae",))
     vae = model.vae.to(choose_device(args.device))
-    training_runs.source_of(args.out / LATENTS, model.config, vae, Shards(args.data)).fill()
+    runs.source_of(args.out / LATENTS, model.config, vae, Shards(args.data)).fill()
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import Sample, write_shard
-from mvdream_fast.evaluation import opposite_difference
-from mvdream_fast.evaluation_reference import HAS_FRONT, Orbit
+from mvdream_fast.evaluation.measures import opposite_difference
+from mvdream_fast.evaluation.reference import HAS_FRONT, Orbit
 
 HELD_OUT = slice(1, 3)  # of an object's orbits in its own colours
 

@@ -21,22 +21,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvdream_fast import dreambooth, dreambooth_runs
-from mvdream_fast import evaluation as ev
+from mvdream_fast import dreambooth
 from mvdream_fast.camera import Cameras, orbit_cameras
-from mvdream_fast.cli import set_threads
-from mvdream_fast.config import resolve_config
+from mvdream_fast.checkpoints.open import load_model, open_source
+from mvdream_fast.core.cli import set_threads
+from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, Shards, composite
-from mvdream_fast.dreambooth3d import PseudoViews
-from mvdream_fast.evaluation_reference import DISTANCE, ELEVATION_DEG, FOVY_DEG
-from mvdream_fast.evaluation_runs import read_prompts
-from mvdream_fast.field.asset import Asset
-from mvdream_fast.models.checkpoint import load_model, open_source
-from mvdream_fast.models.evaluator import EMBEDDED_FOLDER, Evaluator, load_evaluator
+from mvdream_fast.evaluation import measures as ev
+from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, Evaluator, load_evaluator
+from mvdream_fast.evaluation.judging import read_prompts
+from mvdream_fast.evaluation.reference import DISTANCE, ELEVATION_DEG, FOVY_DEG
+from mvdream_fast.models.config import resolve_config
 from mvdream_fast.pipeline import MVDreamPipeline
-from mvdream_fast.rng import Stream
+from mvdream_fast.scene.asset import Asset
 from mvdream_fast.text_to_3d import TextTo3D
-from mvdream_fast.training import Parts, Trainer, TrainOptions
+from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
+from mvdream_fast.tuning import runs
+from mvdream_fast.tuning.dreambooth3d import PseudoViews
 
 SUBJECTS = {"scopia-simple-sofa-simple-sofa": "sofa", "katorlegaz-scooter-scooter": "scooter",
             "blendswap-cc-0-osakachair-osakachair": "chair"}  # fmt: skip
@@ -107,7 +108,7 @@ def tune(args: argparse.Namespace, subject: Subject, folder: Path, **more) -> fl
         if (folder / "config.json").exists():
             flags = dataclasses.replace(flags, resume_from_checkpoint="latest")
         start = time.perf_counter()
-        code = dreambooth_runs.run_flags(dataclasses.asdict(dataclasses.replace(flags, **more)))
+        code = runs.run_flags(dataclasses.asdict(dataclasses.replace(flags, **more)))
         if code:
             raise SystemExit(code)
         note.write_text(f"{time.perf_counter() - start:.1f}")
@@ -294,7 +295,7 @@ def main() -> None:
     subjects = [prepare(held_out, key, noun, args.out / noun / "photos") for key, noun in SUBJECTS.items()]
     subjects = subjects[: args.objects]
     demo = Demo(args, load_evaluator(args.evaluator), Figures(args.out / "figures.json"))
-    weight = dreambooth_runs.recipe(open_source(args.model).config)["lambda_preserve"]
+    weight = runs.recipe(open_source(args.model).config)["lambda_preserve"]
     rows = [demo.two_steps(subject, weight) for subject in subjects]
     demo.forgotten(subjects[0], train, read_prompts(args.prompts))
     if not args.no_stages:

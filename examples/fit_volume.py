@@ -19,16 +19,16 @@ import torch
 from PIL import Image
 
 from mvdream_fast.camera import Cameras, Rays, generate_rays, orbit_cameras
-from mvdream_fast.cli import set_threads
-from mvdream_fast.data.assets import Mesh, load_mesh
-from mvdream_fast.data.catalogue import read_sweethome3d
-from mvdream_fast.data.rasterize import NumpyRenderer
-from mvdream_fast.field.background import FixedBackground
-from mvdream_fast.field.losses import opaque_loss
-from mvdream_fast.field.occupancy import OccupancyGrid
-from mvdream_fast.field.renderer import Renderer
-from mvdream_fast.field.volume import Volume, VolumeConfig
-from mvdream_fast.rng import Stream
+from mvdream_fast.core.cli import set_threads
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.rendering.catalogue import read_sweethome3d
+from mvdream_fast.rendering.mesh_file import Mesh, load_mesh
+from mvdream_fast.rendering.software import NumpyRenderer
+from mvdream_fast.scene.background import FixedBackground
+from mvdream_fast.scene.losses import opaque_loss
+from mvdream_fast.scene.nerf.occupancy import OccupancyGrid
+from mvdream_fast.scene.nerf.renderer import Renderer
+from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 N_VIEWS, HELD_OUT = 32, range(2, 32, 4)  # 24 to fit, 8 to judge
 FOVY_DEG = 40.0

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvdream_fast.rng import Stream
+from mvdream_fast.core.rng import Stream
 
 # (x, y, z) -> (x, -z, y): from a y-up world whose front is +Z (glTF, OpenGL) to the z-up world whose front is -Y.
 Y_UP_TO_Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)

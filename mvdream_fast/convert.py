@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvdream_fast import cli
-from mvdream_fast.models.folder import check_target
+from mvdream_fast.checkpoints.folder import check_target
+from mvdream_fast.core import cli
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def main(flags: Flags) -> None:
     check_target(flags.dst, flags.overwrite)
     import torch
 
-    from mvdream_fast.models.checkpoint import open_source, write_folder
-    from mvdream_fast.models.manifest import PARTS
+    from mvdream_fast.checkpoints.manifest import PARTS
+    from mvdream_fast.checkpoints.open import open_source, write_folder
 
     source = open_source(flags.src)
     for part in PARTS:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mvdream_fast import cli, machine
 from mvdream_fast._version import __version__
-from mvdream_fast.config import ModelConfig
-from mvdream_fast.errors import UserError
+from mvdream_fast.core import cli, machine
+from mvdream_fast.core.errors import UserError
+from mvdream_fast.models.config import ModelConfig
 
 # distribution -> (module, what it is for)
 REQUIRED = {
@@ -161,7 +161,7 @@ def _library(distribution: str, module: str, purpose: str) -> dict[str, Any]:
 
 
 def _embedded() -> dict[str, Any]:
-    from mvdream_fast.models.checkpoint import EMBEDDED_FOLDER
+    from mvdream_fast.checkpoints.open import EMBEDDED_FOLDER
 
     if not (EMBEDDED_FOLDER / "config.json").is_file():
         return {"present": False, "why": f"{EMBEDDED_FOLDER} holds no config.json"}

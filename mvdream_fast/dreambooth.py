@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvdream_fast import cli
-from mvdream_fast.errors import ArgumentError
+from mvdream_fast.core import cli
+from mvdream_fast.core.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,14 @@ def _check_token(prompt: str, token: str) -> None:
 
 def main(flags: Flags) -> None:
     check_flags(flags)
-    from mvdream_fast.data.photos import list_photos
+    from mvdream_fast.tuning.photos import list_photos
 
     if not flags.resume_from_checkpoint:
         list_photos(flags.instance_data_dir)  # a wrong folder is told before torch is imported
     cli.set_threads(flags.threads)
-    from mvdream_fast import dreambooth_runs
+    from mvdream_fast.tuning import runs
 
-    code = dreambooth_runs.run_flags(dataclasses.asdict(flags))
+    code = runs.run_flags(dataclasses.asdict(flags))
     if code:
         sys.exit(code)
 

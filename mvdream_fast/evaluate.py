@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro import conf
 
-from mvdream_fast import cli
-from mvdream_fast.errors import ArgumentError, InputFileError, OutputError
+from mvdream_fast.core import cli
+from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError
 
 if TYPE_CHECKING:
-    from mvdream_fast.evaluation_runs import Judge, SamplingOptions
+    from mvdream_fast.evaluation.judging import Judge, SamplingOptions
 
 MODEL_NAMES = ("embedded", "mini")
 QUICK = {"steps": 10, "seeds": 1, "n_captions": 12, "n_prompts": 8}
@@ -81,7 +81,7 @@ def main(flags: Flags) -> None:
     say = (lambda _: None) if flags.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     if not flags.targets:
         say("no target was given: the embedded model")
-    from mvdream_fast.evaluation_runs import evaluate_run, summary
+    from mvdream_fast.evaluation.judging import evaluate_run, summary
 
     cli.set_threads(flags.threads)
     judge = _judge(flags)
@@ -95,7 +95,7 @@ def main(flags: Flags) -> None:
         report["runs_mean"] = summary(report["runs"])
     _print(report, judge)
     if flags.json:
-        from mvdream_fast.files import atomic_write
+        from mvdream_fast.core.files import atomic_write
 
         atomic_write(flags.json, json.dumps(report, indent=2) + "\n")
 
@@ -122,7 +122,7 @@ def kind_of(target: str) -> str:
 
     Raises: InputFileError for folders of other kinds; ModelError where config.json cannot be read.
     """
-    from mvdream_fast.models.folder import read_json
+    from mvdream_fast.checkpoints.folder import read_json
 
     folder = Path(target)
     if target in MODEL_NAMES or not folder.is_dir():
@@ -134,9 +134,9 @@ def kind_of(target: str) -> str:
 
 
 def _judge(flags: Flags) -> "Judge":
-    from mvdream_fast.evaluation_reference import Reference, measure
-    from mvdream_fast.evaluation_runs import Judge, read_prompts
-    from mvdream_fast.models.evaluator import EMBEDDED_FOLDER, load_evaluator
+    from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, load_evaluator
+    from mvdream_fast.evaluation.judging import Judge, read_prompts
+    from mvdream_fast.evaluation.reference import Reference, measure
 
     prompts = read_prompts(flags.prompts)
     folder = flags.evaluator or EMBEDDED_FOLDER
@@ -150,14 +150,14 @@ def _judge(flags: Flags) -> "Judge":
 
 def sampling(flags: Flags) -> "SamplingOptions":
     """How models are asked: --quick first, then what is given by itself."""
-    from mvdream_fast.evaluation_runs import SamplingOptions
+    from mvdream_fast.evaluation.judging import SamplingOptions
 
     given = {name: getattr(flags, name) for name in ("steps", "seeds") if getattr(flags, name) is not None}
     return SamplingOptions(guidance_scale=flags.guidance_scale, **((QUICK if flags.quick else {}) | given))
 
 
 def _evaluate_model(target: str, flags: Flags, judge: "Judge", say) -> dict[str, Any]:
-    from mvdream_fast.evaluation_runs import evaluate_model
+    from mvdream_fast.evaluation.judging import evaluate_model
     from mvdream_fast.pipeline import MVDreamPipeline
 
     pipeline = MVDreamPipeline.from_pretrained(target, flags.device, flags.dtype)

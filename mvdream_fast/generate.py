@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro import conf
 
-from mvdream_fast import cli, run
 from mvdream_fast._version import __version__
-from mvdream_fast.errors import ArgumentError, OutputError
+from mvdream_fast.core import cli, run_folder
+from mvdream_fast.core.errors import ArgumentError, OutputError
+from mvdream_fast.diffusion.schedule import ddim_timesteps
 from mvdream_fast.models.tokenizer import check_prompt
-from mvdream_fast.schedule import ddim_timesteps
 
 if TYPE_CHECKING:
     from mvdream_fast.pipeline import MVDreamPipeline, Views
@@ -97,7 +97,11 @@ def main(flags: Flags) -> None:
             callback=callback,
             warn=lambda _: None,
         )
-    folder = run.make_output_folder(flags.output) if flags.output else run.make_run_folder(OUTPUTS, prompt, seed)
+    folder = (
+        run_folder.make_output_folder(flags.output)
+        if flags.output
+        else run_folder.make_run_folder(OUTPUTS, prompt, seed)
+    )
     _fill(folder, _files(views, _config(flags, pipe, views, suffix)))
     print(folder if flags.quiet else f"wrote {len(views.tensor)} views to {folder}/ (all of them in views.png)")
 

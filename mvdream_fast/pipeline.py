@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras, get_camera, normalize_camera
-from mvdream_fast.errors import ArgumentError, DivergedError
-from mvdream_fast.machine import choose_device, choose_dtype, memory_errors
-from mvdream_fast.models.checkpoint import Model, load_model
+from mvdream_fast.checkpoints.open import Model, load_model
+from mvdream_fast.core.errors import ArgumentError, DivergedError
+from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.diffusion.sampler import (
+    Callback,
+    ModelFn,
+    check_scheduler,
+    ddim_sample,
+    diffusers_settings,
+    scheduler_sample,
+)
+from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
 from mvdream_fast.models.tokenizer import Encoded, check_prompt
-from mvdream_fast.rng import Stream
-from mvdream_fast.sampler import Callback, ModelFn, check_scheduler, ddim_sample, diffusers_settings, scheduler_sample
-from mvdream_fast.schedule import Convention, NoiseSchedule
 
 if TYPE_CHECKING:
     import PIL.Image

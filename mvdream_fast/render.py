@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvdream_fast import cli
-from mvdream_fast.errors import ArgumentError, InputFileError
+from mvdream_fast.core import cli
+from mvdream_fast.core.errors import ArgumentError, InputFileError
 
 SIZES = (64, 512)
 ORBITS = {"embedded": (2, 3), "paper": (2, 0)}
@@ -49,12 +49,12 @@ class Flags:
 
 def main(args: Flags) -> None:
     _check(args)
-    from mvdream_fast.data import rendering, sheet
-    from mvdream_fast.run import Interrupt
+    from mvdream_fast.core.run_folder import Interrupt
+    from mvdream_fast.rendering import dataset, sheet
 
     entries, held_out = _entries(args)
     plain, painted = ORBITS[args.preset]
-    options = rendering.Options(
+    options = dataset.Options(
         preset=args.preset,
         size=args.size,
         n_plain=plain if args.orbits is None else args.orbits,
@@ -65,10 +65,10 @@ def main(args: Flags) -> None:
     workers = args.workers or cli.available_cores()
     with Interrupt() as interrupt, _Progress() as progress:
         stop = lambda: interrupt.requested is not None  # noqa: E731
-        result = rendering.render_dataset(entries, args.out, options, held_out, workers, progress.update, stop)
+        result = dataset.render_dataset(entries, args.out, options, held_out, workers, progress.update, stop)
     if result is None:
         cli.fail("render", "stopped; the same command goes on from the finished shards", interrupt.exit_code)
-    rendering.write_summary(args.out, result)
+    dataset.write_summary(args.out, result)
     _report(args.out, result)
     if not result.shards:
         raise InputFileError(f"none of the {len(entries)} assets of {args.source} can be rendered; reasons above")
@@ -91,7 +91,7 @@ def _check(args: Flags) -> None:
 
 
 def _entries(args: Flags):
-    from mvdream_fast.data import catalogue, plan
+    from mvdream_fast.rendering import catalogue, plan
 
     if args.source == "sweethome3d":
         entries = catalogue.read_sweethome3d(_sweethome3d(args.sweethome3d_dir))
@@ -112,9 +112,9 @@ def _sweethome3d(folder: Path | None) -> Path:
 
 
 def _renderer(kind: str) -> str:
-    from mvdream_fast.data import rendering
+    from mvdream_fast.rendering import dataset
 
-    renderer = rendering.make_renderer(kind)
+    renderer = dataset.make_renderer(kind)
     found = "numpy" if renderer.name == "numpy" else "gl"
     hint = "; no EGL was found: moderngl with libegl1 and libgl1-mesa-dri is several times faster"
     print(f"renderer: {renderer.name}{hint if kind == 'auto' and found == 'numpy' else ''}")

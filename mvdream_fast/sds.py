@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mvdream_fast import cli
-from mvdream_fast.errors import ArgumentError, DivergedError, UserError
+from mvdream_fast.core import cli
+from mvdream_fast.core.errors import ArgumentError, DivergedError, UserError
 
 if TYPE_CHECKING:
-    from mvdream_fast.optimization import GrownAsset
+    from mvdream_fast.core.run_folder import Interrupt
+    from mvdream_fast.distill.request import Request
+    from mvdream_fast.distill.state import GrownAsset
+    from mvdream_fast.distill.viewer import Viewer
     from mvdream_fast.pipeline import MVDreamPipeline
-    from mvdream_fast.run import Interrupt
-    from mvdream_fast.settings import Request
-    from mvdream_fast.viewer import Viewer
 
 Say = Callable[[str], None]
 
@@ -110,11 +110,12 @@ HOW = ("text", "config", "prompts_file", "output", "resume", "preview_every", "c
 
 
 def main(flags: Flags) -> None:
-    from mvdream_fast import memory, run
+    from mvdream_fast.core import run_folder
+    from mvdream_fast.distill import memory
 
     say: Say = (lambda _: None) if flags.quiet else (lambda line: print(line, flush=True))
     check_flags(flags)
-    folder = run.resolve_resume(flags.resume, flags.output) if flags.resume else None
+    folder = run_folder.resolve_resume(flags.resume, flags.output) if flags.resume else None
     requests = plan(flags, folder)
     memory.check_start()
     cli.set_threads(flags.threads)
@@ -146,29 +147,29 @@ def check_flags(flags: Flags) -> None:
 
 def plan(flags: Flags, resumed: Path | None = None) -> list["Request"]:
     """The runs that are asked for, every one checked. Raises ArgumentError, InputFileError."""
-    from mvdream_fast import settings
+    from mvdream_fast.distill import request
 
     given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(Flags) if f.name not in HOW}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if flags.text is not None:
         given["prompt"] = flags.text
     if resumed is not None:
-        request = settings.read_run(resumed)
+        request = request.read_run(resumed)
         export = {f.name for f in dataclasses.fields(request.export)} & given.keys()
         export = dataclasses.replace(request.export, **{name: given[name] for name in export})
-        settings.check_export(export)
+        request.check_export(export)
         return [dataclasses.replace(request, export=export, why="as the run was started")]
-    file = settings.read_settings(flags.config) if flags.config else None
+    file = request.read_settings(flags.config) if flags.config else None
     if flags.prompts_file is not None:
-        return settings.read_prompts(flags.prompts_file, given, file)
-    return [settings.resolve(given, file)]
+        return request.read_prompts(flags.prompts_file, given, file)
+    return [request.resolve(given, file)]
 
 
 def fits(requests: list["Request"], flags: Flags) -> None:
     """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
-    from mvdream_fast import memory
-    from mvdream_fast.machine import choose_device
-    from mvdream_fast.models.checkpoint import open_source
+    from mvdream_fast.checkpoints.open import open_source
+    from mvdream_fast.core.machine import choose_device
+    from mvdream_fast.distill import memory
 
     device = choose_device(flags.device)
     source = open_source(requests[0].model)
@@ -179,10 +180,11 @@ def fits(requests: list["Request"], flags: Flags) -> None:
 
 def new_folder(flags: Flags, request: "Request") -> Path:
     """A run folder with config.json (what --resume reads), cmd.txt and env.json."""
-    from mvdream_fast import __version__, machine, run
-    from mvdream_fast.files import atomic_write
+    from mvdream_fast import __version__
+    from mvdream_fast.core import machine, run_folder
+    from mvdream_fast.core.files import atomic_write
 
-    folder = run.make_run_folder(flags.output, request.prompt, request.seed)
+    folder = run_folder.make_run_folder(flags.output, request.prompt, request.seed)
     about = {"processor": machine.cpu_name(), "cores": cli.available_cores(), "memory": machine.total_memory()}
     record = request.to_dict() | {"version": __version__, "machine": about}
     atomic_write(folder / "config.json", json.dumps(record, indent=2) + "\n")
@@ -200,12 +202,12 @@ def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:
     """One run, in its folder. Exits with 130 or 143 when a signal stopped it."""
-    from mvdream_fast import run
+    from mvdream_fast.core import run_folder
 
     say(first_line(pipeline, request))
     if flags.quiet:
         print(folder, flush=True)
-    with run.Interrupt() as interrupt:
+    with run_folder.Interrupt() as interrupt:
         if not (folder / "views.png").exists():
             sample_views(pipeline, request, folder)
             say(f"first views after {time.perf_counter() - start:.1f} s: {folder / 'views.png'}")
@@ -248,7 +250,7 @@ def sample_views(pipeline: "MVDreamPipeline", request: "Request", folder: Path) 
     """views.png: four views as the model draws them, so that a bad prompt is seen before the long part."""
     import io
 
-    from mvdream_fast.files import atomic_write
+    from mvdream_fast.core.files import atomic_write
 
     views = pipeline(
         request.prompt, seed=request.seed, n_steps=25, negative_prompt=request.config.negative_prompt,
@@ -263,9 +265,9 @@ def optimise(
     pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, interrupt: "Interrupt"
 ) -> int:
     """Runs the loop and leaves everything in `folder`. Returns 0, or 130 / 143 when a signal stopped it."""
-    from mvdream_fast.report import write_report
+    from mvdream_fast.distill.progress import Watcher
+    from mvdream_fast.distill.report import write_report
     from mvdream_fast.text_to_3d import TextTo3D
-    from mvdream_fast.watch import Watcher
 
     about = json.loads((folder / "config.json").read_text())
     viewer = open_viewer(flags, request, say)
@@ -292,7 +294,7 @@ def optimise(
 def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
     if not flags.viewer:
         return None
-    from mvdream_fast.viewer import Viewer
+    from mvdream_fast.distill.viewer import Viewer
 
     viewer = Viewer(flags.viewer_port, request.prompt)
     print(viewer.describe(), flush=True)
@@ -301,9 +303,9 @@ def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
 
 def export(asset: "GrownAsset", request: "Request", folder: Path, about: dict[str, Any], records: list[dict]) -> None:
     """asset.safetensors, turntable, mesh in every format, report. Raises DivergedError where there is no surface."""
-    from mvdream_fast.field.animation import has_video
-    from mvdream_fast.field.export import save_mesh
-    from mvdream_fast.report import write_report
+    from mvdream_fast.distill.report import write_report
+    from mvdream_fast.scene.mesh.animation import has_video
+    from mvdream_fast.scene.mesh.export import save_mesh
 
     wanted = request.export
     asset.save(folder / "asset.safetensors")

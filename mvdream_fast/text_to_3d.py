@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from mvdream_fast import memory, run
-from mvdream_fast.config import SDSConfig, preset_for, resolve_config
-from mvdream_fast.errors import DivergedError, ModelError, OutOfMemoryError
-from mvdream_fast.field.asset import Asset
-from mvdream_fast.machine import memory_errors
-from mvdream_fast.optimization import (
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
+from mvdream_fast.core.machine import memory_errors
+from mvdream_fast.distill import memory
+from mvdream_fast.distill.state import (
     EMPTY_STEPS,
     MAX_SKIPPED,
     GrownAsset,
@@ -24,8 +23,10 @@ from mvdream_fast.optimization import (
     Record,
     make_optimizer,
 )
+from mvdream_fast.guidance.teachers import Distillation, Reconstruction, SingleViewDistillation, Teacher
+from mvdream_fast.models.config import SDSConfig, preset_for, resolve_config
 from mvdream_fast.pipeline import MVDreamPipeline
-from mvdream_fast.teachers import Distillation, Reconstruction, SingleViewDistillation, Teacher
+from mvdream_fast.scene.asset import Asset
 
 __all__ = [
     "EMPTY_STEPS",
@@ -70,7 +71,7 @@ class TextTo3D:
         config: SDSConfig | None = None,
         checkpoints: Path | None = None,
         checkpoint_every: int = 100,
-        interrupt: run.Interrupt | None = None,
+        interrupt: run_folder.Interrupt | None = None,
         **overrides,
     ) -> GrownAsset:
         """Optimises a volume for `prompt`.
@@ -148,7 +149,7 @@ class TextTo3D:
         raise AssertionError
 
     def _resume(self, state: Optimization, folder: Path | None) -> int:
-        saved = run.load_latest(folder) if folder is not None else None
+        saved = run_folder.load_latest(folder) if folder is not None else None
         if saved is None:
             return 0
         step, tensors, meta = saved
@@ -164,7 +165,7 @@ class TextTo3D:
                 f"the last {MAX_SKIPPED} steps before step {step} gave numbers that are not finite, again after a "
                 "recovery; try another --seed, or a lower --guidance-scale or --lr"
             )
-        saved = run.load_latest(folder) if folder is not None else None
+        saved = run_folder.load_latest(folder) if folder is not None else None
         happened = f"{MAX_SKIPPED} steps gave numbers that are not finite"
         if saved is None:
             state.restart(f"{happened}: the volume is started again from another seed")
@@ -174,7 +175,7 @@ class TextTo3D:
 
     def _save(self, state: Optimization, folder: Path, step: int) -> None:
         meta = {"config": _plain(state.config), "seed": state.seed, "prompt": state.asset.prompt}
-        run.save_checkpoint(folder, step, state.state(), meta)
+        run_folder.save_checkpoint(folder, step, state.state(), meta)
 
 
 def _plain(config: SDSConfig) -> dict:

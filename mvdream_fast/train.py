@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mvdream_fast import cli, distributed
-from mvdream_fast.config import NAMED, with_settings
-from mvdream_fast.errors import ArgumentError
+from mvdream_fast.core import cli, processes
+from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.models.config import NAMED, with_settings
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def _check(args: Flags) -> None:
 
 def main(args: Flags) -> None:
     _check(args)
-    cli.set_threads(args.threads or max(1, cli.available_cores() // distributed.launched()[1]))
-    from mvdream_fast import training_runs
+    cli.set_threads(args.threads or max(1, cli.available_cores() // processes.launched()[1]))
+    from mvdream_fast.training import runs
 
-    code = training_runs.run_stage(args)
+    code = runs.run_stage(args)
     if code:
         sys.exit(code)
 

@@ -12,11 +12,11 @@ from PIL import Image
 from test_batches import make_sample
 from test_train import TINY
 
-from mvdream_fast import training_runs
+from mvdream_fast.checkpoints.open import load_model, save_model
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
-from mvdream_fast.models.checkpoint import load_model, save_model
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
+from mvdream_fast.training import runs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -31,7 +31,7 @@ def load(name):
 @pytest.fixture
 def ablations(monkeypatch):
     module = load("ablations")
-    monkeypatch.setitem(training_runs.NAMED, "mini", TINY)
+    monkeypatch.setitem(runs.NAMED, "mini", TINY)
     monkeypatch.setattr(module, "VALIDATION_BATCH", 2)
     monkeypatch.setattr(module.evaluate, "main", judge)
     return module
@@ -54,7 +54,7 @@ def flags(tmp_path, ablations):
     data.mkdir()
     write_shard(data / "train-00000.tar", [make_sample(30 * i) for i in range(6)])
     write_shard(data / "held_out-00000.tar", [make_sample(30 * i, split="held_out") for i in range(2)])
-    model = training_runs.new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
+    model = runs.new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
     save_model(model, tmp_path / "base")
     return ["--data", str(data), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out"), "--steps", "1",
             "--steps-2d", "1", "--batch-size", "2", "--threads", "1", "--prompts", "a thing0",
@@ -77,7 +77,7 @@ def test_every_variant_on_one_table(ablations, flags, tmp_path):
     assert Image.open(out / "ablations.png").size == (4 * size, len(ablations.VARIANTS) * (size + 14))
     for name, variant in ablations.VARIANTS.items():
         config = load_model(out / name / "model", parts=()).config
-        assert config == training_runs.with_settings(load_model(tmp_path / "base", parts=()).config, variant.settings)
+        assert config == runs.with_settings(load_model(tmp_path / "base", parts=()).config, variant.settings)
     assert not (out / "mvdream" / "latents.npy").exists()
 
 

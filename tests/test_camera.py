@@ -20,8 +20,8 @@ from mvdream_fast.camera import (
     orbit_cameras,
     sample_cameras,
 )
-from mvdream_fast.config import SDSConfig
-from mvdream_fast.rng import Stream
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.models.config import SDSConfig
 
 S, C = 0.258819, 0.965926  # sine and cosine of 15 degrees
 GOLDEN = {

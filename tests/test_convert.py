@@ -15,11 +15,11 @@ from reference import upstream
 from reference.tiny_model import TINY, VOCABULARY, write_tiny
 from safetensors.torch import load_file
 
+from mvdream_fast.checkpoints.folder import new_folder
+from mvdream_fast.checkpoints.manifest import PARTS
+from mvdream_fast.checkpoints.open import load_model, open_source, save_model
 from mvdream_fast.convert import Flags, main
-from mvdream_fast.errors import ModelError, OutputError
-from mvdream_fast.models.checkpoint import load_model, open_source, save_model
-from mvdream_fast.models.folder import new_folder
-from mvdream_fast.models.manifest import PARTS
+from mvdream_fast.core.errors import ModelError, OutputError
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_command_and_its_exit_codes(tiny, tmp_path):
 
 
 def test_arguments_are_checked_before_torch_is_imported(tiny):
-    code = "import sys; from mvdream_fast.convert import *; from mvdream_fast.errors import OutputError\n"
+    code = "import sys; from mvdream_fast.convert import *; from mvdream_fast.core.errors import OutputError\n"
     code += "try: main(Flags(Path('x'), Path(sys.argv[1])))\nexcept OutputError: sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(tiny)], check=False).returncode == 0
 
@@ -207,7 +207,7 @@ def test_target_that_cannot_be_made(tiny):
 
 def test_interrupted_command_leaves_nothing(flat, tmp_path):
     code = (
-        "import time, mvdream_fast.models.checkpoint as c, mvdream_fast.convert as v, mvdream_fast.cli as cli\n"
+        "import time, mvdream_fast.checkpoints.open as c, mvdream_fast.convert as v, mvdream_fast.core.cli as cli\n"
         "take = c._take\n"
         "def slow(*a):\n"
         "    print('reading', flush=True); time.sleep(0.05); return take(*a)\n"

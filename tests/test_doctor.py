@@ -8,9 +8,10 @@ import pytest
 import torch
 from reference.random_model import random_model
 
-from mvdream_fast import cli, doctor
-from mvdream_fast.models import checkpoint
-from mvdream_fast.models.checkpoint import save_model
+from mvdream_fast import doctor
+from mvdream_fast.checkpoints import open
+from mvdream_fast.checkpoints.open import save_model
+from mvdream_fast.core import cli
 
 
 def report(capsys) -> dict:
@@ -89,7 +90,7 @@ def test_a_cpu_build_of_torch_is_named(monkeypatch):
 
 
 def test_the_embedded_model_present_absent_and_broken(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "EMBEDDED_FOLDER", tmp_path / "mini")
+    monkeypatch.setattr(open, "EMBEDDED_FOLDER", tmp_path / "mini")
     assert not doctor._embedded()["present"]
     save_model(random_model(), tmp_path / "mini")
     found = doctor._embedded()

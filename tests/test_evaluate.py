@@ -11,17 +11,19 @@ import torch
 from reference.random_model import random_model
 from test_evaluator import render
 
-from mvdream_fast import cli, evaluate, evaluation_runs, train
-from mvdream_fast.config import SDS_PRESETS
+from mvdream_fast import evaluate, train
+from mvdream_fast.checkpoints.open import save_model
+from mvdream_fast.core import cli
+from mvdream_fast.core.errors import ModelError
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
-from mvdream_fast.errors import ModelError
-from mvdream_fast.evaluation_reference import HAS_FRONT, Reference, measure
-from mvdream_fast.evaluation_runs import Judge, SamplingOptions, evaluate_model, summary, turntable
-from mvdream_fast.field.asset import Asset
-from mvdream_fast.models.checkpoint import save_model
-from mvdream_fast.models.evaluator import load_evaluator
+from mvdream_fast.evaluation import judging
+from mvdream_fast.evaluation.evaluator import load_evaluator
+from mvdream_fast.evaluation.judging import Judge, SamplingOptions, evaluate_model, summary, turntable
+from mvdream_fast.evaluation.reference import HAS_FRONT, Reference, measure
+from mvdream_fast.models.config import SDS_PRESETS
 from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.scene.asset import Asset
 
 PROMPTS = ["a green chair", "a brown bulldog", "a red car"]
 N_HELD_OUT = 3
@@ -59,7 +61,7 @@ def judge(place) -> Judge:
 @pytest.fixture(autouse=True)
 def _small(place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(evaluation_runs, "SIZE", 16)
+    monkeypatch.setattr(judging, "SIZE", 16)
 
 
 def command(*arguments: str) -> int:

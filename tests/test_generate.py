@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from reference.random_model import random_model
 
-from mvdream_fast import cli, generate
-from mvdream_fast.models.checkpoint import save_model
+from mvdream_fast import generate
+from mvdream_fast.checkpoints.open import save_model
+from mvdream_fast.core import cli
 from mvdream_fast.pipeline import MVDreamPipeline
 
 ARGUMENTS = ["--steps", "2", "--device", "cpu", "--threads", "1", "--dtype", "float32"]

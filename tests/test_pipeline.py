@@ -7,10 +7,10 @@ import torch
 from reference.random_model import random_model
 
 from mvdream_fast.camera import get_camera, orbit_cameras
-from mvdream_fast.errors import ArgumentError, DivergedError
-from mvdream_fast.models.checkpoint import save_model
+from mvdream_fast.checkpoints.open import save_model
+from mvdream_fast.core.errors import ArgumentError, DivergedError
+from mvdream_fast.core.rng import Stream
 from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline, TextCond, add_suffix
-from mvdream_fast.rng import Stream
 
 PROMPT = "a green chair"
 FEW = {"n_steps": 4}

@@ -14,14 +14,14 @@ import trimesh
 
 from mvdream_fast import render
 from mvdream_fast.camera import orbit_cameras
-from mvdream_fast.data import rendering
-from mvdream_fast.data.assets import Mesh, Part, load_mesh
-from mvdream_fast.data.catalogue import read_folder
-from mvdream_fast.data.orbits import PRESETS, look_at_origin, orbit
-from mvdream_fast.data.rasterize import NumpyRenderer
+from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError
 from mvdream_fast.data.shards import list_shards, read_shard
-from mvdream_fast.data.survey import survey
-from mvdream_fast.errors import ArgumentError, InputFileError, OutputError
+from mvdream_fast.rendering import dataset
+from mvdream_fast.rendering.catalogue import read_folder
+from mvdream_fast.rendering.mesh_file import Mesh, Part, load_mesh
+from mvdream_fast.rendering.orbits import PRESETS, look_at_origin, orbit
+from mvdream_fast.rendering.software import NumpyRenderer
+from mvdream_fast.rendering.survey import survey
 
 SIDES = {  # glTF axes: +Z front, +X the object's left, +Y up
     (0, 0, 1): (255, 0, 0), (1, 0, 0): (0, 255, 0), (0, 0, -1): (0, 0, 255), (-1, 0, 0): (255, 255, 0),
@@ -38,7 +38,7 @@ def renderer(request):
 
 def gl_or_skip():
     try:
-        return rendering.make_renderer("gl")
+        return dataset.make_renderer("gl")
     except ArgumentError as error:
         pytest.skip(f"no OpenGL here: {error}")
 
@@ -266,7 +266,7 @@ def test_the_command_end_to_end(meshes, tmp_path, capsys):
 
 
 def test_a_second_run_draws_only_what_is_missing(meshes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rendering, "SHARD_ASSETS", 1)
+    monkeypatch.setattr(dataset, "SHARD_ASSETS", 1)
     out = tmp_path / "shards"
     render.main(flags(meshes, out, sheet=False))
     whole = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("*.tar")}

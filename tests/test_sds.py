@@ -17,11 +17,13 @@ import trimesh
 from PIL import Image
 from reference.random_model import random_model
 
-from mvdream_fast import cli, memory, run, sds
-from mvdream_fast.errors import DivergedError, OutputError
-from mvdream_fast.field.asset import Asset
-from mvdream_fast.guidance import Guidance
-from mvdream_fast.models.checkpoint import save_model
+from mvdream_fast import sds
+from mvdream_fast.checkpoints.open import save_model
+from mvdream_fast.core import cli, run_folder
+from mvdream_fast.core.errors import DivergedError, OutputError
+from mvdream_fast.distill import memory
+from mvdream_fast.guidance.sds import Guidance
+from mvdream_fast.scene.asset import Asset
 
 QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
 SETTLED = ["--preset", "mini", *QUICK]
@@ -230,7 +232,7 @@ def test_a_run_that_diverges_is_6_and_leaves_a_report(model, capsys, monkeypatch
 
 
 def test_a_full_disk_is_7_and_keeps_the_last_checkpoint(model, capsys, monkeypatch):
-    plain, saved = run.save_checkpoint, []
+    plain, saved = run_folder.save_checkpoint, []
 
     def save(folder, step, *rest, **options):
         if saved:
@@ -240,10 +242,10 @@ def test_a_full_disk_is_7_and_keeps_the_last_checkpoint(model, capsys, monkeypat
 
     arguments = ["a red car", "--model", model, "--steps", "6", *SETTLED, "--checkpoint-every", "2"]
     with monkeypatch.context() as full:
-        full.setattr(run, "save_checkpoint", save)
+        full.setattr(run_folder, "save_checkpoint", save)
         assert command(*arguments) == 7
     assert "No space left on device" in capsys.readouterr().err
-    assert run.load_latest(latest() / "ckpt")[0] == 2
+    assert run_folder.load_latest(latest() / "ckpt")[0] == 2
     whole = uninterrupted(arguments)
     assert command("--resume", "latest", *QUICK) == 0
     assert digest(latest()) == whole

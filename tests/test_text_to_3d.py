@@ -8,13 +8,13 @@ import pytest
 import torch
 from reference.studio import TINY, Painter, Studio, same
 
-from mvdream_fast import run
 from mvdream_fast.camera import sample_cameras
-from mvdream_fast.config import resolve_config
-from mvdream_fast.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
-from mvdream_fast.field.asset import Asset
-from mvdream_fast.guidance import no_lap
-from mvdream_fast.rng import Stream
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.guidance.sds import no_lap
+from mvdream_fast.models.config import resolve_config
+from mvdream_fast.scene.asset import Asset
 from mvdream_fast.text_to_3d import EMPTY_STEPS, MAX_SKIPPED, Optimization, make_optimizer
 
 
@@ -38,14 +38,14 @@ def test_records_say_what_happened():
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
 def test_a_stopped_run_goes_on_with_the_same_bytes(tmp_path, stop_at):
     whole = Studio()("x", config=TINY, seed=3)
-    with run.Interrupt() as interrupt:
+    with run_folder.Interrupt() as interrupt:
 
         def stop(progress):
             if progress.record.step + 1 == stop_at:
                 signal.raise_signal(signal.SIGTERM)
 
         Studio()("x", config=TINY, seed=3, callback=stop, checkpoints=tmp_path, interrupt=interrupt)
-    assert run.load_latest(tmp_path)[0] == stop_at
+    assert run_folder.load_latest(tmp_path)[0] == stop_at
     resumed = Studio()("x", config=TINY, seed=3, checkpoints=tmp_path)
     assert same(whole.state(), resumed.state())
 

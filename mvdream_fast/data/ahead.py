@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mvdream_fast.errors import UserError
+from mvdream_fast.core.errors import UserError
 
 Drawn = TypeVar("Drawn")
 EACH = 2  # steps that a worker is ahead

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import normalize_camera
+from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.core.processes import ALONE, Ranks
+from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.captions import clean
 from mvdream_fast.data.shards import decode_views, list_shards
-from mvdream_fast.distributed import ALONE, Ranks
-from mvdream_fast.errors import ArgumentError, InputFileError
-from mvdream_fast.rng import Stream
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"

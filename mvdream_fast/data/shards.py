@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mvdream_fast.errors import InputFileError
-from mvdream_fast.files import replace_file
+from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.core.files import replace_file
 
 MAX_SIDE = 16383  # of a WebP
 

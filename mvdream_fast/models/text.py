@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mvdream_fast.config import TextConfig
+from mvdream_fast.models.config import TextConfig
 from mvdream_fast.models.tokenizer import CLIP_ROWS, Encoded, Tokenizer, check_prompt
 
 __all__ = ["Encoded", "TextEncoder", "Tokenizer", "check_prompt"]

@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvdream_fast.config import TextConfig
-from mvdream_fast.errors import ArgumentError, ModelError
+from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.models.config import TextConfig
 
 if TYPE_CHECKING:
     import tokenizers

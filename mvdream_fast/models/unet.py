@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvdream_fast.config import UNetConfig
-from mvdream_fast.errors import ModelError
+from mvdream_fast.core.errors import ModelError
 from mvdream_fast.models import functional as fn
 from mvdream_fast.models.blocks import (
     Conditions,
@@ -21,6 +20,7 @@ from mvdream_fast.models.blocks import (
     Upsample,
     zero,
 )
+from mvdream_fast.models.config import UNetConfig
 from mvdream_fast.ops import MLP, camera_embedding, time_camera_embedding
 
 OP = "MultiViewUNet"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvdream_fast.config import VAEConfig
+from mvdream_fast.models.config import VAEConfig
 
 LOGVAR_RANGE = (-30.0, 20.0)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mvdream_fast.machine import available_cores
+from mvdream_fast.core.machine import available_cores
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDE_FLOATS = (torch.float32, torch.float64)  # what the packed-sample ops take

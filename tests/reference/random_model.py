@@ -2,9 +2,9 @@
 
 import torch
 
-from mvdream_fast.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from mvdream_fast.models.checkpoint import Model
-from mvdream_fast.models.manifest import PARTS, build
+from mvdream_fast.checkpoints.manifest import PARTS, build
+from mvdream_fast.checkpoints.open import Model
+from mvdream_fast.models.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 
 CAPTIONS = ["a green chair, 3d asset", "a brown bulldog", "a red car"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from mvdream_fast.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from mvdream_fast.models.checkpoint import Model, save_model
-from mvdream_fast.models.manifest import PARTS, build
+from mvdream_fast.checkpoints.manifest import PARTS, build
+from mvdream_fast.checkpoints.open import Model, save_model
+from mvdream_fast.models.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 
 VOCABULARY = build_subset_vocabulary(["a red chair"])

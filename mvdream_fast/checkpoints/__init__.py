@@ -1,0 +1,1 @@
+"""Foreign weights in, our model folder out; keys are renamed here, once."""

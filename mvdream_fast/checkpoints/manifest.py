@@ -1,0 +1,145 @@
+"""What a model must consist of: tensor names and shapes derived from its configuration, and the check against them.
+
+Names here are those of our own folders; foreign names are in layouts.py, files in checkpoint.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from mvdream_fast.core.errors import ModelError
+from mvdream_fast.models.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Shapes = dict[str, tuple[int, ...]]
+PARTS = ("unet", "vae", "text")
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
+
+_MAX_SIZE = 1 << 20  # of any width or count in a configuration; the largest real one is the vocabulary's 49,408
+_MAX_DEPTH = 256  # of any number of layers
+
+
+def build(part: str, config: ModelConfig) -> "nn.Module":
+    """A part of the model with untrained weights, on torch's default device.
+
+    Raises:
+        ModelError: if the configuration is out of bounds or contradicts itself.
+    """
+    from mvdream_fast.models.text import TextEncoder
+    from mvdream_fast.models.unet import MultiViewUNet
+    from mvdream_fast.models.vae import VAE
+
+    check_config(config)
+    makers = {"unet": (MultiViewUNet, config.unet), "vae": (VAE, config.vae), "text": (TextEncoder, config.text)}
+    make, part_config = makers[part]
+    try:
+        return make(part_config)
+    except ValueError as error:
+        raise ModelError(f"the configuration of the {part} cannot be built: {error}") from error
+
+
+def owner(part: str, module: "nn.Module") -> "nn.Module":
+    """The module whose state dict has the names of the manifest: what the VAE and the text tower wrap."""
+    return module if part == "unet" else module.model
+
+
+@lru_cache(maxsize=16)
+def manifest(part: str, config: ModelConfig) -> Shapes:
+    """Every tensor of a part with its shape; nothing is allocated. Not to be changed: it is kept."""
+    import torch
+
+    with torch.device("meta"):
+        module = owner(part, build(part, config))
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check_config(config: ModelConfig) -> None:
+    """Raises ModelError for sizes out of bounds, or that do not divide into heads and groups."""
+    for section in (config.unet, config.vae, config.text, config.schedule):
+        for name, value in vars(section).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and not isinstance(number, bool):
+                    _require(name == "skip_last" or 1 <= number <= _MAX_SIZE, name, number, f"from 1 to {_MAX_SIZE}")
+    _check_unet(config.unet)
+    _check_vae(config.vae)
+    _check_text(config.text)
+    schedule = config.schedule
+    _require(
+        0 < schedule.linear_start < schedule.linear_end < 1, "linear_end", schedule.linear_end, "over linear_start"
+    )
+
+
+def _check_unet(unet: UNetConfig) -> None:
+    _require(0 < len(unet.channel_mult) <= 8, "channel_mult", unet.channel_mult, "1 to 8 levels")
+    _require(unet.num_res_blocks <= 16, "num_res_blocks", unet.num_res_blocks, "at most 16")
+    _require((unet.num_heads is None) != (unet.num_head_channels is None), "num_heads", unet.num_heads,
+             "set where num_head_channels is null, and null where it is set")  # fmt: skip
+    for multiple in unet.channel_mult:
+        channels = multiple * unet.model_channels
+        _require(channels % unet.norm_groups == 0, "norm_groups", unet.norm_groups, f"a divisor of {channels} channels")
+        heads = unet.num_heads or unet.num_head_channels
+        _require(channels % heads == 0, "num_heads or num_head_channels", heads, f"a divisor of {channels} channels")
+
+
+def _check_vae(vae: VAEConfig) -> None:
+    _require(0 < len(vae.block_out_channels) <= 8, "block_out_channels", vae.block_out_channels, "1 to 8 levels")
+    _require(vae.layers_per_block <= 16, "layers_per_block", vae.layers_per_block, "at most 16")
+    wide = vae.decoder_width
+    one_level = len(vae.block_out_channels) == 1
+    _require(
+        wide is None or (one_level and 0 < wide <= 4096), "decoder_width", wide, "null, or 1 to 4096 with one level"
+    )
+    for channels in (*vae.block_out_channels, *([wide] if wide else [])):
+        divides = channels % vae.norm_num_groups == 0
+        _require(divides, "norm_num_groups", vae.norm_num_groups, f"a divisor of {channels} channels")
+    _require(0 < vae.scale_factor < 1e6, "scale_factor", vae.scale_factor, "a positive number")
+
+
+def _check_text(text: TextConfig) -> None:
+    _require(text.n_layers <= _MAX_DEPTH, "n_layers", text.n_layers, f"at most {_MAX_DEPTH}")
+    _require(0 <= text.skip_last < text.n_layers, "skip_last", text.skip_last, f"from 0 to {text.n_layers - 1}")
+    _require(text.width % text.n_heads == 0, "n_heads", text.n_heads, f"a divisor of the width {text.width}")
+    _require(text.context_length >= 3, "context_length", text.context_length, "at least 3")
+
+
+def _require(holds: bool, name: str, value: object, requirement: str) -> None:
+    if not holds:
+        raise ModelError(f"the model's configuration: {name} must be {requirement}, got {value}")
+
+
+def check_shapes(
+    source: str, expected: Shapes, found: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
+) -> None:
+    """Compares a file with what it must hold; names in both are the file's own.
+
+    Raises:
+        ModelError: with a few names and the number of those that are missing, unexpected, misshapen or no floats.
+    """
+    problems = [
+        _some("missing", expected.keys() - found.keys()),
+        _some("unexpected", found.keys() - expected.keys()),
+        _some("misshapen", (f"{name} is {list(found[name])} and must be {list(shape)}"
+                            for name, shape in expected.items() if found.get(name, shape) != shape)),
+        _some("of a wrong type", (f"{name} is {dtypes[name]}" for name in expected.keys() & found.keys()
+                                  if dtypes[name] not in WEIGHT_DTYPES)),
+    ]  # fmt: skip
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ModelError(
+            f"{source} does not hold the {len(expected)} tensors of the model it should be: {'; '.join(problems)}. "
+            "Download or convert it again; if it is another model on purpose, it needs a configuration that fits it"
+        )
+
+
+def _some(what: str, names: Iterable[str], limit: int = 3) -> str:
+    names = sorted(printable(name) for name in names)
+    more = ", ..." if len(names) > limit else ""
+    return f"{len(names)} {what} ({', '.join(names[:limit])}{more})" if names else ""
+
+
+def printable(name: str, limit: int = 120) -> str:
+    """A name from a foreign file, fit for a line of a terminal."""
+    text = "".join(c if c.isprintable() else "?" for c in name)
+    return text if len(text) <= limit else text[:limit] + "..."

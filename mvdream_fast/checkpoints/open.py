@@ -1,0 +1,267 @@
+"""Models from and to files: the one door through which weights come in, and the only format that is written.
+
+Nothing here ever opens a network connection or unpickles code. Names are translated in layouts.py, checked in
+manifest.py.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mvdream_fast.checkpoints import layouts
+from mvdream_fast.checkpoints.folder import is_model_folder, new_folder, read_json
+from mvdream_fast.checkpoints.layouts import PartLayout, Slot
+from mvdream_fast.checkpoints.manifest import PARTS, build, check_config, check_shapes, manifest, owner, printable
+from mvdream_fast.checkpoints.tensor_file import TensorFile, open_tensors
+from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.text import TextEncoder
+from mvdream_fast.models.tokenizer import Tokenizer
+
+EMBEDDED = ("embedded", "mini")
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "weights" / "mini"
+ENCODER_ONLY = "vae.encoder"  # a part: the VAE without its decoder
+
+_PUBLISHED_FILES = {
+    "unet": ("unet", "diffusion_pytorch_model"),
+    "vae": ("vae", "diffusion_pytorch_model"),
+    "text": ("text_encoder", "model"),
+}
+_WHERE = (
+    "The released weights are on the Hugging Face hub, in the repository MVDream/MVDream: sd-v2.1-base-4view.pt "
+    "(5.22 GB) and sd-v1.5-4view.pt (4.27 GB); ashawkey/mvdream-sd2.1-diffusers mirrors the first in fp16. Fetch it "
+    "with `hf download MVDream/MVDream sd-v2.1-base-4view.pt --local-dir weights`, convert it once with `python -m "
+    "mvdream_fast.convert weights/sd-v2.1-base-4view.pt models/sd21-4view`; the model named embedded needs no download"
+)
+
+
+@dataclass
+class Model:
+    """The parts of a multi-view diffusion model; those that were not asked for are None."""
+
+    config: ModelConfig
+    unet: nn.Module | None = None
+    vae: nn.Module | None = None
+    text: TextEncoder | None = None
+    tokenizer: Tokenizer | None = None
+
+
+def load_model(
+    path_or_name: str | Path, dtype: torch.dtype | None = None, parts: Sequence[str] = PARTS, add_cameras: bool = False
+) -> Model:
+    """A model from any of the known layouts, on the CPU, in evaluation mode, with every tensor checked.
+
+    Args:
+        path_or_name: a released .pt file, a diffusers-layout folder, a folder of ours, or "embedded".
+        dtype: of the weights; None keeps the stored one (the widest, should a part mix them).
+        parts: of "unet", "vae" (or "vae.encoder", without the decoder), "text" (with the tokenizer).
+        add_cameras: take Stable Diffusion's own file as well, to be trained: its new camera layers end in zeros, so
+            that it begins as the 2D model it was, whatever the camera.
+
+    Raises:
+        ModelError: if there is no such model, or any tensor is missing, unexpected, misshapen, or not finite.
+        ArgumentError: if a part is unknown.
+    """
+    for part in parts:
+        if part not in (*PARTS, ENCODER_ONLY):
+            raise ArgumentError(f"a part must be one of {', '.join((*PARTS, ENCODER_ONLY))}, got {part!r}")
+    source = open_source(path_or_name, add_cameras)
+    for part in parts:
+        source.check(part.split(".")[0])
+    model = Model(source.config)
+    for part in parts:
+        module = _load_part(source, part, dtype)
+        setattr(model, part.split(".")[0], module.eval())
+    if model.text is not None:
+        model.tokenizer = Tokenizer(source.config.text, source.vocabulary)
+    return model
+
+
+def _load_part(source: "Source", part: str, dtype: torch.dtype | None) -> nn.Module:
+    name = part.split(".")[0]
+    with torch.device("meta"):
+        module = build(name, source.config)
+    tensors = source.tensors(name, dtype)
+    if part == ENCODER_ONLY:
+        module.drop_decoder()
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(("decoder.", "post_quant_conv."))}
+    owner(name, module).load_state_dict(tensors, assign=True)
+    return module.to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, recognised but not read: `tensors` reads and checks one part at a time."""
+
+    path: Path
+    layout: str  # in words
+    config: ModelConfig
+    files: dict[str, TensorFile]  # of each part
+    layout_of: Callable[[str], PartLayout]
+    vocabulary: list[str] | None = None
+    new_cameras: bool = False  # the file has no camera layers
+
+    def check(self, part: str) -> None:
+        """Raises ModelError if a name, shape or dtype of the part is not as it must be; reads no data."""
+        file = self.files[part]
+        check_shapes(str(file.path), self.layout_of(part).expected, file.shapes, file.dtypes)
+
+    def tensors(self, part: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """A checked part's tensors under our names, views of the file where dtype allows. Raises ModelError."""
+        dtype = dtype or self.dtype(part)
+        slots, ours = self.layout_of(part).slots, manifest(part, self.config)
+        tensors = {name: _take(self.files[part], slot, ours[name], dtype) for name, slot in slots.items()}
+        new = sorted(ours.keys() - slots.keys()) if self.new_cameras else []
+        return tensors | {name: _new_camera(name, ours[name]).to(dtype) for name in new}
+
+    def dtype(self, part: str) -> torch.dtype:
+        """The dtype that is stored for the part; float32 should it be a mixture."""
+        names = {self.files[part].dtypes[slot.name] for slot in self.layout_of(part).slots.values()}
+        return getattr(torch, names.pop()) if len(names) == 1 else torch.float32
+
+
+def _take(file: TensorFile, slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    try:
+        tensor = file.read(slot.name)
+    except Exception as error:  # a file that changed or shrank since it was opened
+        raise ModelError(f"{file.path}: cannot read {printable(slot.name)}: {printable(str(error))}") from error
+    low, high = (bound.item() for bound in tensor.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ModelError(f"{file.path}: {slot.name} holds NaN or infinity; download or convert the file again")
+    if max(-low, high) > torch.finfo(dtype).max:
+        raise ModelError(
+            f"{file.path}: {slot.name} does not fit {str(dtype).removeprefix('torch.')}; choose another type"
+        )
+    if slot.piece is not None:
+        tensor = tensor.chunk(3)[slot.piece]
+    return tensor.reshape(shape).to(dtype)
+
+
+def _new_camera(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Untrained camera layers: the same numbers in every process, and nothing comes out before they are trained."""
+    first = name == layouts.CAMERA + "0.weight"
+    return Stream(0, 0, name).normal(*shape) / math.sqrt(shape[1]) if first else torch.zeros(shape)
+
+
+def open_source(path_or_name: str | Path, add_cameras: bool = False) -> Source:
+    """Finds a model and recognises its layout and configuration; no weights are read.
+
+    Raises:
+        ModelError: if there is no model, or it is in no known layout.
+    """
+    try:
+        path = EMBEDDED_FOLDER if str(path_or_name) in EMBEDDED else Path(path_or_name).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{printable(str(path_or_name))!r} is no path to a model: {error}") from error
+    if path == EMBEDDED_FOLDER and not is_model_folder(path):
+        raise ModelError(
+            f"the embedded model is not part of this installation: {path} holds no model; name another one"
+        )
+    if not exists:
+        raise ModelError(f"there is no model at {printable(str(path.absolute()), 400)}. {_WHERE}")
+    if not is_folder:
+        return _open_released(path, add_cameras)
+    if all((path / folder).is_dir() for folder, _ in _PUBLISHED_FILES.values()):
+        return _open_published(path)
+    if (path / "config.json").exists():
+        return _open_own(path)
+    raise ModelError(
+        f"{path} is not a model folder: it must hold config.json and the safetensors files that mvdream_fast.convert "
+        "writes, or the folders unet, vae and text_encoder; for a released .pt, give the file itself"
+    )
+
+
+def _open_own(folder: Path) -> Source:
+    config = ModelConfig.load(folder / "config.json")
+    check_config(config)
+    files = {part: open_tensors(folder / f"{part}.safetensors") for part in PARTS}
+    lines = folder / "vocabulary.txt"
+    try:
+        vocabulary = lines.read_text(encoding="utf-8").splitlines() if lines.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read {lines}: {error}") from error
+    return Source(folder, "folder of mvdream_fast", config, files, lambda part: layouts.own(part, config), vocabulary)
+
+
+def _open_released(path: Path, add_cameras: bool) -> Source:
+    file = open_tensors(path).without(layouts.ignored)
+    betas = file.read("betas") if "betas" in file.shapes else None
+    config = layouts.recognise(str(path), file.shapes, layouts.Hints(schedule=layouts.schedule_of(str(path), betas)))
+    vae, text = file.under(layouts.VAE), file.under(layouts.TEXT)
+    rest = file.without(lambda name: name in vae.shapes or name in text.shapes)
+    files = {"unet": rest, "vae": vae, "text": text}
+    new = add_cameras and not any(name.startswith(layouts.UNET + layouts.CAMERA) for name in rest.shapes)
+
+    def layout_of(part: str) -> PartLayout:
+        layout = layouts.released(part, config, text.shapes)
+        return layout.without(layouts.CAMERA) if new and part == "unet" else layout
+
+    return Source(path, "released flat file", config, files, layout_of, new_cameras=new)
+
+
+def _open_published(folder: Path) -> Source:
+    files = {}
+    for part, (name, stem) in _PUBLISHED_FILES.items():
+        candidates = [folder / name / f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
+        path = next((path for path in candidates if path.exists()), candidates[0])
+        files[part] = open_tensors(path).without(layouts.ignored)
+    found = {part: file.shapes for part, file in files.items()}
+    names = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+    hints = layouts.hints_of(str(folder), *(read_json(folder / name) for name in names))
+    config = layouts.recognise(str(folder), layouts.as_released(found), hints)
+    return Source(folder, "diffusers folder", config, files, lambda part: layouts.published(part, config, found[part]))
+
+
+def save_model(model: Model, folder: str | Path, overwrite: bool = False) -> None:
+    """Writes our layout: config.json, a safetensors file for each part, vocabulary.txt where there are own rows.
+
+    The folder appears complete or not at all. With `overwrite`, a folder that holds a model is replaced.
+
+    Raises:
+        OutputError: if the folder exists (or is no model's), or cannot be written.
+        ValueError: if a part is missing from the model.
+    """
+    modules = {"unet": model.unet, "vae": model.vae, "text": model.text}
+    absent = [part for part, module in modules.items() if module is None]
+    if absent or model.vae.model.decoder is None:
+        raise ValueError(f"save_model: the model must have all parts, got none for {absent or 'the VAE decoder'}")
+    vocabulary = model.tokenizer.vocabulary if model.tokenizer else None
+    states = ((part, lambda p=part: owner(p, modules[p]).state_dict()) for part in PARTS)
+    write_folder(Path(folder), model.config, states, vocabulary, overwrite)
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    parts: Iterator[tuple[str, Callable[[], dict[str, Tensor]]]],
+    vocabulary: list[str] | None,
+    overwrite: bool,
+) -> None:
+    """Writes one part at a time, each only read when its turn comes. Raises OutputError, as `save_model` does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with new_folder(folder, overwrite) as temporary:
+        for part, read in parts:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in read().items()}
+            n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            try:
+                save_file(tensors, temporary / f"{part}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OutputError(
+                    f"cannot write {n_bytes / 1e9:.2f} GB to {folder}/{part}.safetensors: {error}"
+                ) from error
+            del tensors
+        if vocabulary:
+            (temporary / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+        plain = temporary / "config.json"
+        plain.write_text(config.to_json(), encoding="utf-8")
+        for path in temporary.glob("*.safetensors"):  # safetensors makes them readable by the owner alone
+            shutil.copymode(plain, path)

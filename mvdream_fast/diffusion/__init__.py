@@ -1,0 +1,1 @@
+"""The noise schedule, sampling, and the guided call of the denoiser."""

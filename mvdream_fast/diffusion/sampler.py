@@ -1,0 +1,143 @@
+"""From noise to latents: DDIM as a plain function, and the loop that lets a diffusers scheduler do it instead.
+
+A `model_fn(latents, t)` hides the UNet, its text and its cameras. With guidance it gets [uncond; cond] in one batch,
+the unconditional half first (SDS has the opposite order); with a guidance scale of 1 the conditional half alone.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule, ddim_timesteps
+from mvdream_fast.models.config import ScheduleConfig
+
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # latents [n or 2n, C, h, w], t scalar -> output, the latents' shape
+_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}  # diffusers' words
+Callback = Callable[[int, int, Tensor], None]  # steps done, steps in all, latents [n, C, h, w]
+
+
+@torch.no_grad()
+def ddim_sample(
+    model_fn: ModelFn,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    n_steps: int,
+    guidance_scale: float,
+    convention: Convention = "ldm",
+    callback: Callback | None = None,
+    *,
+    eta: float = 0.0,
+    stream: Stream | None = None,
+    skip: int = 0,
+) -> Tensor:
+    """Denoises `noise` [n, C, h, w] with DDIM; nothing is clipped.
+
+    `skip` leaves out as many of the first timesteps, for image to image: `noise` is then the latents of a picture as
+    `schedule.add_noise` makes them at the timestep that comes next.
+
+    "ldm" visits another number of timesteps than `n_steps` where it doesn't divide 1000 (30 gives 31). `eta` > 0 adds
+    fresh noise from `stream` at every step, the last included, as upstream does (1 is DDPM's variance).
+
+    Returns: latents, shape and dtype of `noise`.
+    Raises: ArgumentError for a number of steps that leaves the schedule; ValueError for eta > 0 without a stream.
+    Source: Song et al., "Denoising diffusion implicit models", eq. 12 and 16.
+    """
+    if eta and stream is None:
+        raise ValueError(f"ddim_sample: stream must be given for eta > 0, got eta {eta}; pass a rng.Stream")
+    timesteps = ddim_timesteps(n_steps, convention, len(schedule.alphas_cumprod))
+    abar = schedule.alphas_cumprod.double().tolist()
+    schedule, latents = schedule.to(noise.device), noise
+    for i, t in list(enumerate(timesteps))[skip:]:
+        out = guided(model_fn, latents, torch.tensor(t, device=noise.device), guidance_scale)
+        abar_prev = abar[_previous(timesteps, i, n_steps, convention, len(abar))]
+        sigma = eta * ((1 - abar_prev) / (1 - abar[t]) * (1 - abar[t] / abar_prev)) ** 0.5
+        x0, noise_pred = schedule.to_x0(latents, out, t), schedule.to_noise(latents, out, t)
+        latents = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * noise_pred
+        if sigma:
+            latents = latents + sigma * stream.normal(*latents.shape, device=latents.device).to(latents.dtype)
+        if callback:
+            callback(i + 1, len(timesteps), latents)
+    return latents
+
+
+def _previous(timesteps: list[int], i: int, n_steps: int, convention: Convention, n_timesteps: int) -> int:
+    """The timestep that step i leads to; both conventions end on the least noisy one, 0."""
+    if convention == "ldm":
+        return timesteps[i + 1] if i + 1 < len(timesteps) else 0
+    return max(timesteps[i] - n_timesteps // n_steps, 0)
+
+
+@torch.no_grad()
+def scheduler_sample(
+    model_fn: ModelFn,
+    noise: Tensor,
+    scheduler: Any,
+    n_steps: int,
+    guidance_scale: float,
+    callback: Callback | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Denoises `noise` [n, C, h, w] with any diffusers scheduler (a copy: the given one keeps its state).
+
+    The scheduler's own settings count (betas, prediction type, spacing); take them from `diffusers_settings`.
+    `generator` feeds the schedulers that add noise.
+
+    Returns: latents, shape and dtype of `noise`.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(n_steps, device=noise.device)
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
+    for i, t in enumerate(timesteps):
+        out = guided(model_fn, scheduler.scale_model_input(latents, t), t, guidance_scale)
+        latents = scheduler.step(out, t, latents, **extra).prev_sample.to(noise.dtype)
+        if callback:
+            callback(i + 1, len(timesteps), latents)
+    return latents
+
+
+def guided(model_fn: ModelFn, latents: Tensor, t: Tensor, guidance_scale: float) -> Tensor:
+    """One call of the model with classifier-free guidance: uncond + scale*(cond - uncond), [n, C, h, w].
+
+    A scale of 1 is the conditional output alone, and only that half is computed.
+    Source: Ho & Salimans, "Classifier-free diffusion guidance", 2022.
+    """
+    if guidance_scale == 1:
+        return model_fn(latents, t).to(latents.dtype)
+    uncond, cond = model_fn(torch.cat([latents, latents]), t).to(latents.dtype).chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
+    """Keyword arguments that make any diffusers scheduler follow the model's noise schedule and prediction type."""
+    return {
+        "num_train_timesteps": config.n_timesteps,
+        "beta_schedule": "scaled_linear",
+        "beta_start": config.linear_start,
+        "beta_end": config.linear_end,
+        "prediction_type": _PREDICTION[config.prediction],
+    }
+
+
+def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
+    """Refuses a diffusers scheduler that reads the model's output, or places its noise, in another way than `schedule`.
+
+    Raises: ArgumentError.
+    """
+    wanted = _PREDICTION[schedule.prediction]
+    given = scheduler.config.get("prediction_type", "epsilon")
+    if given != wanted:
+        raise ArgumentError(f"scheduler: prediction_type must be {wanted} for this model, got {given}; construct it so")
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is not None and not (
+        table.shape == schedule.alphas_cumprod.shape
+        and torch.allclose(table.cpu().float(), schedule.alphas_cumprod.cpu(), rtol=1e-3, atol=1e-5)
+    ):
+        raise ArgumentError("scheduler: its betas must be the model's, got others; take them from diffusers_settings()")

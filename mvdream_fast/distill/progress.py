@@ -1,0 +1,89 @@
+"""What a text-to-3D run shows while it goes on: log.jsonl, previews, progress lines, and the live page if any."""
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.machine import resident_memory
+from mvdream_fast.distill.state import Record
+from mvdream_fast.models.config import SDSConfig
+from mvdream_fast.scene.asset import Asset
+from mvdream_fast.text_to_3d import Progress
+
+if TYPE_CHECKING:
+    from mvdream_fast.distill.viewer import Viewer
+
+Say = Callable[[str], None]
+
+
+class Watcher:
+    """The callback of a run. A line a second on a terminal, one every ten seconds elsewhere."""
+
+    def __init__(
+        self, folder: Path, config: SDSConfig, preview_every: int | None, say: Say, viewer: "Viewer | None" = None
+    ):
+        self.folder, self.config, self.say, self.viewer = folder, config, say, viewer
+        self.log = run_folder.JsonlLog(folder / "log.jsonl")
+        self.preview_every = preview_every
+        self.begin = self.last = time.perf_counter()
+        self.n_done = 0
+        (folder / "preview").mkdir(exist_ok=True)
+
+    def __call__(self, progress: Progress) -> None:
+        record, asset = progress.record, progress.asset
+        if self.n_done == 0:
+            self.log.truncate_after(record.step - 1)
+        self.n_done += 1
+        self.log.write(record.plain())
+        if record.event:
+            self.say(f"step {record.step + 1}: {record.event}")
+        if self.is_preview(record.step + 1):
+            save_preview(asset, self.folder / "preview" / f"{record.step + 1:06d}.png")
+        if self.viewer is not None:
+            self.viewer.update(asset, record.step + 1)
+        now = time.perf_counter()
+        if now - self.last > (1 if sys.stdout.isatty() else 10):
+            self.last = now
+            self.say(self.line(record, now))
+
+    def is_preview(self, done: int) -> bool:
+        if self.preview_every:
+            return done % self.preview_every == 0
+        steps = self.config.steps
+        return done == max(1, steps // 50) or done % max(1, steps // 10) == 0
+
+    def line(self, record: Record, now: float) -> str:
+        pace = (now - self.begin) / self.n_done
+        left = pace * (self.config.steps - record.step - 1)
+        return (
+            f"step {record.step + 1}/{self.config.steps}  {pace:.2f} s/it  {left / 60:.1f} min left  "
+            f"loss {record.loss:.4g}  occupancy {100 * record.occupancy:.0f} %  memory {memory_in_use()}"
+        )
+
+
+def memory_in_use() -> str:
+    """Of this process, and of its GPU where it has one."""
+    text = f"{resident_memory() / 2**30:.1f} GB"
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        text += f", GPU {torch.cuda.memory_allocated() / 2**30:.1f} GB"
+    return text
+
+
+def save_preview(asset: Asset, path: Path, size: int = 64) -> None:
+    """Four views of the growing asset: colour, opacity and depth, one row each."""
+    views = asset.render(size=size)
+    depth = views.depth / views.depth.amax().clamp(min=1e-6)
+    rows = [views.rgb, views.opacity[:, None].expand(-1, 3, -1, -1), depth[:, None].expand(-1, 3, -1, -1)]
+    sheet = torch.cat([torch.cat([*row], dim=2) for row in rows], dim=1)
+    out = io.BytesIO()
+    pixels = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(out, "PNG")
+    atomic_write(path, out.getvalue())

@@ -1,0 +1,1 @@
+"""Measures of models and assets, and the small judge that makes them."""

@@ -1,0 +1,219 @@
+"""Evaluation of models and of finished text-to-3D runs: what is sampled or rendered, and which measures are taken.
+
+The measures are evaluation.py's, the yardstick evaluation_reference.py's; flags and the table are evaluate.py's.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvdream_fast.camera import orbit_cameras
+from mvdream_fast.checkpoints.folder import read_json
+from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.evaluation import measures as ev
+from mvdream_fast.evaluation.evaluator import Evaluator
+from mvdream_fast.evaluation.reference import (
+    DISTANCE,
+    ELEVATION_DEG,
+    FOUR_DEG,
+    FOVY_DEG,
+    PROMPTS,
+    Reference,
+    matching,
+)
+from mvdream_fast.models.tokenizer import check_prompt
+from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.scene.asset import Asset
+
+SIZE = 64  # of its pictures, as the training renders
+TURN = 16  # views of a turntable: as many as the training data's orbits have
+PROMPTS_AT_A_TIME = 4
+EMPTY_OPACITY = 1e-3  # a turntable that never covers more than this share of a picture shows nothing
+SEED_STRIDE = 1000  # so that no two (prompt, seed) share their noise
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What everything is judged by."""
+
+    evaluator: Evaluator
+    reference: Reference
+    prompts: list[str]  # the fixed list
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a model is asked. `n_captions` and `n_prompts` cut what is sampled, not what it is told apart from."""
+
+    steps: int = 25
+    guidance_scale: float = 7.5
+    seeds: int = 2  # for the held-out captions; the prompts are sampled once
+    n_captions: int = 40
+    n_prompts: int = 40
+
+
+def read_prompts(path: Path | None = None) -> list[str]:
+    """The prompts of a file, one a line, # for comments; by default the fixed list. Raises InputFileError."""
+    source = path or files("mvdream_fast") / "weights" / "evaluator" / PROMPTS
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"cannot read the prompts {source}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    for prompt in prompts:
+        check_prompt(prompt)
+    if len(set(prompts)) < max(2, len(prompts)):
+        raise InputFileError(f"{source} must hold at least two prompts, each once")
+    return prompts
+
+
+def is_new(text: str, captions: Iterable[str]) -> bool:
+    """Whether captions have every word of a text between them, but none has all of its words (articles apart)."""
+    bags = [_words(caption) for caption in captions]
+    wanted = _words(text)
+    return wanted <= set().union(*bags) and not any(wanted <= bag for bag in bags)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.replace(",", " ").split()) - {"a", "an"}
+
+
+@torch.no_grad()
+def evaluate_model(pipeline: MVDreamPipeline, judge: Judge, options: SamplingOptions, say: Say) -> dict[str, Any]:
+    """The measures of a model's four views: of held-out captions, and of the fixed prompts.
+
+    Returns: "held_out" and "prompts", flat dicts of numbers; "real", the same of real renders; "seconds".
+    """
+    start = time.perf_counter()
+    captions, prompts = judge.reference.captions, judge.prompts
+    held = _sample(pipeline, captions[: options.n_captions], options, options.seeds, say)  # [S, n, V, 3, s, s]
+    fixed = _sample(pipeline, prompts[: options.n_prompts], options, 1, say)
+    result = {
+        "held_out": _views(judge, held, captions) | _against_real(judge, held),
+        "prompts": _views(judge, fixed, prompts),
+        "real": judge.reference.scores,
+        "options": vars(options),
+    }
+    return result | {"seconds": time.perf_counter() - start}
+
+
+def _sample(pipeline: MVDreamPipeline, texts: list[str], options: SamplingOptions, n_seeds: int, say: Say) -> Tensor:
+    """Four views of each text, [S, n, V, 3, s, s] in [0, 1]."""
+    out, start = [], time.perf_counter()
+    jobs = [(seed, k) for seed in range(n_seeds) for k in range(0, len(texts), PROMPTS_AT_A_TIME)]
+    for done, (seed, k) in enumerate(jobs, start=1):
+        some = texts[k : k + PROMPTS_AT_A_TIME]
+        views = pipeline(
+            some, len(FOUR_DEG), ELEVATION_DEG, n_steps=options.steps, guidance_scale=options.guidance_scale,
+            seed=SEED_STRIDE * seed + k, warn=lambda _: None,
+        )  # fmt: skip
+        out += [v.tensor for v in views]
+        left = (time.perf_counter() - start) / done * (len(jobs) - done)
+        say(f"sampled {len(out)} of {n_seeds * len(texts)} scenes, {left:.0f} s left")
+    return torch.stack(out).unflatten(0, (n_seeds, len(texts)))
+
+
+def _views(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
+    """Matching, sides and consistency of views [S, n, V, 3, s, s] of the first n texts, told apart among all texts."""
+    evaluator = judge.evaluator
+    n_seeds, n, n_views = views.shape[:3]
+    features = evaluator.features(views.flatten(0, 2)).unflatten(0, (n_seeds, n, n_views))
+    headings = evaluator.headings(features.flatten(0, 2))
+    error = ev.angle_difference(headings.azimuth_deg.view(n_seeds, n, n_views), FOUR_DEG)
+    fronts = torch.tensor([judge.reference.has_front(text) for text in texts[:n]])
+    scores = matching(evaluator.embed_features(features), evaluator.embed_text(texts))
+    if fronts.any():
+        seen = error[:, fronts]
+        scores |= {"azimuth_error_deg": float(seen.median()), "azimuth_within_45": float((seen <= 45).float().mean())}
+    cameras = orbit_cameras(n_views, ELEVATION_DEG, 0.0, 360.0, DISTANCE, FOVY_DEG)
+    masks = [ev.silhouettes(scene) for scene in views.flatten(0, 1)]
+    scores["hull_support"] = _mean([ev.hull_support(mask, cameras) for mask in masks])
+    scores["colour_spread"] = _mean([ev.colour_spread(v, m) for v, m in zip(views.flatten(0, 1), masks)])
+    return scores | {"scenes": n_seeds * n, "scenes_with_front": n_seeds * int(fronts.sum())}
+
+
+def _against_real(judge: Judge, views: Tensor) -> dict[str, float]:
+    """Frechet distance to the held-out renders, and diversity.
+
+    The distance depends on the number of views: it is taken a seed at a time, and only where every caption was sampled,
+    so that it compares with that of real renders.
+    """
+    scores = {}
+    if views.shape[1] == len(judge.reference.captions):
+        by_seed = [ev.moments(judge.evaluator.features(seed.flatten(0, 1))) for seed in views]
+        scores["frechet"] = _mean([ev.frechet_distance(found, judge.reference.moments) for found in by_seed])
+    if len(views) > 1:
+        embeddings = torch.stack([judge.evaluator.embed_views(seed) for seed in views], dim=1)  # [n, S, E]
+        scores["diversity"] = _mean([ev.spread(e) for e in embeddings])
+    return scores
+
+
+def evaluate_run(folder: Path, judge: Judge) -> dict[str, Any]:
+    """The measures of one finished run's turntable.
+
+    Raises: InputFileError if the folder is no run, or an unfinished one; ModelError if its asset is damaged.
+    """
+    about = read_json(folder / "config.json")
+    path = folder / "asset.safetensors"
+    if not path.exists():
+        raise InputFileError(
+            f"{folder} has no asset.safetensors: the run is not finished; go on with --resume {folder}"
+        )
+    prompt = str(about.get("prompt", ""))
+    asset = Asset.load(path)
+    cameras = orbit_cameras(TURN, ELEVATION_DEG, 0.0, 360.0, DISTANCE, FOVY_DEG)
+    views = asset.render(cameras, SIZE)
+    azimuths = torch.arange(TURN) * (360.0 / TURN)
+    return {
+        "run": str(folder),
+        "prompt": prompt,
+        **turntable(views.rgb.clamp(0, 1), views.opacity, azimuths, prompt, judge),
+    }
+
+
+@torch.no_grad()
+def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, judge: Judge) -> dict[str, Any]:
+    """The measures of pictures rgb [V, 3, s, s] and opacities [V, s, s] from azimuths [V] around an object.
+
+    `janus` and the azimuth error are None for objects without a front; `shows_front` is whether any view reads as one:
+    without it, `janus` says nothing.
+    """
+    evaluator = judge.evaluator
+    texts = list(dict.fromkeys([*judge.prompts, prompt]))
+    features = evaluator.features(rgb)
+    similarity = evaluator.embed_features(features) @ evaluator.embed_text(texts).T
+    hit = ev.top1(similarity[None], torch.tensor([texts.index(prompt)]))
+    headings = evaluator.headings(features)
+    front = ev.reads_as_front(headings.azimuth_deg, headings.confidence)
+    error = ev.angle_difference(headings.azimuth_deg, azimuth_deg).median()
+    has_front, masks = judge.reference.has_front(prompt), opacity > 0.5
+    return {
+        "top1": float(hit[0]),
+        "similarity": float(similarity[texts.index(prompt)]),
+        "candidates": len(texts),
+        "empty": bool(opacity.mean((1, 2)).max() < EMPTY_OPACITY),
+        "janus": float(ev.is_janus(azimuth_deg, front)) if has_front else None,
+        "shows_front": float(front.any()) if has_front else None,
+        "azimuth_error_deg": float(error) if has_front else None,
+        "turn_overlap": ev.neighbour_overlap(masks),
+        "turn_colour_spread": ev.colour_spread(rgb, masks),
+        "predicted_deg": [round(x, 1) for x in headings.azimuth_deg.tolist()],
+    }
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the runs that have a number."""
+    names = ("top1", "similarity", "janus", "shows_front", "azimuth_error_deg", "turn_overlap", "turn_colour_spread")
+    values = {name: [run[name] for run in runs if run[name] is not None] for name in names}
+    return {name: _mean(x) for name, x in values.items() if x} | {"runs": len(runs), "with_front": len(values["janus"])}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

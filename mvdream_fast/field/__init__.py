@@ -1,1 +1,0 @@
-"""The 3D side: hash-grid volume, occupancy grid, renderer, mesh extraction and export; knows nothing of diffusion."""

@@ -1,0 +1,395 @@
+"""Configurations of models and of text-to-3D runs as plain dataclasses, and their JSON form; no torch here.
+
+Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are those of the released MVDream models.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mvdream_fast.core.errors import ArgumentError, ModelError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The multi-view UNet (`models/unet.py`). `attention_resolutions` are down-sampling factors, as in LDM."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    num_heads: int | None = None  # heads at every level; exactly one of this and num_head_channels is set
+    num_head_channels: int | None = 64  # width of a head at every level
+    context_dim: int = 1024
+    use_linear_in_transformer: bool = True
+    camera_dim: int = 16
+    norm_groups: int = 32
+    camera_in: Literal["time", "attention", "text", "none"] = "time"
+    view_mixing: Literal["3d", "2d", "temporal"] = "3d"
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.model_channels
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
+
+    `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
+    `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    scale_factor: float = 0.18215
+    image_size: int = 256
+    patch_size: int = 1
+    decoder_width: int | None = None
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image per latent cell along a side."""
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """transformers' CLIPTextModel. `skip_last` layers at the top are not run (1 = penultimate layer + final norm)."""
+
+    width: int = 1024
+    n_layers: int = 24
+    n_heads: int = 16
+    mlp_width: int = 4096
+    skip_last: int = 1
+    context_length: int = 77
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    vocabulary: Literal["clip", "subset"] = "clip"  # subset: only the BPE rows that were seen in training, plus unknown
+    vocabulary_size: int = 49408
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Noise schedule; `linear` in LDM's sense: evenly spaced square roots of beta."""
+
+    n_timesteps: int = 1000
+    linear_start: float = 0.00085
+    linear_end: float = 0.012
+    prediction: Literal["eps", "v"] = "eps"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole text-to-views model: what `config.json` of a model folder holds."""
+
+    name: str = "sd21-4view"
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    @property
+    def latent_size(self) -> int:
+        return self.vae.image_size // self.vae.downsampling
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "model", "format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, source: str = "config.json") -> "ModelConfig":
+        """Raises ModelError that names the key when the text is no model configuration of this version."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{source} is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("kind", None) != "model":
+            raise ModelError(f'{source} does not describe a model: it must be an object with "kind": "model"')
+        if data.pop("format", None) != FORMAT_VERSION:
+            raise ModelError(f'{source} must have "format": {FORMAT_VERSION}; convert the model again')
+        return from_dict(ModelConfig, data, source)
+
+    @staticmethod
+    def load(path: Path) -> "ModelConfig":
+        try:
+            return ModelConfig.from_json(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from error
+
+
+def from_dict(cls: type, data: Any, source: str) -> Any:
+    """Builds the dataclass `cls` from plain JSON data; raises ModelError naming the key that is unknown or mistyped."""
+    if not isinstance(data, dict):
+        raise ModelError(f"{source}: {cls.__name__} must be an object, got {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ModelError(f"{source}: unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {', '.join(fields)}")
+    values = {}
+    for name, value in data.items():
+        hint = fields[name].type
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{source}: {name}")
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            if not _fits(value, hint):
+                raise ModelError(f"{source}: {name} must be {_worded(hint)}, got {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
+    """The configuration with single values replaced, each as `unet.view_mixing=2d`: JSON, or a bare word.
+
+    Raises ArgumentError naming a setting that is unknown or mistyped.
+    """
+    data = dataclasses.asdict(config)
+    for setting in settings:
+        path, sign, text = setting.partition("=")
+        part, _, name = path.partition(".")
+        section = data.get(part)
+        if not sign or not isinstance(section, dict) or name not in section:
+            known = ", ".join(f"{p}.{n}" for p, values in data.items() if isinstance(values, dict) for n in values)
+            raise ArgumentError(f"--set must be NAME=VALUE, got {setting!r}; the names are {known}")
+        try:
+            section[name] = json.loads(text)
+        except ValueError:
+            section[name] = text
+    try:
+        return from_dict(ModelConfig, data, "--set")
+    except ModelError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _worded(hint: Any) -> str:
+    """An annotated type as an error names it."""
+    from typing import get_args, get_origin
+
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type: the handful of forms that configurations use."""
+    from types import NoneType, UnionType
+    from typing import get_args, get_origin
+
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is UnionType:
+        return any(_fits(value, a) for a in args)
+    if origin is tuple:
+        wanted = len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else len(args)
+        return isinstance(value, tuple) and len(value) == wanted and all(_fits(v, args[0]) for v in value)
+    if hint is NoneType:
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+SD21 = ModelConfig()
+SD15 = ModelConfig(
+    name="sd15-4view",
+    unet=UNetConfig(num_heads=8, num_head_channels=None, context_dim=768, use_linear_in_transformer=False),
+    text=TextConfig(width=768, n_layers=12, n_heads=12, mlp_width=3072, skip_last=0, activation="quick_gelu"),
+)
+MINI = ModelConfig(
+    name="mini",
+    unet=UNetConfig(
+        in_channels=24,
+        out_channels=24,
+        model_channels=64,
+        channel_mult=(2, 3),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        context_dim=192,
+    ),
+    vae=VAEConfig(
+        block_out_channels=(128,),
+        layers_per_block=1,
+        latent_channels=24,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        scale_factor=1.0,
+        image_size=64,
+        patch_size=8,
+        decoder_width=160,
+    ),
+    text=TextConfig(
+        width=192,
+        n_layers=4,
+        n_heads=3,
+        mlp_width=768,
+        skip_last=0,
+        context_length=24,
+        vocabulary="subset",
+        vocabulary_size=2048,
+    ),
+    schedule=ScheduleConfig(prediction="v"),
+)
+NAMED = {config.name: config for config in (SD21, SD15, MINI)}
+
+
+Ramp = tuple[float, float, float, float]  # (start step, value there, value at the end, end step), linear and clamped
+
+# MVDream-threestudio's, for the paper's recipe; the embedded model was trained with an empty one.
+PAPER_NEGATIVE_PROMPT = (
+    "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
+    "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
+    "bad proportions"
+)
+
+
+@dataclass(frozen=True)
+class SDSConfig:
+    """A text-to-3D run (`text_to_3d.py`). The defaults are the paper's recipe, MVDream-threestudio's mvdream-sd21.
+
+    Tuples with one entry a stage (`render_size`, `n_groups`) switch at `milestones`. The loss weights and the range
+    of timesteps are ramps over the steps.
+    """
+
+    preset: Literal["paper", "mini", "fast"] = "paper"
+    method: Literal["sds", "reconstruct"] = "sds"
+    mode: Literal["3d", "2d"] = "3d"  # 2d: DreamFusion's single-view prior, for comparison: no cameras, but view words
+    steps: int = 10_000
+    n_views: int = 4
+    n_groups: tuple[int, ...] = (2, 1)
+    render_size: tuple[int, ...] = (64, 256)
+    milestones: tuple[int, ...] = (5000,)
+    samples_per_ray: int = 512
+    elevation_range_deg: tuple[float, float] = (0.0, 30.0)
+    fovy_range_deg: tuple[float, float] = (15.0, 60.0)
+    distance_range: tuple[float, float] = (0.8, 1.0)
+    relative_distance: Literal["tan", "sin", "none"] = "tan"
+    elevations: Literal["uniform", "upstream"] = "uniform"
+    loss: Literal["x0", "sds"] = "x0"
+    guidance_scale: float = 50.0
+    rescale: float = 0.5
+    min_step: Ramp = (0.0, 0.98, 0.02, 8000.0)
+    max_step: Ramp = (0.0, 0.98, 0.50, 8000.0)
+    negative_prompt: str = PAPER_NEGATIVE_PROMPT
+    suffix: str = ""
+    volume: Literal["paper", "mini"] = "paper"
+    background: Literal["learned", "grey", "white"] = "learned"
+    background_aug_prob: float = 0.5
+    shading: bool = False
+    shading_from: int = 5000  # the step of the first lit picture
+    lambda_orient: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_sparsity: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_opaque: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_z_variance: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lr_encoding: float = 0.01
+    lr_mlp: float = 0.001
+    lr_background: float = 0.001
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    adam_eps: float = 1e-15
+    max_samples: int = 1 << 23
+
+    updates_per_guidance: int = 1  # updates of the volume towards one answer of the model; the paper makes one
+    match: Literal["latents", "pixels"] = "latents"  # where a render is compared with that answer
+
+    def asked(self, step: int) -> int:
+        """The step whose cameras, resolution and answer of the model `step` uses: its own, unless they are reused."""
+        return step - step % self.updates_per_guidance
+
+    def stage(self, step: int) -> int:
+        """Index of the stage that `step` belongs to."""
+        return sum(self.asked(step) >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is made of the finished volume: mesh.glb always, other formats beside it."""
+
+    mesh_resolution: int = 128
+    faces: int | None = None  # at most this many triangles
+    texture: int | None = None  # pixels a side of a baked texture; None colours the vertices
+    formats: tuple[Literal["glb", "obj", "ply"], ...] = ("glb",)
+    up: Literal["y", "z"] = "y"  # of OBJ and PLY; GLB is always y-up
+
+
+SDS_PRESETS = {
+    "paper": SDSConfig(),
+    "mini": SDSConfig(
+        preset="mini",
+        steps=600,
+        n_groups=(1,),
+        render_size=(64,),
+        milestones=(),
+        samples_per_ray=128,
+        fovy_range_deg=(30.0, 50.0),
+        distance_range=(1.0, 1.05),
+        relative_distance="sin",
+        guidance_scale=7.5,
+        min_step=(0.0, 0.98, 0.02, 480.0),
+        max_step=(0.0, 0.98, 0.50, 480.0),
+        negative_prompt="",
+        volume="mini",
+        background="grey",
+    ),
+}
+SDS_PRESETS["fast"] = dataclasses.replace(
+    SDS_PRESETS["mini"],
+    preset="fast",
+    steps=300,
+    render_size=(32, 64),
+    n_groups=(1, 1),
+    milestones=(150,),
+    samples_per_ray=96,
+    min_step=(0.0, 0.98, 0.02, 240.0),
+    max_step=(0.0, 0.98, 0.50, 240.0),
+)
+
+
+def preset_for(image_size: int) -> str:
+    """The preset that fits a model which draws `image_size` pixels a side."""
+    return "mini" if image_size <= MINI.vae.image_size else "paper"
+
+
+def shaded(config: SDSConfig) -> SDSConfig:
+    """The shading variant of a recipe: a point light in its second half, and an orientation loss of 10 to 1000."""
+    half = config.steps // 2
+    return dataclasses.replace(config, shading=True, shading_from=half, lambda_orient=(0.0, 10.0, 1000.0, float(half)))
+
+
+def resolve_config(base: str | SDSConfig, **overrides) -> SDSConfig:
+    """A preset, or a configuration, with single fields replaced. Raises ArgumentError for unknown names."""
+    if isinstance(base, str) and base not in SDS_PRESETS:
+        raise ArgumentError(f"preset must be one of {', '.join(SDS_PRESETS)}, got {base!r}")
+    config = SDS_PRESETS[base] if isinstance(base, str) else base
+    known = {f.name for f in dataclasses.fields(config)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ArgumentError(f"unknown setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    steps = overrides.get("steps", config.steps)
+    if steps != config.steps:
+        overrides = {**_stretched(config, steps), **overrides}
+    return dataclasses.replace(config, **overrides)
+
+
+def _stretched(config: SDSConfig, steps: int) -> dict:
+    """Ramps and milestones for another number of steps, keeping their place in the run."""
+    factor = steps / config.steps
+    ramps = [f.name for f in dataclasses.fields(config) if f.name.startswith(("lambda_", "min_step", "max_step"))]
+    out: dict = {}
+    for name in ramps:
+        start, first, last, end = getattr(config, name)
+        out[name] = (start * factor, first, last, end * factor)
+    out["shading_from"] = round(config.shading_from * factor)
+    out["milestones"] = tuple(round(m * factor) for m in config.milestones)
+    return out

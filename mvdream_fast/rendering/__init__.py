@@ -1,0 +1,1 @@
+"""3D files to multi-view renders in shards."""

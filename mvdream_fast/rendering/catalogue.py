@@ -1,0 +1,197 @@
+"""What there is to render: the sweethome3d-furniture libraries, or a folder of the user's own meshes.
+
+An Entry is a name, its credits and a way to load it; nothing here draws or words a caption.
+"""
+
+import csv
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.data.captions import clean
+from mvdream_fast.rendering.mesh_file import (
+    FOREIGN,
+    FORMATS,
+    MAX_FILE_BYTES,
+    WORLD_FROM_GLTF,
+    Mesh,
+    MeshError,
+    load_mesh,
+)
+
+GAIN = 1.2  # these libraries' plain whites are Blender's old default, 0.64: the catalogue's own icons show them white
+PROPERTIES = "PluginFurnitureCatalog.properties"
+HOW_TO_GET = (
+    "get it without installing: `apt-get download sweethome3d-furniture && dpkg -x sweethome3d-furniture_*.deb DIR`, "
+    "then pass `--sweethome3d-dir DIR` (Debian and Ubuntu; 120 MB)"
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One asset: `id` is unique and safe as a file name; `name` is the source's own wording."""
+
+    id: str
+    name: str
+    archive: Path  # the .sh3f, or the mesh file itself
+    member: str = ""  # the model inside the archive
+    category: str = ""
+    tags: tuple[str, ...] = ()
+    creator: str = ""
+    library: str = ""
+    licence: str = ""
+    rotation: tuple[float, ...] | None = None  # 3x3, row-major, in the asset's own axes
+    caption: str | None = None  # the user's own words, used as they are
+
+    def load(self) -> Mesh:
+        """Returns the mesh in the world frame, not yet normalised. Raises MeshError."""
+        if not self.member:
+            return load_mesh(self.archive)
+        mesh = _load_member(self.archive, self.member).brightened(GAIN)
+        if self.rotation is None:
+            return mesh
+        # The catalogue turns y-up meshes, ours are z-up already: conjugate by the change of axes.
+        turn = np.asarray(self.rotation, np.float32).reshape(3, 3)
+        return mesh.rotated(WORLD_FROM_GLTF @ turn @ WORLD_FROM_GLTF.T)
+
+
+def read_sweethome3d(folder: Path) -> list[Entry]:
+    """Every asset of the libraries under `folder` (the unpacked package or the folder of its .sh3f files), by id."""
+    archives = sorted(folder.rglob("*.sh3f")) if folder.is_dir() else []
+    if not archives:
+        raise InputFileError(f"no sweethome3d-furniture libraries (*.sh3f) under {folder}; {HOW_TO_GET}")
+    return sorted((entry for path in archives for entry in _read_library(path)), key=lambda entry: entry.id)
+
+
+def read_folder(folder: Path) -> list[Entry]:
+    """Every mesh file under `folder`, by id; captions from captions.csv or captions.json, else the file's name."""
+    if not folder.is_dir():
+        raise InputFileError(f"{folder} is not a folder of meshes; give one, or the word sweethome3d")
+    suffixes = {f".{suffix}" for suffix in (*FORMATS, *FOREIGN)}  # foreign ones are named when they fail to load
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    if not paths:
+        raise InputFileError(f"no meshes in {folder}; the formats are {', '.join(FORMATS)}")
+    captions = _read_captions(folder)
+    entries = []
+    for path in paths:
+        relative = path.relative_to(folder).as_posix()
+        caption = captions.get(relative, captions.get(path.name, captions.get(path.stem)))
+        name = re.sub(r"[\s_\-]+", " ", path.stem).strip()
+        caption = None if caption is None else clean(caption)
+        entries.append(Entry(_safe_id(relative), clean(name), path, library=folder.name, caption=caption or None))
+    return _unique(entries)
+
+
+def _safe_id(text: str) -> str:
+    """Letters, digits and dashes, at most 64: it names shard members, which must fit a tar header."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "asset"
+    return plain if len(plain) <= 64 else f"{plain[:55]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _read_captions(folder: Path) -> dict[str, str]:
+    """File name (or stem) -> caption; keys are only ever compared with files that were found, never opened."""
+    table: dict[str, str] = {}
+    try:
+        if (folder / "captions.csv").is_file():
+            with open(folder / "captions.csv", newline="", encoding="utf-8-sig") as file:
+                table |= {row[0].strip(): row[1] for row in csv.reader(file) if len(row) >= 2}
+        if (folder / "captions.json").is_file():
+            table |= dict(json.loads((folder / "captions.json").read_text(encoding="utf-8")))
+    except (ValueError, csv.Error, TypeError) as error:
+        raise InputFileError(f"unreadable captions in {folder} ({error}); two columns: file, caption") from None
+    return {str(key): str(value) for key, value in table.items()}
+
+
+def _read_library(path: Path) -> list[Entry]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read(PROPERTIES).decode("iso-8859-1")
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise InputFileError(f"{path} is not a sweethome3d library ({error}); {HOW_TO_GET}") from None
+    head, rows = parse_properties(text)
+    library = head.get("name", path.stem)
+    licence = "CC0-1.0" if "public domain" in head.get("license", "").lower() else "CC-BY-3.0"
+    entries = []
+    for row in rows:
+        if "name" not in row or "model" not in row:
+            continue
+        rotation = tuple(float(x) for x in row["modelRotation"].split()) if row.get("modelRotation") else None
+        tags = tuple(tag.strip() for tag in row.get("tags", "").split(",") if tag.strip())
+        entry_id = _safe_id(f"{path.stem}-{Path(row['model']).parent.name}-{Path(row['model']).stem}")
+        entries.append(
+            Entry(entry_id, row["name"], path, row["model"].lstrip("/"), row.get("category", ""), tags,
+                  row.get("creator", ""), library, licence, rotation)
+        )  # fmt: skip
+    return _unique(entries)
+
+
+def _unique(entries: list[Entry]) -> list[Entry]:
+    seen: dict[str, int] = {}
+    out = []
+    for entry in entries:
+        seen[entry.id] = seen.get(entry.id, 0) + 1
+        out.append(entry if seen[entry.id] == 1 else replace(entry, id=f"{entry.id}-{seen[entry.id]}"))
+    return out
+
+
+def parse_properties(text: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Java properties -> (plain keys, one dict per #N of the `key#N` ones, in order of N)."""
+    head: dict[str, str] = {}
+    rows: dict[int, dict[str, str]] = {}
+    for line in text.splitlines():
+        if line.startswith(("#", "!")) or "=" not in line:
+            continue
+        key, value = (_unescape(side.strip()) for side in line.split("=", 1))
+        name, _, number = key.partition("#")
+        if number.isdigit():
+            rows.setdefault(int(number), {})[name] = value
+        else:
+            head[key] = value
+    return head, [rows[n] for n in sorted(rows)]
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", lambda m: chr(int(m[1], 16)) if m[1] else m[2], text)
+
+
+class _Members(Mapping):
+    """The files of one folder of an archive, read on demand; a name is looked up, never used as a path."""
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        self.archive, self.folder = archive, folder
+
+    def __getitem__(self, name: str) -> bytes:
+        info = self.archive.getinfo(f"{self.folder}/{name}")
+        if info.file_size > MAX_FILE_BYTES:
+            raise MeshError(f"{name}: the file has {info.file_size >> 20} MB, at most {MAX_FILE_BYTES >> 20} are taken")
+        return self.archive.read(info)
+
+    def __iter__(self):
+        prefix = f"{self.folder}/"
+        return (n.removeprefix(prefix) for n in self.archive.namelist() if n.startswith(prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@lru_cache(maxsize=8)
+def _open(path: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def _load_member(path: Path, member: str) -> Mesh:
+    folder, _, name = member.rpartition("/")
+    files = _Members(_open(path), folder)
+    try:
+        content = files[name]
+    except (KeyError, zipfile.BadZipFile, OSError) as error:
+        raise MeshError(f"{member}: not readable in {path.name} ({error})") from None
+    return load_mesh(content, name.rpartition(".")[2], files)

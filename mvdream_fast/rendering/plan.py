@@ -1,0 +1,196 @@
+"""Which assets are kept and held out, which orbits each is rendered from, in which colours, under which words.
+
+Everything is a function of the surveys and a seed; nothing is drawn or written here.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mvdream_fast.data import captions
+from mvdream_fast.rendering.catalogue import Entry
+from mvdream_fast.rendering.survey import MIN_COVERAGE, Survey, near_duplicates
+
+if TYPE_CHECKING:
+    from mvdream_fast.core.rng import Stream
+
+SHARD_ASSETS = 16
+
+
+@dataclass(frozen=True)
+class OrbitPlan:
+    """One rendered orbit: four uniform numbers for its cameras, what is painted, and its words."""
+
+    camera: tuple[float, float, float, float]
+    caption: str
+    variants: tuple[str, ...]
+    colours: tuple[str, ...]
+    paint: tuple[int, ...] = ()  # parts
+    target: tuple[float, float, float] | None = None  # sRGB
+
+
+@dataclass(frozen=True)
+class AssetPlan:
+    """All orbits of one asset, which share a split: no view of a held-out asset is ever trained on."""
+
+    entry: Entry
+    split: str
+    orbits: tuple[OrbitPlan, ...]
+
+
+@dataclass
+class Selection:
+    """The assets that are rendered, and why the others are not."""
+
+    kept: list[Entry] = field(default_factory=list)
+    empty: list[Entry] = field(default_factory=list)
+    duplicates: list[Entry] = field(default_factory=list)
+
+
+def select(entries: list[Entry], surveys: dict[str, Survey]) -> Selection:
+    """Drops slivers (under MIN_COVERAGE of the picture) and near-duplicates; entries without a survey are bad."""
+    out = Selection()
+    seen = [e for e in entries if e.id in surveys]
+    out.empty = [e for e in seen if surveys[e.id].coverage < MIN_COVERAGE]
+    rest = [e for e in seen if surveys[e.id].coverage >= MIN_COVERAGE]
+    drop = near_duplicates(np.array([surveys[e.id].thumbnail for e in rest], np.uint8)) if rest else []
+    out.kept = [e for e, bad in zip(rest, drop) if not bad]
+    out.duplicates = [e for e, bad in zip(rest, drop) if bad]
+    return out
+
+
+def held_out_ids() -> set[str]:
+    """The ids in held_out.txt: one asset a line, `id<TAB>name`, # for comments."""
+    text = (files("mvdream_fast.rendering") / "held_out.txt").read_text(encoding="utf-8")
+    return {line.split("\t")[0] for line in text.splitlines() if line and not line.startswith("#")}
+
+
+def random_held_out(entries: list[Entry], share: float, seed: int) -> set[str]:
+    """The ids of a random share of a user's assets; none where that is less than one."""
+    from mvdream_fast.core.rng import Stream
+
+    order = Stream(seed, 0, "held_out").permutation(len(entries)).tolist()
+    return {entries[i].id for i in order[: int(share * len(entries))]}
+
+
+def plan(
+    entries: list[Entry], surveys: dict[str, Survey], held_out: set[str], seed: int, n_plain: int, n_painted: int
+) -> list[AssetPlan]:
+    """The orbits of every kept asset: `n_plain` in its own colours, `n_painted` in others.
+
+    Training captions and variants that a held-out orbit carries as its caption are left out.
+    """
+    held = [_asset(e, surveys[e.id], "held_out", seed, n_plain, n_painted, set()) for e in entries if e.id in held_out]
+    taken = {orbit.caption for asset in held for orbit in asset.orbits}
+    train = [
+        _asset(e, surveys[e.id], "train", seed, n_plain, n_painted, taken) for e in entries if e.id not in held_out
+    ]
+    return [asset for asset in train if asset.orbits] + held
+
+
+def _asset(
+    entry: Entry, look: Survey, split: str, seed: int, n_plain: int, n_painted: int, taken: set[str]
+) -> AssetPlan:
+    from mvdream_fast.core.rng import Stream  # torch comes with it, and the processes that only draw need none
+
+    stream = Stream(seed, 0, f"orbits/{entry.id}")
+    cameras = stream.uniform(n_plain + n_painted, 4).tolist()
+    words = _Words(entry, look, taken)
+    orbits = [words.orbit(tuple(c), captions.mentioned(look.colours)) for c in cameras[:n_plain]]
+    if entry.caption is None:
+        repaints = _repaints(look, stream, n_painted)
+        for camera, (paint, target, colours) in zip(cameras[n_plain:], repaints):
+            orbit = words.orbit(tuple(camera), colours)
+            if orbit:
+                orbits.append(replace(orbit, paint=paint, target=target))
+    return AssetPlan(entry, split, tuple(o for o in orbits if o))
+
+
+class _Words:
+    """Captions of one asset; none of them is in `taken`."""
+
+    def __init__(self, entry: Entry, look: Survey, taken: set[str]):
+        self.entry, self.look, self.taken = entry, look, taken
+        self.tags = captions.usable_tags(entry.tags, entry.category)
+        self.noun = captions.noun(entry.name)
+
+    def orbit(self, camera, colours: tuple[str, ...]) -> OrbitPlan | None:
+        if self.entry.caption is not None:
+            return OrbitPlan(camera, captions.clean(self.entry.caption) or self.noun, (), colours)
+        full = captions.caption(colours, self.noun)
+        others = captions.variants(colours, self.noun, self.look.material, self.tags)
+        if full in self.taken:
+            return None
+        return OrbitPlan(camera, full, tuple(v for v in others if v not in self.taken), colours)
+
+
+Repaint = tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]
+
+
+def _repaints(look: Survey, stream: "Stream", n: int) -> list[Repaint]:
+    """(parts, target, colours for the caption): every other one paints only the parts of the main colour.
+
+    Panes of glass keep their colour, unless the asset is mostly glass.
+    """
+    names = list(captions.TARGETS)
+    shares = captions.salient(look.colours)
+    main = next(iter(shares), "")
+    second = next((c for c, s in list(shares.items())[1:] if s > captions.SHARE), None)
+    glassy = sum(look.part_shares[i] for i in look.glass) > 0.6
+    whole = tuple(i for i in range(len(look.part_colours)) if glassy or i not in look.glass)
+    main_parts = tuple(i for i in whole if look.part_colours[i] == main)
+    main_share = sum(look.part_shares[i] for i in main_parts)
+    order = [names[i] for i in stream.permutation(len(names)).tolist() if names[i] != main]
+    jitter = stream.uniform(n, 4).numpy()
+    out = []
+    for k, target in enumerate(order[:n]):
+        part_only = k % 2 == 1 and 0.35 < main_share < 0.9
+        colours = (target, second) if part_only and second and second != target else (target,)
+        out.append((main_parts if part_only else whole, _jittered(target, jitter[k]), colours))
+    return out
+
+
+def _jittered(name: str, u: np.ndarray) -> tuple[float, ...]:
+    """The named colour a little lighter or darker; only chromatic ones also shift in hue."""
+    hue = 1.0 if name in captions.DULL else 0.95 + 0.1 * u[1:]
+    rgb = np.clip(np.array(captions.TARGETS[name]) * (0.9 + 0.2 * u[0]) * hue, 0, 1)
+    return tuple(float(x) for x in rgb)
+
+
+def choose_held_out(entries: list[Entry], surveys: dict[str, Survey], seed: int = 0, n: int = 40) -> list[Entry]:
+    """About `n` assets, spread over the categories by their size, whose captions are nobody else's.
+
+    At least two assets of the same head noun and two thirds of them stay, and two with each word of the name.
+    """
+    from mvdream_fast.core.rng import Stream
+
+    words = {e.id: captions.noun(e.name) for e in entries}
+    heads = {e.id: captions.head_noun(words[e.id]) for e in entries}
+    full = {e.id: captions.caption(captions.mentioned(surveys[e.id].colours), words[e.id]) for e in entries}
+    left, repeats, kinds = (Counter(x) for x in (_all_words(words.values()), full.values(), heads.values()))
+    quota = {c: max(1, round(n * k / len(entries))) for c, k in Counter(e.category for e in entries).items()}
+    taken: Counter[str] = Counter()
+    chosen: list[Entry] = []
+    for i in Stream(seed, 0, "held_out").permutation(len(entries)).tolist():
+        e = entries[i]
+        own, head = Counter(words[e.id].split()), heads[e.id]
+        stays = kinds[head] - taken[head] - 1 >= max(2, 2 * kinds[head] / 3)
+        if (
+            quota[e.category] > 0
+            and repeats[full[e.id]] == 1
+            and stays
+            and all(left[w] - k >= 2 for w, k in own.items())
+        ):
+            chosen.append(e)
+            quota[e.category] -= 1
+            left -= own
+            taken[head] += 1
+    return sorted(chosen, key=lambda e: e.id)
+
+
+def _all_words(names: Iterable[str]) -> list[str]:
+    return [word for name in names for word in name.split()]

@@ -1,0 +1,199 @@
+"""The renderer without OpenGL: a numpy rasteriser, and the constants of the look that both renderers share.
+
+World frame and camera axes are camera.py's (z up, OpenGL camera axes).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mvdream_fast.rendering.mesh_file import Mesh, Part
+
+# Ambient + up + headlight + key, raised by 10 % so that a white object comes out white.
+AMBIENT, SKY, HEADLIGHT, KEY = 0.385, 0.165, 0.44, 0.275
+KEY_DIRECTION = np.array([-0.46, -0.62, 0.64], np.float32) / np.linalg.norm([-0.46, -0.62, 0.64])
+CUTOUT = 0.5  # texture alpha under this is a hole
+PAIRS = 1 << 20  # (triangle, pixel) candidates looked at in one go
+
+
+def view_projection(c2w: np.ndarray, fovy: float) -> np.ndarray:
+    """World -> clip space, float64 [4, 4]; near and far planes hug the unit ball (the normalised object)."""
+    distance = float(np.linalg.norm(c2w[:3, 3]))
+    near, far = max(distance - 1.05, 0.02 * distance), distance + 1.05
+    f = 1 / np.tan(fovy / 2)
+    projection = np.array(
+        [[f, 0, 0, 0], [0, f, 0, 0], [0, 0, (far + near) / (near - far), 2 * far * near / (near - far)], [0, 0, -1, 0]]
+    )
+    return projection @ np.linalg.inv(c2w.astype(np.float64))
+
+
+class NumpyRenderer:
+    """The same pictures as GLRenderer, slower, anywhere. Triangles that reach behind the near plane are left out."""
+
+    name = "numpy"
+
+    def render(
+        self, mesh: Mesh, c2w: np.ndarray, fovy: np.ndarray, size: int, samples: int = 4, lit: bool = True
+    ) -> np.ndarray:
+        """Returns straight-alpha RGBA uint8 [V, size, size, 4]; see GLRenderer.render."""
+        return np.stack([self._view(mesh, pose, float(f), size, samples, lit) for pose, f in zip(c2w, fovy)])
+
+    def _view(self, mesh, c2w, fovy, size, samples, lit) -> np.ndarray:
+        side = size * samples
+        eye = c2w[:3, 3].astype(np.float32)
+        parts = [_project(part, view_projection(c2w, fovy), side) for part in mesh.parts]
+        depth = np.full(side * side, np.inf)
+        picture = np.zeros((side * side, 4), np.float32)  # premultiplied
+        for part in parts:
+            if part.source.opacity >= 1:
+                _draw_solid(part, depth, picture, side, eye, lit)
+        glass = [part for part in parts if part.source.opacity < 1]
+        for part in sorted(glass, key=lambda p: -np.linalg.norm(p.source.positions.mean(0) - eye)):
+            _draw_glass(part, depth, picture, side, eye, lit)
+        return _resolve(picture.reshape(size, samples, size, samples, 4))
+
+
+@dataclass(frozen=True)
+class _Projected:
+    source: Part
+    corners: np.ndarray  # [M, 3, 3] pixel x, pixel y (downwards), depth in [-1, 1]
+    inverse_w: np.ndarray  # [M, 3]
+    faces: np.ndarray  # [M, 3] those in front of the camera
+
+
+def _project(part: Part, matrix: np.ndarray, side: int) -> _Projected:
+    clip = np.hstack([part.positions, np.ones((len(part.positions), 1), np.float32)]) @ matrix.T
+    faces = part.faces[(clip[part.faces, 3] > 1e-6).all(1) & (clip[part.faces, 2] > -clip[part.faces, 3]).all(1)]
+    w = np.where(np.abs(clip[:, 3:]) < 1e-9, 1e-9, clip[:, 3:])
+    ndc = clip[:, :3] / w
+    screen = np.stack([(ndc[:, 0] + 1) * side / 2, (1 - ndc[:, 1]) * side / 2, ndc[:, 2]], 1)
+    return _Projected(part, screen[faces], (1 / w[:, 0])[faces], faces)
+
+
+@dataclass
+class _Fragments:
+    pixel: np.ndarray  # [K] index into the picture
+    face: np.ndarray  # [K] row of _Projected.faces
+    weights: np.ndarray  # [K, 3] perspective-correct barycentric
+    depth: np.ndarray  # [K]
+
+    def take(self, index: np.ndarray) -> "_Fragments":
+        return _Fragments(self.pixel[index], self.face[index], self.weights[index], self.depth[index])
+
+
+def _fragments(part: _Projected, side: int) -> Iterator[_Fragments]:
+    """All covered pixel centres of all triangles, in chunks of about PAIRS candidates, in the order of the faces."""
+    low = np.clip(np.ceil(part.corners[:, :, :2].min(1) - 0.5), 0, side).astype(np.int64)
+    high = np.clip(np.floor(part.corners[:, :, :2].max(1) - 0.5), -1, side - 1).astype(np.int64)
+    span = np.maximum(high - low + 1, 0)
+    counts = span.prod(1)
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        stop = max(start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + PAIRS, "right")))
+        chunk = np.arange(start, stop)[counts[start:stop] > 0]
+        if len(chunk):
+            yield _covered(part, chunk, low, span, counts, side)
+        start = stop
+
+
+def _covered(part: _Projected, chunk, low, span, counts, side) -> _Fragments:
+    n = counts[chunk]
+    face = np.repeat(chunk, n)
+    within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+    x, y = low[face, 0] + within % span[face, 0], low[face, 1] + within // span[face, 0]
+    a, b, c = (part.corners[face, i, :2] for i in range(3))
+    p = np.stack([x + 0.5, y + 0.5], 1)
+    area = _cross(b - a, c - a)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        flat = np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], 1) / area[:, None]
+    inside = (flat >= 0).all(1)
+    face, flat, pixel = face[inside], flat[inside], (y * side + x)[inside]
+    weights = flat * part.inverse_w[face]
+    return _Fragments(pixel, face, weights / weights.sum(1, keepdims=True), (flat * part.corners[face, :, 2]).sum(1))
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]
+
+
+def _draw_solid(part: _Projected, depth, picture, side, eye, lit) -> None:
+    holes = part.source.texture is not None and part.source.texture[..., 3].min() < 255 * CUTOUT
+    for f in _fragments(part, side):
+        f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
+        if holes:
+            f = f.take(np.flatnonzero(_texel(part, f)[:, 3] >= CUTOUT))
+        # Far to near, so that the nearest fragment of a pixel is the one that stays.
+        f = f.take(np.argsort(-f.depth, kind="stable"))
+        winner = np.full(side * side, -1)
+        winner[f.pixel] = np.arange(len(f.pixel))
+        f = f.take(winner[winner >= 0])
+        depth[f.pixel] = f.depth
+        picture[f.pixel, :3], picture[f.pixel, 3] = _shade(part, f, eye, lit), 1.0
+
+
+def _draw_glass(part: _Projected, depth, picture, side, eye, lit) -> None:
+    """Blends every fragment in front of the solid parts, in the order of the faces, as the graphics card does."""
+    opacity = part.source.opacity
+    for f in _fragments(part, side):
+        f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
+        if part.source.texture is not None:
+            f = f.take(np.flatnonzero(_texel(part, f)[:, 3] >= CUTOUT))
+        f = f.take(np.argsort(f.pixel, kind="stable"))
+        first = np.searchsorted(f.pixel, f.pixel, "left")
+        layer = np.arange(len(f.pixel)) - first
+        rgb = _shade(part, f, eye, lit)
+        for k in range(int(layer.max(initial=-1)) + 1):
+            at = np.flatnonzero(layer == k)
+            colour = np.hstack([rgb[at], np.ones((len(at), 1), np.float32)]) * opacity
+            picture[f.pixel[at]] = colour + (1 - opacity) * picture[f.pixel[at]]
+
+
+def _blend(part: _Projected, f: _Fragments, values: np.ndarray) -> np.ndarray:
+    """A vertex attribute [N, C] at the fragments, [K, C]."""
+    return np.einsum("kc,kcd->kd", f.weights.astype(np.float32), values[part.faces[f.face]])
+
+
+def _texel(part: _Projected, f: _Fragments) -> np.ndarray:
+    """Bilinear, repeating; RGBA in [0, 1]."""
+    texture = part.source.texture
+    height, width = texture.shape[:2]
+    uv = _blend(part, f, part.source.uv)
+    x, y = uv[:, 0] % 1 * width - 0.5, (1 - uv[:, 1] % 1) * height - 0.5
+    x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+    u, v = (x - x0)[:, None], (y - y0)[:, None]
+    rows, columns = (y0 % height, (y0 + 1) % height), (x0 % width, (x0 + 1) % width)
+    top = texture[rows[0], columns[0]] * (1 - u) + texture[rows[0], columns[1]] * u
+    bottom = texture[rows[1], columns[0]] * (1 - u) + texture[rows[1], columns[1]] * u
+    return (top * (1 - v) + bottom * v) / 255
+
+
+def _shade(part: _Projected, f: _Fragments, eye: np.ndarray, lit: bool) -> np.ndarray:
+    base = _blend(part, f, part.source.colours)
+    if part.source.texture is not None:
+        base = base * _texel(part, f)[:, :3]
+    base = np.clip(base, 0, 1).astype(np.float32)
+    if not lit:
+        return base
+    view = _unit(eye - _blend(part, f, part.source.positions))
+    corners = part.source.positions[part.faces[f.face]]
+    face = _unit(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
+    face *= np.where((face * view).sum(1, keepdims=True) < 0, -1, 1)
+    smooth = _blend(part, f, part.source.normals)
+    normal = np.where((smooth * smooth).sum(1, keepdims=True) > 0.25, _unit(smooth), face)
+    normal *= np.where((normal * face).sum(1, keepdims=True) < 0, -1, 1)
+    shade = AMBIENT + SKY * normal[:, 2]
+    shade = shade + HEADLIGHT * np.maximum((normal * view).sum(1), 0) + KEY * np.maximum(normal @ KEY_DIRECTION, 0)
+    return np.clip(base * shade[:, None], 0, 1)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def _resolve(samples: np.ndarray) -> np.ndarray:
+    """[s, n, s, n, 4] premultiplied -> [s, s, 4] uint8 straight alpha."""
+    mean = samples.mean((1, 3))
+    rgb = mean[..., :3] / np.maximum(mean[..., 3:], 1e-6)
+    return np.round(np.clip(np.concatenate([rgb, mean[..., 3:]], -1), 0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""What is optimised: representations, and what is made of them."""

@@ -1,0 +1,68 @@
+"""What a ray sees behind the volume: a learned environment, random colours while training, or one fixed colour."""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from mvdream_fast.core.rng import Stream
+
+
+def spherical_harmonics(directions: torch.Tensor) -> torch.Tensor:
+    """The nine real spherical harmonics of the bands 0 to 2, [R, 3] unit vectors -> [R, 9].
+
+    Order and signs of tiny-cuda-nn's encoding of degree 3, with the Condon-Shortley phase.
+    """
+    x, y, z = directions.unbind(-1)
+    c1, c2 = 0.4886025119029199, 1.0925484305920792
+    bands = [
+        torch.full_like(x, 0.28209479177387814),
+        -c1 * y,
+        c1 * z,
+        -c1 * x,
+        c2 * x * y,
+        -c2 * y * z,
+        0.9461746957575601 * z * z - 0.31539156525252,
+        -c2 * x * z,
+        0.5462742152960396 * (x * x - y * y),
+    ]
+    return torch.stack(bands, dim=-1)
+
+
+class EnvironmentMap(nn.Module):
+    """Colour of a direction: spherical harmonics -> 16 -> 16 -> 3, ReLU, no bias, sigmoid.
+
+    While training, with probability `augment_prob` a step, one uniform colour stands for the whole batch. The weights
+    then get a gradient of zero rather than none, so that their optimiser takes the same steps either way.
+    """
+
+    def __init__(self, width: int = 16, augment_prob: float = 0.5):
+        super().__init__()
+        self.augment_prob = augment_prob
+        sizes = [9, width, width, 3]
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes))
+
+    def forward(self, rays_d: torch.Tensor, stream: Stream | None = None, training: bool = False) -> torch.Tensor:
+        """rays_d [R, 3] unit vectors -> [R, 3] in [0, 1]. A stream is needed only in training."""
+        x = spherical_harmonics(rays_d)
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        colour = torch.sigmoid(self.layers[-1](x))
+        if not training or self.augment_prob == 0:
+            return colour
+        if stream is None:
+            raise ValueError("EnvironmentMap: stream must be a Stream in training, got None; pass rng.Stream(...)")
+        draw = stream.uniform(4, device=rays_d.device)
+        return colour * 0 + draw[1:] if float(draw[0]) < self.augment_prob else colour
+
+
+class FixedBackground(nn.Module):
+    """One colour behind everything, black unless told."""
+
+    def __init__(self, colour: tuple[float, float, float] = (0.0, 0.0, 0.0)):
+        super().__init__()
+        self.register_buffer("colour", torch.tensor(colour, dtype=torch.float32), persistent=False)
+
+    def forward(self, rays_d: torch.Tensor, stream: Stream | None = None, training: bool = False) -> torch.Tensor:
+        """rays_d [R, 3] -> [R, 3]."""
+        return self.colour.expand(rays_d.shape[0], 3)

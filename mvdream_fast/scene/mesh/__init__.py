@@ -1,0 +1,1 @@
+"""Triangles taken from a representation: extraction, texture, files, animations."""

@@ -1,0 +1,118 @@
+"""Bakes a mesh's colours into a texture: an atlas of its surface, and the field's colour at every texel.
+
+xatlas unwraps; which texel shows which point of the surface, and the padding around the charts, are computed here.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from mvdream_fast.scene.mesh.mesh import CHUNK, ColorFn, Mesh
+
+PADDING = 2  # texels between charts; the rest of the sheet repeats the nearest chart's border
+TRIANGLES_PER_BLOCK = 4096
+
+
+def bake_texture(mesh: Mesh, color_fn: ColorFn, size: int) -> Mesh:
+    """The same surface with UV coordinates and a texture of `size` x `size` texels.
+
+    Vertices are doubled along the seams, and keep their normals. Texels outside of every chart take the colour of the
+    nearest one inside, so that no seam shows when a renderer filters or shrinks the texture.
+    """
+    source, faces, uvs = _unwrap(mesh, size)
+    vertices = mesh.vertices[source]
+    positions, covered = texel_positions(vertices, faces, uvs, size)
+    with torch.no_grad():
+        points = torch.from_numpy(positions[covered])
+        colors = torch.cat([color_fn(chunk) for chunk in points.split(CHUNK)]).clamp(0, 1)
+    sheet = np.zeros((size, size, 3), dtype=np.uint8)
+    sheet[covered] = (colors.float().cpu().numpy() * 255).round().astype(np.uint8)
+    return dataclasses.replace(
+        mesh,
+        vertices=vertices,
+        faces=faces,
+        colors=mesh.colors[source],
+        normals=smooth_normals(mesh.vertices, mesh.faces)[source],
+        uvs=uvs,
+        texture=_spread(sheet, covered),
+    )
+
+
+def _unwrap(mesh: Mesh, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """xatlas: the vertex of the mesh that each new vertex is [n], faces [m, 3], and uvs [n, 2] from the lower left."""
+    import xatlas
+
+    atlas = xatlas.Atlas()
+    atlas.add_mesh(mesh.vertices, mesh.faces.astype(np.uint32))
+    pack = xatlas.PackOptions()
+    pack.resolution, pack.padding, pack.bilinear = size, PADDING, True
+    atlas.generate(xatlas.ChartOptions(), pack)
+    source, faces, uvs = atlas[0]
+    # With a fixed resolution a very long chart may not fit, and goes to a second sheet: one that does fit everything.
+    if atlas.atlas_count > 1:
+        pack.resolution = 0
+        atlas.generate(xatlas.ChartOptions(), pack)
+        source, faces, uvs = atlas[0]
+    return source.astype(np.int64), faces.astype(np.int32), uvs.astype(np.float32)
+
+
+def texel_positions(
+    vertices: np.ndarray, faces: np.ndarray, uvs: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The point of the surface under the centre of every texel: [size, size, 3] float32, and which are covered.
+
+    Row 0 is the top of the sheet, v = 1. A triangle too small to hold a texel's centre leaves none.
+    """
+    positions = np.zeros((size, size, 3), dtype=np.float32)
+    covered = np.zeros((size, size), dtype=bool)
+    corners = uvs.astype(np.float64) * size  # in texels; texel (i, j) from the lower left has its centre at +0.5
+    for start in range(0, len(faces), TRIANGLES_PER_BLOCK):
+        block = faces[start : start + TRIANGLES_PER_BLOCK]
+        face, x, y, weights = _inside(corners[block], size)
+        rows, columns = size - 1 - y, x
+        positions[rows, columns] = (weights[:, :, None] * vertices[block[face]]).sum(axis=1)
+        covered[rows, columns] = True
+    return positions, covered
+
+
+def _inside(triangles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Texels whose centres lie in triangles [m, 3, 2]: the triangle, x and y of each, and its barycentric weights."""
+    low = np.clip(np.ceil(triangles.min(axis=1) - 0.5), 0, size - 1).astype(np.int64)  # [m, 2]
+    high = np.clip(np.floor(triangles.max(axis=1) - 0.5), -1, size - 1).astype(np.int64)
+    extent = np.maximum(high - low + 1, 0)
+    count = extent.prod(axis=1)
+    face = np.repeat(np.arange(len(triangles)), count)
+    nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    x, y = low[face, 0] + nth % extent[face, 0], low[face, 1] + nth // extent[face, 0]
+    a, b, c = (triangles[face, k] for k in range(3))
+    p = np.stack([x + 0.5, y + 0.5], axis=1)
+    area = _cross(b - a, c - a)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], axis=1) / area[:, None]
+    keep = (weights >= -1e-9).all(axis=1)  # NaN, of a triangle without area, is not kept
+    return face[keep], x[keep], y[keep], weights[keep]
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
+
+
+def _spread(sheet: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Every texel that is not covered takes the nearest covered one's colour."""
+    from scipy.ndimage import distance_transform_edt
+
+    if not covered.any():
+        return sheet
+    rows, columns = distance_transform_edt(~covered, return_distances=False, return_indices=True)
+    return sheet[rows, columns]
+
+
+def smooth_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals at the vertices [n, 3] float32: the mean of the faces around, weighted by their area."""
+    a, b, c = (vertices[faces[:, k]] for k in range(3))
+    of_faces = np.cross(b - a, c - a)
+    normals = np.zeros(vertices.shape, dtype=np.float64)
+    for k in range(3):
+        np.add.at(normals, faces[:, k], of_faces)
+    return (normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)).astype(np.float32)

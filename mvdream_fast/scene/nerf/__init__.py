@@ -1,0 +1,1 @@
+"""A density volume on a hash grid, its occupancy and its renderer."""

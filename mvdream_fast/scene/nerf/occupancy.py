@@ -1,0 +1,100 @@
+"""The occupancy grid of a volume: which cells of the box are worth sampling, learned while the density changes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.ops.march_rays import unpack_bits
+from mvdream_fast.ops.update_occupancy import update_occupancy
+
+
+def default_step_size(radius: float, n_samples_per_ray: int = 512) -> float:
+    """The marching step: the box's diagonal, with 1.732 for the root of 3, in n_samples_per_ray parts."""
+    return 1.732 * 2 * radius / n_samples_per_ray
+
+
+class OccupancyGrid(nn.Module):
+    """Moving maximum of density times step in resolution^3 cells of [-radius, radius]^3, and its bits.
+
+    Every cell counts as occupied until the first update. Buffers: `ema` [G^3] float32 and `bits` [ceil(G^3 / 8)] uint8,
+    x slowest; both go into the checkpoint.
+    """
+
+    def __init__(
+        self,
+        resolution: int = 32,
+        radius: float = 1.0,
+        step_size: float | None = None,
+        update_every: int = 16,
+        warmup_steps: int = 256,
+        decay: float = 0.95,
+        threshold: float = 0.01,
+    ):
+        super().__init__()
+        self.resolution, self.radius = resolution, radius
+        self.step_size = default_step_size(radius) if step_size is None else step_size
+        self.update_every, self.warmup_steps = update_every, warmup_steps
+        self.decay, self.threshold = decay, threshold
+        n_cells = resolution**3
+        self.register_buffer("ema", torch.zeros(n_cells))
+        self.register_buffer("bits", torch.full(((n_cells + 7) // 8,), 255, dtype=torch.uint8))
+
+    @property
+    def aabb(self) -> tuple[float, ...]:
+        return (-self.radius,) * 3 + (self.radius,) * 3
+
+    @property
+    def occupied(self) -> torch.Tensor:
+        """[G^3] bool, x slowest."""
+        return unpack_bits(self.bits, self.ema.shape[0])
+
+    @property
+    def fraction(self) -> float:
+        """Share of occupied cells, in [0, 1]."""
+        return self.occupied.float().mean().item()
+
+    @property
+    def mean(self) -> float:
+        """Mean of the moving maximum over the cells that are not marked unseen (0 if all are)."""
+        seen = self.ema >= 0
+        return self.ema[seen].double().mean().item() if bool(seen.any()) else 0.0
+
+    def fill(self) -> None:
+        """Count every cell as occupied again, as at the start; the way out of a grid that emptied itself."""
+        self.ema.zero_()
+        self.bits.fill_(255)
+
+    @torch.no_grad()
+    def update(self, step: int, sigma_fn: Callable[[torch.Tensor], torch.Tensor], stream: Stream) -> bool:
+        """Probe the density at one random point of each chosen cell; does nothing between multiples of update_every.
+
+        All cells before step `warmup_steps`; afterwards a quarter of them drawn uniformly, and occupied ones up to
+        another quarter. sigma_fn: positions [P, 3] in scene units -> [P]. Returns: whether the grid was updated.
+        """
+        if step % self.update_every:
+            return False
+        cells = None if step < self.warmup_steps else self._draw_cells(stream)
+        sigmas = sigma_fn(self._points(cells, stream)).float()
+        self._store(*update_occupancy(self.ema, sigmas * self.step_size, cells, self.decay, self.threshold))
+        return True
+
+    def _store(self, ema: torch.Tensor, bits: torch.Tensor) -> None:
+        self.ema.copy_(ema)
+        self.bits.copy_(bits)
+
+    def _draw_cells(self, stream: Stream) -> torch.Tensor:
+        quarter = self.ema.shape[0] // 4
+        drawn = stream.integers(0, self.ema.shape[0], quarter, device=self.ema.device)
+        occupied = torch.nonzero(self.occupied)[:, 0]
+        if occupied.shape[0] > quarter:
+            occupied = occupied[stream.integers(0, occupied.shape[0], quarter, device=self.ema.device)]
+        return torch.cat([drawn, occupied])
+
+    def _points(self, cells: torch.Tensor | None, stream: Stream) -> torch.Tensor:
+        device, g = self.ema.device, self.resolution
+        cells = torch.arange(g**3, device=device) if cells is None else cells
+        corner = torch.stack([cells // (g * g), cells // g % g, cells % g], dim=-1)
+        unit = (corner + stream.uniform(cells.shape[0], 3, device=device)) / g
+        return (2 * unit - 1) * self.radius

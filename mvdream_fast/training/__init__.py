@@ -1,0 +1,1 @@
+"""The trainers of UNet, autoencoder and evaluator, and the loop around them."""

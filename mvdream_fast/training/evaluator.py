@@ -1,0 +1,223 @@
+"""Training of the evaluator: batches with hard negatives, pictures softened as generated ones are, and the two losses.
+
+The loop that calls it (checkpoints, log, signals) is training_loop.py; what the evaluator measures is evaluation.py's.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.data.ahead import Ahead
+from mvdream_fast.data.batches import SUFFIX, Shards, composite, view_group
+from mvdream_fast.evaluation.evaluator import Evaluator
+from mvdream_fast.evaluation.measures import opposite_difference
+from mvdream_fast.evaluation.reference import HAS_FRONT, Orbit
+from mvdream_fast.training.averaged import AveragedTrainer
+from mvdream_fast.training.vae import Linear
+
+PATCH = 8  # of the embedded autoencoder; Linear softens by its patches
+COMPONENTS = (8, 64)  # that a softened picture keeps of each patch's 192
+
+
+@dataclass(frozen=True)
+class EvaluatorOptions:
+    """What shapes the numbers of a run. The learning rate falls to zero over `steps`."""
+
+    steps: int = 1500
+    batch_size: int = 96  # scenes
+    n_views: int = 1  # many scenes teach more than many views of few
+    more_captions: int = 160  # beside the batch's own
+    lr: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.05
+    ema: float = 0.99
+    azimuth: float = 3.0  # weight of its loss: at 1 it was still near chance after 1,900 updates
+    clip: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluatorBatch:
+    """B scenes of V views.
+
+    pictures [B, V, 3, Hp, Wp] in [0, 1]; azimuth_deg [B, V]; fronts bool [B], whether the object has one; captions
+    B + more; also_true bool [B, B + more]: captions that are not the scene's own, but say nothing wrong about it.
+    """
+
+    pictures: Tensor
+    azimuth_deg: Tensor
+    fronts: Tensor
+    captions: list[str]
+    also_true: Tensor
+
+
+class EvaluatorSource:
+    """Batches from shards. Scenes come in pairs of one asset, in other colours: what tells a chair from a red chair."""
+
+    def __init__(self, shards: Shards):
+        self.shards = shards
+        self.true = [frozenset((r.meta["caption"], *r.meta["variants"])) for r in shards.records]
+        by_asset: dict[str, list[int]] = defaultdict(list)
+        for i, record in enumerate(shards.records):
+            by_asset[record.meta["id"]].append(i)
+        self.siblings = [by_asset[r.meta["id"]] for r in shards.records]
+        self.has_front = lru_cache(maxsize=None)(self._has_front)  # of an asset, named by its first record
+
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, n_more: int) -> EvaluatorBatch:
+        """The batch that the stream's key stands for."""
+        firsts = stream.integers(0, len(self.shards), -(-n_scenes // 2)).tolist()
+        others = [self._sibling(i, u) for i, u in zip(firsts, stream.uniform(len(firsts)).tolist())]
+        picks = [*firsts, *others][:n_scenes]
+        which = [view_group(self.shards.records[i].n_views, n_views, stream) for i in picks]
+        colours = backgrounds(stream, n_scenes)
+        pictures = torch.stack([composite(self.shards.views(i)[w], c) for i, w, c in zip(picks, which, colours)])
+        azimuths = torch.tensor(
+            [[self.shards.records[i].meta["azimuth_deg"][k] for k in w] for i, w in zip(picks, which)]
+        )
+        more = stream.integers(0, len(self.shards), n_more).tolist()
+        captions = [self.shards.caption(i, stream) for i in [*picks, *more]]
+        plain = [caption.removesuffix(SUFFIX) for caption in captions]
+        true = torch.tensor([[text in self.true[i] for text in plain] for i in picks])
+        own = torch.eye(n_scenes, len(captions), dtype=torch.bool)
+        fronts = torch.tensor([self.has_front(self.siblings[i][0]) for i in picks])
+        return EvaluatorBatch(pictures / 2 + 0.5, azimuths, fronts, captions, true & ~own)
+
+    def _has_front(self, i: int) -> bool:
+        orbit = Orbit.read(self.shards, i)
+        return opposite_difference(orbit.pictures, orbit.masks) >= HAS_FRONT
+
+    def _sibling(self, i: int, u: float) -> int:
+        """Another orbit of the same asset, if there is one."""
+        others = [j for j in self.siblings[i] if j != i] or [i]
+        return others[int(u * len(others))]
+
+
+def backgrounds(stream: Stream, n: int) -> Tensor:
+    """Flat colours [n, 3] in [0, 1]: half grey, as the diffusion model's data mostly is, some white, the rest any."""
+    u, colours = stream.uniform(n, 1), stream.uniform(n, 3)
+    return torch.where(u < 0.5, 0.5, torch.where(u < 0.65, 1.0, colours))
+
+
+class Softener:
+    """Makes renders look like what generated views and rendered volumes are: softer, noisier, off in size and light.
+
+    A third of the pictures keeps the best few components of each patch, which is what a small autoencoder would; a
+    third is blurred; all are moved a little, and dimmed, brightened and given noise.
+    """
+
+    def __init__(self, linear: Linear, size: int):
+        if linear.patch != PATCH:
+            raise ValueError(f"Softener: linear must be of patches of {PATCH} pixels, got {linear.patch}")
+        self.linear, self.size = linear, size
+
+    def __call__(self, images: Tensor, stream: Stream) -> Tensor:
+        """[n, 3, Hp, Wp] in [0, 1] -> [n, 3, size, size]."""
+        n = len(images)
+        kind = stream.uniform(n, 1, 1, 1)
+        n_kept = int(stream.integers(*COMPONENTS, 1))
+        patched = self._patched(images, n_kept)
+        images = torch.where(kind < 1 / 3, patched, torch.where(kind < 2 / 3, _blurred(images, stream), images))
+        images = _moved(F.adaptive_avg_pool2d(images, self.size), stream)
+        gain, lift = 1 + 0.2 * (2 * stream.uniform(n, 1, 1, 1) - 1), 0.05 * (2 * stream.uniform(n, 1, 1, 1) - 1)
+        strength = 0.06 * stream.uniform(n, 1, 1, 1).square()
+        return (images * gain + lift + strength * stream.normal(*images.shape)).clamp(0, 1)
+
+    def _patched(self, images: Tensor, n_kept: int) -> Tensor:
+        """The images, [n, 3, Hp, Wp], from the first components of their patches."""
+        kept, mean = self.linear.directions[:, :n_kept], self.linear.mean
+        pixels = F.pixel_unshuffle(images * 2 - 1, PATCH).movedim(1, -1)
+        pixels = (pixels - mean) @ kept @ kept.T + mean
+        return F.pixel_shuffle(pixels.movedim(-1, 1), PATCH) / 2 + 0.5
+
+
+def _blurred(images: Tensor, stream: Stream) -> Tensor:
+    """A binomial blur, once or twice as wide."""
+    wide = F.avg_pool2d(F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), 3, 1, 1, count_include_pad=False)
+    return torch.lerp(images, wide, stream.uniform(len(images), 1, 1, 1, low=0.5, high=1.0))
+
+
+def _moved(images: Tensor, stream: Stream) -> Tensor:
+    """Scaled by up to 12 %, shifted by up to a twentieth of the side; the border is drawn out."""
+    n = len(images)
+    scale = torch.exp(0.12 * (2 * stream.uniform(n) - 1))
+    shift = (2 * stream.uniform(n, 2) - 1) * 0.1
+    theta = torch.cat([torch.diag_embed(scale[:, None].expand(n, 2)), shift[..., None]], 2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def contrastive(image: Tensor, text: Tensor, scale: Tensor, also_true: Tensor) -> Tensor:
+    """The symmetric loss of unit embeddings [B, E] and [B + more, E], true pairs first; scalar.
+
+    Texts that are true of an image besides its own are no negatives, in neither direction.
+
+    Source: Radford et al. 2021 (CLIP); the extra texts count in the images' direction.
+    """
+    n = len(image)
+    logits = (scale * image @ text.T).masked_fill(also_true, -math.inf)
+    own = torch.arange(n, device=image.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :n].T, own)) / 2
+
+
+def azimuth_loss(logits: Tensor, azimuth_deg: Tensor) -> Tensor:
+    """Cross-entropy of the bins' logits [n, K] against an azimuth [n], shared by the two bins that it lies between."""
+    n_bins = logits.shape[-1]
+    place = azimuth_deg % 360 / 360 * n_bins
+    low = place.floor()
+    share, low = place - low, low.long() % n_bins
+    if not len(logits):
+        return logits.sum()  # no object of the batch has a front
+    logs = logits.log_softmax(-1)
+    near, far = (logs.gather(1, bins[:, None])[:, 0] for bins in (low, (low + 1) % n_bins))
+    return -((1 - share) * near + share * far).mean()
+
+
+class EvaluatorTrainer(AveragedTrainer):
+    """One optimisation of the evaluator. `workers` more processes draw the coming batches."""
+
+    def __init__(
+        self, evaluator: Evaluator, source: EvaluatorSource, softener: Softener, options: EvaluatorOptions,
+        workers: int = 0,
+    ):  # fmt: skip
+        self.evaluator, self.source, self.softener = evaluator, source, softener
+        matrices = [p for p in evaluator.parameters() if p.ndim > 1]
+        others = [p for p in evaluator.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
+        sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(evaluator.config).items()}
+        about = {"kind": "train-evaluator", "config": {"sizes": sizes}, "vocabulary": evaluator.tokenizer.vocabulary}
+        super().__init__(evaluator, optimizer, options, about)
+        self.ahead = Ahead(self.draw, workers)
+
+    def draw(self, step: int) -> tuple[EvaluatorBatch, Tensor]:
+        """The scenes of an update, softened to [B, V, 3, size, size], and their captions' token ids; on the CPU."""
+        options = self.options
+        stream = Stream(options.seed, step, "evaluator")
+        batch = self.source.batch(stream, options.batch_size, options.n_views, options.more_captions)
+        pictures = self.softener(batch.pictures.flatten(0, 1), stream).unflatten(0, batch.pictures.shape[:2])
+        return replace(batch, pictures=pictures), self.evaluator.tokenizer.encode(batch.captions).ids
+
+    def train_step(self) -> dict[str, float]:
+        """One update; raises DivergedError before a weight is touched."""
+        match, azimuth = self.losses(*self.ahead(self.step))
+        loss = match + self.options.azimuth * azimuth
+        norm = self.update(loss)
+        return {"loss": loss.item(), "match": match.item(), "azimuth": azimuth.item(), "grad_norm": norm}
+
+    def losses(self, batch: EvaluatorBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Contrastive loss, of single views and, where there are several, of their mean alike; and azimuth loss."""
+        evaluator, device = self.evaluator, self.evaluator.device
+        features = evaluator.features(batch.pictures.flatten(0, 1))
+        text, also_true = evaluator.embed_ids(ids), batch.also_true.to(device)
+        scenes = features.unflatten(0, batch.pictures.shape[:2])
+        sets = [scenes] if batch.pictures.shape[1] == 1 else [scenes, *scenes.split(1, dim=1)]
+        match = [contrastive(evaluator.embed_features(views), text, evaluator.scale, also_true) for views in sets]
+        sides = evaluator.azimuth(scenes[batch.fronts]).flatten(0, 1)
+        azimuth = azimuth_loss(sides, batch.azimuth_deg[batch.fronts].flatten().to(device))
+        return torch.stack(match).mean(), azimuth

@@ -1,0 +1,113 @@
+"""The loop around every trainer: log lines, checkpoints, reports, signals; and the sheet that the reports draw.
+
+The optimisations themselves are training.py, training_vae.py, training_evaluator.py and training_dreambooth.py.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.processes import ALONE, Ranks
+
+Report = Callable[[], dict[str, float]]  # validates, draws sheets; the figures for the log
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """When the loop stops, and what it writes on the way (minutes of wall time, or steps; 0 = never)."""
+
+    steps: int
+    checkpoint_minutes: float = 5.0
+    sheet_minutes: float = 15.0
+    log_every: int = 10
+    checkpoint_steps: int = 0
+    report_steps: int = 0
+
+
+class Loop:
+    """Runs a trainer to a number of steps: log lines, checkpoints, and `report` every so often.
+
+    Works on anything with `step`, `train_step()`, `ahead`, `state()` and `meta()`. Of several processes the first one's
+    clock counts, and it alone writes.
+    """
+
+    def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE):
+        self.trainer, self.folder, self.options, self.report, self.ranks = trainer, folder, options, report, ranks
+        self.log = run_folder.JsonlLog(folder / "log.jsonl")
+        self.checkpoints = folder / "checkpoints"
+
+    def resume(self) -> bool:
+        """Continues from the folder's latest checkpoint; False where there is none."""
+        latest = run_folder.load_latest(self.checkpoints)
+        if latest is None:
+            return False
+        self.trainer.restore(*latest)
+        if self.ranks.first:
+            self.log.truncate_after(self.trainer.step)
+        return True
+
+    def save(self) -> None:
+        state = self.trainer.state()
+        if self.ranks.first:
+            run_folder.save_checkpoint(self.checkpoints, self.trainer.step, state, self.trainer.meta())
+
+    def run(self) -> int:
+        """Trains until `steps` or until a signal asks to stop; always leaves a checkpoint. Returns the exit code."""
+        options, now = self.options, time.monotonic()
+        saved, reported, window, since, stopped = now, now, [], now, 0
+        with run_folder.Interrupt() as interrupt:
+            while self.trainer.step < options.steps and not stopped:
+                window.append(self.trainer.train_step())
+                now = time.monotonic()
+                if self.trainer.step % options.log_every == 0:
+                    self._log(window, (now - since) / len(window))
+                    window, since = [], now
+                show = self._due(options.sheet_minutes, now - reported, options.report_steps)
+                save = self._due(options.checkpoint_minutes, now - saved, options.checkpoint_steps)
+                stopped, show, save = self.ranks.largest(interrupt.exit_code, show, save)
+                if show and self.report:
+                    self._report()
+                    reported = since = time.monotonic()
+                if save:
+                    self.save()
+                    saved = since = time.monotonic()
+            stopped = self.ranks.largest(interrupt.exit_code)[0]
+        self.trainer.ahead.close()
+        self.save()
+        if self.report and not stopped:
+            self._report()
+        return stopped
+
+    def _due(self, minutes: float, seconds: float, steps: int) -> int:
+        """1 where the time is over, or the step is one of every `steps`; the last step has its own save and report.
+
+        The first process' clock counts.
+        """
+        at_step = steps > 0 and self.trainer.step % steps == 0 and self.trainer.step < self.options.steps
+        return int(self.ranks.first and (at_step or (minutes > 0 and seconds > 60 * minutes)))
+
+    def _log(self, window: list[dict[str, float]], seconds: float) -> None:
+        means = {key: sum(w[key] for w in window) / len(window) for key in window[0]}
+        self._say({"seconds_per_step": seconds, **means})
+
+    def _report(self) -> None:
+        self._say(self.report())
+
+    def _say(self, record: dict[str, float]) -> None:
+        if not self.ranks.first:
+            return
+        self.log.write({"step": self.trainer.step, **record})
+        print(f"step {self.trainer.step}: " + " ".join(f"{k} {x:.4g}" for k, x in record.items()), flush=True)
+
+
+def sheet(images: Tensor) -> "object":
+    """A PIL image with one row for each prompt of [B, V, 3, Hp, Wp] in [0, 1]."""
+    from PIL import Image
+
+    rows = torch.cat([torch.cat(list(row), dim=2) for row in images], dim=1)
+    return Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy())

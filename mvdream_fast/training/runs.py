@@ -1,0 +1,383 @@
+"""A training run from its flags: parts, sources, loop, sample sheets, and the model folder at the end.
+
+The optimisations themselves are training.py and training_vae.py.
+"""
+
+import copy
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
+from mvdream_fast.checkpoints.open import Model, load_model, save_model
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.cli import available_cores
+from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
+from mvdream_fast.core.processes import Ranks, join, launched, leave
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
+from mvdream_fast.evaluation.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
+from mvdream_fast.evaluation.reference import measure
+from mvdream_fast.models.blocks import zero
+from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
+from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
+from mvdream_fast.training.evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
+from mvdream_fast.training.loop import Loop, LoopOptions, sheet
+from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
+from mvdream_fast.training.vae import (
+    Linear,
+    VAEOptions,
+    VAETrainer,
+    linear_start,
+    measure_scale,
+    reconstruction,
+    settle,
+)
+
+if TYPE_CHECKING:
+    from mvdream_fast.train import Flags
+
+N_FIT, N_CHECK = 512, 256  # pictures for the linear bound and the latent scale; held-out pictures for the PSNR
+SHEET_PROMPTS = 8
+ADDED = re.compile(r"(^|\.)(camera_embed|camera_token|camera_vectors|norm_views|attn_views)\.")  # layers --set may add
+
+
+def run_stage(args: "Flags") -> int:
+    """Trains as the flags say and writes `output/model`; returns the exit code."""
+    shards = Shards(args.data)
+    _check_ranks(args, launched()[0], shards)
+    held_out = _held_out(args.data)
+    folder = _output(args)
+    if args.stage != "unet":
+        stage = _train_vae if args.stage == "vae" else _train_evaluator
+        return stage(args, folder, shards, held_out)
+    ranks = join()
+    code = _train_unet(args, folder, shards, held_out, ranks)
+    leave(ranks)
+    return code
+
+
+def _check_ranks(args: "Flags", world: int, shards: Shards) -> None:
+    """Refuses what several processes cannot share, before they meet."""
+    n_shards = len({record.path for record in shards.records})
+    if world > n_shards:
+        raise ArgumentError(
+            f"the data must be at least as many train shards as there are processes, got {n_shards} for {world}; start "
+            "fewer processes or render more"
+        )
+    batch = args.batch_size or TrainOptions.batch_size
+    if batch % world:
+        raise ArgumentError(f"--batch-size must be divisible by the {world} processes, got {batch}")
+    if world > 1 and args.stage != "unet":
+        raise ArgumentError(f"--stage {args.stage} must run in one process, got {world}; its model is small")
+    if world == 1 and args.shard != "none":
+        raise ArgumentError(f"--shard {args.shard} must have several processes; start them with `accelerate launch`")
+
+
+def _output(args: "Flags") -> Path:
+    """The output folder. A run that is there already is only continued on request, and only a run is continued."""
+    folder, there = Path(args.output), (Path(args.output) / "checkpoints" / run_folder.LATEST).exists()
+    if there and not args.resume:
+        raise OutputError(f"{folder} holds a training run already; continue it with --resume, or name another with -o")
+    if args.resume and not there:
+        raise ArgumentError(f"--resume must find a checkpoint in {folder}, got none; leave it out to begin a run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the output folder {folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
+def _held_out(data: Path) -> Shards | None:
+    """The held-out split, which validation uses where there is one."""
+    try:
+        return Shards(data, "held_out")
+    except InputFileError:
+        if any(Path(data).glob("held_out-*.tar")):
+            raise
+        return None
+
+
+def new_model(name: str, vocabulary: list[str], seed: int, settings: Sequence[str] = ()) -> Model:
+    """A model of a named configuration, changed by `settings`, with random weights.
+
+    `vocabulary` counts where it has a subset of the rows.
+    """
+    config = with_settings(NAMED[name], settings)
+    if config.text.vocabulary == "subset":
+        config = replace(config, text=replace(config.text, vocabulary_size=len(vocabulary)))
+    torch.manual_seed(seed)
+    parts = {part: build(part, config) for part in PARTS}
+    return Model(config, tokenizer=Tokenizer(config.text, vocabulary), **parts)
+
+
+def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
+    """The rows of a new text tower: a resumed run's own, else those of the captions and of --vocabulary."""
+    if args.resume:
+        kept = run_folder.load_latest(folder / "checkpoints")[2].get("vocabulary")
+        if kept:
+            return kept
+    try:
+        extra = args.vocabulary.read_text(encoding="utf-8").splitlines() if args.vocabulary else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"cannot read {args.vocabulary}: {error}") from error
+    return build_subset_vocabulary([*captions, *extra])
+
+
+def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
+    """The model that --init names, or a new one of --config with the autoencoder that --vae names."""
+    if (args.init is None) == (args.vae is None):
+        raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
+    if args.init:
+        return adjusted(load_model(args.init, torch.float32, add_cameras=True), args.settings, args.seed)
+    model = new_model(args.config, _vocabulary(args, folder, captions), args.seed, args.settings)
+    trained = load_model(args.vae, torch.float32, ("vae",))
+    made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
+    if made != wanted:
+        raise ModelError(f"{args.vae} has an autoencoder of {made} latent channels; {args.config} needs {wanted}")
+    model.config, model.vae = replace(model.config, vae=trained.config.vae), trained.vae
+    return _with_text(model, args.text) if args.text else model
+
+
+def _with_text(model: Model, source: str) -> Model:
+    """The new model with a trained text tower and its words."""
+    trained = load_model(source, torch.float32, ("text",))
+    made, wanted = trained.config.text.width, model.config.unet.context_dim
+    if made != wanted:
+        raise ModelError(f"{source} has a text tower of width {made}; the new model needs {wanted}")
+    model.config = replace(model.config, text=trained.config.text)
+    model.text, model.tokenizer = trained.text, trained.tokenizer
+    return model
+
+
+def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
+    """A trained model in a configuration changed by settings.
+
+    Layers that both have keep their weights, those only the old one has are left out, new ones add nothing at first
+    (but a camera token: the text attention sees it from the start).
+    """
+    config = with_settings(model.config, settings)
+    for part in PARTS if settings else ():
+        module = getattr(model, part)
+        trained, wanted = owner(part, module).state_dict(), manifest(part, config)
+        fixed = [name for name in trained.keys() | wanted.keys() if not ADDED.search(name)]
+        if any(name not in trained or trained[name].shape != wanted.get(name) for name in fixed):
+            raise ArgumentError(f"--set must leave the widths and depths of --init as they are, got "
+                                f"{' '.join(settings)}; change them in a new model of --config")  # fmt: skip
+        torch.manual_seed(seed)
+        with torch.device("cpu" if wanted.keys() - trained.keys() else "meta"):
+            changed = build(part, config)
+        if part == "unet" and config.unet.camera_in == "time" and "camera_embed.2.weight" not in trained:
+            zero(changed.camera_embed[2])  # where another layer begins at zero, this one must not, or neither learns
+        kept = {name: weight for name, weight in trained.items() if name in wanted}
+        owner(part, changed).load_state_dict(kept, strict=False, assign=True)
+        setattr(model, part, changed.to(memory_format=torch.channels_last))
+    model.config = config
+    return model
+
+
+def _device(args: "Flags") -> torch.device:
+    """The device that is named, or a GPU; each process of a machine has a GPU of its own."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    world, _, local = launched()
+    if world > 1 and device == torch.device("cuda"):
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return device
+
+
+def _workers(args: "Flags", device: torch.device) -> int:
+    """Processes that draw batches. A CPU is busy with the model itself; a GPU would wait for the pictures."""
+    if args.workers is not None:
+        return args.workers
+    free = available_cores() // launched()[1] - 1
+    return max(0, min(8, free)) if device.type == "cuda" else 0
+
+
+def _given(**values) -> dict:
+    """The flags that were given; a stage's options have the defaults of the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    if args.init:
+        model = load_model(args.init, torch.float32)
+    else:
+        model = new_model(args.config, _vocabulary(args, folder, shards.captions()), args.seed)
+    source = ImageSource(shards)
+    fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
+    check = ImageSource(held_out or shards).images(Stream(0, 0, "vae/check"), N_CHECK)
+    linear = Linear.fit(fit, model.config.vae.downsampling)
+    bound = linear.bound(check, model.config.vae.latent_channels)
+    if not args.init and len(model.config.vae.block_out_channels) == 1:
+        linear_start(model.vae, linear)
+    device = _device(args)
+    vae = model.vae.to(device).train()
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **given)
+    trainer = VAETrainer(model.config, vae, source, options, _workers(args, device))
+    check = check.to(trainer.device)
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            both = torch.cat([check[:8], vae.decode(vae.encode(check[:8])).clamp(-1, 1)]).unflatten(0, (2, 8))
+            _write_sheet(folder, trainer.step, (both / 2 + 0.5).cpu())
+            return {"psnr_held_out": reconstruction(vae, check), "psnr_linear_bound": bound}
+
+    loop = Loop(trainer, folder, _loop_options(args), report)
+    if args.resume:
+        loop.resume()
+    code = loop.run()
+    with trainer.averaged():
+        scale = vae.config.scale_factor if args.decoder_only else measure_scale(vae, fit.to(trainer.device))
+        model.config = replace(model.config, vae=replace(model.config.vae, scale_factor=scale))
+        settle(vae)
+        model.vae = vae.cpu()
+        save_model(model, folder / "model", overwrite=True)
+    return code
+
+
+def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
+    model = _begin(args, folder, shards.captions())
+    unknown = model.tokenizer.encode(shards.captions()).unknown
+    words = sorted({word for found in unknown for word in found})
+    if words and ranks.first:
+        print(f"{len(words)} words of the captions are outside the vocabulary: {', '.join(words[:8])}", flush=True)
+    device = _device(args)
+    for module in (model.unet, model.vae, model.text):
+        module.to(device)
+    model.unet.gradient_checkpointing = args.gradient_checkpointing
+    parts = Parts(model.config, model.unet.train(), model.text.train(), model.vae, model.tokenizer)
+    cache = (args.latents or folder / "latents") if args.cache_latents else None
+    workers = _workers(args, device)
+    for turn in range(2):  # the first process makes the cache's files, then the others open them
+        if ranks.first == (turn == 0):
+            source = source_of(cache, parts.config, parts.vae, shards)
+            if workers and isinstance(source, LatentSource):
+                source.fill(workers)  # what draws batches cannot encode on a GPU
+        ranks.wait()
+    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers)
+    validation = ImageSource(held_out or shards)
+    prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            if not ranks.first:
+                return {}
+            images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
+            _write_sheet(folder, trainer.step, images.cpu())
+            (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+            _export(model, folder / "model")
+            return trainer.validate(validation)
+
+    loop = Loop(trainer, folder, _loop_options(args), report, ranks)
+    if args.resume:
+        loop.resume()
+    code = loop.run()
+    with trainer.averaged():
+        if ranks.first:
+            _export(model, folder / "model")
+    return code
+
+
+def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    """The evaluator, and what real renders score in its eyes: all of weights/evaluator but the prompts."""
+    if held_out is None:
+        raise InputFileError(f"no held-out shards in {args.data}; the evaluator's accuracy is measured on them")
+    vocabulary = _vocabulary(args, folder, shards.captions())
+    torch.manual_seed(args.seed)
+    config = EvaluatorConfig(vocabulary_size=len(vocabulary))
+    device = _device(args)
+    evaluator = Evaluator(config, vocabulary).to(device)
+    fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
+    softener = Softener(Linear.fit(fit, PATCH), config.image_size)
+    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options, _workers(args, device))
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            save_evaluator(evaluator, folder / "model")
+        saved = load_evaluator(folder / "model")  # measured as it ships: in half precision
+        reference = measure(saved, shards, held_out)
+        saved.about = {"steps": trainer.step, "seed": args.seed, "orbits": len(shards), "held_out": reference.scores}
+        save_evaluator(saved, folder / "model")
+        reference.save(folder / "model")
+        return reference.scores
+
+    loop = Loop(trainer, folder, _loop_options(args), report)
+    if args.resume:
+        loop.resume()
+    return loop.run()
+
+
+def _options(args: "Flags") -> TrainOptions:
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    return TrainOptions(
+        n_views=args.n_views,
+        steps=args.steps,
+        decay=args.decay,
+        multi_view_share=args.multi_view_share,
+        caption_dropout=args.caption_dropout,
+        timestep_shift=args.timestep_shift,
+        accumulate=args.accumulate,
+        weighting=args.weighting,
+        train_text=not args.freeze_text,
+        autocast="none" if args.dtype == "fp32" else args.dtype,
+        seed=args.seed,
+        **given,
+    )
+
+
+def _loop_options(args: "Flags") -> LoopOptions:
+    return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
+
+
+def source_of(cache: Path | None, config: ModelConfig, autoencoder: torch.nn.Module, shards: Shards) -> Source:
+    """Latents from a cache, or where there is none pictures that the trainer encodes."""
+    vae = config.vae
+    if shards.size != vae.image_size:
+        raise ArgumentError(f"the model must be given pictures of {vae.image_size} px, got shards of {shards.size} px")
+    if cache is None:
+        return ImageSource(shards)
+    device = next(autoencoder.parameters()).device
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in autoencoder.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for record in shards.records:
+        digest.update(f"{record.meta['key']} {record.size}".encode())
+
+    def encode(images: Tensor) -> Tensor:
+        return autoencoder.encode(images.to(device))
+
+    size = config.latent_size
+    return LatentSource(shards, encode, cache, (vae.latent_channels, size, size), digest.hexdigest())
+
+
+def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:
+    """Captions spread over the data: the last quarter held out, the others trained on."""
+    n_new = SHEET_PROMPTS // 4 if held_out else 0
+    out = []
+    for source, n in ((shards, SHEET_PROMPTS - n_new), (held_out, n_new)):
+        out += [source.records[int((k + 0.5) * len(source) / n)].meta["caption"] for k in range(n)]
+    return out
+
+
+def _write_sheet(folder: Path, step: int, images: Tensor) -> None:
+    out = io.BytesIO()
+    sheet(images).save(out, "PNG")
+    (folder / "samples").mkdir(exist_ok=True)
+    run_folder.atomic_write(folder / "samples" / f"{step:06d}.png", out.getvalue())
+
+
+def _export(model: Model, folder: Path) -> None:
+    """Writes the weights as a model folder in fp16."""
+    halves = {part: copy.deepcopy(getattr(model, part)).cpu().half() for part in ("unet", "vae", "text")}
+    save_model(Model(model.config, tokenizer=model.tokenizer, **halves), folder, overwrite=True)

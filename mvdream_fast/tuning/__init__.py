@@ -1,0 +1,1 @@
+"""DreamBooth on photos, and DreamBooth3D's stages."""

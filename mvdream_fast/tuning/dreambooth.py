@@ -1,0 +1,176 @@
+"""DreamBooth's optimisation: a few photos of one subject in 2D mode, and a pull back to the weights it started from.
+
+The loss is L_LDM + lambda * ||theta - theta_0||_1 / N, where theta are the UNet's weights (all N of them, the camera
+embedding's too; a text tower that is tuned along is not held back). Photos are data/photos.py's, runs are
+dreambooth_runs.py's.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mvdream_fast.core.errors import ModelError
+from mvdream_fast.data.batches import Source
+from mvdream_fast.models.lora import adapted, change
+from mvdream_fast.training.learning_rate import rate
+from mvdream_fast.training.unet import Parts, Trainer, TrainOptions, check_same_model, restore_moments
+
+
+@dataclass(frozen=True)
+class DreamBoothOptions(TrainOptions):
+    """What shapes the numbers of a run. The defaults are MVDreamBooth's for the full-size model.
+
+    Source: Shi et al. 2023, "MVDream", on multi-view DreamBooth; the weight decay is not published.
+    """
+
+    batch_size: int = 4  # photos a step
+    n_views: int = 1
+    lr: float = 2e-6
+    warmup: int = 0
+    weight_decay: float = 0.0
+    ema: float = 0.0
+    multi_view_share: float = 0.0
+    caption_dropout: float = 0.0
+    train_text: bool = False
+    steps: int = 600
+    preservation: float = 1.0  # lambda
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+
+
+class Pull(Protocol):
+    """A preservation term."""
+
+    def backward(self) -> float:
+        """Adds its gradient to the parameters' gradients; returns ||theta - theta_0||_1 / N, without lambda."""
+
+
+class Preservation:
+    """lambda * ||theta - theta_0||_1 / N of weights that are trained themselves; theta_0 is what they hold now.
+
+    Source: Shi et al. 2023, "MVDream", on multi-view DreamBooth.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], weight: float):
+        self.parameters, self.weight = parameters, weight
+        self.initial = [p.detach().clone() for p in parameters]
+        self.n = sum(p.numel() for p in parameters)
+
+    @torch.no_grad()
+    def backward(self) -> float:
+        """As `Pull`. The gradient is lambda / N times the sign of each change, 0 where there is none."""
+        total = 0.0
+        for p, initial in zip(self.parameters, self.initial):
+            moved = p - initial
+            distance = moved.abs().sum(dtype=torch.float64).item()
+            total += distance
+            if not (self.weight and distance):
+                continue
+            if p.grad is None:  # the camera embedding in 2D mode, once multi-view steps have moved it
+                p.grad = torch.zeros_like(p)
+            p.grad.add_(moved.sign_(), alpha=self.weight / self.n)
+        return total / self.n
+
+
+class AdapterPreservation:
+    """The same of a UNet whose weights stand still under low-rank adapters: theta - theta_0 is what those add.
+
+    Args: n is the number of the UNet's own weights.
+    """
+
+    def __init__(self, layers: list[nn.Module], n: int, weight: float):
+        self.layers, self.n, self.weight = layers, n, weight
+
+    def backward(self) -> float:
+        """As `Pull`; a layer at a time."""
+        total = 0.0
+        for layer in self.layers:
+            norm = change(layer).abs().sum()
+            total += norm.item()
+            if self.weight:
+                (norm * (self.weight / self.n)).backward()
+        return total / self.n
+
+
+class DreamBoothTrainer(Trainer):
+    """A Trainer of photos: no moving average, and the preservation term beside the denoising loss.
+
+    theta_0 is what the UNet holds when this is made; `restore` and `begin_from` then set theta.
+    """
+
+    def __init__(self, parts: Parts, source: Source, options: DreamBoothOptions):
+        super().__init__(parts, source, options)
+        self.ema: list[Tensor] = []  # a few hundred steps have nothing to average, and it is a copy of the weights
+        for group in self.optimizer.param_groups:
+            group.update(betas=options.betas, eps=options.adam_eps)
+        self.distance = 0.0
+        layers, weight = adapted(parts.unet), options.preservation
+        if layers:
+            n = sum(p.numel() for name, p in parts.unet.named_parameters() if ".lora_" not in name)
+            self.preservation: Pull = AdapterPreservation(layers, n, weight)
+        else:
+            self.preservation = Preservation(list(parts.unet.parameters()), weight)
+
+    def train_step(self) -> dict[str, float]:
+        """One update; `loss` is the whole of it at the weights before the update, `denoising` its first part."""
+        record = super().train_step()
+        whole = record["loss"] + self.options.preservation * self.distance
+        return {**record, "loss": whole, "denoising": record["loss"], "distance": self.distance}
+
+    def _update(self) -> float:
+        options = self.options
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * lr_share(options, self.step)
+        self.scaler.unscale_(self.optimizer)
+        self.distance = self.preservation.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm if math.isfinite(norm) else 0.0  # with fp16, a step that the scaler left out
+
+    def averaged(self):
+        return nullcontext()
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained weights and Adam's moments, by name."""
+        tensors = {}
+        for name, p in self.named.items():
+            tensors[f"model.{name}"] = p.detach()
+            tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
+        return tensors
+
+    def meta(self) -> dict:
+        return {**super().meta(), "kind": "dreambooth"}
+
+    def restore(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Takes over a checkpoint's state. Raises ModelError when it is of another configuration."""
+        self.begin_from(tensors, meta)
+        for name, p in self.named.items():
+            restore_moments(self.optimizer, p, name, tensors)
+        if meta.get("scaler"):
+            self.scaler.load_state_dict(meta["scaler"])
+        self.step = step
+
+    @torch.no_grad()
+    def begin_from(self, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Takes over a checkpoint's weights alone. Raises ModelError when it is of another configuration."""
+        check_same_model(meta, self.meta())
+        missing = sorted(name for name in self.named if f"model.{name}" not in tensors)
+        if missing:
+            raise ModelError(f"the checkpoint has no {missing[0]}; it was trained with other options")
+        for name, p in self.named.items():
+            p.copy_(tensors[f"model.{name}"])
+
+
+def lr_share(options: DreamBoothOptions, step: int) -> float:
+    """The share of the learning rate at a step: a linear warm-up, then constant, or down to zero at the last step."""
+    falls = options.lr_scheduler != "constant"
+    decay = max(options.steps - options.warmup, 1) if falls else 0
+    return rate(step, options.warmup, options.steps, decay, options.lr_scheduler if falls else "linear")

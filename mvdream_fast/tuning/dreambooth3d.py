@@ -1,0 +1,285 @@
+"""DreamBooth3D's way from photos to a volume, in stages that each leave a folder and are not repeated on resume.
+
+    1-partial   the first steps of the tuning, before the model is tied to the photos' viewpoints
+    2-volume    score distillation from it: a rough volume of the right shape
+    3-full      the tuning to its end: faithful, but it draws what the photos show from everywhere
+    4-pseudo    renders of the volume, noised and denoised by the full model: the subject from many sides
+    model       the partial model, tuned further on photos and pseudo views (5-final holds its checkpoints)
+    6-volume    score distillation from that and reconstruction of the pseudo views, together
+
+Source: Raj et al. 2023, "DreamBooth3D". There the pseudo views are single pictures; here a multi-view model translates
+four at a time, and they are trained on in multi-view mode, with their cameras.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.processes import ALONE, Ranks
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.data.batches import Batch
+from mvdream_fast.diffusion.sampler import ddim_sample
+from mvdream_fast.diffusion.schedule import ddim_timesteps
+from mvdream_fast.guidance.sds import Lap, no_lap
+from mvdream_fast.guidance.teachers import Distillation
+from mvdream_fast.models.config import SDSConfig, resolve_config
+from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.scene.asset import Asset
+from mvdream_fast.text_to_3d import Progress, TextTo3D
+from mvdream_fast.training.loop import sheet
+from mvdream_fast.tuning.dreambooth import DreamBoothTrainer
+from mvdream_fast.tuning.photos import PhotoSource, draw
+from mvdream_fast.tuning.runs import Plan, encoded, latest, load_parts, photo_source, png, tune
+
+N_STEPS = 50  # of DDIM, over the whole schedule
+PROGRESS_S = 10.0
+
+
+def run_stages(plan: Plan, photos: np.ndarray, folder: Path, device: torch.device) -> int:
+    """Runs every stage that has not left its product yet. Returns the exit code."""
+    stages = Stages(plan, photos, folder, device)
+    work = (
+        ("1-partial/model", stages.partial),
+        ("2-volume/asset.safetensors", stages.first_volume),
+        ("3-full/model", stages.full),
+        ("4-pseudo/views.safetensors", stages.pseudo),
+        ("model", stages.final),
+        ("6-volume/mesh.glb", stages.last_volume),
+    )
+    for number, (product, stage) in enumerate(work, 1):
+        there = (folder / product).exists()
+        print(f"stage {number} of {len(work)}, {product}{': there already' if there else ''}", flush=True)
+        if there:
+            continue
+        (folder / product).parent.mkdir(exist_ok=True)
+        if code := stage():
+            return code
+    return 0
+
+
+@dataclasses.dataclass
+class Stages:
+    """The stages of one run; each returns an exit code and ends by writing its product whole."""
+
+    plan: Plan
+    photos: np.ndarray
+    folder: Path
+    device: torch.device
+
+    @property
+    def prompt(self) -> str:
+        return self.plan.settings["instance_prompt"]
+
+    @property
+    def config(self) -> SDSConfig:
+        steps = self.plan.settings["sds_steps"]
+        return resolve_config(self.plan.settings["sds_preset"], **({"steps": steps} if steps else {}))
+
+    def partial(self) -> int:
+        parts, steps = load_parts(self.plan, self.device), self.plan.settings["partial_steps"]
+        source = photo_source(self.plan, self.photos, parts)
+        return tune(self.plan, parts, source, self.folder / "1-partial", steps=steps)
+
+    def first_volume(self) -> int:
+        return self._volume(self.folder / "1-partial/model", self.folder / "2-volume")
+
+    def full(self) -> int:
+        def go_on(trainer: DreamBoothTrainer) -> None:
+            trainer.restore(*latest(self.folder / "1-partial"))
+
+        parts = load_parts(self.plan, self.device)
+        source = photo_source(self.plan, self.photos, parts)
+        return tune(self.plan, parts, source, self.folder / "3-full", prepare=go_on)
+
+    def pseudo(self) -> int:
+        """All groups, or none: it takes a minute, not hours."""
+        asset = Asset.load(self.folder / "2-volume/asset.safetensors").to(self.device)
+        pipeline = self._pipeline(self.folder / "3-full/model")
+        s, views = self.plan.settings, []
+        for group in range(s["pseudo_groups"]):
+            stream = Stream(s["seed"], group, "pseudo views")
+            cameras = sample_cameras(self.config, stream)
+            renders = asset.render(cameras, pipeline.config.vae.image_size).rgb
+            images = translate(
+                pipeline, renders, cameras, self.prompt, s["pseudo_strength"], s["guidance_scale"], stream
+            )
+            views.append(PseudoViews(images.cpu(), cameras.c2w, cameras.fovy))
+        folder = self.folder / "4-pseudo"
+        run_folder.atomic_write(folder / "views.png", png(sheet(torch.stack([view.images for view in views]))))
+        PseudoViews(*(torch.stack(rows) for rows in zip(*views))).save(folder / "views.safetensors")
+        return 0
+
+    def final(self) -> int:
+        def begin(trainer: DreamBoothTrainer) -> None:
+            _, tensors, meta = latest(self.folder / "1-partial")
+            trainer.begin_from(tensors, meta)
+
+        parts, views = load_parts(self.plan, self.device), self._pseudo_views()
+        latents = torch.stack([encoded(parts, group * 2 - 1) for group in views.images])
+        source = MixedSource(photo_source(self.plan, self.photos, parts), latents, views.c2w)
+        options = dataclasses.replace(self.plan.options, multi_view_share=self.plan.settings["pseudo_share"])
+        return tune(
+            self.plan, parts, source, self.folder / "5-final", options=options, model=self.folder / "model",
+            prepare=begin,
+        )  # fmt: skip
+
+    def last_volume(self) -> int:
+        views, weight = self._pseudo_views(), self.plan.settings["lambda_recon"]
+        return self._volume(self.folder / "model", self.folder / "6-volume", views, weight)
+
+    def _pseudo_views(self) -> "PseudoViews":
+        return PseudoViews.load(self.folder / "4-pseudo/views.safetensors")
+
+    def _pipeline(self, model: Path) -> MVDreamPipeline:
+        return MVDreamPipeline.from_pretrained(str(model), str(self.device))
+
+    def _volume(self, model: Path, folder: Path, views: "PseudoViews | None" = None, weight: float = 0.0) -> int:
+        """Score distillation into `folder`: turntable, asset, and, of the last volume, the mesh."""
+        loop = TextTo3D(self._pipeline(model)) if views is None else Anchored3D(self._pipeline(model), views, weight)
+        with run_folder.Interrupt() as interrupt:
+            asset = loop(
+                self.prompt, config=self.config, seed=self.plan.settings["seed"], callback=Lines(self.config.steps),
+                checkpoints=folder / "ckpt", interrupt=interrupt,
+            )  # fmt: skip
+            if interrupt.requested is not None:
+                return interrupt.exit_code
+        asset.turntable(folder / "turntable.webp", n_frames=60)
+        asset.save(folder / "asset.safetensors")
+        if views is not None:
+            asset.save_glb(folder / "mesh.glb")
+        return 0
+
+
+class Lines:
+    """A callback that prints a line every ten seconds."""
+
+    def __init__(self, steps: int):
+        self.steps, self.last = steps, time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        record, now = progress.record, time.monotonic()
+        if now - self.last > PROGRESS_S:
+            self.last = now
+            done = f"step {record.step + 1}/{self.steps}"
+            print(f"{done}: loss {record.loss:.4g} opacity {record.opacity:.2f}", flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoViews:
+    """Groups of views: images [G, V, 3, Hp, Wp] in [0, 1], c2w [G, V, 4, 4], fovy [G, V]; of one, without G."""
+
+    images: Tensor
+    c2w: Tensor
+    fovy: Tensor
+
+    def __iter__(self):
+        return iter((self.images, self.c2w, self.fovy))
+
+    def cameras(self, group: int) -> Cameras:
+        return Cameras(self.c2w[group], self.fovy[group])
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        run_folder.atomic_write(path, save({name: t.contiguous() for name, t in vars(self).items()}))
+
+    @staticmethod
+    def load(path: Path) -> "PseudoViews":
+        """Raises ModelError for anything that `save` did not write."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return PseudoViews(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise ModelError(f"cannot read the pseudo views {path}: {error}; delete it to make them again") from error
+
+
+@torch.no_grad()
+def translate(
+    pipeline: MVDreamPipeline, images: Tensor, cameras: Cameras, prompt: str, strength: float, guidance_scale: float,
+    stream: Stream,
+) -> Tensor:  # fmt: skip
+    """Image to image: the views noised up to `strength` of the schedule's steps, then denoised as what the prompt says.
+
+    Args: images [V, 3, Hp, Wp] in [0, 1] of one object from `cameras`, of the model's size.
+    Returns: [V, 3, Hp, Wp] in [0, 1].
+    Source: Meng et al. 2022, "SDEdit".
+    """
+    z = pipeline.vae.encode(images.to(pipeline.device) * 2 - 1)
+    timesteps = ddim_timesteps(N_STEPS, n_timesteps=len(pipeline.schedule.alphas_cumprod))
+    skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
+    noised = pipeline.schedule.add_noise(z, stream.normal(*z.shape, device=z.device), timesteps[skip])
+    text = pipeline.encode_prompt([prompt], suffix="", warn=lambda _: None)
+    denoise = pipeline.denoiser(text, normalize_camera(cameras.c2w), len(cameras), guidance_scale)
+    return pipeline.decode(ddim_sample(denoise, noised, pipeline.schedule, N_STEPS, guidance_scale, skip=skip))
+
+
+class MixedSource:
+    """Photos in 2D mode; in multi-view mode groups of pseudo views with their cameras.
+
+    Args: views [G, V, C, h, w], latents or pictures in [-1, 1] as the photos are; c2w [G, V, 4, 4].
+    """
+
+    def __init__(self, photos: PhotoSource, views: Tensor, c2w: Tensor):
+        self.photos, self.pictures = photos, views
+        self.cameras = torch.stack([normalize_camera(group) for group in c2w])  # [G, V, 16]
+
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
+        """As many pictures either way, but at least one group."""
+        if not multi_view:
+            return self.photos.batch(stream, n_scenes, n_views, False, ranks)
+        n_groups, v = self.cameras.shape[:2]
+        rows = ranks.part(draw(n_groups, max(1, n_scenes * n_views // v), stream))
+        captions = [self.photos.caption] * len(rows)
+        pictures, cameras = self.pictures[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1)
+        return Batch(pictures, cameras, captions, v, self.photos.encoded)
+
+
+class Anchored:
+    """A teacher: score distillation from random cameras, and beside it known views from their own.
+
+    Args: weight of the squared error of the known views, summed over a view's pixels, as `Reconstruction` has it.
+    """
+
+    def __init__(self, distillation: Distillation, views: PseudoViews, weight: float):
+        self.distillation, self.views, self.weight = distillation, views, weight
+        self.group = 0
+
+    def cameras(self, step: int, stream: Stream) -> Cameras:
+        """The distillation's, then one group's."""
+        free = self.distillation.cameras(step, stream)
+        self.group = int(stream.integers(0, len(self.views.images)))
+        known = self.views.cameras(self.group)
+        return Cameras(torch.cat([free.c2w, known.c2w.to(free.c2w)]), torch.cat([free.fovy, known.fovy.to(free.fovy)]))
+
+    def score(self, rgb: Tensor, cameras: Cameras, step: int, stream: Stream, lap: Lap = no_lap) -> tuple[Tensor, int]:
+        target = self.views.images[self.group].to(rgb)
+        n = len(rgb) - len(target)
+        loss, t = self.distillation.score(rgb[:n], Cameras(cameras.c2w[:n], cameras.fovy[:n]), step, stream, lap)
+        target = torch.nn.functional.interpolate(target, rgb.shape[-2:], mode="area")
+        return loss + self.weight * (rgb[n:] - target).square().sum() / len(target), t
+
+    def state(self) -> dict[str, Tensor]:
+        return self.distillation.state()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.distillation.restore(tensors)
+
+
+class Anchored3D(TextTo3D):
+    """Text to 3D with known views."""
+
+    def __init__(self, pipeline: MVDreamPipeline, views: PseudoViews, weight: float):
+        super().__init__(pipeline)
+        self.views, self.weight = views, weight
+
+    def teacher(self, prompt: str, config: SDSConfig, seed: int) -> Anchored:
+        return Anchored(Distillation(self.pipeline, prompt, config), self.views, self.weight)

@@ -1,0 +1,147 @@
+"""Photographs of one subject: found in a folder, checked, turned upright, made square, and handed out as 2D batches.
+
+What is made of them is training_dreambooth.py's. Listing a folder imports neither torch nor Pillow.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.core.processes import ALONE, Ranks
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from torch import Tensor
+
+    from mvdream_fast.core.rng import Stream
+    from mvdream_fast.data.batches import Batch
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PHOTOS = 50
+MAX_BYTES = 64 << 20  # of a file
+MAX_PIXELS = 64_000_000  # of a picture; decoding one takes about 12 bytes a pixel
+Fit = Literal["auto", "crop", "pad"]
+
+
+def list_photos(folder: Path) -> list[Path]:
+    """The photos of a folder by name; hidden files and other endings are passed over.
+
+    Raises: InputFileError where there is no such folder, or no photo in it, or more than MAX_PHOTOS, or one that is no
+    file or larger than MAX_BYTES.
+    """
+    try:
+        entries = sorted(folder.iterdir())
+    except NotADirectoryError:
+        raise InputFileError(f"{folder} must be a folder of photos, got a file; name the folder it lies in") from None
+    except OSError as error:
+        raise InputFileError(f"cannot read the folder of photos {folder}: {error.strerror}") from error
+    photos = [path for path in entries if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not photos:
+        raise InputFileError(f"{folder} must hold PNG, JPEG or WebP photos, got none among {len(entries)} entries")
+    if len(photos) > MAX_PHOTOS:
+        raise InputFileError(f"{folder} must hold 1 to {MAX_PHOTOS} photos, got {len(photos)}; keep the clearest")
+    for path in photos:
+        _check_file(path)
+    return photos
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not path.is_file():
+            raise InputFileError(f"{path} must be a photo, got a folder or a device; move it elsewhere")
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputFileError(f"cannot read the photo {path}: {error.strerror}") from error
+    if size > MAX_BYTES:
+        raise InputFileError(f"{path} must be at most {MAX_BYTES >> 20} MB, got {size / 2**20:.0f} MB; save it smaller")
+
+
+def load_photo(path: Path, size: int, fit: Fit = "auto") -> np.ndarray:
+    """One photo as straight-alpha RGBA, [size, size, 4] uint8; of an animation the first frame. Colour profiles are
+    not applied.
+
+    The EXIF orientation is. `crop` takes the square in the middle; `pad` adds transparent borders, which are the
+    training grey later; `auto` pads a cut-out (a picture with transparent pixels) and crops any other.
+
+    Raises: InputFileError for a file that cannot be decoded, or of more than MAX_PIXELS; nothing of it is decoded then.
+    """
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputFileError(_too_large(path, f"{image.width} x {image.height}"))
+                return np.array(_square(image, size, fit))
+    except InputFileError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputFileError(_too_large(path, "far more")) from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise InputFileError(f"{path} cannot be read as PNG, JPEG or WebP: {error}; leave it out") from error
+
+
+def _too_large(path: Path, got: str) -> str:
+    return f"{path} must have at most {MAX_PIXELS // 1_000_000} million pixels, got {got}; make it smaller"
+
+
+def _square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """Upright, square, RGBA, `size` pixels a side. A small picture is enlarged."""
+    from PIL import Image, ImageOps
+
+    image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
+    image = ImageOps.exif_transpose(_to_rgba(image))
+    if fit == "auto":
+        fit = "pad" if image.getchannel("A").getextrema()[0] < 255 else "crop"
+    scale = size / (min if fit == "crop" else max)(image.size)
+    shape = [max(1, round(side * scale)) for side in image.size]
+    image = image.resize(shape, Image.Resampling.LANCZOS)  # Pillow weighs colours by their alpha
+    left, top = ((size - side) // 2 for side in image.size)
+    out = Image.new("RGBA", (size, size), (128, 128, 128, 0))
+    out.paste(image, (left, top))
+    return out
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    """Any mode to RGBA with its EXIF kept; 16-bit greys are scaled, which Pillow's own conversion would clip."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        import numpy as np
+        from PIL import Image
+
+        exif = image.getexif()
+        levels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray((levels // 257).clip(0, 255).astype(np.uint8))
+        image.info["exif"] = exif.tobytes()
+    return image.convert("RGBA")
+
+
+class PhotoSource:
+    """2D batches of a few pictures of one subject, all under one caption, without cameras.
+
+    Args: pictures [n, 3, Hp, Wp] in [-1, 1], or their latents where `encoded`; caption.
+    """
+
+    def __init__(self, pictures: Tensor, caption: str, encoded: bool = False):
+        self.pictures, self.caption, self.encoded = pictures, caption, encoded
+
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
+        """n_scenes*n_views pictures: every one of them as often as any other, in an order of the stream's."""
+        from mvdream_fast.data.batches import Batch
+
+        if multi_view:
+            raise ValueError("PhotoSource: multi_view must be False, got True; photos have no cameras")
+        rows = ranks.part(draw(len(self.pictures), n_scenes * n_views, stream))
+        return Batch(self.pictures[rows], None, [self.caption] * len(rows), 1, self.encoded)
+
+
+def draw(total: int, n: int, stream: Stream) -> list[int]:
+    """n indices below total, each as often as any other give or take one."""
+    rounds: Sequence[list[int]] = [stream.permutation(total).tolist() for _ in range(-(-n // total))]
+    return [i for row in rounds for i in row][:n]

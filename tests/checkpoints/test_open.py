@@ -1,0 +1,488 @@
+"""Weights from every published layout: names at full size, numbers at reduced width, and what is said of wrong ones."""
+
+import json
+import math
+import random
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from reference import text as text_reference
+from reference import upstream
+from reference import vae as vae_reference
+from reference.tiny_model import TINY, VOCABULARY, write_tiny
+from safetensors.torch import load_file, save_file
+
+from mvdream_fast.checkpoints import layouts
+from mvdream_fast.checkpoints.manifest import PARTS, check_config, manifest, owner
+from mvdream_fast.checkpoints.open import load_model, open_source, save_model
+from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.models.config import SD15, SD21, ModelConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def flat21(folder) -> Path:
+    torch.save(upstream.flat(upstream.NARROW21), folder / "21.pt")
+    return folder / "21.pt"
+
+
+@pytest.fixture(scope="module")
+def flat15(folder) -> Path:
+    torch.save(upstream.flat(upstream.NARROW15), folder / "15.pt")
+    return folder / "15.pt"
+
+
+@pytest.fixture(scope="module")
+def published(folder) -> tuple[Path, dict]:
+    return folder / "published", upstream.write_published(folder / "published", upstream.NARROW21)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return write_tiny(tmp_path / "tiny")
+
+
+def read(path: Path, part: str = "unet") -> dict:
+    """One part through all checks."""
+    source = open_source(path)
+    source.check(part)
+    return source.tensors(part)
+
+
+# Full size: names, shapes and counts, nothing allocated.
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "counts", "parameters"),
+    [
+        (SD21, upstream.SD21, (690, 248, 294), (867_572_164, 83_653_863, 354_032_641)),
+        (SD15, upstream.SD15, (690, 248, 196), (861_182_404, 83_653_863, 123_060_480)),
+    ],
+)
+def test_released_files_at_full_size(config, size, counts, parameters):
+    files = upstream.flat_shapes(size)
+    assert layouts.recognise("file", files) == config
+    for part, prefix, n, n_parameters in zip(PARTS, (layouts.UNET, layouts.VAE, layouts.TEXT), counts, parameters):
+        file = {name: shape for name, shape in files.items() if name.startswith(prefix)}
+        expected = dict(layouts.released(part, config, files).expected)
+        buffers = {name: expected.pop(name) for name in upstream.schedule()} if part == "unet" else {}
+        assert set(buffers.values()) <= {(1000,)}
+        assert len(buffers) == (12 if part == "unet" else 0)
+        assert expected == file
+        assert (len(file), sum(math.prod(shape) for shape in file.values())) == (n, n_parameters)
+
+
+def test_the_released_file_weighs_what_the_hub_says():
+    shapes = upstream.flat_shapes(upstream.SD21)
+    n_bytes = 4 * (sum(math.prod(shape) for shape in shapes.values()) + 12_000)
+    assert len(shapes) + 12 == 1244
+    assert round(n_bytes / 1e9, 3) == 5.221
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_published_folder_at_full_size(prefix):
+    text = upstream.clip_text(replace(upstream.SD21, text_layers=23))
+    found = {
+        "unet": upstream.unet(upstream.SD21),
+        "vae": manifest("vae", SD21),
+        "text": {name.replace("text_model.", prefix): shape for name, shape in text.items()},
+    }
+    assert layouts.recognise("folder", layouts.as_released(found)) == SD21
+    for part in PARTS:
+        assert layouts.published(part, SD21, found[part]).expected == found[part]
+
+
+def test_every_stored_number_has_one_place():
+    """Each tensor of the released file is one of ours, three of ours, or known to be unused."""
+    for part, n_unused in (("unet", 12), ("vae", 0), ("text", 2 + 12)):
+        layout = layouts.released(part, SD21, ())
+        pieces = [(slot.name, slot.piece) for slot in layout.slots.values()]
+        assert len(set(pieces)) == len(pieces)
+        whole = {name for name, _ in pieces}
+        assert all({p for n, p in pieces if n == name} in ({None}, {0, 1, 2}) for name in whole)
+        assert len(layout.expected) == len(whole) + n_unused
+
+
+# Narrow: the numbers arrive where they belong.
+
+
+def test_released_sd21_file(flat21):
+    file, model = torch.load(flat21, weights_only=True), load_model(flat21)
+    assert model.config.text.skip_last == 1
+    assert model.config == replace(
+        SD21,
+        name="sd21-4view-variant",
+        unet=replace(SD21.unet, model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2, 1),
+                     context_dim=64),
+        vae=replace(SD21.vae, block_out_channels=(32, 64)),
+        text=replace(SD21.text, width=64, n_layers=3, n_heads=1, mlp_width=128),
+    )  # fmt: skip
+    for name, tensor in model.unet.state_dict().items():
+        assert torch.equal(tensor, file[layouts.UNET + name])
+    assert not any(module.training for module in (model.unet, model.vae, model.text))
+
+    vae_state = {n.removeprefix(layouts.VAE): x for n, x in file.items() if n.startswith(layouts.VAE)}
+    x, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        latents = model.vae.encode(x, noise)
+        torch.testing.assert_close(latents, vae_reference.encode(vae_state, x, noise), rtol=1e-4, atol=1e-5)
+        decoded = vae_reference.decode(vae_state, latents)
+        torch.testing.assert_close(model.vae.decode(latents), decoded, rtol=1e-4, atol=1e-4)
+        text_state = {n.removeprefix(layouts.OPEN_CLIP): x for n, x in file.items() if n.startswith(layouts.OPEN_CLIP)}
+        ids = model.tokenizer.encode("a brown bulldog, 3d asset").ids
+        expected = text_reference.encode(text_state, ids, heads=1, n_layers=2)
+        torch.testing.assert_close(model.text(ids), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_released_sd15_file(flat15):
+    file, model = torch.load(flat15, weights_only=True), load_model(flat15)
+    assert (model.config.unet.num_heads, model.config.unet.num_head_channels) == (8, None)
+    assert (model.config.text.activation, model.config.text.skip_last) == ("quick_gelu", 0)
+    assert model.unet.state_dict()["middle_block.1.proj_in.weight"].ndim == 4
+    for name, tensor in model.text.model.state_dict().items():
+        assert torch.equal(tensor, file[layouts.TRANSFORMERS + name])
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_published_folder(published, tmp_path, prefix):
+    path, parts = published
+    if not prefix:
+        path = shutil.copytree(path, tmp_path / "copy")
+        text = {name.removeprefix("text_model."): x for name, x in parts["text_encoder"].items()}
+        save_file(text, path / "text_encoder" / "model.safetensors")
+    model = load_model(path)
+    assert model.config.schedule == SD21.schedule
+    assert (model.config.text.n_layers, model.config.text.skip_last) == (4, 1)
+    for part, names in (("unet", "unet"), ("vae", "vae"), ("text", "text_encoder")):
+        stored = {name.removeprefix("text_model."): x for name, x in parts[names].items()}
+        loaded = owner(part, getattr(model, part)).state_dict()
+        assert loaded.keys() == stored.keys()
+        assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+        assert {x.dtype for x in loaded.values()} == {torch.float16}
+    as_float = load_model(path, dtype=torch.float32, parts=("vae.encoder", "text"))
+    assert as_float.vae.encode(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+
+
+def test_vae_with_attention_names_of_old_diffusers(published, tmp_path):
+    path = shutil.copytree(published[0], tmp_path / "old")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, x in load_file(path / "vae" / "diffusion_pytorch_model.safetensors").items():
+        for new, was in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        tensors[name] = x
+    assert any("query" in name for name in tensors)
+    save_file(tensors, path / "vae" / "diffusion_pytorch_model.safetensors")
+    was, now = (load_model(p, parts=("vae",)).vae.state_dict() for p in (published[0], path))
+    assert all(torch.equal(was[name], now[name]) for name in was)
+
+
+def test_variant_file_names_of_a_published_folder(published, tmp_path):
+    path = shutil.copytree(published[0], tmp_path / "fp16")
+    file = path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    read(path)
+
+
+def test_parts_and_the_encoder_alone(flat21):
+    whole, part = load_model(flat21, parts=("vae",)), load_model(flat21, parts=("vae.encoder",))
+    assert (part.unet, part.text, part.tokenizer) == (None, None, None)
+    assert not any(name.startswith("model.decoder") for name in part.vae.state_dict())
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(whole.vae.encode(x), part.vae.encode(x))
+    with pytest.raises(ArgumentError, match=r"a part must be one of unet, vae, text, vae.encoder, got 'unnet'"):
+        load_model(flat21, parts=("unnet",))
+
+
+def test_training_on_loaded_weights_leaves_the_file_alone(tiny):
+    before = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    model = load_model(tiny)
+    for module in (model.unet, model.vae, model.text):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1)
+                assert parameter.requires_grad
+    assert before == {path.name: path.read_bytes() for path in tiny.iterdir()}
+
+
+# Our own folder.
+
+
+def test_saved_and_loaded_again_is_bit_equal(flat21, tmp_path):
+    model = load_model(flat21)
+    with torch.no_grad():  # a call may pack weights into common storage
+        model.unet(torch.zeros(2, 4, 8, 8), torch.tensor(5), torch.zeros(1, 77, 64), torch.zeros(2, 16), 2)
+    save_model(model, tmp_path / "own")
+    again = load_model(tmp_path / "own")
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == [
+        "config.json", "text.safetensors", "unet.safetensors", "vae.safetensors"]  # fmt: skip
+    assert again.config == model.config
+    for part in PARTS:
+        before, after = getattr(model, part).state_dict(), getattr(again, part).state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_subset_vocabulary_and_added_word_travel_with_the_folder(tiny, tmp_path):
+    model = load_model(tiny)
+    assert model.tokenizer.vocabulary == VOCABULARY
+    model.tokenizer = model.tokenizer.with_token("sks")
+    model.text = model.text.with_token(torch.tensor([5]))
+    model.config = replace(model.config, text=model.text.config)
+    save_model(model, tmp_path / "grown")
+    grown = load_model(tmp_path / "grown")
+    ids = grown.tokenizer.encode("a red sks chair").ids
+    assert len(VOCABULARY) in ids[0]
+    assert torch.equal(grown.text(ids), model.text(ids))
+
+
+def test_saving_refuses_an_existing_folder_and_half_a_model(tiny):
+    model = load_model(tiny)
+    with pytest.raises(OutputError, match="exists already"):
+        save_model(model, tiny)
+    save_model(model, tiny, overwrite=True)
+    assert load_model(tiny).config == TINY
+    with pytest.raises(ValueError, match="save_model: the model must have all parts, got none for"):
+        save_model(load_model(tiny, parts=("unet",)), tiny.parent / "half")
+    with pytest.raises(ValueError, match="VAE decoder"):
+        save_model(load_model(tiny, parts=("unet", "vae.encoder", "text")), tiny.parent / "half")
+    assert [path.name for path in tiny.parent.iterdir()] == ["tiny"]
+
+
+def test_loading_opens_no_socket(tiny, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    load_model(tiny)
+    with pytest.raises(ModelError):
+        load_model("MVDream/MVDream")
+
+
+# Wrong names, shapes, types and numbers.
+
+
+def spoiled(path: Path, tmp_path: Path, **changes) -> Path:
+    """A copy of a .pt with tensors replaced, or removed where None."""
+    tensors = torch.load(path, weights_only=True)
+    for name, value in changes.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    torch.save(tensors, tmp_path / "spoiled.pt")
+    return tmp_path / "spoiled.pt"
+
+
+CONV = "model.diffusion_model.input_blocks.1.0.out_layers.3.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentences"),
+    [
+        ({CONV: None}, [f"1 missing ({CONV})"]),
+        ({CONV + "x": torch.zeros(3)}, [f"1 unexpected ({CONV}x)"]),
+        ({CONV: torch.zeros(64, 64, 3, 2)}, [f"1 misshapen ({CONV} is [64, 64, 3, 2] and must be [64, 64, 3, 3])"]),
+        ({CONV: torch.zeros(64, 64, 3, 3, dtype=torch.int64)}, [f"1 of a wrong type ({CONV} is int64)"]),
+        ({CONV: torch.zeros(64, 64, 3, 3, dtype=torch.float64)}, ["wrong type"]),
+        ({CONV: torch.full((64, 64, 3, 3), math.nan)}, [f"{CONV} holds NaN or infinity"]),
+        ({CONV: torch.full((64, 64, 3, 3), -math.inf)}, [f"{CONV} holds NaN or infinity"]),
+        ({CONV: torch.zeros(1).expand(64, 64, 3, 3)}, ["plain, contiguous tensor"]),
+        ({CONV: torch.zeros(64, 64, 3, 3).to_sparse()}, ["plain, contiguous tensor"]),
+        ({CONV: [1.0, 2.0]}, [f"but {CONV} is a list"]),
+        ({"../../etc/x": torch.zeros(3)}, ["1 unexpected (../../etc/x)"]),
+        ({"\x1b[31m\n": torch.zeros(3)}, ["1 unexpected (?[31m?)"]),
+        ({"x" * 5000: torch.zeros(3)}, ["unexpected"]),
+        ({"betas": None}, ["1 missing (betas)"]),
+        ({"betas": torch.linspace(1e-4, 0.02, 1000)}, ["betas is not a scaled-linear schedule"]),
+        ({"betas": torch.full((1000,), math.nan)}, ["betas is not a scaled-linear schedule"]),
+        ({"model.diffusion_model.out.2.weight": None}, ["not a multi-view model", "out.2.weight is missing"]),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64)}, ["has the shape [64]"]),
+        ({"model.diffusion_model.input_blocks.999.0.x": torch.zeros(1)}, ["is missing"]),
+        ({"model.diffusion_model.camera_embed.0.weight": None, "model.diffusion_model.camera_embed.0.bias": None,
+          "model.diffusion_model.camera_embed.2.weight": None, "model.diffusion_model.camera_embed.2.bias": None},
+         ["4 missing (", "camera_embed.0.bias", ", ...)", "Download or convert it again"]),
+    ],
+)  # fmt: skip
+def test_spoiled_unet_of_a_released_file(flat21, tmp_path, changes, sentences):
+    path = spoiled(flat21, tmp_path, **changes)
+    with pytest.raises(ModelError) as info:
+        read(path)
+    assert info.value.exit_code == 3
+    message = str(info.value)
+    assert str(path) in message
+    assert message.isprintable()
+    assert len(message) < 1000
+    for sentence in sentences:
+        assert sentence in message
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """A file as Stable Diffusion's own: no camera layers, and a second set of weights that nothing reads."""
+    tensors = upstream.flat(upstream.NARROW21)
+    plain = {name: x for name, x in tensors.items() if "camera_embed" not in name}
+    save_file(plain | {"model_ema.decay": torch.zeros(())}, folder / "v2-1.safetensors")
+    return folder / "v2-1.safetensors"
+
+
+def test_stable_diffusion_begins_as_the_2d_model_it_was(tmp_path):
+    path = stable_diffusion(tmp_path)
+    with pytest.raises(ModelError, match=r"4 missing \(.*camera_embed"):
+        load_model(path)
+    model = load_model(path, torch.float32, add_cameras=True)
+    assert model.config.unet.camera_in == "time"
+    x, context, camera = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 64), torch.randn(2, 16)
+    with torch.no_grad():
+        plain = model.unet(x, torch.tensor(500), context)
+        assert torch.equal(model.unet(x, torch.tensor(500), context, camera), plain)
+    model.unet(x, torch.tensor(500), context, camera).square().mean().backward()
+    assert model.unet.camera_embed[2].weight.grad.any()
+    again = load_model(path, torch.float32, ("unet",), add_cameras=True)
+    assert torch.equal(again.unet.camera_embed[0].weight, model.unet.camera_embed[0].weight)
+
+
+def test_half_of_the_camera_layers_are_not_made_up(flat21, tmp_path):
+    path = spoiled(flat21, tmp_path, **{"model.diffusion_model.camera_embed.2.bias": None})
+    with pytest.raises(ModelError, match=r"1 missing \(.*camera_embed.2.bias\)"):
+        load_model(path, add_cameras=True)
+
+
+@pytest.mark.parametrize("part", ["vae", "text"])
+def test_spoiled_other_parts_of_a_released_file(flat21, tmp_path, part):
+    name = {"vae": "first_stage_model.quant_conv.bias", "text": "cond_stage_model.model.ln_final.bias"}[part]
+    with pytest.raises(ModelError, match=f"1 missing \\({name}\\)"):
+        read(spoiled(flat21, tmp_path, **{name: None}), part)
+
+
+def test_spoiled_own_folder(tiny):
+    config, unet = tiny / "config.json", tiny / "unet.safetensors"
+    text, tensors = config.read_text(), load_file(unet)
+
+    def fails(sentence: str) -> None:
+        with pytest.raises(ModelError, match=sentence):
+            load_model(tiny)
+        config.write_text(text)
+        save_file(tensors, unet)
+
+    for content, sentence in (
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"kind": "model", "format": ' + "9" * 5000 + "}", "is not JSON"),
+        ("{}", "does not describe a model"),
+        (text.replace('"format": 1', '"format": 2'), "convert the model again"),
+        (text.replace('"width"', '"wdth"'), "unknown key"),
+        (text.replace('"n_layers": 1', '"n_layers": 2'), "missing"),
+        (text.replace('"model_channels": 32', '"model_channels": 64'), "misshapen"),
+        (text.replace('"model_channels": 32', '"model_channels": 33'), "must be a divisor of 33 channels"),
+        (text.replace('"model_channels": 32', '"model_channels": 99999999999'), "must be from 1 to"),
+        (text.replace('"n_layers": 1', '"n_layers": 1000000'), "n_layers must be at most 256"),
+        (text.replace('"n_layers": 1', '"n_layers": -1'), "n_layers must be from 1"),
+        (text.replace('"skip_last": 0', '"skip_last": 1'), "skip_last"),
+        (text.replace('"channel_mult": [', '"channel_mult": [1,1,1,1,1,1,1,1,'), "channel_mult must be 1 to 8 levels"),
+        (text.replace('"num_heads": null', '"num_heads": 2'), "num_heads"),
+        (text.replace('"scale_factor": 0.18215', '"scale_factor": NaN'), "scale_factor"),
+        (text.replace(f'"vocabulary_size": {len(VOCABULARY)}', '"vocabulary_size": 50'), "misshapen"),
+    ):
+        assert content != text
+        config.write_text(content)
+        fails(sentence)
+    save_file({**tensors, "out.0.bias": torch.full((32,), math.nan)}, unet)
+    fails("out.0.bias holds NaN")
+    save_file({**tensors, "extra": torch.zeros(1)}, unet)
+    fails(r"1 unexpected \(extra\)")
+    unet.unlink()
+    fails("cannot read .*unet.safetensors: No such file")
+    (tiny / "vocabulary.txt").unlink()
+    fails("a subset vocabulary must begin with")
+
+
+def test_no_config_of_json_values_crashes_the_check():
+    rng = random.Random(0)
+    values = [0, -1, 1, 7, 64, 10**9, 1.5, -0.0, None, True, "x", [], [1], [0, 2], [1] * 50, {}, {"a": 1}]
+    base = json.loads(TINY.to_json())
+    outcomes = set()
+    for _ in range(2000):
+        data = json.loads(json.dumps(base))
+        section = data[rng.choice(["unet", "vae", "text", "schedule"])]
+        section[rng.choice(list(section))] = rng.choice(values)
+        try:
+            check_config(ModelConfig.from_json(json.dumps(data)))
+            outcomes.add("taken")
+        except ModelError:
+            outcomes.add("refused")
+    assert outcomes == {"taken", "refused"}
+
+
+def test_mixed_dtypes_are_widened(tiny):
+    path = tiny / "vae.safetensors"
+    tensors = load_file(path)
+    first, second = list(tensors)[:2]
+    save_file(tensors | {first: tensors[first].half(), second: tensors[second].bfloat16()}, path)
+    assert {x.dtype for x in read(tiny, "vae").values()} == {torch.float32}
+
+
+# Missing and unreadable paths.
+
+
+def test_missing_path_says_where_the_weights_are(tmp_path):
+    with pytest.raises(ModelError) as info:
+        load_model(tmp_path / "none.pt")
+    for text in (str(tmp_path / "none.pt"), "MVDream/MVDream", "sd-v2.1-base-4view.pt", "5.22 GB", "4.27 GB",
+                 "ashawkey/mvdream-sd2.1-diffusers", "python -m mvdream_fast.convert", "embedded"):  # fmt: skip
+        assert text in str(info.value)
+    assert info.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-here/x", "", "/dev/null", "/dev/zero", "\ud800"])
+def test_odd_paths(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError):
+        load_model(name)
+
+
+def test_folders_that_are_no_models(tmp_path):
+    with pytest.raises(ModelError, match="for a released .pt, give the file itself"):
+        load_model(tmp_path)
+    for name in ("unet", "vae", "text_encoder"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ModelError, match="cannot read .*diffusion_pytorch_model.safetensors"):
+        load_model(tmp_path)
+
+
+def test_embedded_name_points_into_the_package(monkeypatch, tiny):
+    from mvdream_fast.checkpoints import open
+
+    monkeypatch.setattr(open, "EMBEDDED_FOLDER", tiny)
+    assert load_model("embedded", parts=("text",)).config == load_model("mini", parts=()).config == TINY
+    monkeypatch.setattr(open, "EMBEDDED_FOLDER", tiny / "none")
+    with pytest.raises(ModelError, match="the embedded model is not part of this installation"):
+        load_model("embedded")
+
+
+def test_published_json_of_another_model(published, tmp_path):
+    path = shutil.copytree(published[0], tmp_path / "json")
+    for file, content, sentence in (
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "scaled_linear"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}, "scaled_linear"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act must be gelu or quick_gelu, got 'relu'"),
+        ("text_encoder/config.json", {"num_attention_heads": 7}, "n_heads must be a divisor of the width 64"),
+        ("unet/config.json", {"num_head_channels": 48}, "must be a divisor of 64 channels"),
+        ("vae/config.json", {"norm_num_groups": 5}, "norm_num_groups must be a divisor"),
+        ("vae/config.json", [], "must hold a JSON object"),
+    ):
+        before = (path / file).read_text()
+        (path / file).write_text(json.dumps(content))
+        with pytest.raises(ModelError, match=sentence):
+            read(path)
+        (path / file).write_text(before)
+    (path / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    assert open_source(path).config.schedule.prediction == "v"

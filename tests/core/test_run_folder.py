@@ -1,0 +1,209 @@
+"""Run folders, atomic writes, checkpoints and signals."""
+
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+
+NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
+
+
+@given(st.text(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_slug_is_a_safe_name(prompt):
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,58}[a-z0-9])?", run_folder.slugify(prompt))
+
+
+AWKWARD = st.sampled_from(
+    ["../", "\x00", "/", "\\", "CON", "~", "\u202e", "\U0001f600", " ", "-", ".", "\u00e9", "\ud800", "$(x)"]
+)
+LONG = st.integers(0, 20).map(lambda n: "x/" * 2**n)
+PROMPTS = st.lists(AWKWARD | st.text(max_size=20), max_size=8).map("".join) | LONG
+
+
+def stays_inside(root, prompt):
+    """The folder lies where it should, under a name that any file system takes, and the link points to it."""
+    folder = run_folder.make_run_folder(root, prompt, 7, NOW)
+    assert folder.resolve().parents[2] == root.resolve()
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,59}", folder.parent.name)
+    assert (root / "latest").resolve() == folder.resolve()
+    folder.rmdir()
+
+
+@given(PROMPTS)
+@settings(max_examples=200, deadline=None)
+def test_run_folders_stay_inside(tmp_path_factory, prompt):
+    stays_inside(tmp_path_factory.getbasetemp() / "inside", prompt)
+
+
+@pytest.mark.slow
+@given(PROMPTS)
+@settings(max_examples=10_000, deadline=None)
+def test_ten_thousand_run_folders_stay_inside(tmp_path_factory, prompt):
+    stays_inside(tmp_path_factory.getbasetemp() / "inside", prompt)
+
+
+def test_slugs_of_different_prompts_differ():
+    prompts = ["A cat", "a cat", "a cat!", "../a cat", "a\ncat", "猫", "犬", "", "x" * 5000, "x" * 5001]
+    assert len({run_folder.slugify(p) for p in prompts}) == len(prompts)
+    assert run_folder.slugify("A brown bulldog").startswith("a-brown-bulldog-")
+
+
+def test_run_folder_layout_and_latest_link(tmp_path):
+    first = run_folder.make_run_folder(tmp_path, "../../etc/passwd", 7, NOW)
+    second = run_folder.make_run_folder(tmp_path, "../../etc/passwd", 7, NOW)
+    assert first != second
+    assert first.name == "20260102-030405-s7"
+    assert tmp_path in first.resolve().parents
+    assert (tmp_path / "latest").resolve() == second.resolve()
+    assert run_folder.resolve_resume("latest", tmp_path) == second.resolve()
+
+
+def test_resume_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="must name a run folder or 'latest'"):
+        run_folder.resolve_resume("latest", tmp_path)
+
+
+def test_output_folder_must_be_empty(tmp_path):
+    assert run_folder.make_output_folder(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "a" / "b" / "x").touch()
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        run_folder.make_output_folder(tmp_path / "a" / "b")
+    with pytest.raises(OutputError, match="a file is in the way"):
+        run_folder.make_output_folder(tmp_path / "a" / "b" / "x")
+    with pytest.raises(OutputError, match="a file is in the way"):
+        run_folder.make_output_folder(tmp_path / "a" / "b" / "x" / "below")
+
+
+def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path):
+    path = tmp_path / "file"
+    run_folder.atomic_write(path, "old")
+    script = textwrap.dedent(f"""
+        import resource, signal
+        from mvdream_fast.core import run_folder
+        from mvdream_fast.core.errors import OutputError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        try:
+            run.atomic_write({str(path)!r}, b"x" * 5000)
+        except OutputError as error:
+            print(error)
+    """)
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "5000 bytes" in out
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_write_refuses_a_device(tmp_path):
+    with pytest.raises(OutputError, match="not a regular file"):
+        run_folder.atomic_write("/dev/full", b"x")
+    with pytest.raises(OutputError, match="not a regular file"):
+        run_folder.atomic_write(tmp_path, b"x")
+
+
+def state(step):
+    return {
+        "weight": torch.full((3, 5), float(step)),
+        "bits": torch.arange(4, dtype=torch.uint8),
+        "empty": torch.empty(0),
+    }
+
+
+def test_checkpoints_round_trip_and_old_ones_go(tmp_path):
+    assert run_folder.load_latest(tmp_path) is None
+    for step in (10, 20, 30):
+        run_folder.save_checkpoint(tmp_path, step, state(step), {"config": {"seed": 1}}, keep=2)
+    step, tensors, meta = run_folder.load_latest(tmp_path)
+    assert (step, meta["config"]) == (30, {"seed": 1})
+    assert all(torch.equal(tensors[name], value) for name, value in state(30).items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000020.safetensors", "000030.safetensors", "LATEST"]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_previous_one(tmp_path):
+    for step in (10, 20):
+        run_folder.save_checkpoint(tmp_path, step, state(step), {})
+    path = tmp_path / "000020.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ModelError, match=r"cannot read the checkpoint .*000020.*000010\.safetensors"):
+        run_folder.load_latest(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "../../etc/passwd", "000010.pt", "\x00" * 9])
+def test_a_damaged_pointer_is_never_a_path(tmp_path, content):
+    (tmp_path / run_folder.LATEST).write_text(content)
+    with pytest.raises(ModelError, match="must hold a checkpoint's file name"):
+        run_folder.load_latest(tmp_path)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_at_every_offset(tmp_path):
+    run_folder.save_checkpoint(tmp_path, 1, state(1), {})
+    script = textwrap.dedent(f"""
+        import resource, signal, sys, torch
+        from pathlib import Path
+        from mvdream_fast.core import run_folder
+        from mvdream_fast.core.errors import OutputError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        hard = resource.RLIM_INFINITY
+        failures = 0
+        for limit in range(1, 40_000, 1_300):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                run.save_checkpoint(Path({str(tmp_path)!r}), 2, {{"w": torch.zeros(10_000)}}, {{}})
+            except OutputError:
+                failures += 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            step, tensors, _ = run.load_latest(Path({str(tmp_path)!r}))
+            assert step == 1 and tensors["w" if step == 2 else "weight"].sum() == 15, (limit, step)
+        print(failures)
+    """)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == "31", result.stderr
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_temporary_files_of_dead_processes_go(tmp_path):
+    (tmp_path / "000001.safetensors.tmp-999999999").touch()
+    (tmp_path / f"000001.safetensors.tmp-{os.getpid()}").touch()
+    run_folder.remove_stale(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [f"000001.safetensors.tmp-{os.getpid()}"]
+
+
+def test_log_survives_a_torn_line_and_forgets_later_steps(tmp_path):
+    log = run_folder.JsonlLog(tmp_path / "log.jsonl")
+    for step in range(5):
+        log.write({"step": step, "loss": step / 3})
+    with open(log.path, "a") as file:
+        file.write('{"step": 5, "lo')
+    log.truncate_after(2)
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_become_a_request(number, code):
+    before = signal.getsignal(number)
+    with run_folder.Interrupt() as interrupt:
+        assert interrupt.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert interrupt.requested == number
+        assert interrupt.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_is_immediate():
+    with run_folder.Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,186 @@
+"""Shards to batches: what is in a batch, that it depends on its key alone, and that cut files are refused."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.data import batches
+from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, composite, view_group
+from mvdream_fast.data.shards import Sample, _add, encode_views, write_shard
+from mvdream_fast.rendering.orbits import PRESETS, orbit
+
+SIZE, N_VIEWS = 16, 16
+
+
+def make_sample(i: int, size: int = SIZE, split: str = "train") -> Sample:
+    """An orbit whose view v is filled with the opaque colour (i, v, 0)."""
+    cameras = orbit(PRESETS["embedded"], np.array([0.25, 0.5, 0.5, 0.5]))
+    views = np.zeros((N_VIEWS, size, size, 4), np.uint8)
+    views[..., 0], views[..., 1], views[..., 3] = i, np.arange(N_VIEWS)[:, None, None], 255
+    meta = {
+        "key": f"thing{i}-o0",
+        "caption": f"a red thing{i}",
+        "variants": [f"a thing{i}"],
+        "split": split,
+        "size": size,
+        "columns": N_VIEWS,
+        "c2w": cameras.c2w.reshape(-1, 16).tolist(),
+        "fovy": cameras.fovy.tolist(),
+    }
+    return Sample(meta, views)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for shard in range(2):
+        write_shard(tmp_path / f"train-{shard:05d}.tar", [make_sample(3 * shard + i) for i in range(3)])
+    return tmp_path
+
+
+def test_multi_view_batches_hold_orthogonal_views_of_one_orbit(folder):
+    shards = Shards(folder)
+    batch = ImageSource(shards).batch(Stream(0, 3, "x"), 2, 4, multi_view=True)
+    assert batch.pictures.shape == (8, 3, SIZE, SIZE)
+    assert batch.cameras.shape == (8, 16)
+    assert batch.n_views == 4
+    pixels = ((batch.pictures[:, :, 0, 0] + 1) / 2 * 255).round().long()  # opaque: the background can't show
+    for scene, caption in enumerate(batch.captions):
+        rows = pixels[4 * scene : 4 * scene + 4]
+        assert len(set(rows[:, 0].tolist())) == 1
+        assert f"thing{rows[0, 0]}" in caption
+        assert [(b - a) % 16 for a, b in zip(rows[:, 1].tolist(), rows[1:, 1].tolist())] == [4, 4, 4]
+    positions = batch.cameras.reshape(2, 4, 4, 4)[..., :3, 3]
+    assert torch.allclose(positions.norm(dim=-1), torch.ones(2, 4))
+    assert torch.allclose(positions[:, 0, :2], -positions[:, 2, :2], atol=1e-5)
+
+
+def test_2d_batches_hold_single_views_of_different_orbits(folder):
+    batch = ImageSource(Shards(folder)).batch(Stream(0, 3, "x"), 3, 1, multi_view=False)
+    assert batch.cameras is None
+    assert batch.n_views == 1
+    assert len(set(batch.captions)) == 3
+    assert ImageSource(Shards(folder)).batch(Stream(0, 3, "x"), 2, 4, False).pictures.shape[0] == 8
+
+
+def test_a_batch_is_a_function_of_its_key(folder):
+    one, two = (ImageSource(Shards(folder)).batch(Stream(5, 7, "x"), 2, 4, True) for _ in range(2))
+    assert torch.equal(one.pictures, two.pictures)
+    assert one.captions == two.captions
+    other = ImageSource(Shards(folder)).batch(Stream(5, 8, "x"), 2, 4, True)
+    assert one.captions != other.captions or not torch.equal(one.pictures, other.pictures)
+
+
+def test_backgrounds_show_through_alpha():
+    views = np.zeros((1, 1, 3, 4), np.uint8)
+    views[0, 0, :, 0], views[0, 0, :, 3] = 255, (0, 255, 51)  # red: absent, opaque, one fifth
+    out = composite(views, torch.tensor([0.0, 0.5, 1.0]))[0, :, 0]
+    assert torch.allclose(
+        out.T, torch.tensor([[-1, 0, 1], [1, -1, -1], [0.2 * 2 - 1, 0.4 * 2 - 1, 0.8 * 2 - 1]]), atol=1e-6
+    )
+
+
+def test_the_share_of_each_background():
+    kinds = [batches.draw_background(Stream(0, i, "b")) for i in range(2000)]
+    shares = [kinds.count(k) / 2000 for k in (batches.GREY, batches.WHITE, batches.COLOUR)]
+    assert np.allclose(shares, batches.BACKGROUND_SHARES, atol=0.03)
+
+
+def test_views_must_divide_the_orbit():
+    with pytest.raises(ArgumentError, match="must divide the 16 views"):
+        view_group(16, 5, Stream(0, 0, "v"))
+
+
+def test_captions_use_every_variant_and_the_suffix(folder):
+    shards = Shards(folder)
+    texts = {shards.caption(0, Stream(0, i, "c")) for i in range(64)}
+    assert texts == {"a red thing0", "a thing0", "a red thing0, 3d asset", "a thing0, 3d asset"}
+    assert {"a red thing5", "a thing5", ", 3d asset"} <= set(shards.captions())
+    shards.records[0].meta.update(caption="a 3D printer", variants=[])
+    assert {shards.caption(0, Stream(0, i, "c")) for i in range(16)} == {"a 3D printer"}
+
+
+def test_no_shards_and_cut_shards_are_refused(folder, tmp_path):
+    with pytest.raises(InputFileError, match="no train shards in"):
+        Shards(tmp_path / "nowhere")
+    path = folder / "train-00001.tar"
+    whole = path.read_bytes()
+    for size in (700, len(whole) // 2, len(whole) - 10240, 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputFileError, match="train-00001.tar: not a whole shard"):
+            Shards(folder)
+    path.write_bytes(b"\0" * 10240)
+    assert len(Shards(folder)) == 3
+
+
+def test_shards_of_two_kinds_are_refused(folder):
+    write_shard(folder / "train-00002.tar", [make_sample(9, size=8)])
+    with pytest.raises(InputFileError, match="thing9-o0 has 16 views of 8 px, the first one has 16 of 16"):
+        Shards(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"caption": ["x"]}, {"variants": [1]}, {"c2w": [[1.0]]}, {"size": "16"}, {"columns": 0}]
+)
+def test_foreign_words_and_numbers_are_refused(folder, change):
+    sample = make_sample(9)
+    with tarfile.open(folder / "train-00002.tar", "w") as tar:
+        _add(tar, "a.json", json.dumps(sample.meta | change).encode())
+        _add(tar, "a.webp", encode_views(sample.views, N_VIEWS))
+    with pytest.raises(InputFileError, match="train-00002.tar: not a whole shard"):
+        Shards(folder)
+
+
+def test_control_characters_of_a_caption_are_left_out(folder):
+    sample = make_sample(9)
+    sample.meta.update(caption="a \x1b[1mred\x00 thing\n", variants=["\u202ea thing"])
+    write_shard(folder / "train-00002.tar", [sample])
+    assert Shards(folder).captions()[-3:] == ["a [1mred thing", "a thing", ", 3d asset"]
+
+
+def test_a_picture_that_is_damaged_is_named(folder):
+    path = folder / "train-00000.tar"
+    record = Shards(folder).records[1]
+    content = bytearray(path.read_bytes())
+    content[record.offset : record.offset + 12] = b"not a webp.."
+    path.write_bytes(content)
+    with pytest.raises(InputFileError, match="thing1-o0 cannot be read"):
+        Shards(folder).views(1)
+
+
+class Encoder:
+    """A stand-in for the autoencoder that counts what it is asked for."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images):
+        self.calls += 1
+        return torch.nn.functional.avg_pool2d(images, 8)
+
+
+def latents(folder, encoder, key="k"):
+    return LatentSource(Shards(folder), encoder, folder / "cache" / "latents", (3, 2, 2), key)
+
+
+def test_latents_are_encoded_once_and_survive_a_restart(folder):
+    encoder = Encoder()
+    source = latents(folder, encoder)
+    first = [source.batch(Stream(0, i, "x"), 2, 4, i % 2 == 0) for i in range(12)]
+    calls = encoder.calls
+    assert 0 < calls <= 6 * 3
+    again = latents(folder, encoder)
+    for i, batch in enumerate(first):
+        repeat = again.batch(Stream(0, i, "x"), 2, 4, i % 2 == 0)
+        assert batch.encoded
+        assert torch.equal(batch.pictures, repeat.pictures)
+        assert batch.captions == repeat.captions
+    assert encoder.calls == calls
+    plain = ImageSource(Shards(folder)).batch(Stream(0, 0, "x"), 2, 4, True)
+    assert torch.allclose(first[0].pictures, torch.nn.functional.avg_pool2d(plain.pictures, 8), atol=1e-3)
+    latents(folder, encoder, "another autoencoder").batch(Stream(0, 0, "x"), 2, 4, True)
+    assert encoder.calls > calls

@@ -1,0 +1,97 @@
+"""Memory is estimated before it is taken: what is counted, what is refused and in which words."""
+
+import dataclasses
+import re
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mvdream_fast.core.errors import OutOfMemoryError
+from mvdream_fast.distill import memory
+from mvdream_fast.models.config import MINI, SD21, SDS_PRESETS, shaded
+
+PAPER = SDS_PRESETS["paper"]
+
+
+def total(model, config, weights=0):
+    return sum(memory.estimate(model, config, weights).values())
+
+
+def test_mini_fits_a_laptop_and_the_papers_recipe_does_not():
+    assert total(MINI, SDS_PRESETS["mini"], 42 << 20) < 3 << 30
+    assert total(SD21, PAPER, 5220 << 20) > 10 << 30
+
+
+def test_what_grows_the_run_grows_the_estimate():
+    base = total(SD21, PAPER)
+    for changes in ({"n_views": 8}, {"n_groups": (4, 1)}, {"samples_per_ray": 1024}):
+        assert total(SD21, dataclasses.replace(PAPER, max_samples=1 << 31, **changes)) > base
+    assert memory.estimate(SD21, PAPER)["the VAE's encoder"] > memory.estimate(MINI, PAPER)["the VAE's encoder"]
+    reconstruction = memory.estimate(SD21, dataclasses.replace(PAPER, method="reconstruct"))
+    assert "the UNet" not in reconstruction
+    assert total(SD21, shaded(PAPER)) >= base
+
+
+def test_the_volume_counts_parameter_gradient_and_both_moments():
+    assert memory.estimate(None, PAPER)["the volume and its optimiser"] == pytest.approx(16 * 12_599_920)
+
+
+def test_too_little_is_refused_with_needs_and_a_way_out(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: (100 << 20, "left of the control group's limit"))
+    parts = memory.estimate(MINI, SDS_PRESETS["mini"])
+    sentence = (
+        r"needs about \d+\.\d\d GB more than is in use, and 0\.10 GB is left of the control group's limit; "
+        r"most goes to .+ \(\d+\.\d\d GB\) and .+ \(\d+\.\d\d GB\); try --"
+    )
+    with pytest.raises(OutOfMemoryError, match=sentence):
+        memory.check(parts, SDS_PRESETS["mini"])
+    monkeypatch.setattr(memory, "available", lambda device: (None, ""))
+    memory.check(parts, SDS_PRESETS["mini"])
+
+
+def test_the_flag_to_try_helps():
+    config = dataclasses.replace(SDS_PRESETS["mini"], render_size=(512,), max_samples=1 << 31)
+    parts = memory.estimate(MINI, config)
+    assert "try --render-size 256" in memory.advice(parts, config)
+    smaller = memory.estimate(MINI, dataclasses.replace(config, render_size=(256,)))
+    assert smaller["the renderer's samples"] < parts["the renderer's samples"] / 3
+
+
+def test_the_address_spaces_limit_is_seen():
+    code = textwrap.dedent(f"""
+        import resource
+        from mvdream_fast.distill import memory
+        resource.setrlimit(resource.RLIMIT_AS, ({1 << 30}, {1 << 30}))
+        size, name = memory.available()
+        print(size < {1 << 30}, name)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True left of the address space's limit, ulimit -v\n"
+
+
+def under_limit(size: int, *arguments: str) -> subprocess.CompletedProcess:
+    """The sds command in `size` bytes of address space."""
+    line = [sys.executable, "-m", "mvdream_fast.sds", "a green chair", *arguments]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size))  # noqa: E731
+    return subprocess.run(line, capture_output=True, text=True, preexec_fn=limit)
+
+
+def test_a_process_that_could_not_start_is_refused_before_torch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = under_limit(400 << 20)
+    assert done.returncode == 4
+    assert re.fullmatch(r"sds: starting needs about \S+ GB of address space, and \S+ GB is left .*\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_under_any_limit_a_run_is_refused_or_succeeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--steps", "2", "--mesh-resolution", "16", "--threads", "1"]
+    codes = [under_limit(size << 20, *quick).returncode for size in range(500, 5000, 450)]
+    assert set(codes) == {0, 4}
+    assert codes == sorted(codes, reverse=True)  # refused below, done above

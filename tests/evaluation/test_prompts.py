@@ -1,0 +1,47 @@
+"""The fixed prompts: 40 of them, most of pairs that training never saw, the same in the package as in benchmarks/.
+
+`benchmarks/check_prompts.py` checks them against all captions of the shards; here, against those that come near.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.evaluation.judging import is_new, read_prompts
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_most_pairs_are_new():
+    prompts = read_prompts()
+    near = (BENCHMARKS / "prompts_near.txt").read_text().splitlines()
+    assert len(prompts) == 40
+    assert sum(is_new(prompt, near) for prompt in prompts) == 35
+
+
+def test_the_package_has_the_same_list():
+    assert read_prompts() == read_prompts(BENCHMARKS / "prompts.txt")
+
+
+def test_what_counts_as_new():
+    captions = ["a red and white chair", "a green horse, animals"]
+    assert is_new("a green chair", captions)
+    assert is_new("a red horse", captions)
+    assert not is_new("a white chair", captions)  # a caption has both words
+    assert not is_new("an animals horse", captions)
+    assert not is_new("a blue chair", captions)  # blue is no word of theirs
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [(b"a chair\na chair\n", InputFileError), (b"# none\n", InputFileError), (b"\xff\xfe", InputFileError),
+     (b"a chair\na \x01chair\n", ArgumentError)],
+)  # fmt: skip
+def test_lists_that_cannot_be_used(tmp_path, content, error):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(error):
+        read_prompts(path)
+    with pytest.raises(InputFileError, match="cannot read the prompts"):
+        read_prompts(tmp_path / "none.txt")

@@ -1,0 +1,126 @@
+"""The VAE against LDM's autoencoder in plain torch, through a released file's names; scale, noise and shape rules."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import upstream
+from reference import vae as reference
+
+from mvdream_fast.checkpoints.layouts import released
+from mvdream_fast.models.config import MINI, VAEConfig
+from mvdream_fast.models.vae import VAE
+
+TINY = VAEConfig(block_out_channels=(32, 64), layers_per_block=2)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict:
+    return upstream.random(upstream.vae(upstream.NARROW21))
+
+
+@pytest.fixture(scope="module")
+def vae(state) -> VAE:
+    from mvdream_fast.models.config import SD21
+
+    module = VAE(TINY)
+    slots = released("vae", replace(SD21, vae=TINY), ()).slots
+    own = {name: state[slot.name.removeprefix("first_stage_model.")] for name, slot in slots.items()}
+    own = {name: x.reshape(module.model.state_dict()[name].shape) for name, x in own.items()}
+    module.model.load_state_dict(own)
+    return module.requires_grad_(False).eval()
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("size", [(32, 32), (30, 46)])
+def test_encode_equals_ldm(vae, state, size):
+    x, noise = images(2, 3, *size), torch.randn(2, 4, size[0] // 2, size[1] // 2)
+    expected = reference.encode(state, x, noise)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(vae.encode(x, noise), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 21)])
+def test_decode_equals_ldm(vae, state, size):
+    z = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(2))
+    expected = reference.decode(state, z)
+    assert 0.1 < expected.std() < 10
+    torch.testing.assert_close(vae.decode(z), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_the_encoder_equals_ldm(vae, state):
+    x, noise = images(1, 3, 16, 16), torch.randn(1, 4, 8, 8)
+    cotangent = torch.randn(1, 4, 8, 8)
+    grads = []
+    for encode in (vae.encode, lambda x, noise: reference.encode(state, x, noise)):
+        leaf = x.clone().requires_grad_()
+        (encode(leaf, noise) * cotangent).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-4)
+
+
+def test_mean_without_noise_and_sample_with_it(vae):
+    x = images(1, 3, 16, 16)
+    mean, logvar = vae.posterior(x)
+    noise = torch.randn(mean.shape)
+    assert torch.equal(vae.encode(x), mean * 0.18215)
+    torch.testing.assert_close(vae.encode(x, noise), (mean + (logvar / 2).exp() * noise) * 0.18215)
+
+
+def test_logvar_is_clamped(vae):
+    biases = vae.model.quant_conv.bias
+    before = biases.clone()
+    try:
+        biases[4:6], biases[6:] = 1e4, -1e4
+        _, logvar = vae.posterior(images(1, 3, 8, 8))
+        assert logvar[:, :2].eq(20).all()
+        assert logvar[:, 2:].eq(-30).all()
+    finally:
+        biases.copy_(before)
+
+
+def test_encoder_only_has_no_decoder_and_equal_latents(vae):
+    half = VAE(TINY, decoder=False)
+    half.model.load_state_dict({n: x for n, x in vae.model.state_dict().items() if not n.startswith(("dec", "post"))})
+    assert not any(name.startswith(("decoder", "post_quant")) for name in half.model.state_dict())
+    x = images(1, 3, 16, 16)
+    assert torch.equal(half.requires_grad_(False).encode(x), vae.encode(x))
+    with pytest.raises(RuntimeError, match="without its decoder"):
+        half.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_weights_are_channels_last(vae):
+    weight = vae.model.encoder.down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mini_has_24_channels_and_no_attention():
+    vae = VAE(MINI.vae)
+    assert not any("attentions" in name for name in vae.model.state_dict())
+    z = vae.encode(images(1, 3, 64, 64))
+    assert z.shape == (1, 24, 8, 8)
+    assert vae.decode(z).shape == (1, 3, 64, 64)
+
+
+def test_a_wide_decoder_leaves_the_encoder():
+    config = replace(MINI.vae, decoder_width=160)
+    wide, plain = VAE(config), VAE(replace(MINI.vae, decoder_width=None))
+    assert wide.model.encoder.conv_in.weight.shape == plain.model.encoder.conv_in.weight.shape
+    assert wide.model.decoder.conv_out.in_channels == 160
+    assert wide.decode(wide.encode(images(1, 3, 64, 64))).shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="decoder_width must be None with 2 levels, got 160"):
+        VAE(replace(config, block_out_channels=(32, 64)))
+
+
+def test_wrong_shapes(vae):
+    with pytest.raises(
+        ValueError, match=r"VAE.encode: images must be \[B, 3, Hp, Wp\].*multiples of 2, got \(1, 3, 15"
+    ):
+        vae.encode(torch.zeros(1, 3, 15, 16))
+    with pytest.raises(ValueError, match="VAE.encode: noise must be"):
+        vae.encode(torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 1, 1))
+    with pytest.raises(ValueError, match=r"VAE.decode: latents must be \[B, 4, h, w\]"):
+        vae.decode(torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,286 @@
+"""The CUDA kernels compiled for the host (tests/cuda_shim) and put in the CPU backend's place: the same parity tests.
+
+A GPU runs the same sources. What a GPU alone can show (speed, memory ordering between blocks) is not tested here.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_composite
+import test_field
+import test_hash_encode
+import test_march_rays
+import test_render_op
+import test_update_occupancy
+import torch
+from tolerances import PARITY, close_to_largest
+
+import mvdream_fast
+from mvdream_fast import ops
+from mvdream_fast.ops import _edges
+from mvdream_fast.ops._edges import load_native
+from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
+
+field_op, hash_encode_op = (sys.modules[f"mvdream_fast.ops.{name}"] for name in ("field", "hash_encode"))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def cuda_host():
+    """The host build of csrc/cuda as a module; ninja compiles what has changed."""
+    import pybind11
+
+    sanitize = "ON" if os.environ.get("MVDREAM_FAST_SANITIZE") else "OFF"  # set by `make sanitize`
+    tree = ROOT / ("build/cuda-host" if sanitize == "OFF" else "build/sanitize/cuda-host")
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitized compilers
+    if not (tree / "build.ninja").exists():
+        configure = ["cmake", "-S", ROOT / "tests/cuda_shim", "-B", tree, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DMVDREAM_FAST_SANITIZE={sanitize}"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+        subprocess.run(configure, check=True, capture_output=True, env=plain)
+    build = ["cmake", "--build", tree, "--parallel", "2"]
+    built = subprocess.run(build, capture_output=True, text=True, env=plain)
+    assert built.returncode == 0, built.stdout[-4000:]
+    (library,) = tree.glob("_cuda_host*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_host", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def host_instead_of_cpu(cuda_host, monkeypatch):
+    """The ops' CPU backend is the host build."""
+    from mvdream_fast import _C
+
+    for shared in ("HashGrid", "Field"):
+        setattr(cuda_host, shared, getattr(_C, shared))
+    monkeypatch.setattr(mvdream_fast, "_C", cuda_host)
+    monkeypatch.setattr(_edges, "has_vector_loads", lambda tensor: True)  # as on CUDA; UBSan sees where it matters
+
+
+def borrow(module, without):
+    """The tests of an op's own file, for this backend."""
+    tests = {name: test for name, test in vars(module).items() if name.startswith("test_") and name not in without}
+    globals().update({f"{module.__name__}_{name.removeprefix('test_')}": test for name, test in tests.items()})
+
+
+NOT_HERE = [  # the references' own tests, the CPU's promises, and what takes long under the host build
+    "test_same_bits_for_any_number_of_threads",
+    "test_gradcheck_of_the_reference",
+    "test_the_registered_form",
+    "test_gradients_of_the_registered_form",
+    "test_compiles_in_one_graph",
+    "test_gradients_of_the_reference",
+    "test_parity_campaign",
+    "test_batch_longer_than_a_run",
+    "test_grid_finds_the_ball",
+    "test_cells_that_empty_are_forgotten",
+    "test_instruction_sets_agree",
+    "test_instruction_sets_are_reported",
+    "test_extreme_positions",  # on CUDA a NaN position is not refused: see below
+    "test_wrong_arguments_are_named",
+    "test_frozen_inputs_change_no_other_gradient",  # to the bit in deterministic mode only: see below
+    "test_forward_mode_goes_through_the_reference",
+    "test_registered_forms",
+]
+for ops_tests in (test_composite, test_march_rays, test_update_occupancy, test_hash_encode, test_field):
+    borrow(ops_tests, NOT_HERE)
+
+
+@pytest.fixture
+def deterministic(monkeypatch, cuda_host):
+    """The ops' calls as torch.use_deterministic_algorithms makes them on CUDA."""
+    for op in (hash_encode_op, field_op):
+        monkeypatch.setattr(op, "queue_of", lambda like: cuda_host.Queue(0, deterministic=True))
+
+
+@pytest.mark.parametrize("n_features", [1, 2, 4, 8])
+def test_deterministic_table_gradient(deterministic, n_features):
+    test_hash_encode.test_native_matches_reference(n_points=1001, n_features=n_features)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_deterministic_gradients_are_equal_to_the_bit(deterministic, frozen):
+    test_field.test_frozen_inputs_change_no_other_gradient(frozen)
+
+
+def gradients_in_order(order, monkeypatch):
+    monkeypatch.setenv("MVDREAM_FAST_SHIM_ORDER", order)
+    spec = test_field.FieldSpec(test_field.GRID)
+    arguments, d = test_field.inputs(spec, n_points=200)
+    out = ops.field(*arguments, spec)
+    return [*out, *torch.autograd.grad(out, test_field.leaves(arguments), d)]
+
+
+def test_no_order_of_threads_changes_a_bit(deterministic, monkeypatch):
+    """A missing barrier, or a sum by float atomics, would show."""
+    forward, reverse = (gradients_in_order(order, monkeypatch) for order in ("forward", "reverse"))
+    assert all(torch.equal(a, b) for a, b in zip(forward, reverse, strict=True))
+
+
+def test_float_atomics_change_the_table_alone(monkeypatch):
+    forward, reverse = (gradients_in_order(order, monkeypatch) for order in ("forward", "reverse"))
+    equal = [torch.equal(a, b) for a, b in zip(forward, reverse, strict=True)]
+    assert equal[:3] + equal[4:] == [True] * (len(equal) - 1)  # outputs 0 and 1, positions 2, table 3, weights
+    close_to_largest("hash_encode", reverse[3], forward[3])
+
+
+def test_fixed_point_of_cotangents_that_are_no_numbers(deterministic):
+    grid = test_hash_encode.HashGrid(**test_hash_encode.SMALL)
+    positions, table, d_out = test_hash_encode.inputs(grid, 50)
+    d_out[3, 1] = float("inf")
+    (d_table,) = torch.autograd.grad(ops.hash_encode(positions, table, grid), table, d_out)
+    assert d_table.isnan().all()
+
+
+def test_nan_positions_make_nan_outputs_and_no_gradient():
+    spec = test_field.FieldSpec(test_field.GRID)
+    arguments, d = test_field.inputs(spec, n_points=40)
+    arguments[0].data[7, 1] = float("nan")
+    sigmas, rgb = ops.field(*arguments, spec)
+    assert sigmas.isnan().nonzero().tolist() == [[7]]
+    assert rgb.isnan().any(-1).nonzero().tolist() == [[7]]
+    gradients = torch.autograd.grad((sigmas, rgb), test_field.leaves(arguments), d)
+    assert gradients[0].isnan().any(-1).nonzero().tolist() == [[7]]
+    assert all(g.isfinite().all() for g in gradients[1:])
+
+
+def test_tf32_has_the_error_of_ten_bits(monkeypatch, cuda_host):
+    monkeypatch.setattr(field_op, "queue_of", lambda like: cuda_host.Queue(0, tf32=True))
+    spec = test_field.FieldSpec(test_field.GRID, density_activation="softplus")
+    arguments, _ = test_field.inputs(spec, n_points=300)
+    for out, ref in zip(ops.field(*arguments, spec), ops.field_ref(*arguments, spec)):
+        error = ((out - ref).abs() / (1 + ref.abs())).max()
+        assert 1e-5 < error < 5e-3
+
+
+@pytest.fixture
+def launches(cuda_host, monkeypatch):
+    """Ops queue on device 2; the current device after each call and that of its launches, by the function's name."""
+    for name in ("march_rays", "composite", "hash_encode", "field"):
+        module = sys.modules[f"mvdream_fast.ops.{name}"]
+        monkeypatch.setattr(module, "queue_of", lambda like: cuda_host.Queue(0, device=2))
+    seen = {}
+
+    def watched(name):
+        def call(*arguments):
+            out = getattr(cuda_host, name)(*arguments)
+            seen[name] = cuda_host.devices()
+            return out
+
+        return call
+
+    classes = {"HashGrid", "Field", "MarchArgs", "Packed"}
+    functions = {name for name in dir(cuda_host) if name[0].islower() and name not in ("devices", "update_occupancy")}
+    backend = {name: getattr(cuda_host, name) for name in classes} | {name: watched(name) for name in functions}
+    monkeypatch.setattr(mvdream_fast, "_C", SimpleNamespace(**backend))
+    return seen, functions
+
+
+def test_every_op_makes_its_device_current_and_restores_it(fused, launches):
+    seen, functions = launches
+    rays, ball, bits = test_render_op.rays_around(5), hash_grid_ball(), test_render_op.grid(0.3)
+    fused(*rays, ball, test_render_op.BOX, bits, 32, test_render_op.STEP)
+    samples = ops.march_rays(*rays, test_render_op.BOX, bits, 32, test_render_op.STEP)
+    positions = samples.positions(*rays).requires_grad_()
+    sigmas, rgb = ball(positions)
+    out = ops.composite(sigmas, rgb, samples.t_starts, samples.t_ends, packed_info=samples.packed_info)
+    (out.rgb.sum() + ops.hash_encode(positions, ball.table, ball.spec.grid).sum()).backward()
+    ops.prune_samples(samples, sigmas)
+    assert set(seen) == functions
+    assert len(functions) == 13
+    assert all(devices == [0, 2] for devices in seen.values()), seen
+
+
+def test_update_occupancy_makes_its_device_current(cuda_host):
+    numbers = torch.rand(8)
+    out, bits = torch.empty(8), torch.empty(1, dtype=torch.uint8)
+    addresses = (numbers.data_ptr(), 8, numbers.data_ptr(), 0, 8, 0.95, 0.01, out.data_ptr(), bits.data_ptr())
+    cuda_host.update_occupancy(*addresses, cuda_host.Queue(0, device=3))
+    assert cuda_host.devices() == [0, 3]
+    with pytest.raises(RuntimeError, match="device: CUDA must succeed, got an error"):
+        cuda_host.update_occupancy(*addresses, cuda_host.Queue(0, device=4))
+    assert cuda_host.devices()[0] == 0
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """`render` by the way that CUDA takes."""
+    render_op = sys.modules["mvdream_fast.ops.render"]
+    monkeypatch.setattr(render_op, "_render_cpu", render_op._render_cuda)
+    return ops.render
+
+
+def hash_grid_ball(width=32, n_hidden=1):
+    """A small hash-grid field, dense in the middle."""
+    spec = test_field.FieldSpec(test_field.GRID)
+    _, table, density, features = test_field.inputs(spec, width=width, n_hidden=n_hidden)[0]
+    return ops.HashGridField(table.detach(), [w.detach() for w in density], [w.detach() for w in features], spec)
+
+
+@pytest.mark.parametrize("background", [None, torch.tensor([0.2, 0.5, 0.9]), torch.rand(70, 3)])
+@pytest.mark.parametrize(("alpha_thre", "early_stop_eps"), [(0.0, 0.0), (0.01, 1e-4), (0.02, 0.3)])
+def test_fused_render_equals_the_ops_in_a_row(fused, background, alpha_thre, early_stop_eps):
+    rays, bits, ball = test_render_op.rays_around(70), test_render_op.grid(0.1), hash_grid_ball()
+    thresholds = (alpha_thre, early_stop_eps)
+    out = fused(*rays, ball, test_render_op.BOX, bits, 32, test_render_op.STEP, background, 0, math.inf, *thresholds)
+    wanted, n_samples = test_render_op.in_a_row(*rays, ball, bits, background, *thresholds)
+    for name in ("rgb", "opacity", "depth"):
+        torch.testing.assert_close(getattr(out, name), getattr(wanted, name), rtol=PARITY["render.fused"], atol=1e-5)
+    assert out.n_samples == n_samples if early_stop_eps == 0 else out.n_samples <= n_samples
+    assert out.opacity.max() > 0.2
+
+
+@pytest.mark.parametrize(("width", "n_hidden"), [(64, 1), (128, 2)])
+def test_fused_render_of_wider_networks(fused, width, n_hidden):
+    rays, bits, ball = test_render_op.rays_around(40), test_render_op.grid(0.02), hash_grid_ball(width, n_hidden)
+    out = fused(*rays, ball, test_render_op.BOX, bits, 32, test_render_op.STEP)
+    wanted, _ = test_render_op.in_a_row(*rays, ball, bits, None, 0.0, 1e-4)
+    torch.testing.assert_close(out.rgb, wanted.rgb, rtol=PARITY["render.fused"], atol=1e-5)
+
+
+def test_a_field_that_only_a_call_can_evaluate_is_called(fused):
+    """A volume of another class may compute anything: here the density of its parent, all black."""
+
+    class Black(Volume):
+        def forward(self, positions):
+            sigmas, rgb = super().forward(positions)
+            return sigmas, torch.zeros_like(rgb)
+
+    config = VolumeConfig(n_levels=3, log2_size=8, base_resolution=4, top_resolution=8, width=16)
+    rays, bits = test_render_op.rays_around(70), test_render_op.grid(0.1)
+    plain, black, called = (
+        fused(*rays, volume, test_render_op.BOX, bits, 32, test_render_op.STEP)
+        for volume in (Volume(config), Black(config), test_render_op.shell)
+    )
+    assert plain.rgb.max() > 0.1
+    assert black.rgb.abs().max() == 0
+    torch.testing.assert_close(black.opacity, plain.opacity, rtol=PARITY["render.fused"], atol=1e-5)
+    wanted, _ = test_render_op.in_a_row(*rays, test_render_op.shell, bits, None, 0.0, 1e-4)
+    torch.testing.assert_close(called.rgb, wanted.rgb, rtol=PARITY["render"], atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rays", [0, 3])
+def test_fused_render_of_nothing(fused, n_rays):
+    rays, bits = test_render_op.rays_around(n_rays), test_render_op.grid(0.0)
+    out = fused(*rays, hash_grid_ball(), test_render_op.BOX, bits, 32, test_render_op.STEP, torch.ones(3))
+    assert torch.equal(out.rgb, torch.ones(n_rays, 3))
+    assert out.n_samples == 0
+
+
+def test_a_build_without_cuda_says_so(monkeypatch):
+    monkeypatch.undo()
+    from mvdream_fast import _C
+
+    if hasattr(_C, "cuda"):
+        pytest.skip("this build has the CUDA backend")
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
+    with pytest.raises(RuntimeError, match="composite: tensors must be on a CPU where mvdream_fast was built without"):
+        load_native("composite", on_gpu)

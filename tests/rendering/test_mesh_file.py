@@ -1,0 +1,320 @@
+"""Reading meshes: formats, axes, materials, caps, and damaged files that may only raise MeshError."""
+
+import json
+import struct
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.rendering import mesh_file
+from mvdream_fast.rendering.catalogue import parse_properties, read_folder, read_sweethome3d
+from mvdream_fast.rendering.mesh_file import Mesh, MeshError, Part, load_mesh
+
+
+def arrow() -> trimesh.Trimesh:
+    """Long towards +Z (glTF's front), high towards +Y, with its low corner at the origin."""
+    mesh = trimesh.creation.box(extents=(1, 2, 4))
+    mesh.apply_translation((0.5, 1, 2))
+    return mesh
+
+
+@pytest.mark.parametrize("suffix", ["glb", "gltf", "obj", "dae", "ply", "stl", "3mf", "off"])
+def test_every_format_arrives_in_the_world_frame(tmp_path, suffix):
+    path = tmp_path / f"arrow.{suffix}"
+    if suffix == "gltf":
+        for name, content in trimesh.exchange.gltf.export_gltf(trimesh.Scene(arrow())).items():
+            (tmp_path / ("arrow.gltf" if name.endswith(".gltf") else name)).write_bytes(content)
+    else:
+        arrow().export(path)
+    mesh = load_mesh(path)
+    points = np.concatenate([part.positions for part in mesh.parts])
+    # x stays, glTF's front (+Z) becomes -Y, glTF's up (+Y) becomes z
+    np.testing.assert_allclose(points.min(0), (0, -4, 0), atol=1e-5)
+    np.testing.assert_allclose(points.max(0), (1, 0, 2), atol=1e-5)
+    assert mesh.n_faces == 12
+
+
+def test_normals_of_a_box_are_its_faces(tmp_path):
+    arrow().export(tmp_path / "box.obj", include_normals=False)
+    part = load_mesh(tmp_path / "box.obj").parts[0]
+    largest = np.abs(part.normals).max(1)
+    np.testing.assert_allclose(largest, 1, atol=1e-5)
+
+
+def test_normals_of_a_sphere_stay_smooth(tmp_path):
+    trimesh.creation.icosphere(subdivisions=3).export(tmp_path / "ball.obj", include_normals=False)
+    part = load_mesh(tmp_path / "ball.obj").parts[0]
+    cosine = (part.normals * part.positions).sum(1)
+    assert cosine.min() > 0.999
+
+
+def one_part(positions, **more) -> Mesh:
+    n = len(positions)
+    faces = np.arange(n, dtype=np.int32).reshape(-1, 3)
+    zeros = np.zeros((n, 3), np.float32)
+    return Mesh((Part(np.asarray(positions, np.float32), zeros, zeros[:, :2], zeros + 0.5, faces, **more),))
+
+
+def test_normalised_to_the_ball_and_to_the_box():
+    mesh = one_part([(10, 0, 0), (16, 0, 0), (10, 8, 0)])
+    ball = mesh.normalised("sphere").parts[0].positions
+    np.testing.assert_allclose(ball, [(-0.6, -0.8, 0), (0.6, -0.8, 0), (-0.6, 0.8, 0)], atol=1e-6)
+    box = mesh.normalised("box").parts[0].positions
+    np.testing.assert_allclose(box.max(0) - box.min(0), (0.75, 1, 0), atol=1e-6)
+
+
+def test_creases_need_little_memory_and_do_not_depend_on_their_blocks(monkeypatch):
+    """What a million faces take is told from 80,000: their own normals, and one block of pairs."""
+    ball = trimesh.creation.icosphere(subdivisions=6)
+    positions, faces = np.asarray(ball.vertices), np.asarray(ball.faces, np.int32)
+    monkeypatch.setattr(mesh_file, "CORNERS_AT_A_TIME", 5000)
+    tracemalloc.start()
+    blocks = mesh_file._creased(positions, faces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 700 * len(faces)
+    monkeypatch.setattr(mesh_file, "CORNERS_AT_A_TIME", faces.size)
+    np.testing.assert_array_equal(mesh_file._creased(positions, faces), blocks)
+
+
+def test_a_point_has_no_extent():
+    with pytest.raises(MeshError, match="no extent"):
+        one_part([(1, 1, 1)] * 3).normalised()
+
+
+def write_obj(folder, mtl: str, name: str = "thing") -> None:
+    (folder / f"{name}.obj").write_text(
+        f"mtllib {name}.mtl\nusemtl stuff\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nf 1/1 2/2 3/3\n"
+    )
+    (folder / f"{name}.mtl").write_text("newmtl stuff\n" + mtl)
+
+
+@pytest.mark.parametrize(("line", "opacity"), [("d 0.25", 0.25), ("Tr 0.25", 0.75), ("", 1.0), ("d 1.0", 1.0)])
+def test_opacity_of_an_mtl(tmp_path, line, opacity):
+    write_obj(tmp_path, f"Kd 0.2 0.4 0.6\n{line}\n")
+    part = load_mesh(tmp_path / "thing.obj").parts[0]
+    assert part.opacity == pytest.approx(opacity)
+    np.testing.assert_allclose(part.colours[0], (0.2, 0.4, 0.6), atol=0.01)
+    assert part.material == "stuff"
+
+
+def test_a_texture_with_an_exporters_absolute_path_is_found_by_its_name(tmp_path):
+    Image.new("RGB", (600, 4), (255, 0, 0)).save(tmp_path / "wood.png")
+    write_obj(tmp_path, "Kd 1 1 1\nmap_Kd C:/Users/somebody/textures/wood.png\n")
+    texture = load_mesh(tmp_path / "thing.obj").parts[0].texture
+    assert texture.shape == (4, 512, 4)
+    np.testing.assert_array_equal(texture[0, 0], (255, 0, 0, 255))
+
+
+def test_nothing_outside_the_folder_is_opened(tmp_path):
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "secret.png")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    write_obj(inner, f"Kd 1 1 1\nmap_Kd ../secret.png\nmap_Ks {tmp_path}/secret.png\n")
+    assert load_mesh(inner / "thing.obj").parts[0].texture is None
+    tree = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../secret.png", "byteLength": 36}], "meshes": [
+        {"primitives": [{"attributes": {"POSITION": 0}}]}], "nodes": [{"mesh": 0}], "scenes": [{"nodes": [0]}],
+        "accessors": [{"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}],
+        "bufferViews": [{"buffer": 0, "byteLength": 36}]}  # fmt: skip
+    (inner / "thing.gltf").write_text(json.dumps(tree))
+    with pytest.raises(MeshError, match="thing.gltf"):
+        load_mesh(inner / "thing.gltf")
+
+
+def test_caps(tmp_path, monkeypatch):
+    trimesh.creation.icosphere(subdivisions=2).export(tmp_path / "ball.glb")
+    monkeypatch.setattr(mesh_file, "MAX_FACES", 100)
+    with pytest.raises(MeshError, match=r"ball.glb: the mesh has 320 faces, at most 100 are taken; decimate it first"):
+        load_mesh(tmp_path / "ball.glb")
+    monkeypatch.setattr(mesh_file, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(MeshError, match="ball.glb: the file has"):
+        load_mesh(tmp_path / "ball.glb")
+
+
+def test_a_16k_texture_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (16384, 16384)).save(tmp_path / "huge.png")
+    write_obj(tmp_path, "Kd 1 1 1\nmap_Kd huge.png\n")
+    with pytest.raises(MeshError, match="thing.obj: a texture has 16384 x 16384 pixels"):
+        load_mesh(tmp_path / "thing.obj")
+
+
+def test_an_archive_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(mesh_file, "MAX_FILE_BYTES", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "bomb.3mf", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("3D/3dmodel.model", b" " * (2 << 20))
+    with pytest.raises(MeshError, match="bomb.3mf: unpacks to 2 MB"):
+        load_mesh(tmp_path / "bomb.3mf")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"glTF", b"\x00" * 100, b"v 1 2\nf 1 2 3\n", b"v nan 0 0\n" * 3 + b"f 1 2 3\n"]
+)
+@pytest.mark.parametrize("suffix", ["glb", "obj", "ply", "stl", "3mf", "dae", "off"])
+def test_junk_is_a_mesh_error(tmp_path, suffix, content):
+    path = tmp_path / f"junk.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(MeshError, match=f"junk.{suffix}"):
+        load_mesh(path).normalised()
+
+
+def small_glb(**changes) -> bytes:
+    """One triangle, with parts of its JSON replaced."""
+    tree = {
+        "asset": {"version": "2.0"},
+        "buffers": [{"byteLength": 36}],
+        "bufferViews": [{"buffer": 0, "byteLength": 36}],
+        "accessors": [{"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}],
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}],
+        "nodes": [{"mesh": 0}],
+        "scenes": [{"nodes": [0]}],
+    }
+    text = json.dumps(tree | changes).encode()
+    text += b" " * (-len(text) % 4)
+    blob = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0)], "<f4").tobytes()
+    size = struct.pack("<II", 2, 12 + 8 + len(text) + 8 + len(blob))
+    return (
+        b"glTF" + size + struct.pack("<I", len(text)) + b"JSON" + text + struct.pack("<I", len(blob)) + b"BIN\0" + blob
+    )
+
+
+def test_a_small_file_cannot_promise_the_world():
+    assert load_mesh(small_glb(), "glb").n_faces == 1
+    endless = {"componentType": 5126, "count": 4_000_000_000, "type": "VEC3"}
+    with pytest.raises(MeshError, match="promises 4000000000 values"):
+        load_mesh(small_glb(accessors=[endless]), "glb")
+    with pytest.raises(MeshError, match="promises 200000 nodes"):
+        load_mesh(small_glb(nodes=[{"mesh": 0}] * 200_000, scenes=[{"nodes": list(range(200_000))}]), "glb")
+    with pytest.raises(MeshError):
+        load_mesh(b'{"asset":' * 200_000, "gltf")
+
+
+def test_mutated_files_raise_nothing_else(tmp_path):
+    rng = np.random.default_rng(0)
+    for suffix in ("glb", "obj", "ply"):
+        whole = trimesh.creation.box().export(file_type=suffix)
+        whole = whole.encode() if isinstance(whole, str) else whole
+        for _ in range(60):
+            content = bytearray(whole)
+            for _ in range(rng.integers(1, 6)):
+                content[rng.integers(len(content))] = rng.integers(256)
+            content = bytes(content[: rng.integers(1, len(content) + 1)])
+            try:
+                load_mesh(content, suffix).normalised()
+            except MeshError:
+                continue
+
+
+def test_unknown_format(tmp_path):
+    (tmp_path / "thing.fbx").write_bytes(b"Kaydara")
+    with pytest.raises(MeshError, match=r"thing.fbx: the format must be one of glb.*; convert it to GLB"):
+        load_mesh(tmp_path / "thing.fbx")
+    assert [e.id for e in read_folder(tmp_path)] == ["thing-fbx"]
+    with pytest.raises(MeshError, match="is glTF 1.0, only glTF 2 can be read; convert it to GLB"):
+        load_mesh(b'{"asset": {"version": "1.0"}}', "gltf")
+
+
+def test_painting_keeps_light_and_dark():
+    texture = np.full((2, 2, 4), 255, np.uint8)
+    texture[0, :, :3], texture[1, :, :3] = 100, 80
+    mesh = one_part([(0, 0, 0), (1, 0, 0), (0, 1, 0)], texture=texture)
+    painted = mesh.recoloured([0], (0.8, 0.1, 0.1)).parts[0]
+    assert painted.texture[0, 0, 0] > painted.texture[1, 0, 0] > 150
+    np.testing.assert_allclose(painted.texture[..., 0].mean() / 255, 0.8, atol=0.02)
+    np.testing.assert_array_equal(mesh.parts[0].texture, texture)
+    flat = mesh.recoloured([0], (0.8, 0.1, 0.1), flat=True).parts[0]
+    assert (flat.texture[..., :3] == 255).all()
+
+
+def test_brightening_holds_the_hue():
+    mesh = one_part([(0, 0, 0), (1, 0, 0), (0, 1, 0)])
+    part = mesh.parts[0]
+    part.colours[:] = [(0.5, 0.5, 0.5), (1, 0.5, 0), (0.9, 0.45, 0)]
+    bright = mesh.brightened(1.2).parts[0].colours
+    np.testing.assert_allclose(bright, [(0.6, 0.6, 0.6), (1, 0.5, 0), (1, 0.5, 0)], atol=1e-6)
+
+
+def test_java_properties():
+    head, rows = parse_properties("# c\nname=A \\u00e9\nname#2=Two\nname#1=One\ntags#1=a, b\nbroken\n")
+    assert head == {"name": "A é"}
+    assert rows == [{"name": "One", "tags": "a, b"}, {"name": "Two"}]
+
+
+def make_library(folder) -> None:
+    """A small furniture library: a plain box, and the same box with a model rotation about y."""
+    box = arrow().export(file_type="obj", include_texture=False)
+    properties = (
+        "name=Tiny\nlicense=Creative Commons Attribution 3.0\n"
+        "name#1=Chair\nmodel#1=/tiny/chair/chair.obj\ncategory#1=Office\ntags#1=Seat\ncreator#1=Ann\n"
+        "name#2=Chair\nmodel#2=/tiny/chair/chair.obj\ncreator#2=Bob\nmodelRotation#2=0 0 1 0 1 0 -1 0 0\n"
+        "name#3=Gone\nmodel#3=/tiny/gone/../../gone.obj\n"
+    )
+    with zipfile.ZipFile(folder / "tiny.sh3f", "w") as archive:
+        archive.writestr("PluginFurnitureCatalog.properties", properties.encode("iso-8859-1"))
+        archive.writestr("tiny/chair/chair.obj", box)
+
+
+def test_a_furniture_library(tmp_path):
+    make_library(tmp_path)
+    first, turned, gone = read_sweethome3d(tmp_path)
+    assert [first.id, turned.id, gone.id] == ["tiny-chair-chair", "tiny-chair-chair-2", "tiny-gone"]
+    assert (first.name, first.category, first.tags, first.creator) == ("Chair", "Office", ("Seat",), "Ann")
+    assert first.licence == "CC-BY-3.0"
+    points = first.load().parts[0].positions
+    np.testing.assert_allclose(points.max(0) - points.min(0), (1, 4, 2), atol=1e-4)
+    # the rotation maps glTF z (the long side) to x
+    points = turned.load().parts[0].positions
+    np.testing.assert_allclose(points.max(0), (4, 1, 2), atol=1e-4)
+    with pytest.raises(MeshError, match="gone.obj: not readable in tiny.sh3f"):
+        gone.load()
+
+
+def test_how_to_get_the_libraries(tmp_path):
+    with pytest.raises(InputFileError, match="apt-get download sweethome3d-furniture"):
+        read_sweethome3d(tmp_path)
+    (tmp_path / "bad.sh3f").write_bytes(b"PK")
+    with pytest.raises(InputFileError, match=r"bad.sh3f is not a sweethome3d library"):
+        read_sweethome3d(tmp_path)
+
+
+def test_captions_of_a_folder(tmp_path):
+    for name in ("red_car.glb", "dog.glb", "cat-02.glb"):
+        arrow().export(tmp_path / name)
+    (tmp_path / "captions.csv").write_text("dog.glb,a good\x07 \x1b[31mdog\n../../etc/passwd,nope\ncat-02,\x00\x01\n")
+    entries = {e.id: e for e in read_folder(tmp_path)}
+    assert set(entries) == {"red-car-glb", "dog-glb", "cat-02-glb"}
+    assert entries["dog-glb"].caption == "a good [31mdog"
+    assert (entries["cat-02-glb"].caption, entries["cat-02-glb"].name) == (None, "cat 02")
+    assert (entries["red-car-glb"].caption, entries["red-car-glb"].name) == (None, "red car")
+
+
+def test_ids_are_short_and_unique(tmp_path):
+    for name in ("a b.stl", "a-b.stl", "x" * 120 + ".stl"):
+        arrow().export(tmp_path / name)
+    ids = [e.id for e in read_folder(tmp_path)]
+    assert len(set(ids)) == 3
+    assert all(len(i) <= 64 for i in ids)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{", '"text"'])
+def test_unreadable_captions(tmp_path, content):
+    arrow().export(tmp_path / "a.stl")
+    (tmp_path / "captions.json").write_text(content)
+    with pytest.raises(InputFileError, match="unreadable captions"):
+        read_folder(tmp_path)
+
+
+def test_a_folder_without_meshes(tmp_path):
+    with pytest.raises(InputFileError, match="no meshes in .*glb, gltf, obj"):
+        read_folder(tmp_path)
+    with pytest.raises(InputFileError, match="is not a folder of meshes"):
+        read_folder(tmp_path / "nothing")
+
+
+def test_a_mesh_without_any_colour_is_light_gray():
+    mesh = load_mesh(trimesh.creation.box().export(file_type="stl"), "stl")
+    np.testing.assert_allclose(mesh.parts[0].colours, 0.8)

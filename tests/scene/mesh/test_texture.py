@@ -1,0 +1,115 @@
+"""Baking: texels show the point of the surface that they lie on, seams are padded, and the GLB carries all of it."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from mvdream_fast.scene.mesh import export, texture
+from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh
+
+
+def ball(points):
+    return 100 * torch.sigmoid(40 * (0.5 - points.norm(dim=-1)))
+
+
+def position_colors(points):
+    """A colour for every place: so a texel tells where on the surface it was taken."""
+    return (points + 1) / 2
+
+
+@pytest.fixture(scope="module")
+def baked() -> Mesh:
+    mesh = extract_mesh(ball, position_colors, radius=1.0, threshold=50.0, resolution=24)
+    return texture.bake_texture(mesh, position_colors, 256)
+
+
+def sampled(mesh: Mesh, uvs: np.ndarray) -> np.ndarray:
+    """The texture's nearest texels at uvs [n, 2], in [0, 1]."""
+    size = len(mesh.texture)
+    x, y = np.clip((uvs * size).astype(int), 0, size - 1).T
+    return mesh.texture[size - 1 - y, x] / 255
+
+
+def test_every_vertex_finds_its_own_place_in_the_sheet(baked):
+    assert baked.uvs.min() >= 0
+    assert baked.uvs.max() <= 1
+    error = np.abs(sampled(baked, baked.uvs) - (baked.vertices + 1) / 2)
+    assert error.max() < 0.03  # a texel or two of a 0.5 ball
+
+
+def test_points_within_triangles_find_theirs_too(baked):
+    weights = np.random.default_rng(0).dirichlet((1, 1, 1), len(baked.faces))[:, :, None]
+    uvs = (weights * baked.uvs[baked.faces]).sum(axis=1)
+    points = (weights * baked.vertices[baked.faces]).sum(axis=1)
+    assert np.abs(sampled(baked, uvs) - (points + 1) / 2).max() < 0.03
+
+
+def test_the_surface_is_the_same(baked):
+    plain = extract_mesh(ball, position_colors, radius=1.0, threshold=50.0, resolution=24)
+    assert len(baked.faces) == len(plain.faces)
+    assert trimesh.Trimesh(baked.vertices, baked.faces).area == pytest.approx(
+        trimesh.Trimesh(plain.vertices, plain.faces).area, rel=1e-5
+    )
+    out = baked.vertices / np.linalg.norm(baked.vertices, axis=1, keepdims=True)
+    assert (baked.normals * out).sum(axis=1).min() > 0.95
+
+
+def test_seams_are_padded():
+    sheet = np.zeros((9, 9, 3), dtype=np.uint8)
+    covered = np.zeros((9, 9), dtype=bool)
+    covered[2:4, 2:4], covered[7, 7] = True, True
+    sheet[2:4, 2:4], sheet[7, 7] = (255, 0, 0), (0, 0, 255)
+    spread = texture._spread(sheet, covered)
+    assert (spread[0, 0] == (255, 0, 0)).all()
+    assert (spread[8, 8] == (0, 0, 255)).all()
+    assert set(map(tuple, spread.reshape(-1, 3))) == {(255, 0, 0), (0, 0, 255)}
+    assert not texture._spread(sheet * 0, covered & False).any()
+
+
+def test_texels_by_hand():
+    vertices = np.array([[0, 0, 0], [4, 0, 0], [0, 4, 0]], dtype=np.float32)
+    faces = np.array([[0, 1, 2]], dtype=np.int32)
+    uvs = np.array([[0, 0], [1, 0], [0, 1]], dtype=np.float32)
+    positions, covered = texture.texel_positions(vertices, faces, uvs, 4)
+    # Row 0 is the top, v = 1; centres on the long edge belong to the triangle.
+    assert (covered == np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=bool)).all()
+    np.testing.assert_allclose(positions[3, 1], [1.5, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(positions[0, 0], [0.5, 3.5, 0], atol=1e-6)
+
+
+def test_a_triangle_without_area_is_no_texel():
+    vertices = np.zeros((3, 3), dtype=np.float32)
+    uvs = np.full((3, 2), 0.5, dtype=np.float32)
+    _, covered = texture.texel_positions(vertices, np.array([[0, 1, 2]]), uvs, 8)
+    assert not covered.any()
+
+
+def test_glb_carries_texture_uvs_normals_and_a_matt_material(baked):
+    data = export.glb_bytes(baked)
+    tree = json.loads(data[20 : 20 + struct.unpack("<I", data[12:16])[0]])
+    primitive = tree["meshes"][0]["primitives"][0]
+    assert {"POSITION", "NORMAL", "TEXCOORD_0"} <= set(primitive["attributes"])
+    material = tree["materials"][primitive["material"]]
+    assert material["doubleSided"] is True
+    pbr = material["pbrMetallicRoughness"]
+    assert (pbr["metallicFactor"], pbr["roughnessFactor"]) == (0.0, 1.0)
+    assert "baseColorTexture" in pbr
+    assert all("uri" not in image for image in tree["images"])
+    (body,) = trimesh.load(io.BytesIO(data), file_type="glb", process=False).geometry.values()
+    picture = np.asarray(body.visual.material.baseColorTexture.convert("RGB"))
+    assert (picture == baked.texture).all()
+    # glTF's (x, y, z) is the world's (x, -z, y): up is +Y, the front +Z. The uvs come back from the lower left.
+    world = body.vertices @ export.Y_UP
+    np.testing.assert_allclose(world, baked.vertices, atol=1e-6)
+    np.testing.assert_allclose(body.visual.uv, baked.uvs, atol=1e-6)
+
+
+def test_other_formats_keep_vertex_colours(baked, tmp_path):
+    export.save_mesh(baked, tmp_path / "a.ply", "z")
+    body = trimesh.load(tmp_path / "a.ply", process=False)
+    assert np.abs(body.visual.vertex_colors[:, :3] / 255 - (baked.vertices + 1) / 2).max() < 0.01

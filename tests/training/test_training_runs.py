@@ -1,0 +1,187 @@
+"""Training runs from their flags: both stages, published files, settings, output folders, and the command's errors."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from reference import upstream
+from safetensors.torch import save_file
+from test_batches import make_sample
+from test_train import TINY, data, flags, pictures, tiny
+
+from mvdream_fast.checkpoints.open import load_model
+from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.data.shards import write_shard
+from mvdream_fast.models.config import with_settings
+from mvdream_fast.models.tokenizer import build_subset_vocabulary
+from mvdream_fast.train import main
+from mvdream_fast.training import runs
+
+__all__ = ["data", "tiny"]  # fixtures
+
+
+def test_decoder_only_leaves_the_latents(data, vae_model, tmp_path):
+    main(flags(data, tmp_path, stage="vae", init=str(vae_model), decoder_only=True, steps=3, batch_size=4))
+    before, after = load_model(vae_model), load_model(tmp_path / "model")
+    images = pictures(2)
+    assert before.config == after.config
+    assert torch.equal(before.vae.float().encode(images), after.vae.float().encode(images))
+    z = torch.ones(1, 4, 4, 4)
+    assert not torch.equal(before.vae.decode(z), after.vae.decode(z))
+
+
+@pytest.fixture(scope="module")
+def vae_model(data, tmp_path_factory):
+    """The first stage's output, through the command's main."""
+    folder = tmp_path_factory.mktemp("vae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(runs.NAMED, "mini", TINY)
+        main(flags(data, folder, stage="vae", steps=3, batch_size=4))
+    return folder / "model"
+
+
+def test_both_stages_make_a_model_that_loads(data, vae_model, tmp_path):
+    first = load_model(vae_model)
+    assert first.config.vae.scale_factor != 1.0
+    assert first.tokenizer.encode("a red thing").unknown == [[]]
+    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, sheet_prompts=("a red thing",)))
+    model = load_model(tmp_path / "model")
+    assert model.unet.out[2].weight.dtype == torch.float16
+    assert model.config == first.config
+    sheet = Image.open(tmp_path / "samples" / "000002.png")
+    assert sheet.size == (4 * 16, 16)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 2
+    assert records[-1].keys() >= {"val_multi_view", "val_2d"}
+    more = {"dtype": "bf16", "gradient_checkpointing": True, "accumulate": 2}
+    main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, resume=True, steps=3, **more))
+    assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() == "000003.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["released", "stable diffusion"])
+def test_training_goes_on_from_published_files(data, tmp_path, kind):
+    """Narrow files in the released layout, at the size of the data; a multi-view step teaches the new camera layers."""
+    tensors = upstream.flat(upstream.NARROW21)
+    if kind == "released":
+        torch.save(tensors, tmp_path / "model.pt")
+    else:
+        tensors = {name: x for name, x in tensors.items() if "camera_embed" not in name}
+        save_file(tensors, tmp_path / "model.pt")
+    more = {"init": str(tmp_path / "model.pt"), "settings": ("vae.image_size=16",), "freeze_text": True}
+    main(flags(data, tmp_path / "out", n_views=2, steps=1, multi_view_share=1.0, **more))
+    model = load_model(tmp_path / "out" / "model")
+    assert model.config.unet.camera_in == "time"
+    assert model.config.vae.image_size == 16
+    assert model.unet.camera_embed[2].weight.any()
+    with pytest.raises(ArgumentError, match=r"--set must leave the widths and depths of --init as they are, got vae.l"):
+        main(flags(data, tmp_path / "no", **more | {"settings": ("vae.layers_per_block=1",)}))
+
+
+@pytest.mark.parametrize("where", ["time", "attention", "none"])
+@pytest.mark.parametrize("mixing", ["3d", "temporal"])
+def test_a_2d_model_gets_cameras_and_views(where, mixing):
+    """As the paper starts from Stable Diffusion: what it could stays, to the bit; layers that are added learn."""
+    rows = build_subset_vocabulary(["a red chair"])
+    old = runs.new_model("mini", rows, seed=0, settings=("unet.camera_in=none",))
+    g = torch.Generator().manual_seed(1)
+    for parameter in old.unet.parameters():  # none of the layers that close a branch may be zero
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=g)
+    latents, camera = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 16, generator=g)
+    context, t = torch.randn(2, 5, old.config.unet.context_dim, generator=g), torch.tensor([3, 3, 500, 500])
+    both = context.repeat_interleave(2, 0)
+    with torch.no_grad():
+        alone, together = old.unet(latents, t, both), old.unet(latents, t, context, n_views=2)
+    assert not torch.allclose(alone, together, atol=1e-3)
+    settings = (f"unet.camera_in={where}", f"unet.view_mixing={mixing}")
+    new = runs.adjusted(old, settings, seed=0)
+    assert new.config.unet == with_settings(new.config, settings).unet
+    with torch.no_grad():
+        torch.testing.assert_close(new.unet(latents, t, both), alone, rtol=0, atol=0)
+        mixed = new.unet(latents, t, context, camera, n_views=2)
+    torch.testing.assert_close(mixed, together if mixing == "3d" else alone, rtol=1e-5, atol=1e-5)
+    new.unet(latents, t, context, camera, n_views=2).square().mean().backward()
+    for layers, there in (("camera_", where != "none"), ("attn_views.", mixing == "temporal")):
+        learning = [name for name, p in new.unet.named_parameters() if layers in name and p.grad.any()]
+        assert bool(learning) == there
+
+
+@pytest.mark.parametrize(
+    "setting", ["unet.view_mixing=2d", "unet.view_mixing=temporal", "unet.camera_in=text", "unet.camera_in=attention"]
+)
+def test_a_new_model_with_settings_and_a_trained_text_tower(data, vae_model, tmp_path, setting):
+    out = tmp_path / "out"
+    shared = {"vae": str(vae_model), "text": str(vae_model), "freeze_text": True}
+    main(flags(data, out, steps=1, settings=(setting,), cache_latents=True, latents=tmp_path / "latents", **shared))
+    before, after = load_model(vae_model), load_model(out / "model")
+    assert after.config.unet == with_settings(TINY, [setting]).unet
+    for name, weight in before.text.state_dict().items():
+        assert torch.equal(weight.half(), after.text.state_dict()[name])
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "latents.npy", "latents.filled.npy", "latents.key"}
+
+
+def test_output_folders(data, vae_model, tmp_path):
+    with pytest.raises(ArgumentError, match="--resume must find a checkpoint"):
+        main(flags(data, tmp_path, vae=str(vae_model), resume=True))
+    main(flags(data, tmp_path, vae=str(vae_model), steps=1))
+    with pytest.raises(OutputError, match="holds a training run already"):
+        main(flags(data, tmp_path, vae=str(vae_model)))
+    with pytest.raises(ModelError, match="is of train-unet, not of train-vae"):
+        main(flags(data, tmp_path, stage="vae", resume=True))
+
+
+def test_a_resumed_run_keeps_its_vocabulary(vae_model, tmp_path, capsys):
+    shards, words = tmp_path / "shards", tmp_path / "words.txt"
+    shards.mkdir()
+    write_shard(shards / "train-00000.tar", [make_sample(i) for i in range(2)])
+    words.write_text("a turquoise thing\n")
+    out = tmp_path / "out"
+    main(flags(shards, out, vae=str(vae_model), vocabulary=words, steps=1, sheet_minutes=0.0))
+    assert load_model(out / "model", parts=("text",)).tokenizer.encode("turquoise dragon").unknown == [["dragon"]]
+    dragon = make_sample(2)
+    dragon.meta.update(caption="a turquoise dragon", variants=[])
+    write_shard(shards / "train-00001.tar", [dragon])
+    main(flags(shards, out, vae=str(vae_model), resume=True, steps=2, sheet_minutes=0.0))
+    assert "1 words of the captions are outside the vocabulary: dragon" in capsys.readouterr().out
+    assert load_model(out / "model", parts=("text",)).tokenizer.encode("turquoise").unknown == [[]]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "mvdream_fast.train", *map(str, arguments)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("--data", "nowhere", "-o", "out"), 5, "no train shards in nowhere"),
+        (("--data", ".", "-o", "out", "--config", "big"), 2, "--config must be one of"),
+        (("--data", ".", "-o", "out", "--timestep-shift", "0"), 2, "--timestep-shift must be over 0 and at most 100"),
+        (("--data", ".", "-o", "out", "--multi-view-share", "1.5"), 2, "--multi-view-share must be from 0 to 1"),
+        (("--data", ".", "-o", "out", "--steps", "0"), 2, "--steps must be at least 1"),
+        (("--data", ".", "-o", "out", "--set", "unet.views=2d"), 2, "--set must be NAME=VALUE, got 'unet.views=2d'"),
+        (("--data", ".", "-o", "out", "--steps", "9", "--decay", "10"), 2, "--decay must be from 0 to --steps"),
+        (("--data", ".", "-o", "out", "--stage", "vae", "--decoder-only"), 2, "--decoder-only must come with"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, arguments, code, text):
+    done = subprocess.run(command(*arguments), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code
+    assert text in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_saves_and_says_143(data, vae_model, tmp_path):
+    process = subprocess.Popen(
+        command("--data", data, "-o", tmp_path, "--init", vae_model, "--steps", 10**6, "--batch-size", 1,
+                "--threads", 1, "--sheet-minutes", 0),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.readline()  # the first log line: training runs
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
+    assert (tmp_path / "checkpoints" / "LATEST").exists()
+    assert (tmp_path / "model" / "config.json").exists()

@@ -1,0 +1,166 @@
+"""Photos of one subject: every format upright, square and on grey; what cannot be read is named, and never decoded."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.data.batches import composite
+from mvdream_fast.tuning.photos import MAX_PHOTOS, PhotoSource, draw, list_photos, load_photo
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def stripes(*colours, side=20) -> np.ndarray:
+    """Squares of colours side by side, [side, n * side, 3]."""
+    return np.concatenate([np.full((side, side, 3), colour, np.uint8) for colour in colours], axis=1)
+
+
+def near(pixel, colour, by=12) -> bool:
+    return bool((np.abs(pixel.astype(int) - colour) <= by).all())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp"])
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_photo_is_cropped_to_its_middle(tmp_path, name, tall):
+    pixels = stripes(RED, GREEN, BLUE)
+    Image.fromarray(pixels.transpose(1, 0, 2) if tall else pixels).save(tmp_path / name, quality=95)
+    photo = load_photo(tmp_path / name, 8)
+    assert photo.shape == (8, 8, 4)
+    assert photo.dtype == np.uint8
+    assert near(photo[2:6, 2:6, :3], GREEN, 30)
+    assert (photo[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_a_cut_out_is_padded_and_lies_on_grey(tmp_path, name):
+    rgba = np.zeros((10, 30, 4), np.uint8)
+    rgba[..., :3] = GREEN  # under transparent pixels too: it must not bleed
+    rgba[:, 10:20] = (*RED, 255)
+    Image.fromarray(rgba).save(tmp_path / name, lossless=True)
+    photo = load_photo(tmp_path / name, 30)
+    assert (photo[:9, :, 3] == 0).all()
+    assert (photo[21:, :, 3] == 0).all()
+    assert (photo[15, 12:18] == (*RED, 255)).all()
+    on_grey = composite(photo[None], torch.full((3,), 0.5))[0]
+    assert on_grey.shape == (3, 30, 30)
+    assert on_grey[:, 2, 2].abs().max() < 1e-6  # 0.5 in [0, 1] is 0 in [-1, 1]
+    assert torch.equal(on_grey[:, 15, 15], torch.tensor([1.0, -1.0, -1.0]))
+    assert on_grey[1].max() < 1e-6  # no green anywhere
+
+
+def test_fit_can_be_chosen(tmp_path):
+    Image.fromarray(stripes(RED, GREEN, BLUE)).save(tmp_path / "a.png")
+    padded = load_photo(tmp_path / "a.png", 30, "pad")
+    assert padded[0, 0, 3] == 0
+    assert near(padded[15, 2, :3], RED)
+    assert near(padded[15, 28, :3], BLUE)
+    rgba = np.full((10, 30, 4), 255, np.uint8)
+    rgba[0, 0, 3] = 0
+    Image.fromarray(rgba).save(tmp_path / "b.png")
+    assert (load_photo(tmp_path / "b.png", 10, "crop")[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_exif_orientation_is_applied(tmp_path, name):
+    """Orientation 6: the camera was turned, and the stored left edge is the top of the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stripes(RED, BLUE)).save(tmp_path / name, exif=exif, quality=95)
+    photo = load_photo(tmp_path / name, 8, "pad")
+    assert near(photo[1, 4, :3], RED, 40)
+    assert near(photo[6, 4, :3], BLUE, 40)
+
+
+def test_other_modes(tmp_path):
+    deep = np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert abs(int(load_photo(tmp_path / "deep.png", 16)[15, 15, 0]) - 255) <= 2
+    assert abs(int(load_photo(tmp_path / "deep.png", 16)[8, 0, 0]) - int(deep[8, 0]) // 257) <= 2
+    Image.fromarray(stripes(RED)).convert("L").save(tmp_path / "grey.jpg")
+    assert np.ptp(load_photo(tmp_path / "grey.jpg", 8)[..., :3], axis=-1).max() == 0
+    Image.fromarray(stripes(RED)).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    assert near(load_photo(tmp_path / "print.jpg", 8)[4, 4, :3], RED, 40)
+    Image.fromarray(stripes(RED)).convert("P").save(tmp_path / "table.png")
+    assert near(load_photo(tmp_path / "table.png", 8)[4, 4, :3], RED)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that promises any size and holds hardly anything."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (12000, 12000), (60000, 60000)])
+def test_a_decompression_bomb_is_not_decoded(tmp_path, size, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png_of(*size))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(InputFileError, match=r"a\.png must have at most 64 million pixels"):
+        load_photo(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+@pytest.mark.parametrize("cut", [0, 12, 40])
+def test_a_broken_photo_is_named(tmp_path, name, cut):
+    Image.fromarray(stripes(RED, GREEN)).save(tmp_path / name)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:cut])
+    with pytest.raises(InputFileError, match=f"{name} cannot be read as PNG, JPEG or WebP"):
+        load_photo(tmp_path / name, 8)
+
+
+def test_another_format_under_a_photos_name(tmp_path):
+    Image.fromarray(stripes(RED)).save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.png")
+    with pytest.raises(InputFileError, match="cannot be read as PNG"):
+        load_photo(tmp_path / "a.png", 8)
+
+
+def test_what_a_folder_holds(tmp_path):
+    with pytest.raises(InputFileError, match="must hold PNG, JPEG or WebP photos, got none among 0 entries"):
+        list_photos(tmp_path)
+    for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_photos(tmp_path)] == ["a.jpg", "b.PNG"]
+    with pytest.raises(InputFileError, match="must be a folder of photos, got a file"):
+        list_photos(tmp_path / "a.jpg")
+    with pytest.raises(InputFileError, match="cannot read the folder of photos"):
+        list_photos(tmp_path / "nowhere")
+    (tmp_path / "c.png").mkdir()
+    with pytest.raises(InputFileError, match=r"c\.png must be a photo, got a folder"):
+        list_photos(tmp_path)
+
+
+def test_too_many_and_too_large(tmp_path, monkeypatch):
+    for i in range(MAX_PHOTOS + 1):
+        (tmp_path / f"{i:02d}.png").touch()
+    with pytest.raises(InputFileError, match=f"must hold 1 to {MAX_PHOTOS} photos, got {MAX_PHOTOS + 1}"):
+        list_photos(tmp_path)
+    (tmp_path / "00.png").unlink()
+    assert len(list_photos(tmp_path)) == MAX_PHOTOS
+    with open(tmp_path / "01.png", "wb") as file:
+        file.truncate((64 << 20) + 1)  # a hole: it takes no disk
+    with pytest.raises(InputFileError, match="must be at most 64 MB, got 64 MB"):
+        list_photos(tmp_path)
+
+
+def test_batches_show_every_photo_equally():
+    assert sorted(draw(4, 8, Stream(0, 0, "x"))) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(set(draw(4, 3, Stream(0, 0, "x")))) == 3
+    pictures = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)
+    batch = PhotoSource(pictures, "a sks chair").batch(Stream(0, 5, "x"), 4, 1, False)
+    assert batch.cameras is None
+    assert batch.n_views == 1
+    assert batch.captions == ["a sks chair"] * 4
+    assert set(batch.pictures[:, 0, 0, 0].tolist()) == {0.0, 1.0, 2.0}
+    with pytest.raises(ValueError, match="multi_view must be False"):
+        PhotoSource(pictures, "x").batch(Stream(0, 0, "x"), 1, 4, True)
