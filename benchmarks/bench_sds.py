@@ -95,7 +95,8 @@ def measure(size: str, name: str) -> dict:
 
 
 def configurations(size: str):
-    from mvdream_fast.models.config import MINI, SD21, SDS_PRESETS, UNetConfig, VAEConfig
+    from mvdream_fast.distill.recipes import SDS_PRESETS
+    from mvdream_fast.models.config import MINI, SD21, UNetConfig, VAEConfig
 
     if size == "mini":
         return MINI, SDS_PRESETS["mini"]

@@ -27,11 +27,11 @@ from mvdream_fast.checkpoints.open import load_model, open_source
 from mvdream_fast.core.cli import set_threads
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, Shards, composite
+from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.judging import read_prompts
 from mvdream_fast.evaluation.reference import DISTANCE, ELEVATION_DEG, FOVY_DEG
-from mvdream_fast.models.config import resolve_config
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.text_to_3d import TextTo3D

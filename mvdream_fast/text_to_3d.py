@@ -15,6 +15,7 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors
 from mvdream_fast.distill import memory
+from mvdream_fast.distill.recipes import SDSConfig, preset_for, resolve_config
 from mvdream_fast.distill.state import (
     EMPTY_STEPS,
     MAX_SKIPPED,
@@ -24,7 +25,6 @@ from mvdream_fast.distill.state import (
     make_optimizer,
 )
 from mvdream_fast.guidance.teachers import Distillation, Reconstruction, SingleViewDistillation, Teacher
-from mvdream_fast.models.config import SDSConfig, preset_for, resolve_config
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 

@@ -17,11 +17,11 @@ from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
+from mvdream_fast.distill.recipes import SDS_PRESETS
 from mvdream_fast.evaluation import judging
 from mvdream_fast.evaluation.evaluator import load_evaluator
 from mvdream_fast.evaluation.judging import Judge, SamplingOptions, evaluate_model, summary, turntable
 from mvdream_fast.evaluation.reference import HAS_FRONT, Reference, measure
-from mvdream_fast.models.config import SDS_PRESETS
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 

@@ -12,8 +12,8 @@ from mvdream_fast.camera import sample_cameras
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.guidance.sds import no_lap
-from mvdream_fast.models.config import resolve_config
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.text_to_3d import EMPTY_STEPS, MAX_SKIPPED, Optimization, make_optimizer
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mvdream_fast.core.errors import OutOfMemoryError
 from mvdream_fast.core.machine import memory_limit, resident_memory
-from mvdream_fast.models.config import ModelConfig, SDSConfig
+from mvdream_fast.distill.recipes import SDSConfig
+from mvdream_fast.models.config import ModelConfig
 
 PROGRAM = 650 << 20  # Python, torch, diffusers and transformers once imported
 ADDRESS_SPACE = 1000 << 20  # of the imported libraries

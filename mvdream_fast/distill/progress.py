@@ -13,8 +13,8 @@ from PIL import Image
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.machine import resident_memory
+from mvdream_fast.distill.recipes import SDSConfig
 from mvdream_fast.distill.state import Record
-from mvdream_fast.models.config import SDSConfig
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.text_to_3d import Progress
 

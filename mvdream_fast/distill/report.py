@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.files import atomic_write
-from mvdream_fast.models.config import SDS_PRESETS
+from mvdream_fast.distill.recipes import SDS_PRESETS
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.mesh.animation import webp_bytes
 from mvdream_fast.scene.mesh.export import viewer_html

@@ -14,15 +14,8 @@ from typing import Any
 
 from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
-from mvdream_fast.models.config import (
-    SDS_PRESETS,
-    ExportConfig,
-    SDSConfig,
-    from_dict,
-    preset_for,
-    resolve_config,
-    shaded,
-)
+from mvdream_fast.distill.recipes import SDS_PRESETS, ExportConfig, SDSConfig, preset_for, resolve_config, shaded
+from mvdream_fast.models.config import from_dict
 from mvdream_fast.models.tokenizer import check_prompt
 
 TOP_KEYS = {"kind", "prompt", "seed", "model", "preset", "sds", "export", "version", "machine"}

@@ -15,9 +15,9 @@ from torch import Tensor
 from mvdream_fast.camera import Cameras, Rays, generate_rays
 from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.distill.recipes import SDSConfig
 from mvdream_fast.guidance.sds import ramp
 from mvdream_fast.guidance.teachers import Teacher
-from mvdream_fast.models.config import SDSConfig
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.losses import opaque_loss, orientation_loss, sparsity_loss, z_variance_loss
 from mvdream_fast.scene.nerf.renderer import Rendered

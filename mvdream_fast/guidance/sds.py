@@ -13,7 +13,7 @@ from torch import Tensor
 from mvdream_fast.camera import normalize_camera
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.schedule import NoiseSchedule
-from mvdream_fast.models.config import Ramp
+from mvdream_fast.distill.recipes import Ramp
 from mvdream_fast.ops.sds_target import sds_target
 
 Lap = Callable[[str], None]  # told the name of the part that has just ended, for the report's timing split

@@ -12,8 +12,8 @@ from torch import Tensor
 from mvdream_fast.camera import Cameras, middle_cameras, sample_cameras
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.distill.recipes import SDSConfig
 from mvdream_fast.guidance.sds import Guidance, GuidanceConfig, GuidanceLoss, Lap, distance, no_lap
-from mvdream_fast.models.config import SDSConfig
 from mvdream_fast.pipeline import MVDreamPipeline
 
 

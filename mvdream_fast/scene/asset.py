@@ -13,7 +13,8 @@ from mvdream_fast.camera import Cameras, generate_rays, orbit_cameras
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.models import config as configs
+from mvdream_fast.distill.recipes import SDSConfig
+from mvdream_fast.models.config import from_dict
 from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
 from mvdream_fast.scene.mesh.export import save_mesh
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold
@@ -49,7 +50,7 @@ def to_image(rgb: Tensor):
 class Asset:
     """What a text-to-3D run makes. `renderer` holds every parameter; `prompt` and `seed` say where it came from."""
 
-    def __init__(self, config: configs.SDSConfig, prompt: str = "", seed: int = 0):
+    def __init__(self, config: SDSConfig, prompt: str = "", seed: int = 0):
         self.config, self.prompt, self.seed = config, prompt, seed
         volume_config = VolumeConfig.paper() if config.volume == "paper" else VolumeConfig.mini()
         volume = Volume(volume_config, Stream(seed, 0, "volume"))
@@ -163,7 +164,7 @@ class Asset:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {})["asset"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            config = configs.from_dict(configs.SDSConfig, meta["config"], str(path))
+            config = from_dict(SDSConfig, meta["config"], str(path))
             asset = Asset(config, str(meta["prompt"]), int(meta["seed"]))
             asset.restore(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -183,7 +184,7 @@ class Asset:
         self.renderer.load_state_dict(tensors)
 
 
-def _background(config: configs.SDSConfig) -> torch.nn.Module:
+def _background(config: SDSConfig) -> torch.nn.Module:
     kind: Literal["learned", "grey", "white"] = config.background
     if kind == "learned":
         return EnvironmentMap(augment_prob=config.background_aug_prob)

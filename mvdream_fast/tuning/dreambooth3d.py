@@ -27,9 +27,9 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import ddim_timesteps
+from mvdream_fast.distill.recipes import SDSConfig, resolve_config
 from mvdream_fast.guidance.sds import Lap, no_lap
 from mvdream_fast.guidance.teachers import Distillation
-from mvdream_fast.models.config import SDSConfig, resolve_config
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.text_to_3d import Progress, TextTo3D

@@ -27,7 +27,8 @@ from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Source, composite
 from mvdream_fast.distill import memory
-from mvdream_fast.models.config import NAMED, ModelConfig, preset_for, resolve_config
+from mvdream_fast.distill.recipes import preset_for, resolve_config
+from mvdream_fast.models.config import NAMED, ModelConfig
 from mvdream_fast.models.lora import add_adapters, merged_state
 from mvdream_fast.models.tokenizer import SPECIAL_ROWS
 from mvdream_fast.training import estimate

@@ -11,7 +11,8 @@ import pytest
 
 from mvdream_fast.core.errors import OutOfMemoryError
 from mvdream_fast.distill import memory
-from mvdream_fast.models.config import MINI, SD21, SDS_PRESETS, shaded
+from mvdream_fast.distill.recipes import SDS_PRESETS, shaded
+from mvdream_fast.models.config import MINI, SD21
 
 PAPER = SDS_PRESETS["paper"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mvdream_fast.core.errors import ArgumentError, InputFileError, UserError
 from mvdream_fast.distill import request
-from mvdream_fast.models.config import SDS_PRESETS, ExportConfig, SDSConfig, resolve_config, shaded
+from mvdream_fast.distill.recipes import SDS_PRESETS, ExportConfig, SDSConfig, resolve_config, shaded
 
 CHAIR = {"prompt": "a green chair"}
 

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 
 from mvdream_fast.camera import sample_cameras
+from mvdream_fast.distill.recipes import SDS_PRESETS
 from mvdream_fast.guidance.sds import no_lap
-from mvdream_fast.models.config import SDS_PRESETS
 from mvdream_fast.text_to_3d import TextTo3D
 
 TINY = dataclasses.replace(SDS_PRESETS["mini"], steps=12, render_size=(8,), samples_per_ray=24)

@@ -16,7 +16,7 @@ from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import ddim_timesteps
-from mvdream_fast.models.config import resolve_config
+from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.tuning import dreambooth3d

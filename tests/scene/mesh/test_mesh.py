@@ -10,7 +10,7 @@ import torch
 import trimesh
 
 from mvdream_fast.core.errors import ArgumentError, DivergedError, OutputError
-from mvdream_fast.models.config import SDS_PRESETS
+from mvdream_fast.distill.recipes import SDS_PRESETS
 from mvdream_fast.rendering import mesh_file
 from mvdream_fast.rendering.software import NumpyRenderer
 from mvdream_fast.scene.asset import Asset

@@ -1,0 +1,54 @@
+"""The recipes: the paper's numbers, and what stretching and shading change."""
+
+import dataclasses
+
+from mvdream_fast.distill.recipes import SDS_PRESETS, shaded
+
+
+def test_paper_recipe_is_the_published_table():
+    expected = {
+        "steps": 10_000,
+        "n_groups": (2, 1),
+        "n_views": 4,
+        "render_size": (64, 256),
+        "milestones": (5000,),
+        "fovy_range_deg": (15, 60),
+        "distance_range": (0.8, 1.0),
+        "relative_distance": "tan",
+        "elevation_range_deg": (0, 30),
+        "samples_per_ray": 512,
+        "guidance_scale": 50,
+        "loss": "x0",
+        "rescale": 0.5,
+        "min_step": (0, 0.98, 0.02, 8000),
+        "max_step": (0, 0.98, 0.50, 8000),
+        "background": "learned",
+        "background_aug_prob": 0.5,
+        "suffix": "",
+        "lambda_orient": (0, 0, 0, 0),
+        "lambda_sparsity": (0, 0, 0, 0),
+        "lambda_opaque": (0, 0, 0, 0),
+        "lambda_z_variance": (0, 0, 0, 0),
+        "lr_encoding": 0.01,
+        "lr_mlp": 0.001,
+        "lr_background": 0.001,
+        "weight_decay": 0.01,
+        "betas": (0.9, 0.99),
+        "adam_eps": 1e-15,
+    }
+    paper = dataclasses.asdict(SDS_PRESETS["paper"])
+    assert {key: paper[key] for key in expected} == expected
+    assert paper["negative_prompt"].startswith("ugly, bad anatomy, blurry, pixelated obscure")
+    assert paper["negative_prompt"].endswith("deformed, dehydrated, bad proportions")
+
+
+def test_shading_variant_adds_light_and_orientation_only():
+    paper, lit = SDS_PRESETS["paper"], shaded(SDS_PRESETS["paper"])
+    changed = {f.name for f in dataclasses.fields(paper) if getattr(paper, f.name) != getattr(lit, f.name)}
+    assert changed == {"shading", "lambda_orient"}
+    assert lit.lambda_orient == (0, 10, 1000, 5000)
+
+
+def test_stages_switch_at_the_milestone():
+    paper = SDS_PRESETS["paper"]
+    assert [paper.stage(step) for step in (0, 4999, 5000, 9999)] == [0, 0, 1, 1]
