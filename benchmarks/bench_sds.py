@@ -65,10 +65,10 @@ def measure(size: str, name: str) -> dict:
     import torch
 
     from mvdream_fast.core.rng import Stream
+    from mvdream_fast.diffusion.denoiser import TextCond
     from mvdream_fast.diffusion.schedule import NoiseSchedule
-    from mvdream_fast.distill.state import Optimization
-    from mvdream_fast.guidance.sds import Guidance, GuidanceConfig
-    from mvdream_fast.guidance.teachers import Distillation
+    from mvdream_fast.distill.state import RunState
+    from mvdream_fast.guidance.sds import SDS, ScoreDistillation
 
     torch.set_num_threads(THREADS)
     model, config = configurations(size)
@@ -76,12 +76,9 @@ def measure(size: str, name: str) -> dict:
     if name == "plain":
         use_references()
     text = Stream(0, 0, "text").normal(2, model.text.context_length, model.unet.context_dim)
-    guidance = GuidanceConfig(config.loss, config.guidance_scale, config.rescale, config.min_step, config.max_step)
-    teacher = Distillation.__new__(Distillation)
-    teacher.config, teacher._target = config, None
     schedule = NoiseSchedule.from_config(model.schedule)
-    teacher.guidance = Guidance(unet, vae, schedule, text[:1], text[1:], guidance)
-    state = Optimization(config, "a benchmark", 0, teacher)
+    score = ScoreDistillation(unet, vae, schedule, TextCond(text[:1], text[1:]), config.guidance)
+    state = RunState(config, "a benchmark", 0, SDS(score, config.cameras))
     seconds, parts = [], {}
     for step in range(WARM_UP + STEPS):
         start = time.perf_counter()
@@ -91,11 +88,16 @@ def measure(size: str, name: str) -> dict:
             for part, spent in record.seconds.items():
                 parts[part] = parts.get(part, 0.0) + spent / STEPS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step_s": statistics.median(seconds), "peak_mb": peak, "parts": parts, "n_samples": record.n_samples}
+    return {
+        "step_s": statistics.median(seconds),
+        "peak_mb": peak,
+        "parts": parts,
+        "n_samples": record.statistics["n_samples"],
+    }
 
 
 def configurations(size: str):
-    from mvdream_fast.distill.recipes import SDS_PRESETS
+    from mvdream_fast.distill.recipes import SDS_PRESETS, replaced
     from mvdream_fast.models.config import MINI, SD21, UNetConfig, VAEConfig
 
     if size == "mini":
@@ -108,7 +110,7 @@ def configurations(size: str):
     )
     # The references keep kilobytes a sample: the cap, the same for both, is what they have room for.
     first_stage = {"n_groups": (1,), "render_size": (64,), "milestones": (), "max_samples": 1 << 17}
-    return narrow, dataclasses.replace(SDS_PRESETS["paper"], samples_per_ray=128, **first_stage)
+    return narrow, replaced(SDS_PRESETS["paper"], samples_per_ray=128, **first_stage)
 
 
 def build(model, name: str):

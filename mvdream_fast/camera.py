@@ -7,11 +7,11 @@ counter-clockwise seen from above. No pixel is shaded here. docs/cameras.md has 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.rng import Stream
 
 # (x, y, z) -> (x, -z, y): from a y-up world whose front is +Z (glTF, OpenGL) to the z-up world whose front is -Y.
@@ -96,6 +96,11 @@ def orbit_cameras(
     return Cameras(_finite("orbit_cameras", c2w).float(), torch.full((n_views,), math.radians(fovy_deg)))
 
 
+def evaluation_cameras(n_views: int = 4, elevation_deg: float = 15.0, azimuth_start_deg: float = 0.0) -> Cameras:
+    """Evenly spaced cameras that frame the unit sphere; MVDream-threestudio's for evaluation. Cameras of V views."""
+    return orbit_cameras(n_views, elevation_deg, azimuth_start_deg, 360.0, distance=3.0, fovy_deg=40.0)
+
+
 def normalize_camera(c2w: Tensor) -> Tensor:
     """Moves cameras onto the unit sphere, which is how the UNet is told of them: only their rotation counts.
 
@@ -135,40 +140,11 @@ def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
     return Rays(rays_o.reshape(-1, 3), rays_d.reshape(-1, 3))
 
 
-@dataclass(frozen=True)
-class CameraSampling:
-    """How SDS draws its cameras; the defaults are MVDream's (`paper`).
-
-    `distance_range` is multiplied by 1/tan(fovy/2) ("tan": the same size in the image for every field of view), by
-    1/sin(fovy/2) ("sin": 1 just frames the unit sphere), or taken as it is ("none"). `elevations="upstream"` copies
-    MVDream-threestudio: half of its draws are uniform on the sphere but reach 19.47 degrees only, whatever the range.
-    """
-
-    n_views: int = 4
-    elevation_range_deg: tuple[float, float] = (0.0, 30.0)
-    fovy_range_deg: tuple[float, float] = (15.0, 60.0)
-    distance_range: tuple[float, float] = (0.8, 1.0)
-    relative_distance: Literal["tan", "sin", "none"] = "tan"
-    elevations: Literal["uniform", "upstream"] = "uniform"
-
-    @staticmethod
-    def paper() -> "CameraSampling":
-        """Elevation 0..30, fovy 15..60 degrees, distance U(0.8, 1)/tan(fovy/2)."""
-        return CameraSampling()
-
-    @staticmethod
-    def mini() -> "CameraSampling":
-        """The cameras that the embedded model was trained with: the unit sphere just fits the image."""
-        return CameraSampling(fovy_range_deg=(30.0, 50.0), distance_range=(1.0, 1.05), relative_distance="sin")
-
-
 def sample_cameras(
     config: CameraSampling, stream: Stream, n_groups: int = 1, azimuth_start_deg: float = -180.0
 ) -> Cameras:
     """Draws groups of views around the object: azimuths exactly 360/V degrees apart, one elevation, distance and
     field of view a group. The first view of a group lies in the first 360/V degrees from `azimuth_start_deg`.
-
-    `config` may be any object with the fields of CameraSampling, such as SDSConfig.
 
     Returns: Cameras of n_groups*V views, the views of a group next to each other.
     Raises: ValueError if a count is below 1 or a range cannot be.

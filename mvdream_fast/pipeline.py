@@ -16,6 +16,7 @@ from mvdream_fast.checkpoints.open import Model, load_model
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
 from mvdream_fast.diffusion.sampler import (
     Callback,
     ModelFn,
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
 SUFFIX = ", 3d asset"  # ended every caption of the multi-view training data
 DECODE_BATCH = 8  # images that the VAE decodes at a time
 Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TextCond:
-    """What the UNet attends to: the prompts and, for guidance, the negative prompt."""
-
-    cond: Tensor  # [B, L, Dt]
-    uncond: Tensor  # [B, L, Dt]
 
 
 @dataclass(frozen=True)
@@ -218,18 +211,15 @@ class MVDreamPipeline:
         Args: camera [V, 16] for the views of every prompt, or None for 2D mode, where the views are independent.
         Returns: a function of (latents [2*B*V, C, h, w], t), [uncond; cond]; of B*V latents for a guidance scale of 1.
         """
-        guided = guidance_scale != 1
-        context = torch.cat([text.uncond, text.cond]) if guided else text.cond
+        guided, text = guidance_scale != 1, text.to(self.dtype)
         if camera is None:
-            context, views = context.repeat_interleave(n_views, dim=0), 1
+            ask = Denoiser(self.unet, text.repeat(n_views), 1, guided)
         else:
-            camera, views = camera.to(self.device, self.dtype).repeat(len(text.cond), 1), n_views
-        prepared, n_prompts = self.unet.prepare_context(context.to(self.dtype)), 1 + guided
+            ask, camera = Denoiser(self.unet, text, n_views, guided), camera.to(self.device).repeat(len(text.cond), 1)
 
         def denoise(latents: Tensor, t: Tensor) -> Tensor:
             # Both halves are the same latents: given once, what comes before the first text attention is done once.
-            latents = latents[: len(latents) // n_prompts].to(self.dtype)
-            return self.unet(latents, t, prepared, camera, views, n_prompts)
+            return ask(latents[: len(latents) // ask.n_prompts], t, camera)
 
         return denoise
 

@@ -241,7 +241,7 @@ def test_sampling_is_a_function_of_its_stream():
 
 
 def test_the_paper_preset_of_the_sds_run_is_the_paper_sampling():
-    one = sample_cameras(SDSConfig(), Stream(1, 2, "cameras"), n_groups=2)
+    one = sample_cameras(SDSConfig().cameras, Stream(1, 2, "cameras"), n_groups=2)
     two = sample_cameras(CameraSampling.paper(), Stream(1, 2, "cameras"), n_groups=2)
     assert torch.equal(one.c2w, two.c2w)
     assert torch.equal(one.fovy, two.fovy)

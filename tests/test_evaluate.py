@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference.random_model import random_model
+from reference.studio import fresh_asset
 from test_evaluator import render
 
 from mvdream_fast import evaluate, train
@@ -17,13 +18,12 @@ from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
-from mvdream_fast.distill.recipes import SDS_PRESETS
+from mvdream_fast.distill.recipes import mini
 from mvdream_fast.evaluation import judging
 from mvdream_fast.evaluation.evaluator import load_evaluator
 from mvdream_fast.evaluation.judging import Judge, SamplingOptions, evaluate_model, summary, turntable
 from mvdream_fast.evaluation.reference import HAS_FRONT, Reference, measure
 from mvdream_fast.pipeline import MVDreamPipeline
-from mvdream_fast.scene.asset import Asset
 
 PROMPTS = ["a green chair", "a brown bulldog", "a red car"]
 N_HELD_OUT = 3
@@ -49,7 +49,7 @@ def place(tmp_path_factory) -> Path:
 
 def write_run(folder: Path, prompt: str) -> None:
     folder.mkdir()
-    Asset(SDS_PRESETS["mini"], prompt).save(folder / "asset.safetensors")
+    fresh_asset(mini(), prompt).save(folder / "asset.safetensors")
     (folder / "config.json").write_text(json.dumps({"kind": "sds", "prompt": prompt}))
 
 

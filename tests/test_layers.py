@@ -1,10 +1,12 @@
-"""Imports go downwards only, by the floors of FLOORS (CONTRIBUTING.md draws them).
+"""Imports go downwards only, by the floors of FLOORS (CONTRIBUTING.md names them), and no two files import each other.
 
 Every import of every file is read from its source, those inside functions included. One that is under TYPE_CHECKING
-doesn't happen, so it may name something higher up, but not the other half of the package.
+doesn't happen, so it may name something higher up, but not the other half of the package. Every folder has a floor, and
+no file is left out.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,29 +14,34 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mvdream_fast"
+VERBS = ["sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "doctor"]
 
-# Highest first. Files of one room may import each other; rooms on one floor may not.
+# Highest first. What stands on one floor may not import its neighbours there; the files of one folder may import each
+# other, but not in a circle.
 FLOORS = [
-    {"loops": ["dreambooth3d", "dreambooth_runs", "estimate", "evaluation", "evaluation_reference", "evaluation_runs",
-               "memory", "optimization", "report", "settings", "teachers", "text_to_3d", "training",
-               "training_averaged", "training_dreambooth", "training_evaluator", "training_loop", "training_runs",
-               "training_vae", "viewer", "watch"],
-     "surfaces": ["diffusers", "nerfacc_compat", "tcnn_compat"]},
-    {"pipeline": ["pipeline"]},
-    {"guidance": ["guidance"], "sampler": ["sampler"], "data": ["data"], "run": ["run"]},
-    {"models": ["models"], "field": ["field"]},
-    {"ops": ["ops"]},
-    {"kernels": ["kernels"], "native": ["_C"]},
-    {"leaves": ["_version", "camera", "cli", "config", "distributed", "errors", "files", "learning_rate", "machine",
-                "rng", "schedule", "weights"]},
-]  # fmt: skip
-ROOM_OF = {name: room for floor in FLOORS for room, names in floor.items() for name in names}
-FLOOR_OF = {room: level for level, floor in enumerate(reversed(FLOORS)) for room in floor}
-VERBS_FLOOR = len(FLOORS)
+    VERBS,
+    ["text_to_3d", "diffusers", "nerfacc_compat"],
+    ["tuning"],
+    ["training"],
+    ["evaluation"],
+    ["pipeline"],
+    ["distill"],
+    ["guidance"],
+    ["rendering"],
+    ["diffusion", "data"],
+    ["checkpoints"],
+    ["models", "scene"],
+    ["ops"],
+    ["kernels", "_C"],
+    ["camera"],
+    ["camera_sampling", "core", "weights", "_version"],
+]
+FLOOR_OF = {name: level for level, floor in enumerate(reversed(FLOORS)) for name in floor}
 
 
 def python_files() -> list[Path]:
-    return sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+    found = [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    return sorted(path for path in found if (ROOT / PACKAGE / "kernels") not in path.parents)
 
 
 def top_name(path: Path) -> str:
@@ -43,20 +50,11 @@ def top_name(path: Path) -> str:
     return relative.parts[0] if relative.parts[0] == "kernels" else Path(relative.parts[1]).stem
 
 
-def room(path: Path) -> str:
-    """A room of FLOORS, or "verb" for what `python -m` runs."""
-    name = top_name(path)
-    if name in ROOM_OF:
-        return ROOM_OF[name]
-    assert is_verb(path), f"{path.relative_to(ROOT)} has no room: give it one in FLOORS and in CONTRIBUTING.md"
-    return "verb"
-
-
-def is_verb(path: Path) -> bool:
-    return path.parent.name == PACKAGE and any(
-        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-    )
+def dotted(path: Path) -> str:
+    """The name that a file is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = (PACKAGE, *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def nodes(tree: ast.AST, types: bool) -> Iterator[ast.AST]:
@@ -68,7 +66,7 @@ def nodes(tree: ast.AST, types: bool) -> Iterator[ast.AST]:
 
 
 def imported(source: str, package: list[str], types: bool = True) -> Iterator[str]:
-    """Names directly under mvdream_fast that a source imports; `package` is the dotted package the file lies in."""
+    """Dotted names under mvdream_fast that a source imports; `package` is the dotted package the file lies in."""
     for node in nodes(ast.parse(source), types):
         modules = []
         if isinstance(node, ast.Import):
@@ -79,80 +77,114 @@ def imported(source: str, package: list[str], types: bool = True) -> Iterator[st
             modules = [f"{stem}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
             modules = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
-        for module in modules:
-            parts = module.split(".")
-            if parts[0] == PACKAGE and len(parts) > 1:
-                yield parts[1]
+        yield from (module for module in modules if module.startswith(f"{PACKAGE}."))
 
 
 def imports(path: Path, types: bool = True) -> set[str]:
-    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
-    if package[0] == "kernels":
-        package.insert(0, PACKAGE)
+    """Names directly under mvdream_fast that a file imports."""
     # `from mvdream_fast import __version__` and the like name attributes of the package, not modules
-    names = imported(path.read_text(encoding="utf-8"), package, types)
-    return {name for name in names if not name.startswith("__")}
+    return {name.split(".")[1] for name in _imported_by(path, types)} - {"__version__"}
+
+
+def _imported_by(path: Path, types: bool) -> Iterator[str]:
+    name = dotted(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return imported(path.read_text(encoding="utf-8"), package.split("."), types)
 
 
 FILES = [path for path in python_files() if path != ROOT / PACKAGE / "__init__.py"]
+ids = lambda path: str(path.relative_to(ROOT))  # noqa: E731
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def upward(name: str, others: set[str]) -> set[str]:
+    """Those of `others` that something named `name` must not import."""
+    return {other for other in others if other != name and FLOOR_OF[other] >= FLOOR_OF[name]}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
 def test_imports_go_downwards(path):
-    own = room(path)
-    own_floor = FLOOR_OF.get(own, VERBS_FLOOR)
-    for name in imports(path, types=False):
-        other = ROOM_OF.get(name, "verb")
-        if other == own and own != "verb":
-            continue
-        assert FLOOR_OF.get(other, VERBS_FLOOR) < own_floor, f"{own} must not import {name}"
+    assert top_name(path) in FLOOR_OF, f"{ids(path)} has no floor: give it one in FLOORS and in CONTRIBUTING.md"
+    wrong = upward(top_name(path), imports(path, types=False))
+    assert not wrong, f"{ids(path)} must not import {', '.join(sorted(wrong))}, which is not below it"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_broken_floor_is_seen():
+    assert upward("scene", {"core", "ops", "camera"}) == set()
+    assert upward("scene", {"models", "guidance", "scene", "core"}) == {"models", "guidance"}
+    assert upward("core", {"camera"}) == {"camera"}
+    assert upward("sds", {"generate"}) == {"generate"}
+
+
+def test_every_floor_is_somewhere_and_named_in_contributing():
+    existing = {top_name(path) for path in FILES} | {"_C"}
+    assert existing == set(FLOOR_OF)
+    line = re.search(r"^`verbs -> .*?`$", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S).group()
+    named = [set(re.findall(r"\w+", floor)) for floor in line.split("->")]
+    assert named == [{"verbs"}, *({*floor} - {"_version"} for floor in FLOORS[1:])]
+
+
+def test_a_verb_is_what_python_runs():
+    mains = {
+        path.stem
+        for path in (ROOT / PACKAGE).glob("*.py")
+        if re.search(r"^if __name__ == .__main__.:", path.read_text(), re.M)
+    }
+    assert mains == set(VERBS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
 def test_the_two_halves_do_not_know_each_other(path):
     forbidden = {
-        "field": {"schedule", "sampler", "guidance", "models", "pipeline"},
-        "models": {"field", "camera"},
-        "guidance": {"field"},
+        "scene": {"models", "checkpoints", "diffusion", "guidance", "pipeline", "distill"},
+        "models": {"scene", "camera"},
+        "guidance": {"scene"},
+        "diffusion": {"scene"},
     }
-    assert not imports(path) & forbidden.get(room(path), set())
+    assert not imports(path) & forbidden.get(top_name(path), set())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=ids)
 def test_only_ops_call_kernels_and_native_code(path):
     """doctor asks the extension how it was built; nothing else looks past ops."""
-    if room(path) not in ("ops", "kernels") and top_name(path) != "doctor":
+    if top_name(path) not in ("ops", "kernels", "doctor"):
         assert not imports(path) & {"kernels", "_C"}
+
+
+def test_no_two_files_import_each_other():
+    """Neither directly nor around a corner."""
+    names = {dotted(path): path for path in FILES}
+    graph = {}
+    for name, path in names.items():
+        modules = list(_imported_by(path, types=False))
+        graph[name] = {m if m in names else m.rpartition(".")[0] for m in modules} & names.keys() - {name}
+    assert circle(graph) == set()
+
+
+def circle(graph: dict[str, set[str]]) -> set[str]:
+    """What is left when everything that imports nothing of what is left has been taken away, again and again."""
+    left = dict(graph)
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    return set(left)
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == set()
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
 
 
 def test_every_kind_of_import_is_seen():
     source = (
         "import mvdream_fast.models.unet as u\n"
-        "def f():\n    from mvdream_fast import field\n    from . import guidance\n"
+        "def f():\n    from mvdream_fast import scene\n    from . import guidance\n"
         "    from ..ops import geglu\n    import_module('mvdream_fast._C')\n"
         "if TYPE_CHECKING:\n    from mvdream_fast.pipeline import Views\n"
         "import torch\nfrom os import path\n"
     )
-    seen = sorted(imported(source, [PACKAGE, "field"]))
-    assert seen == ["_C", "field", "field", "models", "ops", "pipeline"]
-    seen.remove("pipeline")
-    assert sorted(imported(source, [PACKAGE, "field"], types=False)) == seen
-    assert list(imported("from . import guidance", [PACKAGE])) == ["guidance"]
-
-
-def test_there_are_verbs_and_their_rooms_are_found():
-    verbs = {top_name(path) for path in FILES if room(path) == "verb"}
-    assert {"generate", "doctor"} <= verbs
-    assert {room(path) for path in FILES} >= {"verb", "pipeline", "sampler", "models", "field", "ops", "leaves"}
-
-
-def test_no_import_cycle_between_leaves():
-    graph = {
-        top_name(path): {name for name in imports(path) if ROOM_OF.get(name) == "leaves"}
-        for path in FILES
-        if room(path) == "leaves"
-    }
-    done: set[str] = set()
-    while ready := {name for name, needs in graph.items() if name not in done and needs - {name} <= done}:
-        done |= ready
-    assert done == set(graph), f"these leaves import each other in a circle: {sorted(set(graph) - done)}"
+    everything = ["_C", "models.unet", "ops.geglu", "pipeline.Views", "scene", "scene.guidance"]
+    everything = [f"{PACKAGE}.{name}" for name in everything]
+    assert sorted(imported(source, [PACKAGE, "scene"])) == everything
+    everything.remove(f"{PACKAGE}.pipeline.Views")
+    assert sorted(imported(source, [PACKAGE, "scene"], types=False)) == everything
+    assert list(imported("from . import guidance", [PACKAGE])) == [f"{PACKAGE}.guidance"]

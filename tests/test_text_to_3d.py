@@ -1,29 +1,28 @@
 """The text-to-3D loop with a teacher whose wishes are known: it learns, resumes to the byte, and survives trouble."""
 
-import dataclasses
 import json
 import signal
 
 import pytest
 import torch
-from reference.studio import TINY, Painter, Studio, same
+from reference.studio import TINY, Painter, Studio, fresh_asset, same
 
 from mvdream_fast.camera import sample_cameras
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import resolve_config
-from mvdream_fast.guidance.sds import no_lap
+from mvdream_fast.distill.recipes import replaced, resolve_config
+from mvdream_fast.distill.state import EMPTY_STEPS, MAX_SKIPPED, RunState, make_optimizer
+from mvdream_fast.guidance.base import no_timing
 from mvdream_fast.scene.asset import Asset
-from mvdream_fast.text_to_3d import EMPTY_STEPS, MAX_SKIPPED, Optimization, make_optimizer
 
 
-def test_it_learns_what_the_teacher_wants():
+def test_it_learns_what_the_guidance_wants():
     losses = []
-    config = dataclasses.replace(TINY, steps=100)
+    config = replaced(TINY, steps=100)
     asset = Studio()("a red ball", config=config, callback=lambda progress: losses.append(progress.record.loss))
     assert losses[-1] < 0.85 * losses[0]
-    inside = asset.renderer.volume(torch.zeros(1, 3))[1][0]
+    inside = asset.representation.volume(torch.zeros(1, 3))[1][0]
     assert inside[0] > inside[1:].max() + 0.2
 
 
@@ -31,7 +30,7 @@ def test_records_say_what_happened():
     records = []
     Studio()("x", config=TINY, callback=lambda progress: records.append(progress.record))
     assert [r.step for r in records] == list(range(12))
-    assert all(r.t == 7 and r.n_samples > 0 and 0 < r.opacity < 1 and not r.skipped for r in records)
+    assert all(r.t == 7 and r.statistics["n_samples"] > 0 and 0 < r.opacity < 1 and not r.skipped for r in records)
     assert all(set(r.seconds) == {"renderer", "vae", "optimiser", "occupancy", "rest"} for r in records)
 
 
@@ -57,36 +56,36 @@ def test_same_seed_same_bytes_and_other_seed_other_bytes():
 
 
 def test_a_step_that_is_not_finite_changes_no_parameter():
-    state = Optimization(TINY, "x", 0, Painter(spoil=(1,)))
+    state = RunState(TINY, "x", 0, Painter(spoil=(1,)))
     assert not state.step(0).skipped
-    before = {name: p.detach().clone() for name, p in state.asset.renderer.named_parameters()}
+    before = {name: p.detach().clone() for name, p in state.asset.representation.named_parameters()}
     assert state.step(1).skipped
-    assert same(before, {name: p.detach() for name, p in state.asset.renderer.named_parameters()})
+    assert same(before, {name: p.detach() for name, p in state.asset.representation.named_parameters()})
     assert not state.step(2).skipped
     assert state.skipped == 0
 
 
 def test_trouble_that_lasts_ends_with_a_sentence():
-    config = dataclasses.replace(TINY, steps=40)
+    config = replaced(TINY, steps=40)
     with pytest.raises(DivergedError, match=f"the last {MAX_SKIPPED} steps before step .* not finite"):
         Studio(Painter(spoil=range(2, 99)))("x", config=config)
 
 
 def test_trouble_is_survived_once_from_a_checkpoint(tmp_path):
-    config = dataclasses.replace(TINY, steps=30)
+    config = replaced(TINY, steps=30)
     spoil = range(6, 6 + MAX_SKIPPED)
     asset = Studio(Painter(spoil=spoil))("x", config=config, checkpoints=tmp_path, checkpoint_every=5)
-    assert all(p.isfinite().all() for p in asset.renderer.parameters())
+    assert all(p.isfinite().all() for p in asset.representation.parameters())
     with pytest.raises(DivergedError):
         Studio(Painter(spoil=range(6, 99)))("x", config=config, checkpoints=tmp_path / "b", checkpoint_every=5)
 
 
 def test_an_empty_volume_is_started_again_once():
-    state = Optimization(TINY, "x", 0, Painter())
+    state = RunState(TINY, "x", 0, Painter())
     for _ in range(EMPTY_STEPS):
         state._watch(0.0)
     assert state.restarts == 1
-    assert same(state.asset.state(), Asset(TINY, "x", 1).state())
+    assert same(state.asset.state(), fresh_asset(TINY, "x", 1).state())
     for _ in range(EMPTY_STEPS - 1):
         state._watch(0.0)
     with pytest.raises(DivergedError, match=r"density is empty .* again after a restart"):
@@ -95,13 +94,13 @@ def test_an_empty_volume_is_started_again_once():
 
 def test_without_a_checkpoint_trouble_means_another_start():
     events = []
-    config = dataclasses.replace(TINY, steps=14)
+    config = replaced(TINY, steps=14)
     asset = Studio(Painter(spoil=range(MAX_SKIPPED)))(
         "x", config=config, callback=lambda progress: events.append(progress.record.event)
     )
     assert [i for i, event in enumerate(events) if event] == [MAX_SKIPPED]
     assert "started again from another seed" in events[MAX_SKIPPED]
-    assert all(p.isfinite().all() for p in asset.renderer.parameters())
+    assert all(p.isfinite().all() for p in asset.representation.parameters())
 
 
 PLACES = ("rgb", "opacity", "loss", "d_views", "gradient", "density", "camera")
@@ -114,13 +113,13 @@ class Saboteur(Painter):
         super().__init__()
         self.step, self.place, self.value, self.index = step, place, value, index
 
-    def cameras(self, step, stream):
-        cameras = super().cameras(step, stream)
+    def views(self, step, stream):
+        cameras = super().views(step, stream)
         if (step, self.place) == (self.step, "camera"):
             cameras.c2w.view(-1)[self.index % cameras.c2w.numel()] = self.value
         return cameras
 
-    def score(self, rgb, cameras, step, stream, lap=no_lap):
+    def score(self, rgb, views, step, stream, timing=no_timing):
         if step == self.step and self.place in ("rgb", "loss"):
             poison = torch.zeros(rgb.numel())
             poison[self.index % rgb.numel()] = self.value
@@ -129,40 +128,40 @@ class Saboteur(Painter):
                 return rgb.sum() * self.value, 7
         if (step, self.place) == (self.step, "d_views"):
             rgb.register_hook(lambda grad: grad + self.value)
-        return super().score(rgb, cameras, step, stream)
+        return super().score(rgb, views, step, stream)
 
 
 def sabotage(state, step, place, value, index):
-    """What a teacher can't reach: the field's own outputs and gradients, at one step."""
+    """What a guidance can't reach: the field's own outputs and gradients, at one step."""
     if place == "gradient":
-        parameters = [p for p in state.asset.renderer.parameters() if p.requires_grad]
+        parameters = [p for p in state.asset.representation.parameters() if p.requires_grad]
         chosen = parameters[index % len(parameters)]
         handle = chosen.register_hook(lambda grad: torch.full_like(grad, value))
         return handle.remove
-    renderer = state.asset.renderer
+    renderer = state.asset.representation
     if place == "density":
         plain = renderer.density
         renderer.density = lambda positions: plain(positions) * value
         return lambda: delattr(renderer, "density")
     if place == "opacity":
-        plain = state._regularizers
-        state._regularizers = lambda *arguments: plain(*arguments) + value
-        return lambda: delattr(state, "_regularizers")
+        plain = renderer.regularizers
+        renderer.regularizers = lambda *arguments: plain(*arguments) + value
+        return lambda: delattr(renderer, "regularizers")
     return lambda: None
 
 
 def inject(draw: Stream) -> None:
     """One random (step, tensor) point: whatever comes, the parameters stay finite and the run gets to its end."""
-    config = dataclasses.replace(TINY, steps=5, lambda_sparsity=(0, 0.1, 0.1, 1))
+    config = replaced(TINY, steps=5, lambda_sparsity=(0, 0.1, 0.1, 1))
     step, place = int(draw.integers(0, 5)), PLACES[int(draw.integers(0, len(PLACES)))]
     value = (float("nan"), float("inf"), -float("inf"))[int(draw.integers(0, 3))]
     index = int(draw.integers(0, 1000))
-    state = Optimization(config, "x", 0, Saboteur(step, place, value, index))
+    state = RunState(config, "x", 0, Saboteur(step, place, value, index))
     for i in range(config.steps):
         undo = sabotage(state, i, place, value, index) if i == step else lambda: None
         record = state.step(i)
         undo()
-        assert all(p.isfinite().all() for p in state.asset.renderer.parameters()), (step, place, value, index)
+        assert all(p.isfinite().all() for p in state.asset.representation.parameters()), (step, place, value, index)
         json.dumps(record.plain(), allow_nan=False)
     assert not record.skipped or step == config.steps - 1, (step, place, value, index)
 
@@ -185,11 +184,11 @@ class Hungry(Painter):
         super().__init__()
         self.at, self.calls = at, 0
 
-    def score(self, rgb, cameras, step, stream, lap=no_lap):
+    def score(self, rgb, views, step, stream, timing=no_timing):
         self.calls += 1
         if self.calls - 1 in self.at:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9 GB")
-        return super().score(rgb, cameras, step, stream)
+        return super().score(rgb, views, step, stream)
 
 
 def test_out_of_memory_halves_the_samples_once_and_the_run_goes_on():
@@ -197,7 +196,7 @@ def test_out_of_memory_halves_the_samples_once_and_the_run_goes_on():
     asset = Studio(Hungry({3}))("x", config=TINY, callback=lambda progress: events.append(progress.record.event))
     assert [i for i, event in enumerate(events) if event] == [3]
     assert "half of the samples" in events[3]
-    assert asset.renderer.max_samples == 4 * 8 * 8 * TINY.samples_per_ray // 2
+    assert asset.representation.max_samples == 4 * 8 * 8 * TINY.representation.samples_per_ray // 2
     assert len(events) == TINY.steps
 
 
@@ -213,14 +212,14 @@ def test_a_run_that_grows_tries_its_largest_step_first():
     sizes = []
 
     class Noting(Painter):
-        def score(self, rgb, cameras, step, stream, lap=no_lap):
+        def score(self, rgb, views, step, stream, timing=no_timing):
             sizes.append(rgb.shape[-1])
-            return super().score(rgb, cameras, step, stream)
+            return super().score(rgb, views, step, stream)
 
-    config = dataclasses.replace(TINY, steps=4, render_size=(8, 16), n_groups=(1, 1), milestones=(2,))
+    config = replaced(TINY, steps=4, render_size=(8, 16), n_groups=(1, 1), milestones=(2,))
     grown = Studio(Noting())("x", config=config)
     assert sizes == [16, 8, 8, 16, 16]
-    state = Optimization(config, "x", 0, Painter())
+    state = RunState(config, "x", 0, Painter())
     for step in range(4):
         state.step(step)
     assert same(grown.state(), state.asset.state())  # the rehearsal has changed nothing
@@ -241,27 +240,27 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     with pytest.raises(ModelError, match="another configuration or seed"):
         Studio()("x", config=TINY, seed=1, checkpoints=tmp_path)
     with pytest.raises(ModelError, match="another configuration or seed"):
-        Studio()("x", config=dataclasses.replace(TINY, guidance_scale=3.0), checkpoints=tmp_path)
+        Studio()("x", config=replaced(TINY, guidance_scale=3.0), checkpoints=tmp_path)
 
 
 def test_optimiser_groups_are_the_papers():
-    asset = Asset(dataclasses.replace(TINY, background="learned"))
-    optimizer = make_optimizer(asset, TINY)
+    asset = fresh_asset(replaced(TINY, background="learned"))
+    optimizer = make_optimizer(asset.representation, TINY)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.001, 0.001]
-    assert optimizer.param_groups[0]["params"] == [asset.renderer.volume.table]
+    assert optimizer.param_groups[0]["params"] == [asset.representation.volume.table]
     assert {(g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups} == {((0.9, 0.99), 1e-15, 0.01)}
     covered = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert covered == {id(p) for p in asset.renderer.parameters()}
+    assert covered == {id(p) for p in asset.representation.parameters()}
 
 
 def test_regularisers_follow_their_ramps():
-    quiet = Optimization(TINY, "x", 0, Painter())
-    loud = Optimization(dataclasses.replace(TINY, lambda_sparsity=(0, 0.0, 1e4, 10)), "x", 0, Painter())
-    cameras = sample_cameras(TINY, Stream(0, 0, "cameras"))
+    quiet = RunState(TINY, "x", 0, Painter())
+    loud = RunState(replaced(TINY, lambda_sparsity=(0, 0.0, 1e4, 10)), "x", 0, Painter())
+    cameras = sample_cameras(TINY.cameras, Stream(0, 0, "cameras"))
     totals = []
     for state, step in ((quiet, 10), (loud, 0), (loud, 5), (loud, 10)):
         rays, rendered, _ = state._render(cameras, 0)
-        totals.append(state._regularizers(rays, rendered, step).item())
+        totals.append(state.representation.regularizers(rendered, rays, step).item())
     assert totals[:2] == [0.0, 0.0]
     assert totals[3] == pytest.approx(2 * totals[2], rel=1e-5)
     assert totals[2] > 0
@@ -269,14 +268,14 @@ def test_regularisers_follow_their_ramps():
 
 def test_shading_needs_normals_and_gives_finite_gradients():
     config = resolve_config(TINY, shading=True, lambda_orient=(0, 10.0, 10.0, 1))
-    state = Optimization(config, "x", 0, Painter())
+    state = RunState(config, "x", 0, Painter())
     assert not state.step(6000).skipped
 
 
 def test_stretched_schedules():
     config = resolve_config("paper", steps=1000)
     assert config.milestones == (500,)
-    assert config.min_step == (0, 0.98, 0.02, 800)
+    assert config.guidance.min_step == (0, 0.98, 0.02, 800)
     assert resolve_config("paper", steps=1000, milestones=(7,)).milestones == (7,)
 
 
@@ -290,7 +289,8 @@ def test_assets_round_trip(tmp_path):
     asset = Studio()("a red ball", config=TINY, seed=5)
     asset.save(tmp_path / "asset.safetensors")
     loaded = Asset.load(tmp_path / "asset.safetensors")
-    assert (loaded.prompt, loaded.seed, loaded.config) == ("a red ball", 5, TINY)
+    assert (loaded.prompt, loaded.seed) == ("a red ball", 5)
+    assert loaded.representation.config == TINY.representation
     assert torch.equal(loaded.render(size=8).rgb, asset.render(size=8).rgb)
 
 
@@ -302,8 +302,8 @@ def test_a_file_that_is_no_asset_is_refused(tmp_path, content):
 
 
 def test_an_asset_with_bad_numbers_is_refused(tmp_path):
-    asset = Asset(TINY)
-    asset.renderer.volume.table.data[0, 0] = float("inf")
+    asset = fresh_asset(TINY)
+    asset.representation.volume.table.data[0, 0] = float("inf")
     asset.save(tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match="not finite in volume.table"):
         Asset.load(tmp_path / "a.safetensors")
@@ -312,8 +312,8 @@ def test_an_asset_with_bad_numbers_is_refused(tmp_path):
 def test_turntable_closes_its_loop(tmp_path):
     from PIL import Image
 
-    asset = Asset(TINY)
-    asset.renderer.volume.table.data = Stream(0, 0, "table").normal(*asset.renderer.volume.table.shape)
+    asset = fresh_asset(TINY)
+    asset.representation.volume.table.data = Stream(0, 0, "table").normal(*asset.representation.volume.table.shape)
     asset.turntable(tmp_path / "t.webp", n_frames=6, size=16)
     asset.turntable(tmp_path / "t.mp4", n_frames=6, size=16)
     with Image.open(tmp_path / "t.webp") as image:

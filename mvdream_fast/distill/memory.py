@@ -1,7 +1,7 @@
 """How much memory a text-to-3D run takes, estimated before anything is allocated, and how much there is.
 
 The estimate is a handful of products with measured factors, meant to be within a third above the truth; it refuses runs
-that could only end in the kernel's hands. What is done where memory runs out all the same is text_to_3d.py's.
+that the operating system would only kill. What is done where memory runs out all the same is loop.py's.
 """
 
 import resource
@@ -17,8 +17,6 @@ ADDRESS_SPACE = 1000 << 20  # of the imported libraries
 RESERVED = 512 << 20  # address space for stacks and heaps of threads, hardly any of which is ever touched
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
 VAE_FACTOR = 26  # feature maps of the first level that the encoder's backward pass keeps
-BYTES_PER_SAMPLE = 80  # of a training step of the renderer
-PRUNE_BYTES = 8192 * 110  # a block of rays before pruning, per sample of a ray
 
 Parts = dict[str, int]
 FLAGS = {
@@ -33,30 +31,14 @@ FLAGS = {
 
 def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0) -> Parts:
     """Bytes by part at the largest stage of a run; `weights` is the size of the model's files, in the dtype used."""
-    n_groups = max(config.n_groups)
-    stages = range(len(config.render_size))
-    rays = max(config.n_groups[i] * config.n_views * config.render_size[i] ** 2 for i in stages)
-    samples = min(config.max_samples, rays * config.samples_per_ray)
-    parts = {
-        "the program": PROGRAM,
-        "the model's weights": weights,
-        "the renderer's samples": samples * BYTES_PER_SAMPLE + PRUNE_BYTES * config.samples_per_ray,
-        "the volume and its optimiser": 16 * _volume_parameters(config),
-    }
+    parts = {"the program": PROGRAM, "the model's weights": weights, **config.representation.memory(config.n_rays())}
     if model is not None and config.method == "sds":
-        images = n_groups * config.n_views
+        images = max(config.n_groups) * config.cameras.n_views
         level = 4 * images * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
         parts["the UNet"] = 2 * level * UNET_FACTOR
         side = model.vae.image_size // model.vae.patch_size
         parts["the VAE's encoder"] = 4 * images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
     return parts
-
-
-def _volume_parameters(config: SDSConfig) -> int:
-    from mvdream_fast.scene.nerf.volume import VolumeConfig
-
-    volume = VolumeConfig.paper() if config.volume == "paper" else VolumeConfig.mini()
-    return volume.spec.grid.n_entries * volume.n_features
 
 
 def files_bytes(path: Path) -> int:

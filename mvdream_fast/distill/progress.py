@@ -13,10 +13,10 @@ from PIL import Image
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.machine import resident_memory
+from mvdream_fast.distill.loop import Progress
 from mvdream_fast.distill.recipes import SDSConfig
 from mvdream_fast.distill.state import Record
 from mvdream_fast.scene.asset import Asset
-from mvdream_fast.text_to_3d import Progress
 
 if TYPE_CHECKING:
     from mvdream_fast.distill.viewer import Viewer
@@ -63,9 +63,10 @@ class Watcher:
     def line(self, record: Record, now: float) -> str:
         pace = (now - self.begin) / self.n_done
         left = pace * (self.config.steps - record.step - 1)
+        statistics = "  ".join(f"{name} {value:.3g}" for name, value in record.statistics.items())
         return (
             f"step {record.step + 1}/{self.config.steps}  {pace:.2f} s/it  {left / 60:.1f} min left  "
-            f"loss {record.loss:.4g}  occupancy {100 * record.occupancy:.0f} %  memory {memory_in_use()}"
+            f"loss {record.loss:.4g}  {statistics}  memory {memory_in_use()}"
         )
 
 

@@ -1,13 +1,19 @@
-"""Recipes: what a text-to-3D run does, as plain frozen values; no torch here."""
+"""Recipes: what a text-to-3D run does, as functions that return one frozen value; no torch here.
+
+A setting has one name wherever it is written by itself (a flag, a keyword, a line of a settings file), whichever part
+of the recipe holds it: `replaced(config, guidance_scale=7.5)`, `settings_of(config)`.
+"""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from mvdream_fast.core.errors import ArgumentError
-from mvdream_fast.models.config import MINI
-
-Ramp = tuple[float, float, float, float]  # (start step, value there, value at the end, end step), linear and clamped
+from mvdream_fast.camera_sampling import CameraSampling
+from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.guidance.config import GuidanceConfig
+from mvdream_fast.models.config import MINI, from_dict
+from mvdream_fast.scene.nerf.config import NerfConfig
 
 # MVDream-threestudio's, for the paper's recipe; the embedded model was trained with an empty one.
 PAPER_NEGATIVE_PROMPT = (
@@ -19,7 +25,7 @@ PAPER_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class SDSConfig:
-    """A text-to-3D run (`text_to_3d.py`). The defaults are the paper's recipe, MVDream-threestudio's mvdream-sd21.
+    """A text-to-3D run. The defaults are the paper's recipe, MVDream-threestudio's mvdream-sd21.
 
     Tuples with one entry a stage (`render_size`, `n_groups`) switch at `milestones`. The loss weights and the range
     of timesteps are ramps over the steps.
@@ -29,42 +35,21 @@ class SDSConfig:
     method: Literal["sds", "reconstruct"] = "sds"
     mode: Literal["3d", "2d"] = "3d"  # 2d: DreamFusion's single-view prior, for comparison: no cameras, but view words
     steps: int = 10_000
-    n_views: int = 4
+    cameras: CameraSampling = field(default_factory=CameraSampling)
     n_groups: tuple[int, ...] = (2, 1)
     render_size: tuple[int, ...] = (64, 256)
     milestones: tuple[int, ...] = (5000,)
-    samples_per_ray: int = 512
-    elevation_range_deg: tuple[float, float] = (0.0, 30.0)
-    fovy_range_deg: tuple[float, float] = (15.0, 60.0)
-    distance_range: tuple[float, float] = (0.8, 1.0)
-    relative_distance: Literal["tan", "sin", "none"] = "tan"
-    elevations: Literal["uniform", "upstream"] = "uniform"
-    loss: Literal["x0", "sds"] = "x0"
-    guidance_scale: float = 50.0
-    rescale: float = 0.5
-    min_step: Ramp = (0.0, 0.98, 0.02, 8000.0)
-    max_step: Ramp = (0.0, 0.98, 0.50, 8000.0)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     negative_prompt: str = PAPER_NEGATIVE_PROMPT
     suffix: str = ""
-    volume: Literal["paper", "mini"] = "paper"
-    background: Literal["learned", "grey", "white"] = "learned"
-    background_aug_prob: float = 0.5
+    updates_per_guidance: int = 1  # updates towards one answer of the model; the paper makes one
+    match: Literal["latents", "pixels"] = "latents"  # where a render is compared with that answer
+    representation: NerfConfig = field(default_factory=NerfConfig)
     shading: bool = False
-    shading_from: int = 5000  # the step of the first lit picture
-    lambda_orient: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lambda_sparsity: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lambda_opaque: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lambda_z_variance: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lr_encoding: float = 0.01
-    lr_mlp: float = 0.001
-    lr_background: float = 0.001
+    shading_from: int = 5000  # the step of the first lit render
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     adam_eps: float = 1e-15
-    max_samples: int = 1 << 23
-
-    updates_per_guidance: int = 1  # updates of the volume towards one answer of the model; the paper makes one
-    match: Literal["latents", "pixels"] = "latents"  # where a render is compared with that answer
 
     def asked(self, step: int) -> int:
         """The step whose cameras, resolution and answer of the model `step` uses: its own, unless they are reused."""
@@ -74,10 +59,52 @@ class SDSConfig:
         """Index of the stage that `step` belongs to."""
         return sum(self.asked(step) >= milestone for milestone in self.milestones)
 
+    def n_rays(self) -> int:
+        """Rays of a step at the largest stage."""
+        return max(n * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
+
+
+PARTS = {f.name: f.type for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(f.type)}
+PART_OF = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
+SETTINGS = sorted({f.name for f in dataclasses.fields(SDSConfig)} - PARTS.keys() | PART_OF.keys())
+
+
+def settings_of(config: SDSConfig) -> dict[str, Any]:
+    """Every setting by its own name: what config.json, checkpoints and assets hold."""
+    values = {name: getattr(config, name) for name in SETTINGS if name not in PART_OF}
+    return values | {name: getattr(getattr(config, part), name) for name, part in PART_OF.items()}
+
+
+def replaced(config: SDSConfig, **settings: Any) -> SDSConfig:
+    """`config` with single settings replaced, each by its own name. Raises ArgumentError for unknown names."""
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ArgumentError(f"unknown setting(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
+    return dataclasses.replace(config, **_nested(settings, config))
+
+
+def typed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The settings of a file as their types want them. Raises ModelError naming the one that is unknown or mistyped."""
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ModelError(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
+    whole = from_dict(SDSConfig, _nested(settings), source)
+    return {name: value for name, value in settings_of(whole).items() if name in settings}
+
+
+def _nested(settings: Mapping[str, Any], config: SDSConfig | None = None) -> dict[str, Any]:
+    """Settings by the fields of SDSConfig: its parts as plain dicts, or, with `config`, as its parts with changes."""
+    out = {name: value for name, value in settings.items() if name not in PART_OF}
+    for part in PARTS:
+        changes = {name: value for name, value in settings.items() if PART_OF.get(name) == part}
+        if changes:
+            out[part] = changes if config is None else dataclasses.replace(getattr(config, part), **changes)
+    return out
+
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is made of the finished volume: mesh.glb always, other formats beside it."""
+    """What is made of the finished asset: mesh.glb always, other formats beside it."""
 
     mesh_resolution: int = 128
     faces: int | None = None  # at most this many triangles
@@ -86,37 +113,44 @@ class ExportConfig:
     up: Literal["y", "z"] = "y"  # of OBJ and PLY; GLB is always y-up
 
 
-SDS_PRESETS = {
-    "paper": SDSConfig(),
-    "mini": SDSConfig(
+def paper() -> SDSConfig:
+    """MVDream's recipe for the released models."""
+    return SDSConfig()
+
+
+def mini() -> SDSConfig:
+    """The embedded model on a CPU."""
+    return SDSConfig(
         preset="mini",
         steps=600,
+        cameras=CameraSampling.mini(),
         n_groups=(1,),
         render_size=(64,),
         milestones=(),
-        samples_per_ray=128,
-        fovy_range_deg=(30.0, 50.0),
-        distance_range=(1.0, 1.05),
-        relative_distance="sin",
-        guidance_scale=7.5,
-        min_step=(0.0, 0.98, 0.02, 480.0),
-        max_step=(0.0, 0.98, 0.50, 480.0),
+        guidance=GuidanceConfig(
+            guidance_scale=7.5, min_step=(0.0, 0.98, 0.02, 480.0), max_step=(0.0, 0.98, 0.50, 480.0)
+        ),
         negative_prompt="",
-        volume="mini",
-        background="grey",
-    ),
-}
-SDS_PRESETS["fast"] = dataclasses.replace(
-    SDS_PRESETS["mini"],
-    preset="fast",
-    steps=300,
-    render_size=(32, 64),
-    n_groups=(1, 1),
-    milestones=(150,),
-    samples_per_ray=96,
-    min_step=(0.0, 0.98, 0.02, 240.0),
-    max_step=(0.0, 0.98, 0.50, 240.0),
-)
+        representation=NerfConfig(volume="mini", background="grey", samples_per_ray=128),
+    )
+
+
+def fast() -> SDSConfig:
+    """Half of mini's steps, the first half of them at half the size."""
+    return replaced(
+        mini(),
+        preset="fast",
+        steps=300,
+        render_size=(32, 64),
+        n_groups=(1, 1),
+        milestones=(150,),
+        samples_per_ray=96,
+        min_step=(0.0, 0.98, 0.02, 240.0),
+        max_step=(0.0, 0.98, 0.50, 240.0),
+    )
+
+
+SDS_PRESETS = {"paper": paper(), "mini": mini(), "fast": fast()}
 
 
 def preset_for(image_size: int) -> str:
@@ -127,32 +161,28 @@ def preset_for(image_size: int) -> str:
 def shaded(config: SDSConfig) -> SDSConfig:
     """The shading variant of a recipe: a point light in its second half, and an orientation loss of 10 to 1000."""
     half = config.steps // 2
-    return dataclasses.replace(config, shading=True, shading_from=half, lambda_orient=(0.0, 10.0, 1000.0, float(half)))
+    return replaced(config, shading=True, shading_from=half, lambda_orient=(0.0, 10.0, 1000.0, float(half)))
 
 
-def resolve_config(base: str | SDSConfig, **overrides) -> SDSConfig:
-    """A preset, or a configuration, with single fields replaced. Raises ArgumentError for unknown names."""
+def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
+    """A preset, or a configuration, with single settings replaced. Raises ArgumentError for unknown names."""
     if isinstance(base, str) and base not in SDS_PRESETS:
         raise ArgumentError(f"preset must be one of {', '.join(SDS_PRESETS)}, got {base!r}")
     config = SDS_PRESETS[base] if isinstance(base, str) else base
-    known = {f.name for f in dataclasses.fields(config)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ArgumentError(f"unknown setting(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     steps = overrides.get("steps", config.steps)
     if steps != config.steps:
         overrides = {**_stretched(config, steps), **overrides}
-    return dataclasses.replace(config, **overrides)
+    return replaced(config, **overrides)
 
 
-def _stretched(config: SDSConfig, steps: int) -> dict:
+def _stretched(config: SDSConfig, steps: int) -> dict[str, Any]:
     """Ramps and milestones for another number of steps, keeping their place in the run."""
     factor = steps / config.steps
-    ramps = [f.name for f in dataclasses.fields(config) if f.name.startswith(("lambda_", "min_step", "max_step"))]
-    out: dict = {}
-    for name in ramps:
-        start, first, last, end = getattr(config, name)
-        out[name] = (start * factor, first, last, end * factor)
+    out: dict[str, Any] = {}
+    for name, value in settings_of(config).items():
+        if name.startswith(("lambda_", "min_step", "max_step")):
+            start, first, last, end = value
+            out[name] = (start * factor, first, last, end * factor)
     out["shading_from"] = round(config.shading_from * factor)
     out["milestones"] = tuple(round(m * factor) for m in config.milestones)
     return out

@@ -4,7 +4,6 @@ Opens from file:// without a network: pictures are data URIs, and trimesh's view
 """
 
 import base64
-import dataclasses
 import html
 import io
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.files import atomic_write
-from mvdream_fast.distill.recipes import SDS_PRESETS
+from mvdream_fast.distill.recipes import SDS_PRESETS, settings_of
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.mesh.animation import webp_bytes
 from mvdream_fast.scene.mesh.export import viewer_html
@@ -52,7 +51,7 @@ def asset_report(asset: Asset, records: list[dict], path: Path) -> Path:
         notes = [f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles"]
     except DivergedError as error:
         mesh, notes = None, [f"There is no mesh: {error}."]
-    config = {"prompt": asset.prompt, "seed": asset.seed, "sds": dataclasses.asdict(asset.config)}
+    config = {"prompt": asset.prompt, "seed": asset.seed, "sds": asset.settings}
     turntable = _data_uri(webp_bytes(asset.frames()), "image/webp")
     atomic_write(path, _page(config, records, notes, mesh, turntable, "", {}))
     return path
@@ -87,7 +86,7 @@ def differences(settings: dict) -> dict[str, str]:
     preset = SDS_PRESETS.get(settings.get("preset", ""))
     if preset is None:
         return {}
-    plain = json.loads(json.dumps(dataclasses.asdict(preset)))
+    plain = json.loads(json.dumps(settings_of(preset)))
     found = json.loads(json.dumps(settings))
     return {k: f"{json.dumps(v)} ({json.dumps(plain.get(k))})" for k, v in found.items() if v != plain.get(k)}
 

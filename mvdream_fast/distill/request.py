@@ -10,11 +10,23 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
-from mvdream_fast.distill.recipes import SDS_PRESETS, ExportConfig, SDSConfig, preset_for, resolve_config, shaded
+from mvdream_fast.distill.recipes import (
+    SDS_PRESETS,
+    SETTINGS,
+    ExportConfig,
+    SDSConfig,
+    preset_for,
+    replaced,
+    resolve_config,
+    settings_of,
+    shaded,
+    typed,
+)
 from mvdream_fast.models.config import from_dict
 from mvdream_fast.models.tokenizer import check_prompt
 
@@ -36,7 +48,7 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved form: what a run leaves as config.json, and what `--config` and `--resume` read."""
-        rest = {"sds": dataclasses.asdict(self.config), "export": dataclasses.asdict(self.export)}
+        rest = {"sds": settings_of(self.config), "export": dataclasses.asdict(self.export)}
         return {"kind": "sds", "prompt": self.prompt, "seed": self.seed, "model": self.model, **rest}
 
 
@@ -80,12 +92,12 @@ def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, s
 
 
 def _with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
-    names = {f.name for f in dataclasses.fields(SDSConfig)} - {"preset", "shading", "render_size"}
+    names = set(SETTINGS) - {"preset", "shading", "render_size"}
     config = resolve_config(config, **{name: value for name, value in flags.items() if name in names})
     if "lr" in flags:
-        config = dataclasses.replace(config, lr_encoding=flags["lr"])
+        config = replaced(config, lr_encoding=flags["lr"])
     if "render_size" in flags:
-        config = dataclasses.replace(config, render_size=(flags["render_size"],) * len(config.render_size))
+        config = replaced(config, render_size=(flags["render_size"],) * len(config.render_size))
     return shaded(config) if flags.get("shading") else config
 
 
@@ -99,41 +111,41 @@ def _seed(seed: str | int) -> int:
 
 def check_config(config: SDSConfig) -> None:
     """Raises ArgumentError for numbers that no run can use."""
-    n_stages = len(config.milestones) + 1
-    sizes, weights = config.render_size, [getattr(config, name) for name in _ramps("lambda_")]
+    n_stages, s = len(config.milestones) + 1, SimpleNamespace(**settings_of(config))
+    sizes, weights = config.render_size, [ramp for name, ramp in vars(s).items() if name.startswith("lambda_")]
     rules = (
         (config.mode == "3d" or config.method == "sds",
          "--mode must be 3d with --method reconstruct, whose views are sampled together", config.mode),
         (1 <= config.steps <= 10**7, "--steps must be at least 1", config.steps),
-        (1 <= config.n_views <= 256, "--n-views must be at least 1, and at most 256", config.n_views),
+        (1 <= s.n_views <= 256, "--n-views must be at least 1, and at most 256", s.n_views),
         (sizes and 8 <= min(sizes) <= max(sizes) <= 1024, "--render-size must be 8 to 1024", sizes),
         (len(sizes) == len(config.n_groups) == n_stages,
          "render_size and n_groups must have one entry more than milestones", (sizes, config.n_groups)),
         (list(config.milestones) == sorted(config.milestones), "milestones must grow", config.milestones),
         (all(1 <= n <= 64 for n in config.n_groups), "n_groups must be 1 to 64", config.n_groups),
-        (1 <= config.samples_per_ray <= 4096, "samples_per_ray must be 1 to 4096", config.samples_per_ray),
+        (1 <= s.samples_per_ray <= 4096, "samples_per_ray must be 1 to 4096", s.samples_per_ray),
         (1 <= config.updates_per_guidance <= 1000, "updates_per_guidance must be 1 to 1000",
          config.updates_per_guidance),
-        (1 <= config.max_samples <= 1 << 31, "max_samples must be 1 to 2**31", config.max_samples),
-        (abs(config.guidance_scale) < 1e6, "--guidance-scale must be below a million", config.guidance_scale),
-        (0 <= config.rescale <= 1, "--rescale must be within 0 and 1", config.rescale),
-        (0 < config.lr_encoding < 10, "--lr must be within 0 and 10", config.lr_encoding),
-        (0 <= min(config.lr_mlp, config.lr_background) <= max(config.lr_mlp, config.lr_background) < 10,
-         "lr_mlp and lr_background must be within 0 and 10", (config.lr_mlp, config.lr_background)),
+        (1 <= s.max_samples <= 1 << 31, "max_samples must be 1 to 2**31", s.max_samples),
+        (abs(s.guidance_scale) < 1e6, "--guidance-scale must be below a million", s.guidance_scale),
+        (0 <= s.rescale <= 1, "--rescale must be within 0 and 1", s.rescale),
+        (0 < s.lr_encoding < 10, "--lr must be within 0 and 10", s.lr_encoding),
+        (0 <= min(s.lr_mlp, s.lr_background) <= max(s.lr_mlp, s.lr_background) < 10,
+         "lr_mlp and lr_background must be within 0 and 10", (s.lr_mlp, s.lr_background)),
         (0 <= config.weight_decay < 1, "weight_decay must be within 0 and 1", config.weight_decay),
         (0 < config.adam_eps < 1, "adam_eps must be within 0 and 1", config.adam_eps),
         (all(0 <= beta < 1 for beta in config.betas), "betas must be within 0 and 1", config.betas),
-        (0 <= config.background_aug_prob <= 1, "background_aug_prob must be within 0 and 1",
-         config.background_aug_prob),
+        (0 <= s.background_aug_prob <= 1, "background_aug_prob must be within 0 and 1",
+         s.background_aug_prob),
         (all(min(w[1:3]) >= 0 and max(w[1:3]) <= 1e6 for w in weights), "loss weights must be 0 to a million", weights),
-        (all(min(ramp[1:3]) >= 0 and max(ramp[1:3]) <= 1 for ramp in (config.min_step, config.max_step)),
-         "min_step and max_step must be fractions of the timesteps", (config.min_step, config.max_step)),
-        (0 < config.distance_range[0] <= config.distance_range[1] < 1000,
-         "distance_range must be two positive numbers, low and high", config.distance_range),
-        (0 < config.fovy_range_deg[0] <= config.fovy_range_deg[1] < 180,
-         "--fovy-range-deg must be two angles, low and high, within 0 and 180", config.fovy_range_deg),
-        (-90 <= config.elevation_range_deg[0] <= config.elevation_range_deg[1] <= 90,
-         "--elevation-range-deg must be two angles, low and high, within -90 and 90", config.elevation_range_deg),
+        (all(min(ramp[1:3]) >= 0 and max(ramp[1:3]) <= 1 for ramp in (s.min_step, s.max_step)),
+         "min_step and max_step must be fractions of the timesteps", (s.min_step, s.max_step)),
+        (0 < s.distance_range[0] <= s.distance_range[1] < 1000,
+         "distance_range must be two positive numbers, low and high", s.distance_range),
+        (0 < s.fovy_range_deg[0] <= s.fovy_range_deg[1] < 180,
+         "--fovy-range-deg must be two angles, low and high, within 0 and 180", s.fovy_range_deg),
+        (-90 <= s.elevation_range_deg[0] <= s.elevation_range_deg[1] <= 90,
+         "--elevation-range-deg must be two angles, low and high, within -90 and 90", s.elevation_range_deg),
         (all(map(math.isfinite, _numbers(config))), "every setting must be a finite number", "one that is not"),
     )  # fmt: skip
     _refuse(rules)
@@ -158,12 +170,8 @@ def _refuse(rules: tuple) -> None:
             raise ArgumentError(f"{sentence}, got {value}")
 
 
-def _ramps(prefix: str) -> list[str]:
-    return [f.name for f in dataclasses.fields(SDSConfig) if f.name.startswith(prefix)]
-
-
 def _numbers(config: SDSConfig) -> Iterator[float]:
-    for value in dataclasses.astuple(config):
+    for value in settings_of(config).values():
         yield from (v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float)))
 
 
@@ -186,18 +194,21 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise InputFileError(f"{path}: {key} must be {getattr(kind, '__name__', 'a number')}, got {data[key]!r}")
     if data.get("preset", "auto") not in ("auto", *SDS_PRESETS):
         raise InputFileError(f"{path}: preset must be one of auto, {', '.join(SDS_PRESETS)}, got {data['preset']!r}")
-    for key, cls in (("sds", SDSConfig), ("export", ExportConfig)):
-        data[key] = _fields(cls, data.get(key, {}), f"{path}: {key}")
+    try:
+        data["sds"] = typed(_table(data, "sds", path), f"{path}: sds")
+        export = _table(data, "export", path)
+        whole = from_dict(ExportConfig, export, f"{path}: export")
+    except ModelError as error:
+        raise InputFileError(str(error)) from error
+    data["export"] = {name: getattr(whole, name) for name in export}
     return data
 
 
-def _fields(cls: type, data: Any, source: str) -> dict[str, Any]:
-    """The fields that `data` sets, typed."""
-    try:
-        whole = from_dict(cls, data, source)
-    except ModelError as error:
-        raise InputFileError(str(error)) from error
-    return {name: getattr(whole, name) for name in data}
+def _table(data: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    table = data.get(key, {})
+    if not isinstance(table, dict):
+        raise InputFileError(f"{path}: {key} must be an object, got {type(table).__name__}")
+    return table
 
 
 def _read(path: Path) -> str:
@@ -226,10 +237,10 @@ def read_run(folder: Path) -> Request:
     path = folder / "config.json"
     file = read_settings(path)
     missing = [key for key in ("kind", "prompt", "seed", "model", "sds") if key not in file]
-    if missing or set(file["sds"]) != {f.name for f in dataclasses.fields(SDSConfig)}:
+    if missing or set(file["sds"]) != set(SETTINGS):
         raise InputFileError(f"{path} is not the configuration of an sds run: {', '.join(missing) or 'sds'} incomplete")
     export = ExportConfig(**file["export"])
-    return Request(file["prompt"], _seed(file["seed"]), file["model"], SDSConfig(**file["sds"]), export)
+    return Request(file["prompt"], _seed(file["seed"]), file["model"], replaced(SDSConfig(), **file["sds"]), export)
 
 
 def read_prompts(path: Path, flags: dict[str, Any], file: dict[str, Any] | None) -> list[Request]:
@@ -265,7 +276,7 @@ def _line(text: str) -> dict[str, Any]:
         raise ArgumentError(f"seed must be a number, got {seed!r}")
     known = {name: value for name, value in data.items() if name not in ("prompt", "seed")}
     try:
-        from_dict(SDSConfig, known, "a setting")
+        typed(known, "a setting")
     except ModelError as error:
         raise ArgumentError(str(error)) from error
     return data

@@ -27,12 +27,12 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import ddim_timesteps
+from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import SDSConfig, resolve_config
-from mvdream_fast.guidance.sds import Lap, no_lap
-from mvdream_fast.guidance.teachers import Distillation
+from mvdream_fast.distill.state import RunState
+from mvdream_fast.guidance.reconstruction import Anchored
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
-from mvdream_fast.text_to_3d import Progress, TextTo3D
 from mvdream_fast.training.loop import sheet
 from mvdream_fast.tuning.dreambooth import DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource, draw
@@ -105,7 +105,7 @@ class Stages:
         s, views = self.plan.settings, []
         for group in range(s["pseudo_groups"]):
             stream = Stream(s["seed"], group, "pseudo views")
-            cameras = sample_cameras(self.config, stream)
+            cameras = sample_cameras(self.config.cameras, stream)
             renders = asset.render(cameras, pipeline.config.vae.image_size).rgb
             images = translate(
                 pipeline, renders, cameras, self.prompt, s["pseudo_strength"], s["guidance_scale"], stream
@@ -142,12 +142,15 @@ class Stages:
 
     def _volume(self, model: Path, folder: Path, views: "PseudoViews | None" = None, weight: float = 0.0) -> int:
         """Score distillation into `folder`: turntable, asset, and, of the last volume, the mesh."""
-        loop = TextTo3D(self._pipeline(model)) if views is None else Anchored3D(self._pipeline(model), views, weight)
+        pipeline, config, seed = self._pipeline(model), self.config, self.plan.settings["seed"]
+        guidance = new_guidance(pipeline, self.prompt, config, seed)
+        if views is not None:
+            cameras = [views.cameras(group) for group in range(len(views.images))]
+            guidance = Anchored(guidance, views.images, cameras, weight)
+        state = RunState(config, self.prompt, seed, guidance, pipeline.device)
         with run_folder.Interrupt() as interrupt:
-            asset = loop(
-                self.prompt, config=self.config, seed=self.plan.settings["seed"], callback=Lines(self.config.steps),
-                checkpoints=folder / "ckpt", interrupt=interrupt,
-            )  # fmt: skip
+            loop = Loop(Lines(config.steps), folder / "ckpt", interrupt=interrupt, model=pipeline.config)
+            asset = loop.run(state)
             if interrupt.requested is not None:
                 return interrupt.exit_code
         asset.turntable(folder / "turntable.webp", n_frames=60)
@@ -241,45 +244,3 @@ class MixedSource:
         captions = [self.photos.caption] * len(rows)
         pictures, cameras = self.pictures[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1)
         return Batch(pictures, cameras, captions, v, self.photos.encoded)
-
-
-class Anchored:
-    """A teacher: score distillation from random cameras, and beside it known views from their own.
-
-    Args: weight of the squared error of the known views, summed over a view's pixels, as `Reconstruction` has it.
-    """
-
-    def __init__(self, distillation: Distillation, views: PseudoViews, weight: float):
-        self.distillation, self.views, self.weight = distillation, views, weight
-        self.group = 0
-
-    def cameras(self, step: int, stream: Stream) -> Cameras:
-        """The distillation's, then one group's."""
-        free = self.distillation.cameras(step, stream)
-        self.group = int(stream.integers(0, len(self.views.images)))
-        known = self.views.cameras(self.group)
-        return Cameras(torch.cat([free.c2w, known.c2w.to(free.c2w)]), torch.cat([free.fovy, known.fovy.to(free.fovy)]))
-
-    def score(self, rgb: Tensor, cameras: Cameras, step: int, stream: Stream, lap: Lap = no_lap) -> tuple[Tensor, int]:
-        target = self.views.images[self.group].to(rgb)
-        n = len(rgb) - len(target)
-        loss, t = self.distillation.score(rgb[:n], Cameras(cameras.c2w[:n], cameras.fovy[:n]), step, stream, lap)
-        target = torch.nn.functional.interpolate(target, rgb.shape[-2:], mode="area")
-        return loss + self.weight * (rgb[n:] - target).square().sum() / len(target), t
-
-    def state(self) -> dict[str, Tensor]:
-        return self.distillation.state()
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.distillation.restore(tensors)
-
-
-class Anchored3D(TextTo3D):
-    """Text to 3D with known views."""
-
-    def __init__(self, pipeline: MVDreamPipeline, views: PseudoViews, weight: float):
-        super().__init__(pipeline)
-        self.views, self.weight = views, weight
-
-    def teacher(self, prompt: str, config: SDSConfig, seed: int) -> Anchored:
-        return Anchored(Distillation(self.pipeline, prompt, config), self.views, self.weight)

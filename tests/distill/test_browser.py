@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from reference.browser import CHROMIUM, Browser
-from reference.studio import TINY
+from reference.studio import TINY, fresh_asset
 
+from mvdream_fast.distill.recipes import settings_of
 from mvdream_fast.distill.report import write_report
 from mvdream_fast.distill.viewer import Viewer
 from mvdream_fast.scene.asset import Asset
@@ -24,7 +25,7 @@ class Ball(Asset):
     """A red ball, as an asset."""
 
     def __init__(self):
-        super().__init__(TINY, "a red ball")
+        super().__init__(fresh_asset().representation, "a red ball", settings=settings_of(TINY))
 
     def mesh(self, *_):
         density = lambda points: 100 * torch.sigmoid(40 * (0.5 - points.norm(dim=-1)))  # noqa: E731

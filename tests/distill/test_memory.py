@@ -1,6 +1,5 @@
 """Memory is estimated before it is taken: what is counted, what is refused and in which words."""
 
-import dataclasses
 import re
 import resource
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 
 from mvdream_fast.core.errors import OutOfMemoryError
 from mvdream_fast.distill import memory
-from mvdream_fast.distill.recipes import SDS_PRESETS, shaded
+from mvdream_fast.distill.recipes import SDS_PRESETS, replaced, shaded
 from mvdream_fast.models.config import MINI, SD21
 
 PAPER = SDS_PRESETS["paper"]
@@ -29,9 +28,9 @@ def test_mini_fits_a_laptop_and_the_papers_recipe_does_not():
 def test_what_grows_the_run_grows_the_estimate():
     base = total(SD21, PAPER)
     for changes in ({"n_views": 8}, {"n_groups": (4, 1)}, {"samples_per_ray": 1024}):
-        assert total(SD21, dataclasses.replace(PAPER, max_samples=1 << 31, **changes)) > base
+        assert total(SD21, replaced(PAPER, max_samples=1 << 31, **changes)) > base
     assert memory.estimate(SD21, PAPER)["the VAE's encoder"] > memory.estimate(MINI, PAPER)["the VAE's encoder"]
-    reconstruction = memory.estimate(SD21, dataclasses.replace(PAPER, method="reconstruct"))
+    reconstruction = memory.estimate(SD21, replaced(PAPER, method="reconstruct"))
     assert "the UNet" not in reconstruction
     assert total(SD21, shaded(PAPER)) >= base
 
@@ -54,10 +53,10 @@ def test_too_little_is_refused_with_needs_and_a_way_out(monkeypatch):
 
 
 def test_the_flag_to_try_helps():
-    config = dataclasses.replace(SDS_PRESETS["mini"], render_size=(512,), max_samples=1 << 31)
+    config = replaced(SDS_PRESETS["mini"], render_size=(512,), max_samples=1 << 31)
     parts = memory.estimate(MINI, config)
     assert "try --render-size 256" in memory.advice(parts, config)
-    smaller = memory.estimate(MINI, dataclasses.replace(config, render_size=(256,)))
+    smaller = memory.estimate(MINI, replaced(config, render_size=(256,)))
     assert smaller["the renderer's samples"] < parts["the renderer's samples"] / 3
 
 

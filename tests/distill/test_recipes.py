@@ -1,8 +1,6 @@
 """The recipes: the paper's numbers, and what stretching and shading change."""
 
-import dataclasses
-
-from mvdream_fast.distill.recipes import SDS_PRESETS, shaded
+from mvdream_fast.distill.recipes import SDS_PRESETS, settings_of, shaded
 
 
 def test_paper_recipe_is_the_published_table():
@@ -36,7 +34,7 @@ def test_paper_recipe_is_the_published_table():
         "betas": (0.9, 0.99),
         "adam_eps": 1e-15,
     }
-    paper = dataclasses.asdict(SDS_PRESETS["paper"])
+    paper = settings_of(SDS_PRESETS["paper"])
     assert {key: paper[key] for key in expected} == expected
     assert paper["negative_prompt"].startswith("ugly, bad anatomy, blurry, pixelated obscure")
     assert paper["negative_prompt"].endswith("deformed, dehydrated, bad proportions")
@@ -44,9 +42,9 @@ def test_paper_recipe_is_the_published_table():
 
 def test_shading_variant_adds_light_and_orientation_only():
     paper, lit = SDS_PRESETS["paper"], shaded(SDS_PRESETS["paper"])
-    changed = {f.name for f in dataclasses.fields(paper) if getattr(paper, f.name) != getattr(lit, f.name)}
+    changed = {name for name, value in settings_of(lit).items() if value != settings_of(paper)[name]}
     assert changed == {"shading", "lambda_orient"}
-    assert lit.lambda_orient == (0, 10, 1000, 5000)
+    assert lit.representation.lambda_orient == (0, 10, 1000, 5000)
 
 
 def test_stages_switch_at_the_milestone():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mvdream_fast.core.errors import ArgumentError, InputFileError, UserError
 from mvdream_fast.distill import request
-from mvdream_fast.distill.recipes import SDS_PRESETS, ExportConfig, SDSConfig, resolve_config, shaded
+from mvdream_fast.distill.recipes import SDS_PRESETS, ExportConfig, SDSConfig, replaced, resolve_config, shaded
 
 CHAIR = {"prompt": "a green chair"}
 
@@ -31,7 +31,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     file = request.read_settings(path)
     wanted = request.resolve({"guidance_scale": 3.0, "texture": 128}, file)
     assert (wanted.prompt, wanted.seed, wanted.model) == ("a red car", 5, "embedded")
-    assert (wanted.config.guidance_scale, wanted.config.rescale) == (3.0, 0.2)
+    assert (wanted.config.guidance.guidance_scale, wanted.config.guidance.rescale) == (3.0, 0.2)
     assert wanted.config.steps == SDS_PRESETS["mini"].steps
     assert (wanted.export.faces, wanted.export.texture, wanted.export.mesh_resolution) == (900, 128, 128)
     assert request.resolve({"prompt": "a cup", "seed": "7"}, file).prompt == "a cup"
@@ -62,9 +62,9 @@ def test_presets_explain_themselves(tmp_path):
 
 
 def test_shading_begins_in_the_middle_of_any_run():
-    assert shaded(SDSConfig()).lambda_orient == (0, 10.0, 1000.0, 5000.0)
+    assert shaded(SDSConfig()).representation.lambda_orient == (0, 10.0, 1000.0, 5000.0)
     assert request.resolve({**CHAIR, "preset": "paper", "shading": True, "steps": 1000}).config.shading_from == 500
-    assert resolve_config(shaded(SDSConfig()), steps=1000).lambda_orient == (0, 10.0, 1000.0, 500.0)
+    assert resolve_config(shaded(SDSConfig()), steps=1000).representation.lambda_orient == (0, 10.0, 1000.0, 500.0)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_files_that_cannot_be_read(tmp_path):
 )
 def test_settings_that_no_run_can_use(changes, message):
     with pytest.raises(ArgumentError, match=message):
-        request.check_config(dataclasses.replace(SDS_PRESETS["mini"], **changes))
+        request.check_config(replaced(SDS_PRESETS["mini"], **changes))
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_a_file_of_prompts(tmp_path):
     assert (first.prompt, first.seed, first.config.steps) == ("a cup", 9, 600)
     assert (second.prompt, second.seed, second.config.steps) == ("a red car", 4, 30)
     assert second.config.negative_prompt == "blue"
-    assert second.config.max_step[3] == 24  # the schedules stretch
-    assert {first.config.guidance_scale, second.config.guidance_scale} == {3.0}
+    assert second.config.guidance.max_step[3] == 24  # the schedules stretch
+    assert {first.config.guidance.guidance_scale, second.config.guidance.guidance_scale} == {3.0}
 
 
 @pytest.mark.parametrize(

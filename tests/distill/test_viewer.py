@@ -1,19 +1,18 @@
 """The live page: on the loopback alone, for its own address alone, read-only, and no trace of it in the run's bytes."""
 
-import dataclasses
 import http.client
 import socket
 
 import pytest
 import torch
-from reference.studio import TINY, Studio, same
+from reference.studio import TINY, Studio, fresh_asset, same
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill import viewer
-from mvdream_fast.scene.asset import Asset
+from mvdream_fast.distill.recipes import replaced
 
 
 def test_nothing_is_printed_but_what_we_say(capsys):
@@ -137,7 +136,7 @@ def test_a_server_without_the_guard_is_not_used(monkeypatch):
 
 def test_watching_leaves_no_trace_in_the_run(live):
     live.every_s, shown = 0.0, []
-    config = dataclasses.replace(TINY, steps=4)
+    config = replaced(TINY, steps=4)
     look = lambda progress: shown.append(live.update(progress.asset, progress.record.step + 1))  # noqa: E731
     watched = Studio()("x", config=config, callback=look)
     assert shown[0]
@@ -147,10 +146,10 @@ def test_watching_leaves_no_trace_in_the_run(live):
 
 def test_refreshes_are_spaced_and_an_empty_volume_is_told(live):
     live._next = 0.0
-    asset = Asset(TINY)
+    asset = fresh_asset(TINY)
     assert live.update(asset, 1)
     assert not live.update(asset, 2)
     live._next = 0.0
-    asset.density = lambda positions: torch.zeros(len(positions))
+    asset.representation.density = lambda positions: torch.zeros(len(positions))
     assert live.update(asset, 3)
     assert "step 3: no surface yet" in live._text.content

@@ -1,4 +1,4 @@
-"""DreamBooth3D's stages: image to image, mixed batches, the composed teacher, and all six with a tiny model."""
+"""DreamBooth3D's stages: image to image, mixed batches, the composed guidance, and all six with a tiny model."""
 
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import ddim_timesteps
 from mvdream_fast.distill.recipes import resolve_config
+from mvdream_fast.guidance.base import Stateless
+from mvdream_fast.guidance.reconstruction import Anchored
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.tuning import dreambooth3d
-from mvdream_fast.tuning.dreambooth3d import Anchored, MixedSource, PseudoViews, translate
+from mvdream_fast.tuning.dreambooth3d import MixedSource, PseudoViews, translate
 from mvdream_fast.tuning.photos import PhotoSource
 
 MINI = resolve_config("mini")
@@ -32,7 +34,7 @@ def pipeline() -> MVDreamPipeline:
 
 
 def views(n_groups: int = 2, size: int = 16) -> PseudoViews:
-    cameras = [sample_cameras(MINI, Stream(0, g, "cameras")) for g in range(n_groups)]
+    cameras = [sample_cameras(MINI.cameras, Stream(0, g, "cameras")) for g in range(n_groups)]
     images = Stream(0, 0, "images").uniform(n_groups, 4, 3, size, size)
     return PseudoViews(images, torch.stack([c.c2w for c in cameras]), torch.stack([c.fovy for c in cameras]))
 
@@ -49,7 +51,7 @@ def test_sampling_can_begin_in_the_middle(pipeline):
 
 
 def test_translation_keeps_more_the_less_noise_it_adds(pipeline):
-    cameras = sample_cameras(MINI, Stream(0, 0, "cameras"))
+    cameras = sample_cameras(MINI.cameras, Stream(0, 0, "cameras"))
     images = Stream(0, 0, "images").uniform(4, 3, 16, 16)
     kept = pipeline.decode(pipeline.vae.encode(images * 2 - 1))
     errors = []
@@ -62,7 +64,7 @@ def test_translation_keeps_more_the_less_noise_it_adds(pipeline):
 
 
 def test_translation_tells_the_model_the_cameras(pipeline, monkeypatch):
-    cameras, seen = sample_cameras(MINI, Stream(0, 0, "cameras")), []
+    cameras, seen = sample_cameras(MINI.cameras, Stream(0, 0, "cameras")), []
     whole = MVDreamPipeline.denoiser
 
     def spy(self, text, camera, n_views, guidance_scale):
@@ -88,27 +90,27 @@ def test_mixed_batches():
     assert len(source.batch(Stream(0, 0, "x"), 8, 1, True).pictures) == 8
 
 
-class Flat:
-    """A distillation that wants every pixel at 0.5."""
+class Flat(Stateless):
+    """A guidance that wants every pixel at 0.5."""
 
-    def cameras(self, step, stream):
-        return sample_cameras(MINI, stream)
+    def views(self, step, stream):
+        return sample_cameras(MINI.cameras, stream)
 
-    def score(self, rgb, cameras, step, stream, lap):
-        assert len(rgb) == len(cameras) == 4
+    def score(self, rgb, views, step, stream, timing):
+        assert len(rgb) == len(views) == 4
         return (rgb - 0.5).square().sum() / len(rgb), 7
 
 
-def test_the_composed_teacher_adds_the_reconstruction():
+def test_the_composed_guidance_adds_the_reconstruction():
     pseudo, stream = views(size=16), Stream(0, 3, "cameras")
-    teacher = Anchored(Flat(), pseudo, weight=10.0)
-    cameras = teacher.cameras(3, stream)
+    guidance = Anchored(Flat(), pseudo.images, [pseudo.cameras(g) for g in range(2)], weight=10.0)
+    cameras = guidance.views(3, stream)
     assert len(cameras) == 8
-    assert torch.equal(cameras.c2w[:4], Flat().cameras(3, Stream(0, 3, "cameras")).c2w)
-    assert torch.equal(cameras.c2w[4:], pseudo.c2w[teacher.group])
+    assert torch.equal(cameras.c2w[:4], Flat().views(3, Stream(0, 3, "cameras")).c2w)
+    assert torch.equal(cameras.c2w[4:], pseudo.c2w[guidance._group])
     rgb = torch.cat([torch.full((4, 3, 8, 8), 0.75), torch.zeros(4, 3, 8, 8)]).requires_grad_()
-    loss, t = teacher.score(rgb, cameras, 3, Stream(0, 3, "guidance"))
-    small = pseudo.images[teacher.group].unflatten(-1, (8, 2)).mean(-1).unflatten(-2, (8, 2)).mean(-2)
+    loss, t = guidance.score(rgb, cameras, 3, Stream(0, 3, "guidance"))
+    small = pseudo.images[guidance._group].unflatten(-1, (8, 2)).mean(-1).unflatten(-2, (8, 2)).mean(-2)
     known = 0.25**2 * 3 * 64 + 10 * small.square().sum() / 4
     assert loss.item() == pytest.approx(known.item(), rel=1e-5)
     assert t == 7

@@ -14,6 +14,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops.composite import composite
 from mvdream_fast.ops.march_rays import Samples, march_rays, prune_samples
 from mvdream_fast.ops.render import render
+from mvdream_fast.scene.base import Rendered
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid, default_step_size
 from mvdream_fast.scene.shading import ALBEDO, Shading, analytic_normals, finite_difference_normals, shade
 
@@ -25,17 +26,14 @@ _RAYS_PER_PRUNE = 8192
 
 
 @dataclass(frozen=True)
-class Rendered:
+class VolumeRendered(Rendered):
     """A rendered batch of rays.
 
-    rgb [R, 3], opacity [R], depth [R]. n_samples: samples whose field was evaluated with gradient (training) or at all.
+    n_samples: samples whose field was evaluated with gradient (training) or at all.
     Only in training: z_variance [R], weights [S], samples, positions [S, 3], normals [S, 3] if the renderer makes them,
     n_marched (samples before pruning), and step_scale (1; larger where the cap on samples coarsened the step).
     """
 
-    rgb: torch.Tensor
-    opacity: torch.Tensor
-    depth: torch.Tensor
     n_samples: int
     z_variance: torch.Tensor | None = None
     weights: torch.Tensor | None = None
@@ -87,7 +85,7 @@ class Renderer(nn.Module):
         training: bool = False,
         shading: Shading = ALBEDO,
         lights: torch.Tensor | None = None,
-    ) -> Rendered:
+    ) -> VolumeRendered:
         """Render rays [R]. Training needs a stream (jitter, background); shading needs lights, [R, 3] or [3].
 
         Evaluation shows the albedo in front of the learned background: shading is ignored there.
@@ -110,16 +108,16 @@ class Renderer(nn.Module):
         return self.volume(positions)[0]
 
     @torch.no_grad()
-    def _evaluate(self, rays: "Rays") -> Rendered:
+    def _evaluate(self, rays: "Rays") -> VolumeRendered:
         grid = self.occupancy
         background = self.background(rays.rays_d)
         out = render(
             *(rays.rays_o, rays.rays_d, self.volume, grid.aabb, grid.bits, grid.resolution, self.step_size),
             *(background, self.near, self.far, self._alpha_thre(), self.early_stop_eps),
         )
-        return Rendered(out.rgb, out.opacity, out.depth, out.n_samples)
+        return VolumeRendered(out.rgb, out.opacity, out.depth, out.n_samples)
 
-    def _train(self, rays: "Rays", stream: Stream, shading: Shading, lights: torch.Tensor | None) -> Rendered:
+    def _train(self, rays: "Rays", stream: Stream, shading: Shading, lights: torch.Tensor | None) -> VolumeRendered:
         jitter = stream.uniform(rays.rays_o.shape[0], device=rays.rays_o.device)
         samples, n_marched, step_scale = self._sample(rays, jitter)
         positions = samples.positions(rays.rays_o, rays.rays_d).detach()
@@ -132,7 +130,7 @@ class Renderer(nn.Module):
         out = composite(
             sigmas, rgb, samples.t_starts, samples.t_ends, packed_info=samples.packed_info, background=background
         )
-        return Rendered(
+        return VolumeRendered(
             *(out.rgb, out.opacity, out.depth, samples.n_samples, out.z_variance, out.weights),
             *(samples, positions.detach(), normals, n_marched, step_scale),
         )

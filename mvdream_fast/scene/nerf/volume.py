@@ -1,10 +1,9 @@
 """The hash-grid volume: the parameters of a radiance field and what can be asked of it at points.
 
-Rays, occupancy and compositing live in `field.renderer`; the arithmetic in `ops.field`.
+Rays, occupancy and compositing live in renderer.py; the arithmetic in `ops.field`.
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -13,49 +12,8 @@ from torch import Tensor, nn
 
 from mvdream_fast import ops
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.ops.field import FieldSpec
-from mvdream_fast.ops.hash_encode import HashGrid
+from mvdream_fast.scene.nerf.config import VolumeConfig
 from mvdream_fast.scene.shading import analytic_normals, finite_difference_normals
-
-
-@dataclass(frozen=True)
-class VolumeConfig:
-    """A volume over [-radius, radius]^3; the defaults are the MVDream paper's."""
-
-    radius: float = 1.0
-    n_levels: int = 16
-    n_features: int = 2
-    log2_size: int = 19
-    base_resolution: int = 16
-    top_resolution: int = 4096
-    width: int = 64
-    n_hidden: int = 1
-    bias_scale: float = 10.0
-    bias_std: float = 0.5
-    density_activation: Literal["softplus", "exp"] = "softplus"
-    color_sigmoid: bool = True
-
-    @classmethod
-    def paper(cls) -> "VolumeConfig":
-        """12,599,920 table parameters, networks 32-64-1 and 32-64-3."""
-        return cls()
-
-    @classmethod
-    def mini(cls) -> "VolumeConfig":
-        """A small volume for the embedded model on a CPU: 12 levels, 2^15 entries each, top resolution 256."""
-        return cls(n_levels=12, log2_size=15, top_resolution=256, width=32)
-
-    @property
-    def growth(self) -> float:
-        """Ratio of neighbouring resolutions (1.447269237440378 for the paper's 16 to 4096 in 16 levels)."""
-        if self.n_levels == 1:
-            return 1.0
-        return math.exp(math.log(self.top_resolution / self.base_resolution) / (self.n_levels - 1))
-
-    @property
-    def spec(self) -> FieldSpec:
-        grid = HashGrid(self.n_levels, self.n_features, self.log2_size, self.base_resolution, self.growth)
-        return FieldSpec(grid, self.radius, self.bias_scale, self.bias_std, self.density_activation, self.color_sigmoid)
 
 
 class Volume(nn.Module):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from reference.studio import fresh_asset
 
 from mvdream_fast.core.errors import ArgumentError, DivergedError, OutputError
-from mvdream_fast.distill.recipes import SDS_PRESETS
+from mvdream_fast.distill.recipes import mini
 from mvdream_fast.rendering import mesh_file
 from mvdream_fast.rendering.software import NumpyRenderer
-from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.mesh import export
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold, trilinear
 
@@ -179,8 +179,8 @@ class Chair(torch.nn.Module):
 
 @pytest.mark.parametrize("soft", [0.005, 0.012])
 def test_mesh_and_volume_have_the_same_silhouette(soft):
-    asset = Asset(SDS_PRESETS["mini"])
-    asset.renderer.volume = Chair(soft)
+    asset = fresh_asset(mini())
+    asset.representation.volume = Chair(soft)
     cameras = asset.orbit(
         6, elevation_deg=20.0, azimuth_start_deg=10.0
     )  # not the views that the threshold was found in

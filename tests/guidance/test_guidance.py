@@ -1,6 +1,5 @@
-"""Teachers: the model is asked as often as the recipe says, and its answers are used again as they were."""
+"""Guidance by a model: it is asked as often as the recipe says, and its answers are used again as they were."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +11,17 @@ from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.diffusion.schedule import NoiseSchedule
-from mvdream_fast.distill.state import Optimization
-from mvdream_fast.guidance.teachers import VIEW_WORDS, Distillation, SingleViewDistillation, view_words
+from mvdream_fast.distill.loop import new_guidance
+from mvdream_fast.distill.recipes import replaced
+from mvdream_fast.distill.state import RunState
+from mvdream_fast.guidance.prompts import VIEW_WORDS, view_words
+from mvdream_fast.guidance.sds import SDS, SingleViewSDS
 from mvdream_fast.models.config import ScheduleConfig, VAEConfig
 from mvdream_fast.pipeline import MVDreamPipeline
 
-REUSING = dataclasses.replace(TINY, steps=7, updates_per_guidance=3)
+REUSING = replaced(TINY, steps=7, updates_per_guidance=3)
 
 
 class CountingUNet:
@@ -32,7 +35,7 @@ class CountingUNet:
 
     def __call__(self, z_t, t, context, camera, n_views, n_prompts):
         self.n_calls += 1
-        return torch.cat([0.5 * z_t, 0.4 * z_t])
+        return torch.cat([0.4 * z_t, 0.5 * z_t])
 
 
 class PoolingVAE:
@@ -47,33 +50,33 @@ class PoolingVAE:
 
 
 class Stub:
-    """What Distillation wants of a pipeline."""
+    """What new_guidance wants of a pipeline."""
 
     def __init__(self):
         self.model = SimpleNamespace(unet=CountingUNet(), vae=PoolingVAE())
         self.schedule, self.dtype = NoiseSchedule.from_config(ScheduleConfig()), torch.float32
 
     def encode_prompt(self, prompt, negative_prompt, suffix, warn):
-        return SimpleNamespace(cond=torch.zeros(1, 2, 4), uncond=torch.zeros(1, 2, 4))
+        return TextCond(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
 
 
 def taught(config, pipeline=None):
-    return Distillation(pipeline or Stub(), "x", config)
+    return new_guidance(pipeline or Stub(), "x", config, 0)
 
 
 @pytest.mark.parametrize("match", ["latents", "pixels"])
 def test_the_model_is_asked_every_third_step(match):
     pipeline = Stub()
-    config = dataclasses.replace(REUSING, match=match)
+    config = replaced(REUSING, match=match)
     records = []
     asset = Studio(taught(config, pipeline))("x", config=config, callback=lambda p: records.append(p.record))
     assert pipeline.model.unet.n_calls == 3
     assert [r.t > 0 for r in records] == [True, False, False, True, False, False, True]
-    assert all(p.isfinite().all() for p in asset.renderer.parameters())
+    assert all(p.isfinite().all() for p in asset.representation.parameters())
 
 
 def test_one_update_an_answer_is_plain_distillation():
-    once = dataclasses.replace(TINY, steps=3)
+    once = replaced(TINY, steps=3)
     pipeline = Stub()
     Studio(taught(once, pipeline))("x", config=once)
     assert pipeline.model.unet.n_calls == 3
@@ -81,17 +84,20 @@ def test_one_update_an_answer_is_plain_distillation():
 
 
 def test_steps_that_share_an_answer_share_cameras_and_size():
-    config = dataclasses.replace(REUSING, milestones=(1,), render_size=(8, 16), n_groups=(1, 1))
+    config = replaced(REUSING, milestones=(1,), render_size=(8, 16), n_groups=(1, 1))
     assert [config.asked(step) for step in range(7)] == [0, 0, 0, 3, 3, 3, 6]
     assert [config.stage(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 1]
     seen = []
 
-    class Watching(Distillation):
-        def score(self, rgb, cameras, step, stream, *rest):
-            seen.append((rgb.shape[-1], cameras.c2w.sum().item()))
-            return super().score(rgb, cameras, step, stream, *rest)
+    guidance = taught(config)
+    plain = guidance.score
 
-    state = Optimization(config, "x", 0, Watching(Stub(), "x", config))
+    def score(rgb, views, step, stream, *rest):
+        seen.append((rgb.shape[-1], views.c2w.sum().item()))
+        return plain(rgb, views, step, stream, *rest)
+
+    guidance.score = score
+    state = RunState(config, "x", 0, guidance)
     for step in range(7):
         state.step(step)
     assert [size for size, _ in seen] == [8, 8, 8, 16, 16, 16, 16]
@@ -100,17 +106,17 @@ def test_steps_that_share_an_answer_share_cameras_and_size():
 
 
 def test_pixels_are_pulled_to_the_decoded_answer():
-    config = dataclasses.replace(REUSING, match="pixels")
-    teacher = taught(config)
-    cameras = teacher.cameras(0, Stream(0, 0, "cameras"))
+    config = replaced(REUSING, match="pixels")
+    guidance = taught(config)
+    cameras = guidance.views(0, Stream(0, 0, "cameras"))
     rgb = torch.rand(4, 3, 8, 8)
-    first, _ = teacher.score(rgb, cameras, 0, Stream(0, 0, "guidance"))
-    target = teacher.state()["target"]
+    first, _ = guidance.score(rgb, cameras, 0, Stream(0, 0, "guidance"))
+    target = guidance.state()["target"]
     assert target.shape == (4, 3, 8, 8)
     assert target.amin() >= 0
     assert target.amax() <= 1
     torch.testing.assert_close(first, (rgb - target).square().sum() / 8)
-    again, t = teacher.score(target.clone(), cameras, 1, Stream(0, 1, "guidance"))
+    again, t = guidance.score(target.clone(), cameras, 1, Stream(0, 1, "guidance"))
     assert (again.item(), t) == (0.0, 0)
 
 
@@ -132,9 +138,9 @@ def test_a_run_resumed_between_answers_has_the_same_bytes(tmp_path, stop_at):
 
 
 def test_an_answer_that_is_missing_is_told():
-    teacher = taught(REUSING)
+    guidance = taught(REUSING)
     with pytest.raises(ModelError, match="does not hold the model's answer that step 1 goes on from"):
-        teacher.score(torch.rand(4, 3, 8, 8), None, 1, Stream(0, 1, "guidance"))
+        guidance.score(torch.rand(4, 3, 8, 8), None, 1, Stream(0, 1, "guidance"))
 
 
 def test_each_side_has_its_words():
@@ -151,24 +157,25 @@ class Sides(Stub):
     def encode_prompt(self, prompt, negative_prompt, suffix, warn):
         self.prompts = prompts = [prompt] if isinstance(prompt, str) else prompt
         states = torch.arange(1.0, 1 + len(prompts))[:, None, None].expand(-1, 2, 4)
-        return SimpleNamespace(cond=states, uncond=-states.new_ones(len(prompts), 2, 4))
+        return TextCond(states, -states.new_ones(len(prompts), 2, 4))
 
 
 def test_the_single_view_prior_is_asked_without_cameras_and_told_each_side():
     pipeline, asked = Sides(), []
 
-    def unet(z_t, t, context, camera, n_views, n_prompts):
-        asked.append((context[:, 0, 0].tolist(), camera, n_views, n_prompts, len(z_t)))
-        return torch.cat([0.5 * z_t, 0.4 * z_t])
+    class Noting(CountingUNet):
+        def __call__(self, z_t, t, context, camera, n_views, n_prompts):
+            asked.append((context[:, 0, 0].tolist(), camera, n_views, n_prompts, len(z_t)))
+            return super().__call__(z_t, t, context, camera, n_views, n_prompts)
 
-    pipeline.model.unet = unet
-    teacher = SingleViewDistillation(pipeline, "a car", dataclasses.replace(TINY, mode="2d"))
+    pipeline.model.unet = Noting()
+    guidance = new_guidance(pipeline, "a car", replaced(TINY, mode="2d"), 0)
     assert pipeline.prompts == [f"a car, {words}" for words in VIEW_WORDS]
     cameras = orbit_cameras(4, elevation_deg=20.0)
     rgb = torch.rand(4, 3, 8, 8, requires_grad=True)
-    loss, _ = teacher.score(rgb, cameras, 0, Stream(0, 0, "guidance"))
+    loss, _ = guidance.score(rgb, cameras, 0, Stream(0, 0, "guidance"))
     loss.backward()
-    assert asked == [([1.0, 2.0, 3.0, 2.0, -1, -1, -1, -1], None, 1, 2, 4)]
+    assert asked == [([-1, -1, -1, -1, 1.0, 2.0, 3.0, 2.0], None, 1, 2, 4)]
     assert rgb.grad.abs().sum() > 0
 
 
@@ -176,14 +183,14 @@ def test_views_of_the_single_view_prior_do_not_know_of_each_other(tmp_path):
     """The gradient of one view is the same whatever the others show; a real UNet and its 2D mode."""
     model = random_model()
     pipeline = MVDreamPipeline(model, "cpu", "float32")
-    config = dataclasses.replace(TINY, mode="2d", rescale=0.5)
-    teacher, cameras = SingleViewDistillation(pipeline, "a chair", config), orbit_cameras(4, elevation_deg=20.0)
+    config = replaced(TINY, mode="2d", rescale=0.5)
+    guidance, cameras = new_guidance(pipeline, "a chair", config, 0), orbit_cameras(4, elevation_deg=20.0)
     size = model.vae.config.image_size
     rgb = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
 
     def gradient(images):
         images = images.clone().requires_grad_()
-        teacher.score(images, cameras, 0, Stream(0, 0, "guidance"))[0].backward()
+        guidance.score(images, cameras, 0, Stream(0, 0, "guidance"))[0].backward()
         return images.grad
 
     changed = rgb.clone()
@@ -193,17 +200,18 @@ def test_views_of_the_single_view_prior_do_not_know_of_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", [Distillation, SingleViewDistillation])
-def test_a_model_in_half_precision_teaches_nearly_the_same(kind, dtype):
-    """Its text tower answers in float32: the teacher hands that on in the UNet's dtype, and pulls in float32."""
+@pytest.mark.parametrize(("mode", "kind"), [("3d", SDS), ("2d", SingleViewSDS)])
+def test_a_model_in_half_precision_asks_for_nearly_the_same(mode, kind, dtype):
+    """Its text tower answers in float32: the guidance hands that on in the UNet's dtype, and pulls in float32."""
     cameras, rgb = orbit_cameras(4, elevation_deg=20.0), Stream(0, 0, "images").uniform(4, 3, 16, 16)
     # 2: with TINY's scale of 50 the difference of the two answers, and its rounding, would be all there is
-    config = dataclasses.replace(TINY, guidance_scale=2.0, rescale=0.0)
+    config = replaced(TINY, mode=mode, guidance_scale=2.0, rescale=0.0)
 
     def gradient(dtype):
         images = rgb.clone().requires_grad_()
-        teacher = kind(MVDreamPipeline(random_model(), "cpu", dtype), "a chair", config)
-        teacher.score(images, cameras, 0, Stream(0, 0, "guidance"))[0].backward()
+        guidance = new_guidance(MVDreamPipeline(random_model(), "cpu", dtype), "a chair", config, 0)
+        assert type(guidance) is kind
+        guidance.score(images, cameras, 0, Stream(0, 0, "guidance"))[0].backward()
         return images.grad
 
     exact, rough = gradient("float32"), gradient(dtype)

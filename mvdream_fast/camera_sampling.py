@@ -1,0 +1,31 @@
+"""The ranges that the cameras of a text-to-3D run are drawn from; no torch here. What draws them is camera.py."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CameraSampling:
+    """How SDS draws its cameras; the defaults are MVDream's (`paper`).
+
+    `distance_range` is multiplied by 1/tan(fovy/2) ("tan": the same size in the image for every field of view), by
+    1/sin(fovy/2) ("sin": 1 just frames the unit sphere), or taken as it is ("none"). `elevations="upstream"` copies
+    MVDream-threestudio: half of its draws are uniform on the sphere but reach 19.47 degrees only, whatever the range.
+    """
+
+    n_views: int = 4
+    elevation_range_deg: tuple[float, float] = (0.0, 30.0)
+    fovy_range_deg: tuple[float, float] = (15.0, 60.0)
+    distance_range: tuple[float, float] = (0.8, 1.0)
+    relative_distance: Literal["tan", "sin", "none"] = "tan"
+    elevations: Literal["uniform", "upstream"] = "uniform"
+
+    @staticmethod
+    def paper() -> "CameraSampling":
+        """Elevation 0..30, fovy 15..60 degrees, distance U(0.8, 1)/tan(fovy/2)."""
+        return CameraSampling()
+
+    @staticmethod
+    def mini() -> "CameraSampling":
+        """The cameras that the embedded model was trained with: the unit sphere just fits the image."""
+        return CameraSampling(fovy_range_deg=(30.0, 50.0), distance_range=(1.0, 1.05), relative_distance="sin")

@@ -1,0 +1,11 @@
+"""A number that changes linearly over the steps of a run: loss weights, ranges of timesteps."""
+
+Ramp = tuple[float, float, float, float]  # (start step, value there, value at the end, end step), linear and clamped
+
+
+def ramp(schedule: Ramp, step: int) -> float:
+    """The value of a linear ramp at `step`, constant outside it."""
+    start, first, last, end = schedule
+    if end <= start:
+        return last if step >= end else first
+    return first + (last - first) * min(max((step - start) / (end - start), 0.0), 1.0)

@@ -1,0 +1,49 @@
+"""The guided call: one UNet asked with a prompt and without it in one batch. Sampling, guidance and training use it.
+
+The order of the two halves is decided here and nowhere else: the negative prompt first, [uncond; cond].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """What the UNet is told in words, of B prompts: cond and uncond [B, L, Dt], in the UNet's dtype."""
+
+    cond: Tensor
+    uncond: Tensor
+
+    def to(self, *args) -> "TextCond":
+        return TextCond(self.cond.to(*args), self.uncond.to(*args))
+
+    def repeat(self, n: int) -> "TextCond":
+        """Each prompt n times, its copies next to each other."""
+        return TextCond(self.cond.repeat_interleave(n, dim=0), self.uncond.repeat_interleave(n, dim=0))
+
+
+class Denoiser:
+    """A UNet with fixed prompts, whose keys and values are computed once.
+
+    Args:
+        text: of B scenes. n_views: V, the views that see each other; 1 in 2D mode, where a view is a scene of its own.
+        guided: False asks with the prompts alone.
+    """
+
+    def __init__(self, unet: nn.Module, text: TextCond, n_views: int, guided: bool = True):
+        self.unet, self.n_views, self.n_prompts, self.dtype = unet, n_views, 1 + guided, text.cond.dtype
+        self._context = unet.prepare_context(torch.cat([text.uncond, text.cond]) if guided else text.cond)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, t: Tensor, camera: Tensor | None = None) -> Tensor:
+        """The UNet's raw output, without a graph.
+
+        Args: latents [B*V, C, h, w], views fastest; t timesteps, scalar or [B*V]; camera [B*V, 16], None in 2D mode.
+        Returns: [2*B*V, C, h, w], first without the prompts, then with them, or [B*V, ...] of the prompts alone; in
+            the dtype of the latents.
+        """
+        camera = camera if camera is None else camera.to(self.dtype)
+        out = self.unet(latents.to(self.dtype), t, self._context, camera, self.n_views, self.n_prompts)
+        return out.to(latents.dtype)

@@ -1,0 +1,155 @@
+"""The loop over the steps of a text-to-3D run: checkpoints, recoveries, memory that runs out; and its guidance.
+
+What a step does is state.py's; TextTo3D (text_to_3d.py) is the way in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvdream_fast.camera import middle_cameras
+from mvdream_fast.core import run_folder
+from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
+from mvdream_fast.core.machine import memory_errors
+from mvdream_fast.distill import memory
+from mvdream_fast.distill.recipes import SDSConfig, settings_of
+from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
+from mvdream_fast.guidance.base import Guidance
+from mvdream_fast.guidance.prompts import VIEW_WORDS
+from mvdream_fast.guidance.reconstruction import Reconstruction
+from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
+from mvdream_fast.scene.asset import Asset
+
+if TYPE_CHECKING:
+    from mvdream_fast.models.config import ModelConfig
+    from mvdream_fast.pipeline import MVDreamPipeline
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is given after a step: what the step reports, and the growing asset (live, not a copy)."""
+
+    record: Record
+    asset: Asset
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a run goes on and where it saves.
+
+    checkpoints: a folder; the run saves there every `checkpoint_every` steps and goes on from what it holds. callback:
+    called after every step. interrupt: when requested, the run saves and ends. model: for advice where memory runs out.
+    """
+
+    callback: Callable[[Progress], None] | None = None
+    checkpoints: Path | None = None
+    checkpoint_every: int = 100
+    interrupt: run_folder.Interrupt | None = None
+    model: "ModelConfig | None" = None
+
+    def run(self, state: RunState) -> GrownAsset:
+        """The remaining steps of `state`'s run.
+
+        Raises:
+            ModelError: a checkpoint of another configuration.
+            OutOfMemoryError: a step that does not fit, even with half of the samples.
+            DivergedError: numbers that are not finite, or nothing to see, after one recovery.
+        """
+        config = state.config
+        first = self._resume(state)
+        if config.stage(first) < config.stage(config.steps - 1):
+            self._attempt(state, first, state.rehearse)
+        for step in range(first, config.steps):
+            if self.interrupt is not None and self.interrupt.requested is not None:
+                break
+            record = self._attempt(state, step, lambda step=step: state.step(step))
+            state.asset.records.append(record.plain())
+            if state.skipped >= MAX_SKIPPED:
+                self._recover(state, step)
+            if self.callback is not None:
+                self.callback(Progress(record, state.asset))
+            if self.checkpoints is not None and (step + 1) % self.checkpoint_every == 0:
+                self._save(state, step + 1)
+        else:
+            step = config.steps
+        if self.checkpoints is not None and first < config.steps:
+            self._save(state, step)
+        return state.asset
+
+    def _attempt(self, state: RunState, step: int, work: Callable[[], Any]) -> Any:
+        """`work()`; where memory runs out, once more with half of the samples, and then an end with advice."""
+        for last in (state.halved, True):
+            try:
+                with memory_errors("half of the samples did not help"):
+                    return work()
+            except MemoryError as error:
+                if last:
+                    parts = memory.estimate(self.model, state.config)
+                    raise OutOfMemoryError(f"step {step}: {error}; {memory.advice(parts, state.config)}") from error
+            state.halve()  # outside of the handler: the error's traceback holds the step's tensors
+        raise AssertionError
+
+    def _latest(self) -> tuple[int, dict, dict] | None:
+        return run_folder.load_latest(self.checkpoints) if self.checkpoints is not None else None
+
+    def _resume(self, state: RunState) -> int:
+        saved = self._latest()
+        if saved is None:
+            return 0
+        step, tensors, meta = saved
+        if meta.get("config") != _plain(state.config) or meta.get("seed") != state.seed:
+            raise ModelError(
+                f"the checkpoint in {self.checkpoints} is of another configuration or seed; start a new run"
+            )
+        state.restore(tensors)
+        return step
+
+    def _recover(self, state: RunState, step: int) -> None:
+        """Goes back to the last checkpoint's values (without one, to the start), once; the streams go on."""
+        if state.restarts:
+            raise DivergedError(
+                f"the last {MAX_SKIPPED} steps before step {step} gave numbers that are not finite, again after a "
+                "recovery; try another --seed, or a lower --guidance-scale or --lr"
+            )
+        saved = self._latest()
+        happened = f"{MAX_SKIPPED} steps gave numbers that are not finite"
+        if saved is None:
+            state.restart(f"{happened}: the volume is started again from another seed")
+            return
+        state.restore(saved[1])
+        state.restarts, state.event = 1, f"{happened}: back to the values of step {saved[0]}"
+
+    def _save(self, state: RunState, step: int) -> None:
+        meta = {"config": _plain(state.config), "seed": state.seed, "prompt": state.asset.prompt}
+        run_folder.save_checkpoint(self.checkpoints, step, state.state(), meta)
+
+
+def _plain(config: SDSConfig) -> dict[str, Any]:
+    """The configuration as JSON would give it back (lists for tuples)."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in settings_of(config).items()}
+
+
+def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
+    """The one place where the kind of guidance is chosen: score distillation from many views or one, or, with the
+    method "reconstruct", views that are sampled once and fitted."""
+
+    def silent(_: str) -> None:
+        """The command has named unknown words once."""
+
+    if config.method == "reconstruct":
+        views = pipeline(prompt, config.cameras.n_views, negative_prompt=config.negative_prompt, seed=seed, warn=silent)
+        return Reconstruction(views.tensor, middle_cameras(config.cameras))
+    sides = [prompt] if config.mode == "3d" else [f"{prompt}, {words}" for words in VIEW_WORDS]
+    text = pipeline.encode_prompt(sides, config.negative_prompt, suffix=config.suffix, warn=silent).to(pipeline.dtype)
+    model = pipeline.model
+    own = text if config.mode == "3d" else None
+    score = ScoreDistillation(model.unet, model.vae, pipeline.schedule, own, config.guidance)
+    how = {
+        "n_groups": lambda step: config.n_groups[config.stage(step)],
+        "every": config.updates_per_guidance,
+        "match": config.match,
+    }
+    if config.mode == "3d":
+        return SDS(score, config.cameras, **how)
+    return SingleViewSDS(score, config.cameras, text, **how)

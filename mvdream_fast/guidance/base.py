@@ -1,0 +1,58 @@
+"""The protocol of what a text-to-3D run learns from: where to look, and how far the rendered views are from what they
+should be. A new guidance is a class with these methods; distill/loop.py is where its kind is chosen.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mvdream_fast.camera import Cameras
+    from mvdream_fast.core.rng import Stream
+
+Timing = Callable[[str], None]  # told the name of the part that has just ended, for the report's table of times
+
+
+def no_timing(_: str) -> None:
+    """For callers who don't measure."""
+
+
+class Guidance(Protocol):
+    """What the views should rather be. Everything random comes from the streams that are handed in."""
+
+    def views(self, step: int, stream: "Stream") -> "Cameras":
+        """The cameras of a step, B groups of V views, views fastest."""
+        ...
+
+    def score(
+        self, rgb: Tensor, views: "Cameras", step: int, stream: "Stream", timing: Timing = no_timing
+    ) -> tuple[Tensor, int]:
+        """rgb [B*V, 3, Hp, Wp] in [0, 1], rendered from `views` -> (a scalar with a graph to rgb, the timestep that a
+        model was asked at, or 0)."""
+        ...
+
+    def after_step(self, step: int, stream: "Stream") -> None:
+        """What the guidance itself learns once the representation has been updated."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a resumed run needs beside the step's number, by name; often none."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over the tensors of `state`."""
+        ...
+
+
+class Stateless:
+    """For a guidance that learns nothing itself and remembers nothing."""
+
+    def after_step(self, step: int, stream: "Stream") -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        pass

@@ -1,0 +1,25 @@
+"""The one place where the kind of a representation is chosen, by its configuration."""
+
+import dataclasses
+from typing import Any
+
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.scene.base import Representation, RepresentationConfig
+from mvdream_fast.scene.nerf.config import NerfConfig
+from mvdream_fast.scene.nerf.nerf import Nerf
+
+
+def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = False) -> Representation:
+    """A fresh representation. lit: it will be shaded, so it has to know its normals."""
+    kinds = {NerfConfig: Nerf}
+    return kinds[type(config)](config, Stream(seed, 0, "volume"), lit)
+
+
+def config_from_dict(values: dict[str, Any]) -> RepresentationConfig:
+    """The configuration in a file's values; the others, such as those of the run around it, are passed over.
+
+    Raises TypeError or ValueError for values of another type.
+    """
+    names = {field.name for field in dataclasses.fields(NerfConfig)}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
+    return NerfConfig(**values)

@@ -1,0 +1,86 @@
+"""What a NeRF is made of and how it learns, as frozen values, and the memory that takes; no torch here."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mvdream_fast.core.ramp import Ramp
+
+if TYPE_CHECKING:
+    from mvdream_fast.ops.field import FieldSpec
+
+BYTES_PER_SAMPLE = 80  # of a training step of the renderer
+PRUNE_BYTES = 8192 * 110  # a block of rays before pruning, per sample of a ray
+
+
+@dataclass(frozen=True)
+class VolumeConfig:
+    """A volume over [-radius, radius]^3; the defaults are the MVDream paper's."""
+
+    radius: float = 1.0
+    n_levels: int = 16
+    n_features: int = 2
+    log2_size: int = 19
+    base_resolution: int = 16
+    top_resolution: int = 4096
+    width: int = 64
+    n_hidden: int = 1
+    bias_scale: float = 10.0
+    bias_std: float = 0.5
+    density_activation: Literal["softplus", "exp"] = "softplus"
+    color_sigmoid: bool = True
+
+    @classmethod
+    def paper(cls) -> "VolumeConfig":
+        """12,599,920 table parameters, networks 32-64-1 and 32-64-3."""
+        return cls()
+
+    @classmethod
+    def mini(cls) -> "VolumeConfig":
+        """A small volume for the embedded model on a CPU: 12 levels, 2^15 entries each, top resolution 256."""
+        return cls(n_levels=12, log2_size=15, top_resolution=256, width=32)
+
+    @property
+    def growth(self) -> float:
+        """Ratio of neighbouring resolutions (1.447269237440378 for the paper's 16 to 4096 in 16 levels)."""
+        if self.n_levels == 1:
+            return 1.0
+        return math.exp(math.log(self.top_resolution / self.base_resolution) / (self.n_levels - 1))
+
+    @property
+    def spec(self) -> "FieldSpec":
+        from mvdream_fast.ops.field import FieldSpec
+        from mvdream_fast.ops.hash_encode import HashGrid
+
+        grid = HashGrid(self.n_levels, self.n_features, self.log2_size, self.base_resolution, self.growth)
+        return FieldSpec(grid, self.radius, self.bias_scale, self.bias_std, self.density_activation, self.color_sigmoid)
+
+
+@dataclass(frozen=True)
+class NerfConfig:
+    """A density volume on a hash grid (nerf.py); the defaults are MVDream's recipe. Weights of losses are ramps."""
+
+    volume: Literal["paper", "mini"] = "paper"
+    background: Literal["learned", "grey", "white"] = "learned"
+    background_aug_prob: float = 0.5
+    samples_per_ray: int = 512
+    max_samples: int = 1 << 23
+    lambda_orient: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_sparsity: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_opaque: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lambda_z_variance: Ramp = (0.0, 0.0, 0.0, 0.0)
+    lr_encoding: float = 0.01
+    lr_mlp: float = 0.001
+    lr_background: float = 0.001
+
+    def volume_config(self) -> VolumeConfig:
+        return VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
+
+    def memory(self, n_rays: int) -> dict[str, int]:
+        """Estimated bytes by part of a training step of n_rays; nothing is allocated for it."""
+        volume = self.volume_config()
+        samples = min(self.max_samples, n_rays * self.samples_per_ray)
+        return {
+            "the renderer's samples": samples * BYTES_PER_SAMPLE + PRUNE_BYTES * self.samples_per_ray,
+            "the volume and its optimiser": 16 * volume.spec.grid.n_entries * volume.n_features,
+        }

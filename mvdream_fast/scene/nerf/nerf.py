@@ -1,0 +1,150 @@
+"""The hash-grid NeRF as a representation: a volume, its occupancy and a background, with what a run does to them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mvdream_fast.camera import evaluation_cameras, generate_rays
+from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.ramp import ramp
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
+from mvdream_fast.scene.base import Lighting
+from mvdream_fast.scene.losses import opaque_loss, orientation_loss, sparsity_loss, z_variance_loss
+from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold
+from mvdream_fast.scene.mesh.texture import bake_texture
+from mvdream_fast.scene.nerf.config import NerfConfig
+from mvdream_fast.scene.nerf.occupancy import OccupancyGrid
+from mvdream_fast.scene.nerf.renderer import Renderer, VolumeRendered
+from mvdream_fast.scene.nerf.volume import Volume
+from mvdream_fast.scene.shading import ALBEDO
+
+if TYPE_CHECKING:
+    from mvdream_fast.camera import Rays
+
+FLAT_COLORS = {"grey": 0.5, "white": 1.0}
+SILHOUETTE_VIEWS, SILHOUETTE_SIZE = 8, 96  # renders that a mesh's threshold is found with
+
+
+class Nerf(Renderer):
+    """A Representation (scene/base.py): the renderer with its learning rates, losses, mesh and state.
+
+    Args: lit: its normals are made, so that it can be shaded.
+    """
+
+    def __init__(self, config: NerfConfig, stream: Stream | None = None, lit: bool = False):
+        volume = Volume(config.volume_config(), stream)
+        super().__init__(
+            volume,
+            OccupancyGrid(radius=volume.config.radius),
+            _background(config),
+            n_samples_per_ray=config.samples_per_ray,
+            normals="analytic" if lit else "none",
+            max_samples=config.max_samples,
+        )
+        self.config, self.n_samples = config, 0
+
+    @property
+    def radius(self) -> float:
+        return self.occupancy.radius
+
+    @property
+    def device(self) -> torch.device:
+        return self.occupancy.ema.device
+
+    def render(
+        self, rays: "Rays", stream: Stream | None = None, training: bool = False, lighting: Lighting | None = None
+    ) -> VolumeRendered:
+        """Rays [R] in front of the background; see `Renderer`."""
+        rendered = self(rays, stream, training, *(lighting or (ALBEDO, None)))
+        self.n_samples = rendered.n_samples
+        return rendered
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Table, networks, background; what has no parameters is left out."""
+        config, volume = self.config, self.volume
+        groups = [
+            {"params": [volume.table], "lr": config.lr_encoding},
+            {"params": [*volume.density_weights, *volume.feature_weights], "lr": config.lr_mlp},
+            {"params": [*self.background.parameters()], "lr": config.lr_background},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def regularizers(self, rendered: VolumeRendered, rays: "Rays", step: int) -> Tensor:
+        """Orientation, sparsity, opaqueness and variance of depth, those that are switched on at this step."""
+        config, total = self.config, rendered.opacity.sum() * 0
+        weight = ramp(config.lambda_orient, step)
+        if weight and rendered.normals is not None:
+            directions = rays.rays_d[rendered.samples.ray_indices]
+            total = total + weight * orientation_loss(rendered.weights, rendered.normals, directions, rendered.opacity)
+        for schedule, loss, args in (
+            (config.lambda_sparsity, sparsity_loss, (rendered.opacity,)),
+            (config.lambda_opaque, opaque_loss, (rendered.opacity,)),
+            (config.lambda_z_variance, z_variance_loss, (rendered.z_variance, rendered.opacity)),
+        ):
+            weight = ramp(schedule, step)
+            if weight:
+                total = total + weight * loss(*args)
+        return total
+
+    def after_step(self, step: int, stream: Stream) -> None:
+        self.occupancy.update(step, self.density, stream)
+
+    def statistics(self) -> dict[str, float]:
+        """Share of occupied cells, and samples of the last step whose field was evaluated with gradient."""
+        return {"occupancy": self.occupancy.fraction, "n_samples": self.n_samples}
+
+    def restart(self, seed: int) -> None:
+        self.load_state_dict(Nerf(self.config, Stream(seed, 0, "volume")).state_dict())
+
+    def save_memory(self, n_rays: int) -> None:
+        """Half of the samples that a step could have had; a step above that marches in larger steps."""
+        most = min(self.max_samples or 1 << 62, n_rays * self.config.samples_per_ray)
+        self.max_samples = max(most // 2, n_rays)
+
+    def colors(self, positions: Tensor) -> Tensor:
+        """The field's colours at positions [P, 3] in scene units, [P, 3] in [0, 1]."""
+        return self.volume(positions.to(self.device))[1]
+
+    def mesh(self, resolution: int = 128, max_faces: int | None = None, texture: int | None = None) -> Mesh:
+        """The iso-surface whose silhouette agrees best with the rendered ones, coloured by the field."""
+        grid = sample_grid(self._density_there, resolution, self.radius)
+        cameras = evaluation_cameras(SILHOUETTE_VIEWS)
+        rays = generate_rays(cameras.to(self.device), SILHOUETTE_SIZE, SILHOUETTE_SIZE)
+        with torch.no_grad():
+            opacity = self.render(rays).opacity
+        threshold, _ = silhouette_threshold(grid, self.radius, rays.rays_o.cpu(), rays.rays_d.cpu(), opacity)
+        mesh = extract_mesh(
+            self._density_there,
+            self.colors,
+            radius=self.radius,
+            threshold=threshold,
+            grid=grid,
+            max_faces=max_faces,
+        )
+        return mesh if texture is None else bake_texture(mesh, self.colors, texture)
+
+    def _density_there(self, positions: Tensor) -> Tensor:
+        return self.density(positions.to(self.device))
+
+    def state(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ModelError when names or shapes differ or a number is not finite."""
+        expected = {name: tuple(value.shape) for name, value in self.state().items()}
+        found = {name: tuple(value.shape) for name, value in tensors.items()}
+        if expected != found:
+            wrong = sorted(set(expected.items()) ^ set(found.items()))
+            raise ModelError(f"the saved volume is of another configuration: {wrong[0][0]} {list(wrong[0][1])}")
+        for name, value in tensors.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ModelError(f"the saved volume holds numbers that are not finite in {name}")
+        self.load_state_dict(tensors)
+
+
+def _background(config: NerfConfig) -> torch.nn.Module:
+    if config.background == "learned":
+        return EnvironmentMap(augment_prob=config.background_aug_prob)
+    return FixedBackground((FLAT_COLORS[config.background],) * 3)
