@@ -1,11 +1,19 @@
 """The ranges that the cameras of a text-to-3D run are drawn from; no torch here. What draws them is camera.py."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from mvdream_fast.core.schema import Checked
+
+Elevation = Annotated[float, Interval(ge=-90, le=90)]
+Fovy = Annotated[float, Interval(gt=0, lt=180)]
+Distance = Annotated[float, Interval(gt=0, lt=1000)]
 
 
 @dataclass(frozen=True)
-class CameraSampling:
+class CameraSampling(Checked):
     """How SDS draws its cameras; the defaults are MVDream's (`paper`).
 
     `distance_range` is multiplied by 1/tan(fovy/2) ("tan": the same size in the image for every field of view), by
@@ -13,10 +21,10 @@ class CameraSampling:
     MVDream-threestudio: half of its draws are uniform on the sphere but reach 19.47 degrees only, whatever the range.
     """
 
-    n_views: int = 4
-    elevation_range_deg: tuple[float, float] = (0.0, 30.0)
-    fovy_range_deg: tuple[float, float] = (15.0, 60.0)
-    distance_range: tuple[float, float] = (0.8, 1.0)
+    n_views: Annotated[int, Interval(ge=1, le=256)] = 4
+    elevation_range_deg: tuple[Elevation, Elevation] = (0.0, 30.0)
+    fovy_range_deg: tuple[Fovy, Fovy] = (15.0, 60.0)
+    distance_range: tuple[Distance, Distance] = (0.8, 1.0)
     relative_distance: Literal["tan", "sin", "none"] = "tan"
     elevations: Literal["uniform", "upstream"] = "uniform"
 

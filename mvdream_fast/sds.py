@@ -154,11 +154,11 @@ def plan(flags: Flags, resumed: Path | None = None) -> list["Request"]:
     if flags.text is not None:
         given["prompt"] = flags.text
     if resumed is not None:
-        request = request.read_run(resumed)
-        export = {f.name for f in dataclasses.fields(request.export)} & given.keys()
-        export = dataclasses.replace(request.export, **{name: given[name] for name in export})
-        request.check_export(export)
-        return [dataclasses.replace(request, export=export, why="as the run was started")]
+        run = request.read_run(resumed)
+        export = {f.name for f in dataclasses.fields(run.export)} & given.keys()
+        export = dataclasses.replace(run.export, **{name: given[name] for name in export})
+        request.check_export(export, request.flag_names(given))
+        return [dataclasses.replace(run, export=export, why="as the run was started")]
     file = request.read_settings(flags.config) if flags.config else None
     if flags.prompts_file is not None:
         return request.read_prompts(flags.prompts_file, given, file)

@@ -1,6 +1,15 @@
 """A number that changes linearly over the steps of a run: loss weights, ranges of timesteps."""
 
+from typing import Annotated
+
+from annotated_types import Interval
+
+from mvdream_fast.core.schema import Share
+
+Weight = Annotated[float, Interval(ge=0, le=1e6)]  # of a loss
 Ramp = tuple[float, float, float, float]  # (start step, value there, value at the end, end step), linear and clamped
+WeightRamp = tuple[float, Weight, Weight, float]
+ShareRamp = tuple[float, Share, Share, float]
 
 
 def ramp(schedule: Ramp, step: int) -> float:

@@ -7,13 +7,18 @@ of the recipe holds it: `replaced(config, guidance_scale=7.5)`, `settings_of(con
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from mvdream_fast.camera_sampling import CameraSampling
-from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.core.errors import ArgumentError, UserError
+from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.guidance.config import GuidanceConfig
-from mvdream_fast.models.config import MINI, from_dict
+from mvdream_fast.models.config import MINI
 from mvdream_fast.scene.nerf.config import NerfConfig
+
+Momentum = Annotated[float, Interval(ge=0, lt=1)]
 
 # MVDream-threestudio's, for the paper's recipe; the embedded model was trained with an empty one.
 PAPER_NEGATIVE_PROMPT = (
@@ -24,7 +29,7 @@ PAPER_NEGATIVE_PROMPT = (
 
 
 @dataclass(frozen=True)
-class SDSConfig:
+class SDSConfig(Checked):
     """A text-to-3D run. The defaults are the paper's recipe, MVDream-threestudio's mvdream-sd21.
 
     Tuples with one entry a stage (`render_size`, `n_groups`) switch at `milestones`. The loss weights and the range
@@ -34,22 +39,23 @@ class SDSConfig:
     preset: Literal["paper", "mini", "fast"] = "paper"
     method: Literal["sds", "reconstruct"] = "sds"
     mode: Literal["3d", "2d"] = "3d"  # 2d: DreamFusion's single-view prior, for comparison: no cameras, but view words
-    steps: int = 10_000
+    steps: Annotated[int, Interval(ge=1, le=10**7)] = 10_000
     cameras: CameraSampling = field(default_factory=CameraSampling)
-    n_groups: tuple[int, ...] = (2, 1)
-    render_size: tuple[int, ...] = (64, 256)
+    n_groups: tuple[Annotated[int, Interval(ge=1, le=64)], ...] = (2, 1)
+    render_size: tuple[Annotated[int, Interval(ge=8, le=1024)], ...] = (64, 256)
     milestones: tuple[int, ...] = (5000,)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     negative_prompt: str = PAPER_NEGATIVE_PROMPT
     suffix: str = ""
-    updates_per_guidance: int = 1  # updates towards one answer of the model; the paper makes one
+    # Updates towards one answer of the model; the paper makes one.
+    updates_per_guidance: Annotated[int, Interval(ge=1, le=1000)] = 1
     match: Literal["latents", "pixels"] = "latents"  # where a render is compared with that answer
     representation: NerfConfig = field(default_factory=NerfConfig)
     shading: bool = False
     shading_from: int = 5000  # the step of the first lit render
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    adam_eps: float = 1e-15
+    weight_decay: Momentum = 0.01
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
+    adam_eps: Annotated[float, Interval(gt=0, lt=1)] = 1e-15
 
     def asked(self, step: int) -> int:
         """The step whose cameras, resolution and answer of the model `step` uses: its own, unless they are reused."""
@@ -83,12 +89,17 @@ def replaced(config: SDSConfig, **settings: Any) -> SDSConfig:
     return dataclasses.replace(config, **_nested(settings, config))
 
 
-def typed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The settings of a file as their types want them. Raises ModelError naming the one that is unknown or mistyped."""
+def typed(
+    settings: Mapping[str, Any], source: str, error: type[UserError], names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Settings as their types want them; source, error and names as in `checked`, and a setting's name is its own.
+
+    Raises: `error`, naming the setting that is unknown, of another type or out of bounds.
+    """
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
-        raise ModelError(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
-    whole = from_dict(SDSConfig, _nested(settings), source)
+        raise error(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
+    whole = checked(SDSConfig, _nested(settings), source, error, {name: name for name in SETTINGS} | dict(names or {}))
     return {name: value for name, value in settings_of(whole).items() if name in settings}
 
 
@@ -103,12 +114,12 @@ def _nested(settings: Mapping[str, Any], config: SDSConfig | None = None) -> dic
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Checked):
     """What is made of the finished asset: mesh.glb always, other formats beside it."""
 
-    mesh_resolution: int = 128
-    faces: int | None = None  # at most this many triangles
-    texture: int | None = None  # pixels a side of a baked texture; None colours the vertices
+    mesh_resolution: Annotated[int, Interval(ge=8, le=512)] = 128
+    faces: Annotated[int, Interval(ge=4)] | None = None  # at most this many triangles
+    texture: Annotated[int, Interval(ge=16, le=8192)] | None = None  # pixels a side; None colours the vertices instead
     formats: tuple[Literal["glb", "obj", "ply"], ...] = ("glb",)
     up: Literal["y", "z"] = "y"  # of OBJ and PLY; GLB is always y-up
 

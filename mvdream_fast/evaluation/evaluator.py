@@ -21,7 +21,8 @@ from mvdream_fast.checkpoints.manifest import check_shapes
 from mvdream_fast.checkpoints.tensor_file import open_tensors
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import replace_file
-from mvdream_fast.models.config import FORMAT_VERSION, TextConfig, from_dict
+from mvdream_fast.core.schema import Checked, checked
+from mvdream_fast.models.config import FORMAT_VERSION, TextConfig
 from mvdream_fast.models.functional import conv3x3
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.ops import group_norm_silu
@@ -35,7 +36,7 @@ N_SILENT = 3  # the vocabulary's first rows, which are no words: padding, start 
 
 
 @dataclass(frozen=True)
-class EvaluatorConfig:
+class EvaluatorConfig(Checked):
     """Sizes. The image is cut into 4 x 4 patches first; each entry of `channels` is a level of half the resolution."""
 
     image_size: int = 32  # generated views of 64 pixels hold no more detail than that
@@ -226,7 +227,7 @@ def load_evaluator(folder: Path = EMBEDDED_FOLDER) -> Evaluator:
     about = read_json(folder / CONFIG)
     if about.pop("kind", None) != KIND or about.pop("format", None) != FORMAT_VERSION:
         raise ModelError(f"{folder} holds no evaluator: its {CONFIG} must say kind {KIND}, format {FORMAT_VERSION}")
-    config = from_dict(EvaluatorConfig, about.pop("sizes", None), str(folder / CONFIG))
+    config = checked(EvaluatorConfig, about.pop("sizes", None), f"{folder / CONFIG}: sizes", ModelError)
     try:
         vocabulary = (folder / VOCABULARY).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -8,15 +8,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.core.schema import Checked, checked
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Checked):
     """The multi-view UNet (`models/unet.py`). `attention_resolutions` are down-sampling factors, as in LDM."""
 
     in_channels: int = 4
@@ -40,7 +41,7 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Checked):
     """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
 
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
@@ -64,7 +65,7 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """transformers' CLIPTextModel. `skip_last` layers at the top are not run (1 = penultimate layer + final norm)."""
 
     width: int = 1024
@@ -79,7 +80,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked):
     """Noise schedule; `linear` in LDM's sense: evenly spaced square roots of beta."""
 
     n_timesteps: int = 1000
@@ -89,7 +90,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A whole text-to-views model: what `config.json` of a model folder holds."""
 
     name: str = "sd21-4view"
@@ -116,7 +117,7 @@ class ModelConfig:
             raise ModelError(f'{source} does not describe a model: it must be an object with "kind": "model"')
         if data.pop("format", None) != FORMAT_VERSION:
             raise ModelError(f'{source} must have "format": {FORMAT_VERSION}; convert the model again')
-        return from_dict(ModelConfig, data, source)
+        return checked(ModelConfig, data, source, ModelError)
 
     @staticmethod
     def load(path: Path) -> "ModelConfig":
@@ -124,27 +125,6 @@ class ModelConfig:
             return ModelConfig.from_json(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"cannot read {path}: {error}") from error
-
-
-def from_dict(cls: type, data: Any, source: str) -> Any:
-    """Builds the dataclass `cls` from plain JSON data; raises ModelError naming the key that is unknown or mistyped."""
-    if not isinstance(data, dict):
-        raise ModelError(f"{source}: {cls.__name__} must be an object, got {type(data).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        raise ModelError(f"{source}: unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {', '.join(fields)}")
-    values = {}
-    for name, value in data.items():
-        hint = fields[name].type
-        if dataclasses.is_dataclass(hint):
-            value = from_dict(hint, value, f"{source}: {name}")
-        else:
-            value = tuple(value) if isinstance(value, list) else value
-            if not _fits(value, hint):
-                raise ModelError(f"{source}: {name} must be {_worded(hint)}, got {value!r}")
-        values[name] = value
-    return cls(**values)
 
 
 def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
@@ -164,41 +144,7 @@ def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
             section[name] = json.loads(text)
         except ValueError:
             section[name] = text
-    try:
-        return from_dict(ModelConfig, data, "--set")
-    except ModelError as error:
-        raise ArgumentError(str(error)) from None
-
-
-def _worded(hint: Any) -> str:
-    """An annotated type as an error names it."""
-    from typing import get_args, get_origin
-
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    return getattr(hint, "__name__", str(hint))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type: the handful of forms that configurations use."""
-    from types import NoneType, UnionType
-    from typing import get_args, get_origin
-
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is UnionType:
-        return any(_fits(value, a) for a in args)
-    if origin is tuple:
-        wanted = len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else len(args)
-        return isinstance(value, tuple) and len(value) == wanted and all(_fits(v, args[0]) for v in value)
-    if hint is NoneType:
-        return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return checked(ModelConfig, data, "--set", ArgumentError)
 
 
 SD21 = ModelConfig()

@@ -113,7 +113,7 @@ class Asset:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {})["asset"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            config, seed = config_from_dict(meta["config"]), int(meta["seed"])
+            config, seed = config_from_dict(dict(meta["config"]), str(path)), int(meta["seed"])
             asset = Asset(new_representation(config, seed), str(meta["prompt"]), seed, meta["config"])
             asset.representation.restore(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:

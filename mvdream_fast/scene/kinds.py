@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.core.schema import checked
 from mvdream_fast.scene.base import Representation, RepresentationConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.nerf import Nerf
@@ -15,11 +17,10 @@ def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = 
     return kinds[type(config)](config, Stream(seed, 0, "volume"), lit)
 
 
-def config_from_dict(values: dict[str, Any]) -> RepresentationConfig:
+def config_from_dict(values: dict[str, Any], source: str) -> RepresentationConfig:
     """The configuration in a file's values; the others, such as those of the run around it, are passed over.
 
-    Raises TypeError or ValueError for values of another type.
+    Raises ModelError naming the value that cannot be.
     """
     names = {field.name for field in dataclasses.fields(NerfConfig)}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
-    return NerfConfig(**values)
+    return checked(NerfConfig, {name: v for name, v in values.items() if name in names}, source, ModelError)

@@ -74,17 +74,20 @@ def test_shading_begins_in_the_middle_of_any_run():
         ("a.json", "{", "is not JSON"),
         ("a.json", "[" * 100_000, "is not JSON"),
         ("a.json", "[1]", "must hold an object"),
-        ("a.json", {"kind": "model"}, "it describes a 'model'"),
+        ("a.json", {"kind": "model"}, "a.json: kind must be 'sds', got 'model'"),
         ("a.json", {"promt": "x"}, r"unknown key\(s\) promt"),
         ("a.json", {"sds": {"stepz": 3}}, r"unknown key\(s\) stepz"),
-        ("a.json", {"sds": {"steps": "3"}}, "steps must be int, got '3'"),
-        ("a.json", {"sds": {"steps": True}}, "steps must be int"),
-        ("a.json", {"sds": {"min_step": [0, 1, 1]}}, "min_step must be"),
-        ("a.json", {"sds": 3}, "must be an object"),
-        ("a.json", {"export": {"up": "x"}}, "up must be"),
-        ("a.json", {"seed": 1.5}, "seed must be a number"),
-        ("a.json", {"prompt": ["x"]}, "prompt must be str"),
-        ("a.json", {"preset": "huge"}, "preset must be one of auto"),
+        ("a.json", {"sds": {"steps": "3"}}, "a.json: sds.steps must be an integer, got '3'"),
+        ("a.json", {"sds": {"steps": 0}}, "a.json: sds.steps must be at least 1, got 0"),
+        ("a.json", {"sds": {"lr_mlp": math.inf}}, "a.json: sds.lr_mlp must be a finite number, got inf"),
+        ("a.json", {"export": {"texture": 9}}, "a.json: export.texture must be at least 16, got 9"),
+        ("a.json", {"sds": {"steps": True}}, "sds.steps must be an integer, got True"),
+        ("a.json", {"sds": {"min_step": [0, 1, 1]}}, r"sds.min_step\[3\] is missing"),
+        ("a.json", {"sds": 3}, "a.json: sds must be an object, got 3"),
+        ("a.json", {"export": {"up": "x"}}, "export.up must be 'y' or 'z', got 'x'"),
+        ("a.json", {"seed": 1.5}, "seed must be an integer or a string, got 1.5"),
+        ("a.json", {"prompt": ["x"]}, "prompt must be a string, got \\['x'\\]"),
+        ("a.json", {"preset": "huge"}, "preset must be 'auto', 'paper', 'mini' or 'fast', got 'huge'"),
     ],
 )
 def test_a_file_that_is_no_settings_is_refused(tmp_path, name, content, message):
@@ -106,14 +109,14 @@ def test_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight_decay": 2.0}, "weight_decay must be"),
+        ({"weight_decay": 2.0}, "weight_decay must be less than 1, got 2.0"),
         ({"milestones": (3,)}, "one entry more than milestones"),
         ({"mode": "2d", "method": "reconstruct"}, "--mode must be 3d with --method reconstruct"),
         ({"milestones": (9, 3), "render_size": (8, 8, 8), "n_groups": (1, 1, 1)}, "milestones must grow"),
-        ({"lambda_sparsity": (0.0, -1.0, 1.0, 9.0)}, "loss weights must be"),
-        ({"max_step": (0.0, 2.0, 0.5, 9.0)}, "must be fractions"),
-        ({"min_step": (math.nan, 0.9, 0.5, 9.0)}, "finite number"),
-        ({"updates_per_guidance": 0}, "updates_per_guidance must be"),
+        ({"lambda_sparsity": (0.0, -1.0, 1.0, 9.0)}, r"lambda_sparsity\[1\] must be at least 0, got -1.0"),
+        ({"max_step": (0.0, 2.0, 0.5, 9.0)}, r"max_step\[1\] must be at most 1, got 2.0"),
+        ({"min_step": (math.nan, 0.9, 0.5, 9.0)}, r"min_step\[0\] must be a finite number, got nan"),
+        ({"updates_per_guidance": 0}, "updates_per_guidance must be at least 1, got 0"),
         ({"negative_prompt": "a\x07"}, "control character"),
     ],
 )
@@ -122,9 +125,24 @@ def test_settings_that_no_run_can_use(changes, message):
         request.check_config(replaced(SDS_PRESETS["mini"], **changes))
 
 
+def test_an_error_names_what_the_user_wrote():
+    with pytest.raises(ArgumentError, match="^--lr must be less than 10, got 20.0$"):
+        request.resolve({**CHAIR, "lr": 20.0})
+    with pytest.raises(ArgumentError, match="^--render-size must be at most 1024, got 4000$"):
+        request.resolve({**CHAIR, "render_size": 4000})
+    with pytest.raises(ArgumentError, match="^--texture must be at most 8192, got 9000$"):
+        request.resolve({**CHAIR, "texture": 9000})
+    with pytest.raises(ArgumentError, match="^distance_range must be low, then high, got 2.0 and 1.0$"):
+        request.resolve(CHAIR, {"sds": {"distance_range": (2.0, 1.0)}})
+
+
 @pytest.mark.parametrize(
     ("export", "message"),
-    [({"mesh_resolution": 4}, "mesh-resolution"), ({"faces": 3}, "faces"), ({"texture": 9}, "texture must be 16")],
+    [
+        ({"mesh_resolution": 4}, "mesh_resolution must be at least 8, got 4"),
+        ({"faces": 3}, "faces must be at least 4, got 3"),
+        ({"texture": 9}, "texture must be at least 16, got 9"),
+    ],
 )
 def test_meshes_that_cannot_be_made(export, message):
     with pytest.raises(ArgumentError, match=message):
@@ -147,12 +165,12 @@ def test_a_file_of_prompts(tmp_path):
         ("{", "line 2: not JSON"),
         ("3", "line 2: it must be a string or an object"),
         ('{"seed": 3}', "line 2: it must be a string or an object"),
-        ('{"prompt": "x", "model": "y"}', "line 2: it must be a string or an object"),
+        ('{"prompt": "x", "model": "y"}', r"line 2: unknown key\(s\) model in Line; known: prompt, seed, "),
         ('{"prompt": " "}', "line 2: the prompt is empty"),
         ('{"prompt": "x", "seed": -1}', "line 2: --seed must be a number"),
-        ('{"prompt": "x", "seed": null}', "line 2: seed must be a number"),
+        ('{"prompt": "x", "seed": null}', "line 2: seed must be an integer or a string, got None"),
         ('{"prompt": "x", "steps": 0}', "line 2: --steps must be at least 1"),
-        ('{"prompt": "x", "steps": "9"}', "line 2: .*steps must be int"),
+        ('{"prompt": "x", "steps": "9"}', "line 2: steps must be an integer, got '9'"),
     ],
 )
 def test_one_bad_line_is_named(tmp_path, line, message):
@@ -175,7 +193,7 @@ NAMES = [f.name for f in dataclasses.fields(SDSConfig)]
 FILES = st.fixed_dictionaries(
     {},
     optional={
-        **dict.fromkeys(sorted(request.TOP_KEYS - {"sds"}), VALUES),
+        **{f.name: VALUES for f in dataclasses.fields(request.SettingsFile) if f.name != "sds"},
         "sds": st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=4), VALUES, max_size=3),
     },
 )

@@ -35,11 +35,11 @@ def edited(**changes):
         (edited(format=99), 'must have "format": 1'),
         (edited(colour="red"), "unknown key.* colour in ModelConfig"),
         (edited(unet__depth=3), "unknown key.* depth in UNetConfig"),
-        (edited(unet__model_channels="320"), "model_channels must be int, got '320'"),
-        (edited(unet__model_channels=True), "model_channels must be int"),
-        (edited(unet__channel_mult=[1, 2.5]), "channel_mult must be"),
-        (edited(schedule__prediction="x"), "prediction must be"),
-        (edited(unet=3), "UNetConfig must be an object"),
+        (edited(unet__model_channels="320"), r"^config.json: unet.model_channels must be an integer, got '320'$"),
+        (edited(unet__model_channels=True), "unet.model_channels must be an integer, got True"),
+        (edited(unet__channel_mult=[1, 2.5]), r"unet.channel_mult\[1\] must be an integer, got 2.5"),
+        (edited(schedule__prediction="x"), "schedule.prediction must be 'eps' or 'v', got 'x'"),
+        (edited(unet=3), "unet must be an object, got 3"),
     ],
 )
 def test_a_wrong_file_names_the_key(text, message):
@@ -71,8 +71,8 @@ def test_settings_replace_single_values():
         ("unet.mixing=2d", "got 'unet.mixing=2d'; the names are .*unet.view_mixing"),
         ("name=x", "got 'name=x'"),
         ("optimizer.lr=1", "got 'optimizer.lr=1'"),
-        ("unet.view_mixing=4d", "--set: unet: view_mixing must be one of 3d, 2d, temporal, got '4d'"),
-        ("unet.model_channels=wide", "model_channels must be int, got 'wide'"),
+        ("unet.view_mixing=4d", "--set: unet.view_mixing must be '3d', '2d' or 'temporal', got '4d'"),
+        ("unet.model_channels=wide", "--set: unet.model_channels must be an integer, got 'wide'"),
     ],
 )
 def test_settings_that_are_none(setting, message):

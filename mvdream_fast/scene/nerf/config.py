@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from mvdream_fast.core.ramp import Ramp
+from annotated_types import Interval
+
+from mvdream_fast.core.ramp import WeightRamp
+from mvdream_fast.core.schema import Checked, Share
 
 if TYPE_CHECKING:
     from mvdream_fast.ops.field import FieldSpec
 
 BYTES_PER_SAMPLE = 80  # of a training step of the renderer
 PRUNE_BYTES = 8192 * 110  # a block of rays before pruning, per sample of a ray
+LearningRate = Annotated[float, Interval(ge=0, lt=10)]
 
 
 @dataclass(frozen=True)
@@ -57,21 +61,21 @@ class VolumeConfig:
 
 
 @dataclass(frozen=True)
-class NerfConfig:
+class NerfConfig(Checked):
     """A density volume on a hash grid (nerf.py); the defaults are MVDream's recipe. Weights of losses are ramps."""
 
     volume: Literal["paper", "mini"] = "paper"
     background: Literal["learned", "grey", "white"] = "learned"
-    background_aug_prob: float = 0.5
-    samples_per_ray: int = 512
-    max_samples: int = 1 << 23
-    lambda_orient: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lambda_sparsity: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lambda_opaque: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lambda_z_variance: Ramp = (0.0, 0.0, 0.0, 0.0)
-    lr_encoding: float = 0.01
-    lr_mlp: float = 0.001
-    lr_background: float = 0.001
+    background_aug_prob: Share = 0.5
+    samples_per_ray: Annotated[int, Interval(ge=1, le=4096)] = 512
+    max_samples: Annotated[int, Interval(ge=1, le=1 << 31)] = 1 << 23
+    lambda_orient: WeightRamp = (0.0, 0.0, 0.0, 0.0)
+    lambda_sparsity: WeightRamp = (0.0, 0.0, 0.0, 0.0)
+    lambda_opaque: WeightRamp = (0.0, 0.0, 0.0, 0.0)
+    lambda_z_variance: WeightRamp = (0.0, 0.0, 0.0, 0.0)
+    lr_encoding: Annotated[float, Interval(gt=0, lt=10)] = 0.01
+    lr_mlp: LearningRate = 0.001
+    lr_background: LearningRate = 0.001
 
     def volume_config(self) -> VolumeConfig:
         return VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
