@@ -28,6 +28,7 @@ REQUIRED = {
     "numpy": ("numpy", "arrays"),
     "tyro": ("tyro", "command line"),
     "rich": ("rich", "progress bars"),
+    "pydantic": ("pydantic", "checks of settings"),
     "trimesh": ("trimesh", "mesh files"),
     "xatlas": ("xatlas", "texture atlas"),
     "fast-simplification": ("fast_simplification", "fewer faces"),
