@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Share = Annotated[float, Interval(ge=0, le=1)]
-WORDS = {
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "a valid integer": "an integer",
-    "a valid": "a",
-}
 
 
 class Checked:
@@ -62,47 +56,38 @@ def _adapter(cls: type[T]) -> "TypeAdapter[T]":
 def _sentence(cls: type, data: Any, errors: list["ErrorDetails"], names: Mapping[str, str]) -> str:
     """The first error in words: of a union, every alternative; of unknown keys, all of them."""
     first = errors[0]
-    place = _place(data, first["loc"])
     if first["type"] == "unexpected_keyword_argument":
-        alike = [e["loc"] for e in errors if e["type"] == first["type"] and e["loc"][:-1] == place[:-1]]
-        for key in place[:-1]:
+        *parents, _ = first["loc"]
+        unknown = [str(e["loc"][-1]) for e in errors if e["type"] == first["type"] and [*e["loc"][:-1]] == parents]
+        for key in parents:
             cls = next(f.type for f in dataclasses.fields(cls) if f.name == key)
         known = ", ".join(f.name for f in dataclasses.fields(cls))
-        return f"unknown key(s) {', '.join(sorted(str(loc[-1]) for loc in alike))} in {cls.__name__}; known: {known}"
+        return f"unknown key(s) {', '.join(sorted(unknown))} in {cls.__name__}; known: {known}"
+    place = _place(first, data, names)
     if first["type"].startswith("missing"):
-        return f"{_named(first['loc'], names)} is missing"
-    wanted = " or ".join(dict.fromkeys(_requirement(e) for e in errors if _place(data, e["loc"]) == place))
-    return (
-        f"{_named(place, names) or cls.__name__} must {wanted.replace(' or be ', ' or ')}, got {first['input']!r:.300}"
-    )
+        return f"{place} is missing"
+    wanted = " or ".join(dict.fromkeys(_requirement(e["msg"]) for e in errors if _place(e, data, names) == place))
+    return f"{place or cls.__name__} must {wanted.replace(' or be ', ' or ')}, got {first['input']!r:.300}"
 
 
-def _requirement(error: "ErrorDetails") -> str:
-    """pydantic's "Input should be greater than or equal to 1" as "be at least 1"."""
-    text = error["msg"].partition("should ")[2].partition(" after validation")[0] or f"be right ({error['msg']})"
-    for theirs, ours in WORDS.items():
-        text = text.replace(theirs, ours)
-    return text
-
-
-def _place(data: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The keys and indices of an error's place; pydantic also names the alternative of a union, which data lacks."""
-    place = []
-    for key in loc:
+def _place(error: "ErrorDetails", data: Any, names: Mapping[str, str]) -> str:
+    """The error's key as the user wrote it, else as `unet.channel_mult[1]`; a flag is named whole, without an index."""
+    text = ""
+    for key in error["loc"]:
         try:
             data = data[key]
         except (LookupError, TypeError):
-            break
-        place.append(key)
-    return tuple(place)
-
-
-def _named(place: tuple[str | int, ...], names: Mapping[str, str]) -> str:
-    """The place as the user wrote it, else as `unet.channel_mult[1]`; a flag is named whole, without an index."""
-    text = ""
-    for key in place:
+            if not error["type"].startswith("missing"):
+                break  # no key, but pydantic's name for one alternative of a union
         if isinstance(key, int):
             text += "" if text.startswith("--") else f"[{key}]"
         else:
             text = names[key] if key in names else f"{text}.{key}".removeprefix(".")
     return text
+
+
+def _requirement(message: str) -> str:
+    """pydantic's "Input should be greater than or equal to 1" as "be at least 1"."""
+    text = message.partition("should ")[2].partition(" after validation")[0] or f"be right ({message})"
+    text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    return text.replace("a valid integer", "an integer").replace("a valid", "a")
