@@ -47,7 +47,6 @@ OPTIONAL = {
     "accelerate": ("accelerate", "training on several GPUs"),
     "webdataset": ("webdataset", "training shards"),
     "peft": ("peft", "LoRA"),
-    "huggingface_hub": ("huggingface_hub", "downloading weights yourself"),
 }
 _SPEAKS = {"why", "version", "for", "renderer", "devices", "compiler", "name", "folder"}  # values that need no name
 NATIVE_REMEDY = "the plain torch path runs instead; `pip install -e .` builds it"

@@ -215,12 +215,6 @@ def _warm(value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
     return np.where(value > 0.72, light, np.where((saturation < 0.2) & (value > 0.5), "gray", "brown"))
 
 
-def _yellowish(value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
-    """Hues 47 to 68 degrees: cream, olive and yellow."""
-    pale = np.where(value > 0.6, "beige", "gray")
-    return np.where(saturation < 0.35, pale, np.where(value < 0.5, "green", "yellow"))
-
-
 def shares(rgb: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
     """Colour name -> share of the given colours [K, 3] (weights [K]), largest first."""
     counts = np.bincount(colour_names(rgb), weights, len(NAMES))

@@ -28,10 +28,6 @@ class Mesh:
     uvs: np.ndarray | None = None  # [n, 2] float32, from the lower left
     texture: np.ndarray | None = None  # [T, T, 3] uint8, sRGB, the top row first
 
-    @property
-    def is_empty(self) -> bool:
-        return len(self.faces) == 0
-
 
 def sample_grid(density_fn: DensityFn, resolution: int, radius: float) -> np.ndarray:
     """Densities on a regular grid over [-radius, radius]^3 that includes its borders: [G, G, G] float32, axes xyz."""
