@@ -22,7 +22,7 @@ from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core import cli, run_folder
 from mvdream_fast.core.errors import DivergedError, OutputError
 from mvdream_fast.distill import memory
-from mvdream_fast.guidance.sds import Guidance
+from mvdream_fast.guidance.sds import ScoreDistillation
 from mvdream_fast.scene.asset import Asset
 
 QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
@@ -220,8 +220,8 @@ def test_not_enough_memory_is_4_and_leaves_nothing(model, capsys, monkeypatch):
 
 
 def test_a_run_that_diverges_is_6_and_leaves_a_report(model, capsys, monkeypatch):
-    plain = Guidance.encode
-    monkeypatch.setattr(Guidance, "encode", lambda *arguments: plain(*arguments) * float("nan"))
+    plain = ScoreDistillation.encode
+    monkeypatch.setattr(ScoreDistillation, "encode", lambda *arguments: plain(*arguments) * float("nan"))
     assert command("a red car", "--model", model, "--steps", "30", *SETTLED) == 6
     captured = capsys.readouterr()
     assert "not finite, again after a recovery" in captured.err
