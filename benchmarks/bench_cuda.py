@@ -1,4 +1,4 @@
-"""On a GPU: the renderer's ops beside plain torch, and the UNets beside diffusers', what docs/gpu.md states.
+"""On a GPU: the renderer's ops beside plain torch, and the UNets beside diffusers', what docs/gpu_measured.md states.
 
 Contestants take turns, timed between CUDA events; calls of less than a millisecond are queued, up to 20 a turn, so that
 it is not a launch that is timed. What one cannot run is a line of the table and no loss to the others' figures, though

@@ -1,8 +1,9 @@
 """A training step of `mini` against the same model from diffusers' modules in eager torch: same batch, same trainer.
 
-Both run the trainer of training.py (text tower, loss, backward, clipping, fused AdamW, average), with the same numbers
+Both run training/unet.py's trainer (text tower, loss, backward, clipping, fused AdamW, average), with the same numbers
 in their weights; only the UNet's modules differ. What the step could gain at most is told by Amdahl's law from the
-share of diffusers' step that is glue (normalisation, activations, copies, additions) and not convolutions or products.
+share of diffusers' step that is glue (normalisation, activations, copies, additions) and not convolutions or matrix
+products.
 """
 
 import copy
@@ -33,7 +34,7 @@ def setting():
     from mvdream_fast.training.runs import new_model
 
     torch.set_num_threads(THREADS)
-    captions = [f"a {colour} armchair with cushions" for colour in ("red", "blue", "green", "white") * 2]
+    captions = [f"a {color} armchair with cushions" for color in ("red", "blue", "green", "white") * 2]
     model = new_model("mini", build_subset_vocabulary(captions), seed=0)
     with torch.no_grad():
         for parameter in (p for p in model.unet.parameters() if not p.any()):
@@ -47,7 +48,7 @@ def setting():
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 def bench_step(benchmark, setting, contestant):
     """8 scenes of 4 views, 3D attention and cameras."""
-    benchmark.group = "training step of mini, 32 pictures"
+    benchmark.group = "training step of mini, 32 images"
     trainer = make_trainer(*setting, contestant)
     loss = trainer.train_step()["loss"]
     for _ in range(2):
@@ -56,7 +57,7 @@ def bench_step(benchmark, setting, contestant):
     _results[contestant] = statistics.median(benchmark.stats.stats.data), glue_share(trainer), loss
 
 
-@pytest.mark.parametrize("kind", ["pictures", "latents"])
+@pytest.mark.parametrize("kind", ["images", "latents"])
 @pytest.mark.parametrize("mode", ["multi-view", "2d"])
 def bench_batch(benchmark, shards, tmp_path_factory, kind, mode):
     """The batch of such a step: strips that were never decoded before, or latents of the cache."""
@@ -66,7 +67,7 @@ def bench_batch(benchmark, shards, tmp_path_factory, kind, mode):
     from mvdream_fast.data.batches import ImageSource, LatentSource
     from mvdream_fast.models.config import MINI
 
-    benchmark.group = "batch of 32 pictures"
+    benchmark.group = "batch of 32 images"
     shape = (MINI.unet.in_channels, MINI.latent_size, MINI.latent_size)
     source, steps = ImageSource(shards), itertools.count()
     if kind == "latents":

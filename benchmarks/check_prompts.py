@@ -2,8 +2,8 @@
 
     python benchmarks/check_prompts.py SHARDS
 
-Rewrites prompts_near.txt: the training captions that hold the nouns of a prompt, which is what tests/test_prompts.py
-checks against without the shards.
+Rewrites prompts_near.txt: the training captions that hold the nouns of a prompt, which is what
+tests/evaluation/test_prompts.py checks against without the shards.
 """
 
 import sys

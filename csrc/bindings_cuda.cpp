@@ -130,13 +130,13 @@ void bind_composite(py::module_& m) {
   m.def(
       "composite_backward",
       [](const QueuedPacked& samples, Address sigmas, Address rgb, Address background, int64_t background_stride,
-         Address opacity, Address depth, std::array<Address, 5> cotangents, Address d_sigmas, Address d_colours,
+         Address opacity, Address depth, std::array<Address, 5> cotangents, Address d_sigmas, Address d_colors,
          Address d_background) {
         cuda::composite_backward(
             samples.args,
             {at<float>(sigmas), at<float>(rgb), at<float>(background), background_stride, at<float>(opacity),
              at<float>(depth), at<float>(cotangents[0]), at<float>(cotangents[1]), at<float>(cotangents[2]),
-             at<float>(cotangents[3]), at<float>(cotangents[4]), at<float>(d_sigmas), at<float>(d_colours),
+             at<float>(cotangents[3]), at<float>(cotangents[4]), at<float>(d_sigmas), at<float>(d_colors),
              at<float>(d_background)},
             samples.queue);
       },

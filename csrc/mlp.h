@@ -1,4 +1,4 @@
-// Small bias-free networks on a tile of samples: register-blocked products of a row-major weight matrix with
+// Small bias-free networks on a tile of samples: register-blocked GEMMs of a row-major weight matrix with
 // activations stored as [neurons][samples]. Vectors run along the samples, weights are broadcast.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace mvdream_fast::MVDREAM_FAST_ISA {
 constexpr int kPanel = 3;  // vectors of samples worked on at once: 4 neurons x 3 vectors fill 16 registers
 static_assert(kTile % (kPanel * kLanes) == 0, "a tile must be whole panels");
 
-// What becomes of a product: written as it is, through ReLU, where `gate` is positive (ReLU's derivative), or added.
+// What becomes of a result: written as it is, through ReLU, where `gate` is positive (ReLU's derivative), or added.
 enum class Then { write, relu, gate, add };
 
 template <int J, Then kThen>

@@ -81,10 +81,10 @@ def main() -> None:
     figure.tight_layout()
     path = Path(__file__).with_name("cameras.png")
     figure.savefig(path)
-    reduce_colours(path)
+    reduce_colors(path)
 
 
-def reduce_colours(path: Path) -> None:
+def reduce_colors(path: Path) -> None:
     """64 colours are enough for lines on white, at a third of the bytes."""
     from PIL import Image
 

@@ -1,14 +1,14 @@
-"""The paper's ablations at the size of the embedded model: one budget for every variant, one table and one picture.
+"""The paper's ablations at the size of the embedded model: one budget for every variant, one table and one figure.
 
     python examples/ablations_data.py SHARDS -o DATA
     python examples/ablations.py --data DATA -o WORK [--steps 1500] [--docs docs]
 
-As the paper starts from Stable Diffusion, a UNet that knows only single pictures is trained first (`--steps-2d`), on
+As the paper starts from Stable Diffusion, a UNet that knows only single images is trained first (`--steps-2d`), on
 the autoencoder and the text tower of --base (a model folder, or "embedded"), which stay as they are; every variant goes
 on from it. WORK/base/model can be the --start of other runs.
 Stopped and started again with the same flags, it goes on where it was; `--only` names some variants.
 On a GPU, which one small model leaves idle, `--jobs` variants are trained side by side.
-The table goes into DOCS/ablations.md between its two marks, the picture beside it.
+The table goes into DOCS/ablations.md between its two marks, the figure beside it.
 """
 
 import argparse
@@ -46,7 +46,7 @@ COLUMNS = {
     "top1": "R-precision",
     "frechet": "Fréchet distance",
 }
-N_VIEWS = 4  # of the first variant; all others see as many pictures a step
+N_VIEWS = 4  # of the first variant; all others see as many images a step
 VALIDATION_BATCH = 8  # scenes
 BEGIN, END = "<!-- results: written by examples/ablations.py -->", "<!-- end of the results -->"
 N_PROMPTS = 3
@@ -96,19 +96,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", default="embedded", help="model whose autoencoder and text tower all share")
     parser.add_argument("--config", default="mini", help="configuration of the UNet that is varied")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--docs", type=Path, help="folder of ablations.md and its picture (default: OUT)")
+    parser.add_argument("--docs", type=Path, help="folder of ablations.md and its figure (default: OUT)")
     parser.add_argument("--steps", type=int, default=1500, help="updates of each variant")
     parser.add_argument("--steps-2d", type=int, default=2000, help="updates of the 2D model that all start from")
-    parser.add_argument("--batch-size", type=int, default=8, help=f"scenes an update, of {N_VIEWS} pictures")
+    parser.add_argument("--batch-size", type=int, default=8, help=f"scenes an update, of {N_VIEWS} images")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--timestep-shift", type=float, default=3.0, help="of every training; cameras decide in noise")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-2d", type=float, default=1e-3)
-    parser.add_argument("--prompts", nargs="+", help=f"of the picture (default: the first {N_PROMPTS} captions)")
+    parser.add_argument("--prompts", nargs="+", help=f"of the figure (default: the first {N_PROMPTS} captions)")
     parser.add_argument("--guidance-scale", type=float, default=5.0)
-    parser.add_argument("--sampling-steps", type=int, default=25, help="of the picture and the evaluator")
+    parser.add_argument("--sampling-steps", type=int, default=25, help="of the figure and the evaluator")
     parser.add_argument("--quick", action="store_true", help="evaluate on 12 captions instead of 40")
-    parser.add_argument("--no-evaluator", dest="evaluator", action="store_false", help="losses and the picture alone")
+    parser.add_argument("--no-evaluator", dest="evaluator", action="store_false", help="losses and the figure alone")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the training")
     parser.add_argument("--jobs", type=int, default=1, help="variants that are trained and judged at once")
@@ -125,7 +125,7 @@ def held_out(data: Path) -> Shards:
 
 
 def train_2d(args: argparse.Namespace) -> Path:
-    """Trains the model of single pictures, or what is left of it. Returns its folder, or --start."""
+    """Trains the model of single images, or what is left of it. Returns its folder, or --start."""
     if args.start:
         return Path(args.start)
     flags = common_flags(args, "base", args.steps_2d, args.lr_2d, ema=0.998)
@@ -134,7 +134,7 @@ def train_2d(args: argparse.Namespace) -> Path:
 
 
 def budget_2d(args: argparse.Namespace) -> dict[str, object]:
-    """All that decides the weights of the model of single pictures, but for the data."""
+    """All that decides the weights of the model of single images, but for the data."""
     names = ("steps_2d", "lr_2d", "batch_size", "timestep_shift", "dtype", "config", "base", "start")
     return {name: getattr(args, name) for name in names}
 
@@ -196,7 +196,7 @@ def validation(data: Path, folder: Path) -> dict[str, float]:
 def judged(args: argparse.Namespace, model: Path) -> dict:
     """What the evaluator says of four views of the held-out captions, and of their renders; nothing if it isn't asked.
 
-    The fixed prompts are about other objects: those of the picture stand in.
+    The fixed prompts are about other objects: those of the figure stand in.
     """
     if not args.evaluator:
         return {}
@@ -220,9 +220,9 @@ def table(args: argparse.Namespace, results: dict[str, dict]) -> str:
     measured["", "real renders"] = next(iter(results.values())).get("real", {})
     rows = [[*name, *(_figure(found.get(key)) for key in COLUMNS)] for name, found in measured.items()]
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
-    start = "" if args.start else f" of {args.steps_2d * each:,} pictures"
+    start = "" if args.start else f" of {args.steps_2d * each:,} images"
     budget = (
-        f"From one 2D model{start}: {args.steps} steps of {each} pictures each ({args.steps * each:,} pictures; "
+        f"From one 2D model{start}: {args.steps} steps of {each} images each ({args.steps * each:,} images; "
         f"{min(minutes):.1f} to {max(minutes):.1f} minutes a variant"
         f"{f', {args.jobs} at once' if args.jobs > 1 else ''}), {time.strftime('%Y-%m-%d')}."
     )
@@ -245,7 +245,7 @@ def views(args: argparse.Namespace, name: str, model: Path) -> Path:
     return path
 
 
-def picture(files: dict[str, Path]) -> Image.Image:
+def figure(files: dict[str, Path]) -> Image.Image:
     """The views of each variant in a row, its name above."""
     rows = []
     for name, path in files.items():
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     with mapping(args.jobs) as each:
         found = dict(zip(args.only, each(partial(trained_and_judged, args, start), args.only)))
     docs.mkdir(parents=True, exist_ok=True)
-    picture({name: drawn for name, (drawn, _) in found.items()}).save(docs / "ablations.png")
+    figure({name: drawn for name, (drawn, _) in found.items()}).save(docs / "ablations.png")
     write(docs / "ablations.md", table(args, {name: measures for name, (_, measures) in found.items()}))
     print(docs / "ablations.md")
 

@@ -6,7 +6,7 @@ SHARDS is what `python -m mvdream_fast.render sweethome3d` writes. For each of t
 random cameras are the photos; another orbit of the object is kept to judge by. The model is tuned on the photos, an
 asset is made from the tuned and from the untuned model, and both are compared with the object. For the first object the
 preservation weight is varied and DreamBooth3D's three-stage way is taken too. Writes table.md, figures.json and
-picture.png. What is there already is not made again, so that a stopped run goes on.
+comparison.png. What is there already is not made again, so that a stopped run goes on.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def forgetting(args: argparse.Namespace, evaluator: Evaluator, model: str, train
     return {**losses, "r_precision": float(ev.top1(similarity, torch.arange(len(prompts))).float().mean())}
 
 
-def picture(rows: list[tuple[Tensor, ...]]) -> Image.Image:
+def comparison(rows: list[tuple[Tensor, ...]]) -> Image.Image:
     """Rows of groups of views; a white gap between the groups."""
     lines = []
     for groups in rows:
@@ -301,7 +301,7 @@ def main() -> None:
     if not args.no_stages:
         rows.insert(1, demo.three_steps(subjects[0], weight))
     (args.out / "table.md").write_text(table(demo.figures.data))
-    picture(rows).save(args.out / "picture.png")
+    comparison(rows).save(args.out / "comparison.png")
     print(table(demo.figures.data))
 
 

@@ -1,9 +1,9 @@
-"""Fits a volume to 24 pictures of a mesh and shows how 8 views that it never saw come out.
+"""Fits a volume to 24 images of a mesh and shows how 8 views that it never saw come out.
 
     python examples/fit_volume.py MESH [--out fit]
     python examples/fit_volume.py FOLDER --name "teddy bear"     # of Debian's sweethome3d-furniture, unpacked
 
-The pictures are drawn by a rasteriser in numpy, which shares nothing with the volume renderer.
+The images are drawn by a rasteriser in numpy, which shares nothing with the volume renderer.
 Prints the PSNR of the held-out views and writes `fit.png`: the mesh above, the volume below. Under a minute on two
 cores.
 """
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="default: all that this process may use")
-    parser.add_argument("--out", type=Path, default=Path("fit"), help="folder of the picture")
+    parser.add_argument("--out", type=Path, default=Path("fit"), help="folder of the comparison")
     return parser.parse_args()
 
 
@@ -58,7 +58,7 @@ def load(source: Path, name: str) -> Mesh:
 
 
 def spread_cameras() -> Cameras:
-    """Views all around by the golden angle, from 15 degrees below to 60 above; the unit ball fills the picture."""
+    """Views all around by the golden angle, from 15 degrees below to 60 above; the unit ball fills the image."""
     distance = 1.02 / math.sin(math.radians(FOVY_DEG / 2))
     views = [
         orbit_cameras(1, -15 + 75 * i / (N_VIEWS - 1), 137.508 * i, distance=distance, fovy_deg=FOVY_DEG)
@@ -69,8 +69,8 @@ def spread_cameras() -> Cameras:
 
 def draw(mesh: Mesh, cameras: Cameras, size: int) -> torch.Tensor:
     """RGBA with straight alpha in [0, 1], [V, size, size, 4]."""
-    pictures = NumpyRenderer().render(mesh, cameras.c2w.numpy(), cameras.fovy.numpy(), size)
-    return torch.from_numpy(pictures.astype(np.float32) / 255)
+    images = NumpyRenderer().render(mesh, cameras.c2w.numpy(), cameras.fovy.numpy(), size)
+    return torch.from_numpy(images.astype(np.float32) / 255)
 
 
 def over(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def over(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
 
 
 def fit(renderer: Renderer, rays: Rays, pixels: torch.Tensor, steps: int, seed: int) -> None:
-    """Rays drawn from all pictures, in front of a new colour each step so that emptiness must be transparent."""
+    """Rays drawn from all images, in front of a new colour each step so that emptiness must be transparent."""
     volume = renderer.volume
     networks = [*volume.density_weights, *volume.feature_weights]
     groups = [{"params": [volume.table], "lr": 0.02}, {"params": networks, "lr": 0.005}]
@@ -104,7 +104,7 @@ def fit(renderer: Renderer, rays: Rays, pixels: torch.Tensor, steps: int, seed: 
 
 @torch.no_grad()
 def seconds_of_a_view(renderer: Renderer, cameras: Cameras) -> float:
-    """A picture of the trained asset at its largest; the fastest of three."""
+    """An image of the trained asset at its largest; the fastest of three."""
     rays = generate_rays(Cameras(cameras.c2w[:1], cameras.fovy[:1]), LARGE, LARGE)
     times = []
     for _ in range(3):

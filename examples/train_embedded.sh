@@ -4,7 +4,7 @@
 #   examples/train_embedded.sh ASSETS WORK
 # ASSETS: Debian's sweethome3d-furniture unpacked (apt-get download sweethome3d-furniture && dpkg -x *.deb ASSETS).
 # With a GPU the settings are those of the weights that ship: 5 minutes of an H100 and its 16 cores. Without one the
-# batches are small: 0.25 to 0.5 s a step on 2 cores, so a night and more for as many pictures.
+# batches are small: 0.25 to 0.5 s a step on 2 cores, so a night and more for as many images.
 # STEPS and DECAY: the diffusion model's updates, and how many of them its learning rate falls over.
 # INIT=embedded goes on from the weights that ship, instead of a new model.
 set -eu

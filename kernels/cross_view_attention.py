@@ -285,7 +285,7 @@ def forward_tile(block_d: int, itemsize: int, capability: int, aligned: bool, wh
 
     This and `backward_tile` are the whole list of configurations; report.py compiles each, and none of these spills.
     """
-    if itemsize == 4:  # exact float32 products keep whole rows in registers
+    if itemsize == 4:  # exact float32 GEMMs keep whole rows in registers
         # Where a tile of 32 keys leaves just over 128 registers, ptxas takes 128 and spills.
         if block_d <= 64:
             return _tile(64, 16 if capability // 10 == 10 else 32, 8, 1)
@@ -305,7 +305,8 @@ def forward_tile(block_d: int, itemsize: int, capability: int, aligned: bool, wh
 def backward_tile(block_d: int, itemsize: int, capability: int) -> dict[str, int]:
     """The same for both backward kernels; they hold two accumulators, so their tiles are smaller.
 
-    Some spill: d_q of float32 heads above 64 on every device, 95 to 140 instructions; the others are in docs/gpu.md.
+    Some spill: d_q of float32 heads above 64 on every device, 95 to 140 instructions; the others are in
+    docs/gpu_predicted.md.
     """
     if itemsize == 4:
         return _tile(32, 32, 8, 1) if block_d <= 64 else _tile(16, 32, 8, 1) if block_d == 128 else _tile(16, 16, 8, 1)

@@ -1,8 +1,8 @@
-"""Time and camera MLPs, their sum, and all ResBlock projections in Triton: one kernel of small products, by flags.
+"""Time and camera MLPs, their sum, and all ResBlock projections in Triton: one kernel of small GEMMs, by flags.
 
 Formula: s = [cos(t f) | sin(t f)], f_i = 10000^(-2i / width); hidden_t = W0 s + b0; hidden_c = C0 camera + c0
     emb = W2 silu(hidden_t) + b2 + C2 silu(hidden_c) + c2; out = P silu(emb) + p
-The SiLU is applied where a product loads its input, so that only what the backward needs is written. The backward
+The SiLU is applied where a GEMM loads its input, so that only what the backward needs is written. The backward
 uses the same kernel with the weight transposed and silu' in its epilogue, and one kernel for weights and biases.
 Source: Shi et al. 2023, "MVDream", section 3.2.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
 ROWS, OUT, IN = 16, 64, 64  # tile: a batch of images is one tile of rows
-PLAIN, SILU, SINUSOID = 0, 1, 2  # what is done to a product's input as it is loaded
+PLAIN, SILU, SINUSOID = 0, 1, 2  # what is done to a GEMM's input as it is loaded
 MAX_PERIOD = 10000.0
 
 
 @triton.jit
 def _load_input(x, row, col, row_inside, n_in, row_stride, log_step, KIND: tl.constexpr):
-    """[rows, cols] of a product's input, float32; for the sinusoid x is the vector of steps."""
+    """[rows, cols] of a GEMM's input, float32; for the sinusoid x is the vector of steps."""
     inside = row_inside[:, None] & (col < n_in)[None, :]
     if KIND == 2:
         half = n_in // 2
@@ -161,7 +161,7 @@ def _dense(
     if not y.numel():
         return y
     x2, weight2, bias2 = second or (x, weight, weight)
-    block_out = OUT if weight.element_size() == 2 else OUT // 2  # exact float32 products keep more in registers
+    block_out = OUT if weight.element_size() == 2 else OUT // 2  # exact float32 GEMMs keep more in registers
     block_in = IN // 4 if kind == SINUSOID else IN  # sin and cos take registers
     grid = (triton.cdiv(x.shape[0], ROWS) * triton.cdiv(n_out, block_out),)
     dense[grid](

@@ -2,7 +2,7 @@
 
 World: Blender's, z up, right-handed; an object's front looks to -Y. A camera is a camera-to-world matrix with OpenGL
 axes (x right, y up, looking along -z). Azimuth 0 stands at -Y, in front of the object; azimuths grow towards +X,
-counter-clockwise seen from above. No pixel is shaded here. docs/cameras.md has the picture.
+counter-clockwise seen from above. No pixel is shaded here. docs/cameras.md has the figure.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Multi-view attention for any UNet of diffusers: `unet.set_attn_processor(CrossViewAttnProcessor(n_views=4))`.
 
-It imports no diffusers: a processor is a plain callable. Loading and converting weights live in models/checkpoint.py.
+It imports no diffusers: a processor is a plain callable. Loading and converting weights live in checkpoints/.
 """
 
 import torch.nn.functional as F

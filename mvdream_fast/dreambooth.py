@@ -1,6 +1,6 @@
 """`python -m mvdream_fast.dreambooth`: teaches a multi-view model the subject of a few photos.
 
-Flags are named as in diffusers' DreamBooth script (underscores or dashes). The work is dreambooth_runs.py's.
+Flags are named as in diffusers' DreamBooth script (underscores or dashes). The work is tuning/runs.py's.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """`python -m mvdream_fast.evaluate MODEL [RUN ...]`: figures for models and for finished text-to-3D runs.
 
-What is measured is evaluation.py's business and how it is gathered evaluation_runs.py's; here are flags and the table.
+What is measured is evaluation/measures.py's, how it is gathered evaluation/judging.py's; here are flags and the table.
 """
 
 import json

@@ -16,7 +16,7 @@ ORBITS = {"embedded": (2, 3), "paper": (2, 0)}
 
 @dataclass(frozen=True)
 class Flags:
-    """Renders captioned multi-view pictures of 3D assets into webdataset shards; run it again to go on."""
+    """Renders captioned multi-view images of 3D assets into webdataset shards; run it again to go on."""
 
     source: tyro.conf.Positional[str]
     """a folder of meshes (GLB, glTF 2, OBJ, DAE, PLY, STL, 3MF, OFF; captions from captions.csv or captions.json, else
@@ -44,7 +44,7 @@ class Flags:
     sweethome3d_dir: Path | None = None
     """where sweethome3d-furniture is unpacked (default: this folder, ./assets, /usr/share)"""
     sheet: bool = True
-    """write sheet.png, a picture of some of the renders"""
+    """write sheet.png, an image of some of the renders"""
 
 
 def main(args: Flags) -> None:

@@ -77,7 +77,7 @@ class Flags:
     shading: bool = False
     """The recipe's shading variant: point light and orientation loss."""
     preview_every: int | None = None
-    """Steps between preview pictures. Default: one at 2 % of the steps, then every 10 %."""
+    """Steps between preview images. Default: one at 2 % of the steps, then every 10 %."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     viewer: bool = False

@@ -38,7 +38,7 @@ def ablations(monkeypatch):
 
 
 def judge(flags) -> None:
-    """Stands in for the evaluator, which looks at pictures of 64 px."""
+    """Stands in for the evaluator, which looks at images of 64 px."""
     (target,) = flags.targets
     assert load_model(target).config.vae.image_size == TINY.vae.image_size
     assert flags.prompts.read_text() == "a thing0\n"
@@ -72,7 +72,7 @@ def test_every_variant_on_one_table(ablations, flags, tmp_path):
     assert all(0 < float(loss) < 10 for loss in losses)
     assert {row.split(" | ")[4] for row in rows} == {"90"}
     assert {row.split(" | ")[7] for row in rows} == {"0.025"}
-    assert "From one 2D model of 8 pictures: 1 steps of 8 pictures each (8 pictures; " in page
+    assert "From one 2D model of 8 images: 1 steps of 8 images each (8 images; " in page
     size = TINY.vae.image_size
     assert Image.open(out / "ablations.png").size == (4 * size, len(ablations.VARIANTS) * (size + 14))
     for name, variant in ablations.VARIANTS.items():
@@ -111,7 +111,7 @@ def test_they_start_from_a_2d_model_that_is_there(ablations, flags, tmp_path):
     other = [*flags, "--no-evaluator", "--only", "camera-none", "--start", str(start), "-o", str(tmp_path / "other")]
     ablations.main(other)
     assert not (tmp_path / "other" / "base").exists()
-    assert "From one 2D model: 1 steps of 8 pictures each" in (tmp_path / "other" / "ablations.md").read_text()
+    assert "From one 2D model: 1 steps of 8 images each" in (tmp_path / "other" / "ablations.md").read_text()
 
 
 def test_variants_side_by_side(flags, tmp_path):
@@ -128,13 +128,13 @@ def test_variants_side_by_side(flags, tmp_path):
     assert load_model(tmp_path / "out" / "camera-none" / "model", parts=()).config.unet.camera_in == "none"
 
 
-def test_prompts_of_the_picture_are_the_first_captions(ablations, flags):
+def test_prompts_of_the_figure_are_the_first_captions(ablations, flags):
     at = flags.index("--prompts")
     assert ablations.parse_arguments(flags[:at] + flags[at + 2 :]).prompts == ["a red thing0", "a red thing30"]
 
 
 def thing(name, orbit, with_front, caption=None):
-    """An orbit of full pictures, red before and green behind, or red all over; from the fourth on, painted."""
+    """An orbit of full images, red before and green behind, or red all over; from the fourth on, painted."""
     sample = make_sample(0)
     v, half = len(sample.views), len(sample.views) // 2
     sample.views[:] = (255, 0, 0, 255)

@@ -82,7 +82,7 @@ void composite_backward(const Packed& samples, const CompositeBackward& args) {
             weight_cotangent(adjoint, args.rgb + 3 * i, mid(samples, i), args.d_weights ? args.d_weights[i] : 0.0f);
         const double delta = samples.t_ends[i] - samples.t_starts[i];
         args.d_sigmas[i] = static_cast<float>(delta * (g * transmittance[j + 1] - behind));
-        for (int c = 0; c < 3; ++c) args.d_colours[3 * i + c] = static_cast<float>(w * adjoint.d_rgb[c]);
+        for (int c = 0; c < 3; ++c) args.d_colors[3 * i + c] = static_cast<float>(w * adjoint.d_rgb[c]);
         behind += g * w;
       }
       if (args.d_background)

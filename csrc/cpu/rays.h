@@ -79,7 +79,7 @@ struct CompositeBackward {
   const float* d_weights;
   const float* d_z_variance;
   float* d_sigmas;      // [S]
-  float* d_colours;     // [S, 3]
+  float* d_colors;      // [S, 3]
   float* d_background;  // [R, 3] or null
 };
 

@@ -1,5 +1,5 @@
 // The gradient of a 3x3 convolution's weights by Winograd's algorithm: G^T [(A dY A^T) (B^T x B)] G, summed over tiles
-// before the last map, as 36 products of [outputs, tiles] and [tiles, inputs]. A thread takes a block of outputs and
+// before the last map, as 36 GEMMs of [outputs, tiles] and [tiles, inputs]. A thread takes a block of outputs and
 // inputs; the order of its sums over tiles is fixed: any number of threads gives the same bits.
 #include <memory>
 
@@ -24,7 +24,7 @@ struct Planes {
   float* row(int64_t plane, int64_t tile) const { return data + (plane * n_tiles + tile) * stride(); }
 };
 
-// Stores 36 vectors of a tile; a short vector is followed by zeros, so that products may read whole ones.
+// Stores 36 vectors of a tile; a short vector is followed by zeros, so that GEMMs may read whole ones.
 MVDREAM_FAST_INLINE void store_tile(const Planes& planes, int64_t tile, int64_t c, const VecF* of) {
   for (int64_t p = 0; p < kPlanes; ++p) store(planes.row(p, tile) + c, of[p]);
 }

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 4) composite_backward_kernel(Packed 
         args.d_sigmas[lane.i] = static_cast<float>(delta * (g * after - (behind - up_to)));
         const double weight = lane.transmittance * lane.alpha;
         for (int c = 0; c < 3; ++c) {
-          args.d_colours[3 * lane.i + c] = static_cast<float>(weight * adjoint.d_rgb[c]);
+          args.d_colors[3 * lane.i + c] = static_cast<float>(weight * adjoint.d_rgb[c]);
         }
       }
       behind -= __shfl_sync(kAllLanes, up_to, kWarp - 1);

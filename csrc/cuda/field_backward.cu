@@ -155,7 +155,7 @@ __device__ void network(const Field& field, const Networks& networks, const Layo
   }
   __syncthreads();
 
-  // The last layer has at most three rows: plain products, and a tile of mostly zeros for its weights.
+  // The last layer has at most three rows: plain multiply-adds, and a tile of mostly zeros for its weights.
   const float* w = weights + layers[last].offset;
   for (int n = 0; n < W / 8; ++n) {
     for (int e = 0; e < 4; ++e) {

@@ -27,7 +27,7 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 // Makes a device current for as long as it lives, as the first thing that an entry point does: streams, launches and
-// attributes belong to the current device, and nobody else has made the tensors' device current.
+// attributes belong to the current device, and no caller has made the tensors' device current.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -1,6 +1,6 @@
 // The two networks behind the encoding on tensor cores: a warp takes 16 samples, whose activations stay in registers.
 //
-// A lane's fragment of a result, columns 2 t and 2 t + 1, serves as its fragment of the next product at k = t and t +
+// A lane's fragment of a result, columns 2 t and 2 t + 1, serves as its fragment of the next GEMM at k = t and t +
 // 4: the order of k is free as long as both factors keep it. So no activation is moved between lanes.
 #pragma once
 

@@ -1,6 +1,6 @@
 """Model folders as they appear and disappear: written beside, then renamed; and the JSON files in them.
 
-No torch here, so that a command can look at its target first. What is in the folder is checkpoint.py's.
+No torch here, so that a command can look at its target first. What is in the folder is open.py's.
 """
 
 import glob

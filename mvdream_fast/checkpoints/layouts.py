@@ -1,6 +1,6 @@
 """The layouts that published models come in: their tensor names for ours, and which configuration a file is of.
 
-Works on names and shapes alone; files are read in checkpoint.py. Our names are LDM's for the UNet, diffusers' for the
+Works on names and shapes alone; files are read in open.py. Our names are LDM's for the UNet, diffusers' for the
 VAE, and transformers' (without `text_model.`) for the text tower.
 """
 

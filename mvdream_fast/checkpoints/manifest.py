@@ -1,6 +1,6 @@
 """What a model must consist of: tensor names and shapes derived from its configuration, and the check against them.
 
-Names here are those of our own folders; foreign names are in layouts.py, files in checkpoint.py.
+Names here are those of our own folders; foreign names are in layouts.py, files in open.py.
 """
 
 from collections.abc import Iterable, Mapping

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Without either, torch's bf16 products are far slower than float32's. With AVX-512 bf16 (EPYC 9004, one thread, the
+# Without either, torch's bf16 GEMMs are far slower than float32's. With AVX-512 bf16 (EPYC 9004, one thread, the
 # embedded model, turns interleaved) bf16 takes 0.77 of float32's time for a guided UNet call of four views, 0.78 for
 # generate and 0.91 for an SDS step, though our native norm, GEGLU and convolution are float32 only and stand aside.
 _FAST_BF16 = {"amx_bf16", "avx512_bf16"}

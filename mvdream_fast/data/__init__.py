@@ -1,1 +1,1 @@
-"""From 3D assets to training batches: loading meshes, captions, multi-view renders, shards."""
+"""From shards of multi-view renders to training batches, and the captions in them."""

@@ -1,7 +1,7 @@
 """From shards to training batches: an index into the tar files, backgrounds, view groups, and a cache of latents.
 
 Batches are drawn by index, not streamed, so that batch k is a function of (seed, k) alone and a resumed run sees the
-same pictures. Several processes draw the indices of the whole batch alike, and each reads and decodes its own share.
+same images. Several processes draw the indices of the whole batch alike, and each reads and decodes its own share.
 Writing shards is shards.py's.
 """
 
@@ -51,7 +51,7 @@ class Batch:
     """B scenes of V views, views fastest.
 
     pictures: [B*V, 3, Hp, Wp] in [-1, 1], or scaled latents [B*V, C, h, w] where `encoded`.
-    cameras: [B*V, 16] normalised, or None in 2D mode (then V = 1 and the batch has as many pictures).
+    cameras: [B*V, 16] normalised, or None in 2D mode (then V = 1 and the batch has as many images).
     """
 
     pictures: Tensor
@@ -181,7 +181,7 @@ def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:
 
 
 class ImageSource:
-    """Batches of pictures, straight from the shards."""
+    """Batches of images, straight from the shards."""
 
     def __init__(self, shards: Shards):
         self.shards = shards
@@ -198,7 +198,7 @@ class ImageSource:
         return Batch(pictures, cameras, ranks.part(captions), v, encoded=False)
 
     def images(self, stream: Stream, n: int) -> Tensor:
-        """Single pictures for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
+        """Single images for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
         picks = _pick(len(self.shards), n, stream)
         kinds, views = stream.integers(0, 3, n).tolist(), stream.uniform(n).tolist()
         rows = []
@@ -247,7 +247,7 @@ class LatentSource:
         return Batch(pictures, cameras, ranks.part(captions), v, encoded=True)
 
     def fill(self, workers: int = 0) -> None:
-        """Encodes all orbits that are not yet there, from pictures that `workers` processes decode.
+        """Encodes all orbits that are not yet there, from images that `workers` processes decode.
 
         After it `batch` encodes nothing, so that a process may call it that cannot reach the autoencoder's device.
         """

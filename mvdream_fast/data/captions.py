@@ -1,6 +1,6 @@
 """Words for assets: colours named from base colours, tidy nouns, articles and plurals, and the variants of a caption.
 
-Pure functions on strings and small arrays; which caption belongs to which render is plan.py's business.
+Pure functions on strings and small arrays; which caption belongs to which render is decided in rendering/plan.py.
 """
 
 import re

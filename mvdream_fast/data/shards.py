@@ -67,7 +67,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def columns_for(n_views: int, size: int) -> int:
-    """Views a row of the strip: all of them while the picture stays within WebP's limit."""
+    """Views a row of the strip: all of them while the image stays within WebP's limit."""
     return max(1, min(n_views, MAX_SIDE // size))
 
 
@@ -86,7 +86,7 @@ def encode_views(views: np.ndarray, columns: int) -> bytes:
 
 
 def decode_views(content: bytes, n_views: int, columns: int, size: int) -> np.ndarray:
-    """The views of a strip, [V, s, s, 4] uint8. Raises ValueError where the picture is not the promised one."""
+    """The views of a strip, [V, s, s, 4] uint8. Raises ValueError where the image is not the promised one."""
     from PIL import Image
 
     rows = -(-n_views // columns)

@@ -38,7 +38,7 @@ def ddim_sample(
 ) -> Tensor:
     """Denoises `noise` [n, C, h, w] with DDIM; nothing is clipped.
 
-    `skip` leaves out as many of the first timesteps, for image to image: `noise` is then the latents of a picture as
+    `skip` leaves out as many of the first timesteps, for image to image: `noise` is then the latents of an image as
     `schedule.add_noise` makes them at the timestep that comes next.
 
     "ldm" visits another number of timesteps than `n_steps` where it doesn't divide 1000 (30 gives 31). `eta` > 0 adds

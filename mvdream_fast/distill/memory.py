@@ -1,7 +1,7 @@
 """How much memory a text-to-3D run takes, estimated before anything is allocated, and how much there is.
 
-The estimate is a handful of products with measured factors, meant to be within a third above the truth; it refuses runs
-that the operating system would only kill. What is done where memory runs out all the same is loop.py's.
+The estimate is a few multiplications with measured factors, meant to be within a third above the truth; it refuses
+runs that the operating system would only kill. What is done where memory runs out all the same is loop.py's.
 """
 
 import resource

@@ -1,6 +1,6 @@
-"""One self-contained page of a text-to-3D run: the asset to turn, its pictures, curves, settings and times.
+"""One self-contained page of a text-to-3D run: the asset to turn, its images, curves, settings and times.
 
-Opens from file:// without a network: pictures are data URIs, and trimesh's viewer brings its own three.js.
+Opens from file:// without a network: images are data URIs, and trimesh's viewer brings its own three.js.
 """
 
 import base64
@@ -61,7 +61,7 @@ def _page(
     config: dict, records: list[dict], notes: Sequence[str], mesh: Mesh | None, turntable: str, views: str,
     previews: dict[str, str],
 ) -> str:  # fmt: skip
-    """The whole page; pictures are data URIs, "" where there is none."""
+    """The whole page; images are data URIs, "" where there is none."""
     title = html.escape(config.get("prompt", ""))
     settings = config.get("sds", {})
     parts = [f"<h1>{title}</h1>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]

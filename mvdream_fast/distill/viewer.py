@@ -94,7 +94,7 @@ class Viewer:
 
 
 def free_port(port: int) -> int:
-    """The first port from `port` that nobody listens on. Raises ArgumentError when a hundred are taken."""
+    """The first port from `port` that is free. Raises ArgumentError when a hundred are taken."""
     for candidate in range(port, min(port + PORTS_TRIED, 65536)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

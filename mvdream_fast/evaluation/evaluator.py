@@ -1,6 +1,6 @@
 """The evaluator: a small contrastive image-text model with a view-azimuth head, and the files that it is kept in.
 
-What is measured with it is evaluation.py's, how it is trained training_evaluator.py's. It knows the training set's
+What is measured with it is measures.py's, how it is trained training/evaluator.py's. It knows the training set's
 domain only: its figures are in-domain retrieval, not a CLIP score.
 """
 

@@ -1,6 +1,6 @@
 """Evaluation of models and of finished text-to-3D runs: what is sampled or rendered, and which measures are taken.
 
-The measures are evaluation.py's, the yardstick evaluation_reference.py's; flags and the table are evaluate.py's.
+The measures are measures.py's, the yardstick reference.py's; flags and the table are the command's.
 """
 
 import time
@@ -31,10 +31,10 @@ from mvdream_fast.models.tokenizer import check_prompt
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 
-SIZE = 64  # of its pictures, as the training renders
+SIZE = 64  # of its images, as the training renders
 TURN = 16  # views of a turntable: as many as the training data's orbits have
 PROMPTS_AT_A_TIME = 4
-EMPTY_OPACITY = 1e-3  # a turntable that never covers more than this share of a picture shows nothing
+EMPTY_OPACITY = 1e-3  # a turntable that never covers more than this share of an image shows nothing
 SEED_STRIDE = 1000  # so that no two (prompt, seed) share their noise
 Say = Callable[[str], None]
 
@@ -180,7 +180,7 @@ def evaluate_run(folder: Path, judge: Judge) -> dict[str, Any]:
 
 @torch.no_grad()
 def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, judge: Judge) -> dict[str, Any]:
-    """The measures of pictures rgb [V, 3, s, s] and opacities [V, s, s] from azimuths [V] around an object.
+    """The measures of images rgb [V, 3, s, s] and opacities [V, s, s] from azimuths [V] around an object.
 
     `janus` and the azimuth error are None for objects without a front; `shows_front` is whether any view reads as one:
     without it, `janus` says nothing.

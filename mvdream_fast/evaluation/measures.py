@@ -1,6 +1,6 @@
-"""Measures of views and of turning assets: pure functions on embeddings, pictures, silhouettes and angles.
+"""Measures of views and of turning assets: pure functions on embeddings, images, silhouettes and angles.
 
-What makes the embeddings is models/evaluator.py; which pictures are measured, evaluation_runs.py. Angles are degrees.
+What makes the embeddings is evaluator.py; which images are measured, judging.py. Angles are degrees.
 """
 
 import math
@@ -15,7 +15,7 @@ FRONT_DEG = 45.0  # a view reads as front when its predicted azimuth is that clo
 OPPOSITE_DEG = 120.0  # two fronts that far apart are two faces: one mistake at the edge of the front is less
 CONFIDENT = 0.3  # views that the evaluator is less sure of read as no side; at this, it accuses few real objects
 FOREGROUND = 0.06  # largest difference of a channel from the background, in [0, 1], that is still background
-HULL_SAMPLES = 64  # along a ray through the unit ball: as many as the picture has pixels
+HULL_SAMPLES = 64  # along a ray through the unit ball: as many as the image has pixels
 
 
 def top1(similarity: Tensor, truth: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def spread(embeddings: Tensor) -> float:
 
 
 def opposite_difference(views: Tensor, masks: Tensor) -> float:
-    """RMS difference of the pictures taken half a turn apart, over what either of them shows.
+    """RMS difference of the images taken half a turn apart, over what either of them shows.
 
     Small where an object has no front: it looks the same from there and from behind. 0 where nothing is seen.
 
@@ -97,7 +97,7 @@ def is_janus(azimuth_deg: Tensor, front: Tensor) -> bool:
 def silhouettes(images: Tensor) -> Tensor:
     """What stands in front of a flat background: [V, 3, Hp, Wp] in [0, 1] -> bool [V, Hp, Wp].
 
-    The background is each picture's median colour along its border. What has the background's colour is lost.
+    The background is each image's median colour along its border. What has the background's colour is lost.
     """
     border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
     colour = border.median(-1).values[..., None, None]

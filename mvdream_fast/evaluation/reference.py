@@ -1,6 +1,6 @@
 """What real renders score: the yardstick of every evaluation, measured on shards once and kept beside the evaluator.
 
-The measures are evaluation.py's; models and runs are measured in evaluation_runs.py.
+The measures are measures.py's; models and runs are measured in judging.py.
 """
 
 import json
@@ -103,7 +103,7 @@ class Orbit:
         return [int(ev.angle_difference(self.azimuth_deg, wanted).argmin()) for wanted in FOUR_DEG]
 
     def cameras(self, which: list[int]) -> Cameras:
-        """Where these views stand, but with the middle field of view: nobody knows a generated view's."""
+        """Where these views stand, but with the middle field of view: a generated view's is unknown."""
         elevation = float(self.record.meta["elevation_deg"])
         one = [orbit_cameras(1, elevation, float(self.azimuth_deg[k]), 360.0, DISTANCE, FOVY_DEG) for k in which]
         return Cameras(torch.cat([c.c2w for c in one]), torch.cat([c.fovy for c in one]))

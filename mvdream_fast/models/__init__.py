@@ -1,1 +1,1 @@
-"""Modules that own weights: multi-view UNet, VAE, text tower; foreign checkpoint keys are renamed in checkpoint.py."""
+"""Modules that own weights: multi-view UNet, VAE, text tower; foreign checkpoint keys are renamed in checkpoints/."""

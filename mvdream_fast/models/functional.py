@@ -79,7 +79,7 @@ def packed(tensors: list[Tensor]) -> Tensor:
 
 
 def linears(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
-    """Several Linears of one input as one product: [..., C] -> one [..., C_i] for each, views of one tensor."""
+    """Several Linears of one input as one GEMM: [..., C] -> one [..., C_i] for each, views of one tensor."""
     if not all(type(m) is nn.Linear for m in modules):
         return tuple(m(x) for m in modules)
     bias = None if modules[0].bias is None else packed([m.bias for m in modules])
@@ -156,7 +156,7 @@ def _pair_sums(weight: Tensor, phase: int, dim: int) -> Tensor:
 
 
 def _gemm_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution without padding, as one product over gathered windows. x: [B, h', w', C], weight: [O, k, k, C]."""
+    """A convolution without padding, as one GEMM over gathered windows. x: [B, h', w', C], weight: [O, k, k, C]."""
     n_out, size, _, channels = weight.shape
     batch, height, width = x.shape[0], x.shape[1] - size + 1, x.shape[2] - size + 1
     s_batch, s_row, s_column, _ = x.stride()

@@ -1,6 +1,6 @@
 """The text tower: transformers' CLIPTextModel, run to the layer that the diffusion model was trained on.
 
-Reading checkpoints lives in checkpoint.py, the tokenizer in tokenizer.py (its names are offered here too).
+Reading checkpoints lives in checkpoints/, the tokenizer in tokenizer.py (its names are offered here too).
 """
 
 from dataclasses import replace

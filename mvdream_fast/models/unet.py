@@ -220,7 +220,7 @@ class MultiViewUNet(nn.Module):
         return conditions, fn.widen(embs, wide).split(widths, dim=-1)
 
     def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> Tensor:
-        """What all ResBlocks add, side by side: [B*V, sum of C_out], in one product."""
+        """What all ResBlocks add, side by side: [B*V, sum of C_out], in one GEMM."""
         projections = [block.emb_layers[1] for block in self._res_blocks]
         if not all(type(m) is nn.Linear for m in projections):
             raise TypeError(
@@ -289,7 +289,7 @@ def _check_config(config: UNetConfig) -> None:
 
 
 def _indexed(root: nn.Module, kind: type) -> tuple[nn.Module, ...]:
-    """All modules of a kind in the order of use, each told its index: where its slice of a shared product lies."""
+    """All modules of a kind in the order of use, each told its index: where its slice of a shared GEMM lies."""
     arms = (root.input_blocks, root.middle_block, root.output_blocks)
     found = tuple(module for arm in arms for module in arm.modules() if isinstance(module, kind))
     for index, module in enumerate(found):

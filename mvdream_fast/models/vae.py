@@ -1,6 +1,6 @@
 """The image autoencoder: diffusers' AutoencoderKL with the latent scale of the diffusion model.
 
-Checkpoints in LDM's names are renamed in checkpoint.py.
+Checkpoints in LDM's names are renamed in checkpoints/layouts.py.
 """
 
 import torch

@@ -191,7 +191,7 @@ def load_native(op: str, like: Tensor | None = None) -> ModuleType:
 
 
 def thread_count() -> int:
-    """Threads of a native call: torch's number, or where nobody chose one the cores that the control group allows.
+    """Threads of a native call: torch's number, or where none was chosen the cores that the control group allows.
 
     Torch counts the machine's cores, of which a container may have few; more threads than those wait for each other.
     """

@@ -2,7 +2,7 @@
 
     x_i = sigma_i (t_end_i - t_start_i),  T_i = exp(-sum_{j<i} x_j),  w_i = T_i (1 - exp(-x_i))
 
-Where the samples come from, and how they are coloured, is nobody's business here.
+Where the samples come from, and what gives them their colours, is not known here.
 """
 
 from typing import NamedTuple

@@ -39,7 +39,7 @@ def cross_view_attention(
 
     Views are the fastest batch index, so the regrouping of views is no copy when the batch stride is N token strides
     (slices of one packed QKV projection are); other strides are read as they are by the CUDA kernel and copied on the
-    CPU. Softmax and sums are float32 for every dtype; the gradient is deterministic on CUDA. float32 products are
+    CPU. Softmax and sums are float32 for every dtype; the gradient is deterministic on CUDA. float32 GEMMs are
     exact there unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to its dtype
     (float64 stays). First derivatives only.
 

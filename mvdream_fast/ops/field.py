@@ -71,7 +71,7 @@ def field(
                64, 128, ending in 1 row (density) or 3 rows (colour).
     Gradients flow to positions, table and weights and are recomputed from the inputs: nothing is kept per sample.
     float32 runs natively. On a CPU: bit-identical for any number of threads, with at most 40 MB of scratch memory at
-    the default widths. On CUDA: on tensor cores, each product as three of tf32 (21 bits), or as one (10 bits) where
+    the default widths. On CUDA: on tensor cores, each GEMM as three of tf32 (21 bits), or as one (10 bits) where
     torch.backends.cuda.matmul.allow_tf32 is set; bit-identical under torch.use_deterministic_algorithms, which costs 4
     bytes a column and sample; a NaN position makes NaN outputs instead of an error, which would cost a synchronisation.
     float64 and second derivatives run through the plain-torch reference.

@@ -25,7 +25,7 @@ from mvdream_fast.ops._edges import (
 from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
 
 _RAYS_PER_BLOCK = 2048
-_MOST_SAMPLES = 1 << 40  # 8 TB: nobody means that, and torch's own words for it name no argument
+_MOST_SAMPLES = 1 << 40  # 8 TB is a mistake, and torch's own words for it name no argument
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Running sums and products along the rays of packed samples; what they are sums of is the caller's business."""
+"""Running sums and products along the rays of packed samples; what they are sums of is not known here."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Score distillation's target and gradient on the latents from the two noise predictions, in one pass.
 
-Drawing the step and the noise, and the UNet call, live in guidance.py.
+Drawing the step and the noise, and the UNet call, live in guidance/sds.py.
 """
 
 from typing import Literal, NamedTuple

@@ -36,7 +36,7 @@ def time_camera_embedding(
     *,
     camera_embedding: Tensor | None = None,
 ) -> Tensor:
-    """Linear(silu(time_mlp(sinusoid(t)) + camera_mlp(camera))), the projections of all ResBlocks in one product.
+    """Linear(silu(time_mlp(sinusoid(t)) + camera_mlp(camera))), the projections of all ResBlocks in one GEMM.
 
     Without a camera the second MLP is skipped (2D mode). The camera part may come precomputed, since it is constant
     over the steps of a run: pass `camera_embedding` from `ops.camera_embedding` instead of `camera`. Not

@@ -30,7 +30,7 @@ from mvdream_fast.rendering.plan import SHARD_ASSETS, AssetPlan, Selection, plan
 from mvdream_fast.rendering.survey import Survey, survey
 
 SETTINGS, SURVEYS, SUMMARY = "render.json", "surveys.json", "summary.json"
-VERSION = 2  # of the pictures and captions: a folder begun by another version is not continued
+VERSION = 2  # of the images and captions: a folder begun by another version is not continued
 
 _renderer = None
 

@@ -1,6 +1,6 @@
 """Draws a mesh from many cameras into RGBA with moderngl on EGL: Mesa's llvmpipe on a CPU, or any headless GPU driver.
 
-The look (light, glass, cut-out textures, box-filtered edges) is rasterize.py's; a test holds the two together.
+The look (light, glass, cut-out textures, box-filtered edges) is software.py's; a test holds the two together.
 """
 
 import os

@@ -22,7 +22,7 @@ class OrbitPreset:
 
 
 PRESETS = {
-    # The unit ball stays in the picture: distance = factor / sin(fov / 2).
+    # The unit ball stays in the image: distance = factor / sin(fov / 2).
     "embedded": OrbitPreset(16, True, (0, 30), (30, 50), "sphere", (1.0, 1.05)),
     # Source: MVDream (arXiv 2308.16512), data rendering: distance = 0.5 x NDC focal length x U[0.9, 1.1].
     "paper": OrbitPreset(32, False, (0, 30), (15, 60), "box", (0.9, 1.1)),

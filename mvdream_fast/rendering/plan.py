@@ -162,7 +162,7 @@ def _jittered(name: str, u: np.ndarray) -> tuple[float, ...]:
 
 
 def choose_held_out(entries: list[Entry], surveys: dict[str, Survey], seed: int = 0, n: int = 40) -> list[Entry]:
-    """About `n` assets, spread over the categories by their size, whose captions are nobody else's.
+    """About `n` assets, spread over the categories by their size, whose captions no other asset has.
 
     At least two assets of the same head noun and two thirds of them stay, and two with each word of the name.
     """

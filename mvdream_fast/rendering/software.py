@@ -29,7 +29,7 @@ def view_projection(c2w: np.ndarray, fovy: float) -> np.ndarray:
 
 
 class NumpyRenderer:
-    """The same pictures as GLRenderer, slower, anywhere. Triangles that reach behind the near plane are left out."""
+    """The same images as GLRenderer, slower, anywhere. Triangles that reach behind the near plane are left out."""
 
     name = "numpy"
 
@@ -73,7 +73,7 @@ def _project(part: Part, matrix: np.ndarray, side: int) -> _Projected:
 
 @dataclass
 class _Fragments:
-    pixel: np.ndarray  # [K] index into the picture
+    pixel: np.ndarray  # [K] index into the image
     face: np.ndarray  # [K] row of _Projected.faces
     weights: np.ndarray  # [K, 3] perspective-correct barycentric
     depth: np.ndarray  # [K]

@@ -1,4 +1,4 @@
-"""The first look at every asset: is it readable, how much of the picture it fills, its colours, its near-duplicates."""
+"""The first look at every asset: is it readable, how much of the image it fills, its colours, its near-duplicates."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ THUMBNAIL_VIEWS = (0, 1, 3, 4)
 class Survey:
     """What planning needs to know of one asset; plain values, so that it can be stored as JSON."""
 
-    coverage: float  # mean share of the picture that the silhouette fills
+    coverage: float  # mean share of the image that the silhouette fills
     colours: dict[str, float]  # colour name -> share of the visible surface
     part_shares: list[float]  # visible share of each part
     part_colours: list[str]  # dominant colour name of each part, "" where it is not seen

@@ -1,6 +1,6 @@
 """What the trainers of a single module share: one AdamW update with its moving average, and the state of a resume.
 
-Losses and batches are the trainers' own (training_vae.py, training_evaluator.py); the loop is training_loop.py's.
+Losses and batches are the trainers' own (vae.py, evaluator.py); the loop is loop.py's.
 """
 
 import dataclasses

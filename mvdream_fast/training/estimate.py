@@ -53,7 +53,7 @@ def estimate_step(
     train_text: bool = False,
     preserve: bool = True,
 ) -> Estimate:
-    """A 2D training step of `batch` encoded pictures with AdamW, weights in float32; activations in bfloat16 where
+    """A 2D training step of `batch` encoded images with AdamW, weights in float32; activations in bfloat16 where
     `half`.
 
     Raises: ModelError for a configuration that cannot be built.
@@ -147,7 +147,7 @@ class _Kept:
 
 
 def _attention_flops() -> dict:
-    """Operations of the op that torch's counter does not know: two products forward, five backward."""
+    """Operations of the op that torch's counter does not know: two GEMMs forward, five backward."""
 
     def forward(q: tuple, k: tuple, v: tuple, views: int, *_: object, **__: object) -> int:
         images, tokens, heads, width = q

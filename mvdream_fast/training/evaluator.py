@@ -1,6 +1,6 @@
-"""Training of the evaluator: batches with hard negatives, pictures softened as generated ones are, and the two losses.
+"""Training of the evaluator: batches with hard negatives, images softened as generated ones are, and the two losses.
 
-The loop that calls it (checkpoints, log, signals) is training_loop.py; what the evaluator measures is evaluation.py's.
+The loop that calls it (checkpoints, log, signals) is loop.py; what the evaluator measures is evaluation/measures.py's.
 """
 
 import math
@@ -22,7 +22,7 @@ from mvdream_fast.training.averaged import AveragedTrainer
 from mvdream_fast.training.vae import Linear
 
 PATCH = 8  # of the embedded autoencoder; Linear softens by its patches
-COMPONENTS = (8, 64)  # that a softened picture keeps of each patch's 192
+COMPONENTS = (8, 64)  # that a softened image keeps of each patch's 192
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def backgrounds(stream: Stream, n: int) -> Tensor:
 class Softener:
     """Makes renders look like what generated views and rendered volumes are: softer, noisier, off in size and light.
 
-    A third of the pictures keeps the best few components of each patch, which is what a small autoencoder would; a
+    A third of the images keeps the best few components of each patch, which is what a small autoencoder would; a
     third is blurred; all are moved a little, and dimmed, brightened and given noise.
     """
 

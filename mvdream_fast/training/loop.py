@@ -1,6 +1,6 @@
 """The loop around every trainer: log lines, checkpoints, reports, signals; and the sheet that the reports draw.
 
-The optimisations themselves are training.py, training_vae.py, training_evaluator.py and training_dreambooth.py.
+The optimisations themselves are unet.py, vae.py, evaluator.py and tuning/dreambooth.py.
 """
 
 import time

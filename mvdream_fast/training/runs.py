@@ -1,6 +1,6 @@
 """A training run from its flags: parts, sources, loop, sample sheets, and the model folder at the end.
 
-The optimisations themselves are training.py and training_vae.py.
+The optimisations themselves are unet.py and vae.py.
 """
 
 import copy
@@ -44,7 +44,7 @@ from mvdream_fast.training.vae import (
 if TYPE_CHECKING:
     from mvdream_fast.train import Flags
 
-N_FIT, N_CHECK = 512, 256  # pictures for the linear bound and the latent scale; held-out pictures for the PSNR
+N_FIT, N_CHECK = 512, 256  # images for the linear bound and the latent scale; held-out images for the PSNR
 SHEET_PROMPTS = 8
 ADDED = re.compile(r"(^|\.)(camera_embed|camera_token|camera_vectors|norm_views|attn_views)\.")  # layers --set may add
 
@@ -194,7 +194,7 @@ def _device(args: "Flags") -> torch.device:
 
 
 def _workers(args: "Flags", device: torch.device) -> int:
-    """Processes that draw batches. A CPU is busy with the model itself; a GPU would wait for the pictures."""
+    """Processes that draw batches. A CPU is busy with the model itself; a GPU would wait for the images."""
     if args.workers is not None:
         return args.workers
     free = available_cores() // launched()[1] - 1
@@ -341,10 +341,10 @@ def _loop_options(args: "Flags") -> LoopOptions:
 
 
 def source_of(cache: Path | None, config: ModelConfig, autoencoder: torch.nn.Module, shards: Shards) -> Source:
-    """Latents from a cache, or where there is none pictures that the trainer encodes."""
+    """Latents from a cache, or where there is none images that the trainer encodes."""
     vae = config.vae
     if shards.size != vae.image_size:
-        raise ArgumentError(f"the model must be given pictures of {vae.image_size} px, got shards of {shards.size} px")
+        raise ArgumentError(f"the model must be given images of {vae.image_size} px, got shards of {shards.size} px")
     if cache is None:
         return ImageSource(shards)
     device = next(autoencoder.parameters()).device

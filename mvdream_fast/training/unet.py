@@ -1,6 +1,6 @@
 """The diffusion training: UNet and text tower together, multi-view and 2D batches mixed, EMA, bit-exact resume.
 
-Where batches come from is data/batches.py; the loop around the steps is training_loop.py; flags are train.py's.
+Where batches come from is data/batches.py; the loop around the steps is loop.py; flags are train.py's.
 """
 
 import copy

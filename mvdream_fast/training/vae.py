@@ -1,6 +1,6 @@
 """Training of the small autoencoder: losses, the linear start, the linear bound it is measured against, its scale.
 
-The loop around it (checkpoints, log, signals) is training_loop.py; the diffusion model's own trainer is training.py.
+The loop around it (checkpoints, log, signals) is loop.py; the diffusion model's own trainer is unet.py.
 """
 
 import json

@@ -7,7 +7,7 @@
     model       the partial model, tuned further on photos and pseudo views (5-final holds its checkpoints)
     6-volume    score distillation from that and reconstruction of the pseudo views, together
 
-Source: Raj et al. 2023, "DreamBooth3D". There the pseudo views are single pictures; here a multi-view model translates
+Source: Raj et al. 2023, "DreamBooth3D". There the pseudo views are single images; here a multi-view model translates
 four at a time, and they are trained on in multi-view mode, with their cameras.
 """
 
@@ -228,7 +228,7 @@ def translate(
 class MixedSource:
     """Photos in 2D mode; in multi-view mode groups of pseudo views with their cameras.
 
-    Args: views [G, V, C, h, w], latents or pictures in [-1, 1] as the photos are; c2w [G, V, 4, 4].
+    Args: views [G, V, C, h, w], latents or images in [-1, 1] as the photos are; c2w [G, V, 4, 4].
     """
 
     def __init__(self, photos: PhotoSource, views: Tensor, c2w: Tensor):
@@ -236,7 +236,7 @@ class MixedSource:
         self.cameras = torch.stack([normalize_camera(group) for group in c2w])  # [G, V, 16]
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
-        """As many pictures either way, but at least one group."""
+        """As many images either way, but at least one group."""
         if not multi_view:
             return self.photos.batch(stream, n_scenes, n_views, False, ranks)
         n_groups, v = self.cameras.shape[:2]

@@ -1,6 +1,6 @@
 """Photographs of one subject: found in a folder, checked, turned upright, made square, and handed out as 2D batches.
 
-What is made of them is training_dreambooth.py's. Listing a folder imports neither torch nor Pillow.
+What is made of them is dreambooth.py's. Listing a folder imports neither torch nor Pillow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PHOTOS = 50
 MAX_BYTES = 64 << 20  # of a file
-MAX_PIXELS = 64_000_000  # of a picture; decoding one takes about 12 bytes a pixel
+MAX_PIXELS = 64_000_000  # of an image; decoding one takes about 12 bytes a pixel
 Fit = Literal["auto", "crop", "pad"]
 
 
@@ -66,7 +66,7 @@ def load_photo(path: Path, size: int, fit: Fit = "auto") -> np.ndarray:
     not applied.
 
     The EXIF orientation is. `crop` takes the square in the middle; `pad` adds transparent borders, which are the
-    training grey later; `auto` pads a cut-out (a picture with transparent pixels) and crops any other.
+    training grey later; `auto` pads a cut-out (an image with transparent pixels) and crops any other.
 
     Raises: InputFileError for a file that cannot be decoded, or of more than MAX_PIXELS; nothing of it is decoded then.
     """
@@ -93,7 +93,7 @@ def _too_large(path: Path, got: str) -> str:
 
 
 def _square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
-    """Upright, square, RGBA, `size` pixels a side. A small picture is enlarged."""
+    """Upright, square, RGBA, `size` pixels a side. A small image is enlarged."""
     from PIL import Image, ImageOps
 
     image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size where that is enough
@@ -123,7 +123,7 @@ def _to_rgba(image: Image.Image) -> Image.Image:
 
 
 class PhotoSource:
-    """2D batches of a few pictures of one subject, all under one caption, without cameras.
+    """2D batches of a few images of one subject, all under one caption, without cameras.
 
     Args: pictures [n, 3, Hp, Wp] in [-1, 1], or their latents where `encoded`; caption.
     """

@@ -1,6 +1,6 @@
 """A DreamBooth run from its flags: what it will need, its folder, the tuning, and the model folder at the end.
 
-The optimisation is training_dreambooth.py's, the three-stage way dreambooth3d.py's.
+The optimisation is dreambooth.py's, the three-stage way dreambooth3d.py's.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""One rank of a run of several, for test_distributed.py: `rank_of_a_run.py DATA OUT`, under a launcher."""
+"""One rank of a run of several, for test_processes.py: `rank_of_a_run.py DATA OUT`, under a launcher."""
 
 import dataclasses
 import json

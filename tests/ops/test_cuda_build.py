@@ -1,7 +1,7 @@
 """What the compiler makes of the CUDA kernels, without a GPU: no warnings, no spills where it counts, registers as
 recorded, and an extension that links for every architecture, loads, and says what is missing.
 
-`MVDREAM_FAST_RECORD=1 pytest tests/test_cuda_build.py -m slow` writes benchmarks/cuda_static.json anew.
+`MVDREAM_FAST_RECORD=1 pytest tests/ops/test_cuda_build.py -m slow` writes benchmarks/cuda_static.json anew.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ RECORD = ROOT / "benchmarks/cuda_static.json"
 TREE = ROOT / "build/cuda"  # kept, so that a second run compiles only what has changed
 GROWTH = 1.1
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
-# Kernels a training step or a rendered picture spends its time in, at the default widths.
+# Kernels a training step or a rendered image spends its time in, at the default widths.
 HOT = re.compile(
     r"composite_|march_|prune_|sample_positions|encode_kernel<2>|scatter_kernel<2>|(field_\w+|render)_kernel<64"
 )
@@ -161,7 +161,7 @@ def test_the_linked_extension_has_every_op_and_refuses_without_a_gpu(extension):
     assert said["cuda"].endswith(" for 80-real 90-real 100-real 120")
     assert said["cpu_still_works"] == [0.5, 0.5]
     if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0:
-        pytest.skip("there is a GPU: tests/test_cuda_gpu.py calls them on it")
+        pytest.skip("there is a GPU: tests/ops/test_cuda_gpu.py calls them on it")
     assert set(said["refusals"]) == FUNCTIONS
     for name, text in said["refusals"].items():
         assert re.fullmatch(r"[a-z_ ]+: CUDA must succeed, got .*(driver|device).*; .+", text), (name, text)

@@ -1,4 +1,4 @@
-"""A small DevTools client for headless Chromium: opens a page, waits for a picture, and says what was fetched."""
+"""A small DevTools client for headless Chromium: opens a page, waits for an image, and says what was fetched."""
 
 import base64
 import contextlib

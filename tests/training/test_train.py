@@ -1,4 +1,4 @@
-"""Training: bit-exact resume, accumulation, averaged weights, losses, linear start. The command: test_train_runs.py."""
+"""Training: bit-exact resume, accumulation, averaged weights, losses, linear start. Runs: test_training_runs.py."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
 """DreamBooth: the loss and its pull back equal their formula, 2D mode is 2D, the token has its row, adapters merge
-exactly. test_dreambooth_runs.py has the command."""
+exactly. test_tuning_runs.py has the command."""
 
 import copy
 import dataclasses

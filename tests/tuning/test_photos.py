@@ -68,7 +68,7 @@ def test_fit_can_be_chosen(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
 def test_exif_orientation_is_applied(tmp_path, name):
-    """Orientation 6: the camera was turned, and the stored left edge is the top of the picture."""
+    """Orientation 6: the camera was turned, and the stored left edge is the top of the image."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(stripes(RED, BLUE)).save(tmp_path / name, exif=exif, quality=95)

@@ -1,6 +1,6 @@
 """From a density field to a coloured triangle mesh: iso-surface, its threshold, clean-up, decimation.
 
-Positions are in scene units, world z-up with the front at -Y (camera.py). Files are written by field/export.py.
+Positions are in scene units, world z-up with the front at -Y (camera.py). Files are written by export.py.
 """
 
 from collections.abc import Callable
