@@ -66,10 +66,11 @@ $(VENV)/.built-test: $(VENV)/.built $(VENV)/.deps-test
 # the CUDA kernels' host build is sanitized, too. `kernels` are Triton's, which have nothing native here. Without -P the
 # current folder would come first, and with it the installed build: tests/conftest.py refuses that.
 SANITIZED := build/sanitize
-NATIVE_TESTS ?= tests/test_hash_encode.py tests/test_field.py tests/test_march_rays.py tests/test_composite.py \
-	tests/test_update_occupancy.py tests/test_render_op.py tests/test_nerfacc_compat.py \
-	tests/test_renderer.py tests/test_volume.py tests/test_background.py \
-	tests/test_geglu.py tests/test_group_norm_silu.py tests/test_winograd.py tests/test_cuda_host.py
+NATIVE_TESTS ?= tests/ops/test_hash_encode.py tests/ops/test_field.py tests/ops/test_march_rays.py \
+	tests/ops/test_composite.py tests/ops/test_update_occupancy.py tests/ops/test_render_op.py \
+	tests/test_nerfacc_compat.py tests/scene/nerf/test_renderer.py tests/scene/nerf/test_volume.py \
+	tests/scene/test_background.py tests/ops/test_geglu.py tests/ops/test_group_norm_silu.py \
+	tests/ops/test_winograd.py tests/ops/test_cuda_host.py
 sanitize: $(VENV)/.built-test
 	mkdir -p $(SANITIZED)/site
 	rm -rf $(SANITIZED)/site/mvdream_fast && cp -r mvdream_fast $(SANITIZED)/site/ && rm -f $(SANITIZED)/site/mvdream_fast/_C*
