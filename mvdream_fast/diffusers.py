@@ -13,7 +13,8 @@ class CrossViewAttnProcessor:
     """Lets every self-attention of a UNet attend over all views of a scene; attention to text stays within a view.
 
     Views are the fastest batch index: images 0 to V-1 belong to the first scene. With `n_views=1` it is diffusers' own
-    attention. It has no weights, so a checkpoint fits with or without it.
+    attention. It has no weights, so a checkpoint fits with or without it. Set it last: `fuse_qkv_projections()` and
+    `set_attention_slice()` afterwards replace it, without a word, by processors that see one view.
     """
 
     def __init__(self, n_views: int):

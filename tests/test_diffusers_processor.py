@@ -1,5 +1,6 @@
 """CrossViewAttnProcessor in a real diffusers UNet, against a processor that regroups views around diffusers' own."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_the_readme_s_example_makes_a_unet_multi_view(unet):
     unet.set_attn_processor(AttnProcessor2_0())
     exec(example.split("```")[0], {"unet": unet})
     assert {(type(p), p.n_views) for p in unet.attn_processors.values()} == {(CrossViewAttnProcessor, 4)}
+
+
+@pytest.mark.parametrize("call", ["fuse_qkv_projections", "set_attention_slice"])
+def test_what_replaces_it_is_said(unet, call):
+    """README and docstring say that these put other processors in its place, and they do."""
+    own = copy.deepcopy(unet)
+    own.set_attn_processor(CrossViewAttnProcessor(4))
+    getattr(own, call)(*["max"] * (call == "set_attention_slice"))
+    assert not any(isinstance(p, CrossViewAttnProcessor) for p in own.attn_processors.values())
+    for text in ((Path(__file__).parent.parent / "README.md").read_text(), CrossViewAttnProcessor.__doc__):
+        assert f"`{call}()`" in text
 
 
 def test_a_text_mask_is_obeyed(unet):

@@ -39,8 +39,8 @@ def browser():
         yield browser
 
 
-def n_red(picture: np.ndarray) -> int:
-    r, g, b = picture.astype(int).transpose(2, 0, 1)
+def n_red(screenshot: np.ndarray) -> int:
+    r, g, b = screenshot.astype(int).transpose(2, 0, 1)
     return int(((r > 90) & (r > 2.5 * g) & (r > 2.5 * b)).sum())
 
 
@@ -55,10 +55,12 @@ def test_the_report_turns_the_asset_without_a_network(browser, tmp_path):
     path = write_report(tmp_path, config, RECORDS, ["a note"], Ball().mesh())
     browser.requested.clear()
     browser.open(path.as_uri())
-    picture = browser.wait_for(lambda picture: n_red(picture) > 5000)
-    rows, columns = np.nonzero((picture.astype(int)[:, :, 0] > 90) & (picture[:, :, 1] < 60))
+    screenshot = browser.wait_for(lambda screenshot: n_red(screenshot) > 5000)
+    rows, columns = np.nonzero((screenshot.astype(int)[:, :, 0] > 90) & (screenshot[:, :, 1] < 60))
     assert 0.5 < np.ptp(rows) / np.ptp(columns) < 2  # a ball, not a bar
-    assert (picture == 128).all(-1).sum() > 5000  # around it, where it stays while it is turned, the grey of the views
+    assert (screenshot == 128).all(
+        -1
+    ).sum() > 5000  # around it, the grey of the views
     assert outside(browser, path.as_uri()) == []
     assert not browser.complaints
 
@@ -69,7 +71,7 @@ def test_the_live_page_shows_the_growing_asset(browser):
         viewer.show(Ball())
         browser.requested.clear()
         browser.open(viewer.url, 480, 360)
-        browser.wait_for(lambda picture: n_red(picture) > 1000)
+        browser.wait_for(lambda screenshot: n_red(screenshot) > 1000)
         own = (f"http://127.0.0.1:{viewer.port}", f"ws://127.0.0.1:{viewer.port}")
         assert outside(browser, *own) == []
     finally:

@@ -1,4 +1,4 @@
-"""A small DevTools client for headless Chromium: opens a page, waits for an image, and says what was fetched."""
+"""A small DevTools client for headless Chromium: opens a page, waits for what it shows, and says what was fetched."""
 
 import base64
 import contextlib
@@ -89,21 +89,19 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=address)
 
-    def picture(self) -> np.ndarray:
+    def screenshot(self) -> np.ndarray:
         """What the page shows now: [Hp, Wp, 3] uint8."""
         data = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
     def wait_for(self, holds: Callable[[np.ndarray], bool], seconds: float = 200) -> np.ndarray:
-        """The first picture for which `holds`; raises AssertionError when none comes in time."""
+        """The first screenshot for which `holds`; raises AssertionError when none comes in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # while a page is being exchanged there is none to take a picture of
-                picture = self.picture()
-                if holds(picture):
-                    return picture
+            with contextlib.suppress(RuntimeError):  # while a page is being exchanged there is nothing to show
+                screenshot = self.screenshot()
+                if holds(screenshot):
+                    return screenshot
             time.sleep(0.2)
         raise AssertionError(
             f"the page never showed it; complaints: {self.complaints}, requested: {self.requested[:9]}"
