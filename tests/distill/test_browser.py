@@ -58,9 +58,7 @@ def test_the_report_turns_the_asset_without_a_network(browser, tmp_path):
     screenshot = browser.wait_for(lambda screenshot: n_red(screenshot) > 5000)
     rows, columns = np.nonzero((screenshot.astype(int)[:, :, 0] > 90) & (screenshot[:, :, 1] < 60))
     assert 0.5 < np.ptp(rows) / np.ptp(columns) < 2  # a ball, not a bar
-    assert (screenshot == 128).all(
-        -1
-    ).sum() > 5000  # around it, the grey of the views
+    assert (screenshot == 128).all(-1).sum() > 5000  # around it, the grey of the views
     assert outside(browser, path.as_uri()) == []
     assert not browser.complaints
 
