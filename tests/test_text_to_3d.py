@@ -1,4 +1,4 @@
-"""The text-to-3D loop with a teacher whose wishes are known: it learns, resumes to the byte, and survives trouble."""
+"""The text-to-3D loop with a guidance whose wishes are known: it learns, resumes to the byte, and survives trouble."""
 
 import json
 import signal
