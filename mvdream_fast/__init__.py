@@ -17,7 +17,7 @@ _LAZY = {
     "TextTo3D": "mvdream_fast.text_to_3d",
     "Asset": "mvdream_fast.text_to_3d",
 }
-_LAZY_MODULES = ("ops", "camera", "schedule", "kernels")
+_LAZY_MODULES = {"ops": "ops", "camera": "camera", "schedule": "diffusion.schedule", "kernels": "kernels"}
 
 __all__ = ["Asset", "MVDreamPipeline", "TextTo3D", "__version__"]
 
@@ -26,7 +26,7 @@ def __getattr__(name: str):
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     if name in _LAZY_MODULES:
-        return import_module(f"mvdream_fast.{name}")
+        return import_module(f"mvdream_fast.{_LAZY_MODULES[name]}")
     raise AttributeError(f"module 'mvdream_fast' has no attribute {name!r}")
 
 

@@ -26,10 +26,20 @@ def test_version_is_known_without_torch():
     assert done.stdout.split() == [mvdream_fast.__version__, "False"]
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "cli", "schedule", "machine", "run", "models.tokenizer"])
+BEFORE_TORCH = ["models.config", "models.tokenizer", "core.errors", "core.cli", "core.machine", "core.run_folder",
+                "diffusion.schedule", "distill.recipes", "distill.request"]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", BEFORE_TORCH)
 def test_what_commands_need_before_torch_is_free_of_it(module):
     done = python(f"import sys, mvdream_fast.{module}; print('torch' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("name", ["ops", "camera", "schedule", "kernels"])
+def test_modules_are_found_on_first_use(name):
+    done = python(f"import mvdream_fast; print(mvdream_fast.{name}.__name__)")
+    assert done.stdout.strip().endswith(f".{name}"), done.stderr
 
 
 def test_public_names_are_found_on_first_use():
