@@ -67,7 +67,7 @@ $(VENV)/.built-test: $(VENV)/.built $(VENV)/.deps-test
 # current folder would come first, and with it the installed build: tests/conftest.py refuses that.
 SANITIZED := build/sanitize
 NATIVE_TESTS ?= tests/test_hash_encode.py tests/test_field.py tests/test_march_rays.py tests/test_composite.py \
-	tests/test_update_occupancy.py tests/test_render_op.py tests/test_nerfacc_compat.py \
+	tests/test_update_occupancy.py tests/test_render_op.py tests/nerfacc_compat \
 	tests/test_renderer.py tests/test_volume.py tests/test_background.py \
 	tests/test_geglu.py tests/test_group_norm_silu.py tests/test_winograd.py tests/test_cuda_host.py
 sanitize: $(VENV)/.built-test
