@@ -84,6 +84,8 @@ def packing(
     require(len(shape) == 1, op, name, "of shape [S] where the samples are packed", shape, "flatten it")
     if packed_info is not None:
         packed_info = whole(op, "packed_info", packed_info, values)
+        if torch.compiler.is_compiling():  # a graph cannot read values: the registered scan checks them when it runs
+            return packed_info
         return check_packing(op, shape[0], None, packed_info, n_rays)
     return pack(op, index_name, whole(op, index_name, ray_indices, values), shape[0], n_rays)
 
@@ -114,8 +116,8 @@ def ray_count(op: str, n_rays: object) -> int:
 
 
 def check_range(op: str, name: str, indices: Tensor, n_rays: int) -> None:
-    """Indices of rays lie in [0, n_rays); one look at the device."""
-    if indices.numel():
+    """Indices of rays lie in [0, n_rays); one look at the device, none in a graph, where index_add checks them."""
+    if indices.numel() and not torch.compiler.is_compiling():
         ends = [int(x) for x in torch.aminmax(indices)]
         require(ends[0] >= 0 and ends[1] < n_rays, op, name, f"in [0, {n_rays})", ends, "check n_rays")
 

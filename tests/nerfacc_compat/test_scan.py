@@ -175,3 +175,11 @@ ONES, ZEROS = torch.ones(3), torch.zeros(3, dtype=torch.int64)
 def test_scans_refuse_by_their_own_name(name, arguments, error, text):
     with pytest.raises(error, match=f"^{name}: {text}"):
         getattr(nerfacc, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_scans_in_one_graph(name):
+    function, values = getattr(nerfacc, name), draw(42).requires_grad_()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = [[out := f(values, packing()), *torch.autograd.grad(out.sum(), values)] for f in (function, compiled)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

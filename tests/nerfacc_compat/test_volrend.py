@@ -358,6 +358,15 @@ def test_dtypes_that_are_no_numbers_or_no_indices():
         nerfacc.render_weight_from_alpha(ALPHAS, PACKED, n_rays=4)
 
 
+def test_rendering_in_one_graph():
+    def render(alphas):
+        weights, _ = nerfacc.render_weight_from_alpha(alphas, PACKED)
+        return nerfacc.accumulate_along_rays(weights, None, RAYS, 3)
+
+    compiled = torch.compile(render, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ALPHAS), render(ALPHAS))
+
+
 def test_backgrounds():
     none = torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 4
     for background in (torch.rand(3), torch.rand(1, 3), torch.rand(4, 3), torch.rand(4, 1), torch.rand(())):
