@@ -228,7 +228,7 @@ def _from_density(op, t_starts, t_ends, sigmas, packed_info=None, ray_indices=No
     check_alike(op, t_starts=t_starts, t_ends=t_ends, sigmas=sigmas)
     packed_info = packing(op, "sigmas", sigmas, packed_info, ray_indices, n_rays)
     dtype, prefix = _prefix(op, sigmas, promoted(t_starts, t_ends, sigmas), prefix_trans)
-    depths = floats(sigmas) * (floats(t_ends) - floats(t_starts))
+    depths = sigmas * (floats(t_ends) - floats(t_starts))
     trans = torch.exp(-scan(depths, packed_info, product=False, exclusive=True))
     return trans if prefix is None else trans * prefix, -torch.expm1(-depths), dtype
 

@@ -78,6 +78,17 @@ def test_a_lens_by_hand():
     close(back, torch.tensor([[1.0, 0]]), rtol=0, atol=1e-6)
 
 
+def test_newtons_slopes_are_the_models():
+    points, lens = draw(7, 2) - 0.5, torch.tensor(LENS, dtype=torch.float64)
+    rows = torch.stack(cameras._distorted(points.unbind(-1), lens)[1], -1).view(7, 2, 2)
+    for point, slopes in zip(points, rows, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda p: cameras._opencv_lens_distortion(p, lens), point)
+        close(slopes, jacobian, rtol=0, atol=1e-14)
+    angles, k = draw(7), torch.tensor([0.05, -0.02, 0.01, -0.003], dtype=torch.float64).unbind()
+    wanted = torch.autograd.functional.jacobian(lambda t: cameras._fisheye_angle(t, k)[0], angles).diagonal()
+    close(cameras._fisheye_angle(angles, k)[1], wanted, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("reach", [0.6, 5.0])
 def test_a_fisheye_is_undone(reach):
     points, lens = grid_of_points(reach), (0.05, -0.02, 0.01, -0.003)

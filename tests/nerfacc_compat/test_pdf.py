@@ -133,7 +133,7 @@ def test_sampling_in_half_precision(dtype):
     wanted = nerfacc.importance_sampling(nerfacc.RayIntervals(edges.double()), cdfs.double(), 6)
     for got, exact in zip((new, drawn), wanted, strict=True):
         assert got.vals.dtype == dtype
-        close(got.vals.double(), exact.vals, rtol=0, atol=torch.finfo(dtype).eps)
+        close(got.vals.double(), exact.vals, rtol=0, atol=0.3 * torch.finfo(dtype).eps)  # rounded once
     left, right = nerfacc.searchsorted(samples(edges), samples(edges.double() + 1e-9))  # each just above its own key
     assert torch.equal(left[:, :-1], torch.arange(8).expand(3, 8))
     assert torch.equal(right, (left + 1).clamp(max=8))

@@ -287,6 +287,17 @@ def test_sums_of_many_halves_go_on(packed):
         assert (outputs.dtype, total.dtype) == (dtype, torch.float16)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_products_of_halves_do_not_vanish(packed):
+    """1e-4 times 1e-4 is nothing in half precision; 4000 of them are a number of it."""
+    weights, values = torch.full((4000,), 1e-4).half(), torch.full((4000, 1), 1e-4).half()
+    arguments = (weights, values, torch.zeros(4000).long()) if packed else (weights[None], values[None], None)
+    wanted, outputs = 4000 * float(weights[0]) ** 2, torch.zeros(1, 1)
+    nerfacc.accumulate_along_rays_(*arguments, outputs)
+    for total in (nerfacc.accumulate_along_rays(*arguments, 1), outputs):
+        assert total.item() == pytest.approx(wanted, rel=2e-3)
+
+
 def test_whole_numbers_are_counted_exactly():
     many = torch.full((7,), 2**24 + 1)
     assert nerfacc.accumulate_along_rays(many, None, RAYS, 3).tolist() == [[3 * 2**24 + 3], [2**25 + 2], [2**25 + 2]]
