@@ -68,7 +68,7 @@ $(VENV)/.built-test: $(VENV)/.built $(VENV)/.deps-test
 SANITIZED := build/sanitize
 NATIVE_TESTS ?= tests/ops/test_hash_encode.py tests/ops/test_field.py tests/ops/test_march_rays.py \
 	tests/ops/test_composite.py tests/ops/test_update_occupancy.py tests/ops/test_render_op.py \
-	tests/test_nerfacc_compat.py tests/scene/nerf/test_renderer.py tests/scene/nerf/test_volume.py \
+	tests/nerfacc_compat tests/scene/nerf/test_renderer.py tests/scene/nerf/test_volume.py \
 	tests/scene/test_background.py tests/ops/test_geglu.py tests/ops/test_group_norm_silu.py \
 	tests/ops/test_winograd.py tests/ops/test_cuda_host.py
 sanitize: $(VENV)/.built-test

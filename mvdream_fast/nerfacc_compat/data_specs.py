@@ -1,8 +1,12 @@
 """The two containers that nerfacc's functions exchange: data per ray, batched [R, n] or packed with its layout."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+from mvdream_fast.nerfacc_compat._inputs import check_tensor, packing, whole
+from mvdream_fast.ops._edges import check_same_device, require
 
 
 @dataclass
@@ -37,18 +41,40 @@ class RayIntervals:
         return self.vals.device
 
 
-def layout(data: RaySamples | RayIntervals) -> torch.Tensor:
-    """Start and count of every ray in `data.vals.flatten()`, [R, 2] int64, batched or packed."""
-    if data.vals.ndim > 1:
-        n = data.vals.shape[-1]
-        starts = torch.arange(data.vals[..., 0].numel() if n else 0, device=data.vals.device) * n
-        return torch.stack([starts, torch.full_like(starts, n)], -1)
-    if data.packed_info is not None:
-        return data.packed_info
-    if data.ray_indices is None:
-        raise ValueError(
-            "nerfacc_compat: packed vals must be given with packed_info or ray_indices, got neither; pass one of them"
-        )
-    from mvdream_fast.nerfacc_compat.scan import pack_info
+def layouts(op: str, **data: RaySamples | RayIntervals) -> list[torch.Tensor]:
+    """Start and count of every ray in each `vals.flatten()`, [R, 2] int64; all data are of the same R rays.
 
-    return pack_info(data.ray_indices)
+    Where ray_indices alone are given, the last rays may be without values.
+    """
+    counts = {name: _count(f"{op}: {name}", x) for name, x in data.items()}
+    last = [_last_ray(x) for name, x in data.items() if counts[name] is None]
+    n_rays = max([n for n in counts.values() if n is not None] or last)
+    for name, n in counts.items():
+        require(n in (None, n_rays), op, name, f"data of {n_rays} rays like the rest", n, "give every ray its values")
+    check_same_device(op, **{f"{name}.vals": x.vals for name, x in data.items()})
+    return [_layout(f"{op}: {name}", x, n_rays) for name, x in data.items()]
+
+
+def _count(op: str, data: RaySamples | RayIntervals) -> int | None:
+    """Number of rays, None where only ray_indices could tell."""
+    check_tensor(op, "vals", data.vals)
+    if data.vals.ndim > 1:
+        return math.prod(data.vals.shape[:-1])
+    if data.packed_info is not None:
+        return len(data.packed_info)
+    given = data.ray_indices is not None
+    require(given, op, "packed vals", "given with packed_info or ray_indices", "neither", "pass one of them")
+    whole(op, "ray_indices", data.ray_indices, data.vals)
+    return None
+
+
+def _last_ray(data: RaySamples | RayIntervals) -> int:
+    return max(int(data.ray_indices.max()) + 1, 0) if data.ray_indices.numel() else 0
+
+
+def _layout(op: str, data: RaySamples | RayIntervals, n_rays: int) -> torch.Tensor:
+    if data.vals.ndim == 1:
+        return packing(op, "vals", data.vals, data.packed_info, data.ray_indices, n_rays)
+    n = data.vals.shape[-1]
+    starts = torch.arange(n_rays, device=data.vals.device) * n
+    return torch.stack([starts, torch.full_like(starts, n)], -1)

@@ -1,9 +1,13 @@
 """Search in, and sampling from, sorted values along rays, batched or packed. Nothing here is differentiable."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples, layout
+from mvdream_fast.nerfacc_compat._inputs import check_alike, floats, promoted, whole
+from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples, layouts
+from mvdream_fast.ops._edges import require
 from mvdream_fast.ops._packing import rows_of
 
 
@@ -15,9 +19,9 @@ def searchsorted(
 
     Values outside take the nearest end, twice. Returns: (ids_left, ids_right) int64 in the shape of values.vals; within
     the ray where values are batched, into the flat sequence where they are packed. A ray without a sequence gives its
-    start (packed) or 0 (batched).
+    start (packed) or 0 (batched). Raises: ValueError for shapes, layouts and numbers of rays that don't fit; TypeError.
     """
-    keys, queries = layout(sorted_sequence), layout(values)
+    keys, queries = layouts("searchsorted", sorted_sequence=sorted_sequence, values=values)
     rays = rows_of(queries, values.vals.numel())
     base, last = keys[rays, 0], (keys[rays].sum(-1) - 1).maximum(keys[rays, 0])
     right = _upper_bound(sorted_sequence.vals.flatten(), values.vals.flatten(), base, last)
@@ -37,27 +41,61 @@ def importance_sampling(
     [R], packed ones. `stratified` shifts the samples of a ray together by a random part of a step, from torch's
     generator. A lone sample's interval is that of its ray; a ray without edges gives zeros.
 
-    Returns: (RayIntervals, RaySamples).
+    Returns: (RayIntervals, RaySamples). Raises: ValueError for shapes and layouts that don't fit; TypeError.
     """
-    if cdfs.shape != intervals.vals.shape:
-        raise ValueError(
-            f"importance_sampling: cdfs must be {list(intervals.vals.shape)} like the edges, got {list(cdfs.shape)}; "
-            "give one value an edge"
-        )
-    edges, n_rays = layout(intervals), layout(intervals).shape[0]
+    op = "importance_sampling"
+    (edges,) = layouts(op, intervals=intervals)
+    check_alike(op, **{"intervals.vals": intervals.vals, "cdfs": cdfs})
+    dtype, n_rays = promoted(intervals.vals, cdfs), edges.shape[0]
+    vals, cdfs = floats(intervals.vals).flatten(), floats(cdfs).flatten()
     batched = not isinstance(n_intervals_per_ray, Tensor)
-    counts = torch.full((n_rays,), n_intervals_per_ray, device=cdfs.device) if batched else n_intervals_per_ray.long()
+    counts = _counts(n_intervals_per_ray, n_rays, vals)
     packed = torch.stack([counts.cumsum(0) - counts, counts], -1)
-    n_samples = n_rays * n_intervals_per_ray if batched else int(counts.sum())
+    n_samples = n_rays * int(n_intervals_per_ray) if batched else int(counts.sum())
     rays = rows_of(packed, n_samples)
     order = torch.arange(n_samples, device=cdfs.device) - packed[rays, 0]
     bias = torch.rand(n_rays, device=cdfs.device, dtype=cdfs.dtype) if stratified else cdfs.new_full((n_rays,), 0.5)
-    samples = _invert(intervals.vals.flatten(), cdfs.flatten(), edges, counts, rays, order, bias)
-    new = _surround(intervals.vals.flatten(), edges, packed, samples)
+    samples = _invert(vals, cdfs, edges, counts, rays, order, bias)
+    new_edges, *new = _surround(vals, edges, packed, samples)
+    new_edges, samples = new_edges.to(dtype), samples.to(dtype)
     if batched:
-        shape = intervals.vals.shape[:-1] if intervals.vals.ndim > 1 else (n_rays,)
-        return RayIntervals(new[0].view(*shape, -1)), RaySamples(samples.view(*shape, -1))
-    return RayIntervals(*new), RaySamples(samples, packed, rays)
+        shape, n = intervals.vals.shape[:-1] if intervals.vals.ndim > 1 else (n_rays,), int(n_intervals_per_ray)
+        return RayIntervals(new_edges.view(*shape, n + 1)), RaySamples(samples.view(*shape, n))
+    return RayIntervals(new_edges, *new), RaySamples(samples, packed, rays)
+
+
+def _counts(n_intervals_per_ray: Tensor | int, n_rays: int, like: Tensor) -> Tensor:
+    """Samples of each ray, [R] int64."""
+    op, name = "importance_sampling", "n_intervals_per_ray"
+    if isinstance(n_intervals_per_ray, Tensor):
+        counts = whole(op, name, n_intervals_per_ray, like)
+        got = list(counts.shape)
+        require(got == [n_rays], op, name, f"of shape [{n_rays}]", got, "one number a ray")
+        require(bool((counts >= 0).all()), op, name, "at least 0", "a negative number", "pass counts")
+        return counts
+    positive = hasattr(n_intervals_per_ray, "__index__") and int(n_intervals_per_ray) > 0
+    require(positive, op, name, "a number above 0, or one a ray", n_intervals_per_ray, "pass a count")
+    return torch.full((n_rays,), int(n_intervals_per_ray), device=like.device)
+
+
+def _sample_from_weighted(
+    bins: Tensor,
+    weights: Tensor,
+    num_samples: int,
+    stratified: bool = False,
+    vmin: float = -math.inf,
+    vmax: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """The same from weights [..., n] of bins [..., n + 1]: edges [..., num_samples + 1] around samples in the middle.
+
+    The outer edges are as far out as their neighbours are, but within vmin and vmax.
+    """
+    cdfs = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
+    centers = importance_sampling(RayIntervals(bins), cdfs, num_samples, stratified)[1].vals
+    middles = (centers[..., 1:] + centers[..., :-1]) / 2
+    first = (2 * centers[..., :1] - middles[..., :1]).clamp(min=vmin)
+    last = (2 * centers[..., -1:] - middles[..., -1:]).clamp(max=vmax)
+    return torch.cat([first, middles, last], -1), centers
 
 
 def _upper_bound(keys: Tensor, values: Tensor, base: Tensor, last: Tensor) -> Tensor:

@@ -1,52 +1,52 @@
-"""Running sums and products, along the last axis or along packed rays, and the packing itself."""
+"""Running sums and products, along the last axis or along packed rays.
+
+Packed inputs [S] come with packed_info [R, 2], or with the sorted ray of each value, `indices` [S]; else the scan goes
+along the last axis of [..., n]. The result has the shape and dtype of the inputs; half precision is summed as float32.
+"""
 
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._packing import pack_sorted
-from mvdream_fast.ops.packed_scan import packed_scan
+from mvdream_fast.nerfacc_compat._inputs import check_tensor, packing, widened
+from mvdream_fast.ops._edges import check_float, require
+from mvdream_fast.ops.packed_scan import checked_scan
 
 
-@torch.no_grad()
-def pack_info(ray_indices: Tensor, n_rays: int | None = None) -> Tensor:
-    """Start and count of each ray's samples, [R, 2], of sorted ray_indices [S]; n_rays defaults to the last + 1.
-
-    Raises: ValueError for indices that are not sorted, or not in [0, n_rays).
-    """
-    if ray_indices.ndim != 1:
-        raise ValueError(f"pack_info: ray_indices must be of shape [S], got {list(ray_indices.shape)}; flatten them")
-    if n_rays is None:
-        n_rays = int(ray_indices.max()) + 1 if ray_indices.numel() else 0
-    return pack_sorted("pack_info", ray_indices.long(), n_rays).to(ray_indices.dtype)
+def inclusive_sum(inputs: Tensor, packed_info: Tensor | None = None, indices: Tensor | None = None) -> Tensor:
+    """Sum of the values of a ray up to each one."""
+    return _scan("inclusive_sum", inputs, packed_info, indices, product=False, exclusive=False)
 
 
-def inclusive_sum(inputs: Tensor, packed_info: Tensor | None = None) -> Tensor:
-    """Sum of the values up to each one: along the last axis, or along each ray of packed inputs [S]."""
-    if packed_info is None:
-        return inputs.cumsum(-1)
-    return packed_scan(inputs, packed_info.long())
+def exclusive_sum(inputs: Tensor, packed_info: Tensor | None = None, indices: Tensor | None = None) -> Tensor:
+    """Sum of the values of a ray before each one, 0 for the first."""
+    return _scan("exclusive_sum", inputs, packed_info, indices, product=False, exclusive=True)
 
 
-def exclusive_sum(inputs: Tensor, packed_info: Tensor | None = None) -> Tensor:
-    """Sum of the values before each one, 0 for the first: along the last axis, or along each ray of packed inputs."""
-    if packed_info is None:
-        return _shifted(inputs, 0).cumsum(-1)
-    return packed_scan(inputs, packed_info.long(), exclusive=True)
+def inclusive_prod(inputs: Tensor, packed_info: Tensor | None = None, indices: Tensor | None = None) -> Tensor:
+    """Product of the values of a ray up to each one."""
+    return _scan("inclusive_prod", inputs, packed_info, indices, product=True, exclusive=False)
 
 
-def inclusive_prod(inputs: Tensor, packed_info: Tensor | None = None) -> Tensor:
-    """Product of the values up to each one: along the last axis, or along each ray of packed inputs [S]."""
-    if packed_info is None:
-        return inputs.cumprod(-1)
-    return packed_scan(inputs, packed_info.long(), product=True)
+def exclusive_prod(inputs: Tensor, packed_info: Tensor | None = None, indices: Tensor | None = None) -> Tensor:
+    """Product of the values of a ray before each one, 1 for the first."""
+    return _scan("exclusive_prod", inputs, packed_info, indices, product=True, exclusive=True)
 
 
-def exclusive_prod(inputs: Tensor, packed_info: Tensor | None = None) -> Tensor:
-    """Product of the values before each one, 1 for the first: along the last axis, or each ray of packed inputs."""
-    if packed_info is None:
-        return _shifted(inputs, 1).cumprod(-1)
-    return packed_scan(inputs, packed_info.long(), product=True, exclusive=True)
+def _scan(op: str, inputs, packed_info, indices, product: bool, exclusive: bool) -> Tensor:
+    one, batched = packed_info is None or indices is None, packed_info is None and indices is None
+    require(one, op, "packed_info or indices", "given alone", "both", "leave one of them out")
+    check_tensor(op, "inputs", inputs)
+    if batched and not inputs.is_floating_point():
+        return scan(inputs, None, product, exclusive)  # counts, say, which torch adds up as int64
+    check_float(op, "inputs", inputs)
+    packed_info = packing(op, "inputs", inputs, packed_info, indices, index_name="indices")
+    return scan(widened(inputs), packed_info, product, exclusive).to(inputs.dtype)
 
 
-def _shifted(inputs: Tensor, neutral: float) -> Tensor:
-    return torch.cat([torch.full_like(inputs[..., :1], neutral), inputs[..., :-1]], -1)
+def scan(values: Tensor, packed_info: Tensor | None, product: bool, exclusive: bool) -> Tensor:
+    """The scan of checked values, no halves: of packed ones [S], or along the last axis without packed_info."""
+    if packed_info is not None:
+        return checked_scan(values, packed_info, product, exclusive)
+    if exclusive:
+        values = torch.cat([torch.full_like(values[..., :1], product), values[..., :-1]], -1)
+    return values.cumprod(-1) if product else values.cumsum(-1)

@@ -1,6 +1,8 @@
 """Volume rendering from densities or opacities, packed (ray_indices or packed_info) or batched [R, n].
 
-Argument order, defaults and shapes are nerfacc's. `prefix_trans` multiplies the transmittance and is never written to.
+Argument order, defaults and shapes are nerfacc's; packed_info counts where ray_indices come as well. `prefix_trans`
+multiplies the transmittance and is never written to. Half precision is summed as float32; results have the dtype that
+torch gives the product of the inputs. Shapes and indices that don't fit are a ValueError, wrong dtypes a TypeError.
 """
 
 from collections.abc import Callable
@@ -8,8 +10,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mvdream_fast.nerfacc_compat.scan import exclusive_prod, exclusive_sum, pack_info
-from mvdream_fast.ops._edges import require
+from mvdream_fast.nerfacc_compat._inputs import (
+    HALVES,
+    check_alike,
+    check_fits,
+    check_range,
+    check_tensor,
+    floats,
+    packing,
+    promoted,
+    ray_count,
+    whole,
+    widened,
+)
+from mvdream_fast.nerfacc_compat.scan import scan
+from mvdream_fast.ops._edges import check_same_device, require
 
 
 def rendering(
@@ -24,42 +39,50 @@ def rendering(
     """Colours [R, 3], opacities [R, 1], depths [R, 1] (divided by the opacity) and a dict of what they were made of.
 
     The function is called as fn(t_starts, t_ends, ray_indices) and returns rgbs [..., 3] with sigmas or alphas [...];
-    with no sample at all it isn't called. Differentiable in what it returns and in render_bkgd.
-    Raises: ValueError without a function or for shapes that don't fit.
+    with no sample at all it isn't called. render_bkgd: [3], or [R, 3]. Differentiable in what the function returns and
+    in render_bkgd.
+    Raises: ValueError without a function or for shapes that don't fit; TypeError.
     """
-    if ray_indices is not None and not t_starts.shape == t_ends.shape == ray_indices.shape:
-        shapes = [list(x.shape) for x in (t_starts, t_ends, ray_indices)]
-        raise ValueError(f"rendering: t_starts, t_ends and ray_indices must be of one shape [S], got {shapes}; flatten")
-    function = rgb_sigma_fn or rgb_alpha_fn
-    if function is None:
-        raise ValueError("rendering: rgb_sigma_fn or rgb_alpha_fn must be given, got neither; pass one of them")
-    rgbs, values = _evaluate(function, t_starts, t_ends, ray_indices)
-    if rgb_sigma_fn is not None:
-        weights, trans, alphas = render_weight_from_density(
-            t_starts, t_ends, values, ray_indices=ray_indices, n_rays=n_rays
-        )
-        extras = {"weights": weights, "alphas": alphas, "trans": trans, "sigmas": values, "rgbs": rgbs}
-    else:
-        weights, trans = render_weight_from_alpha(values, ray_indices=ray_indices, n_rays=n_rays)
-        extras = {"weights": weights, "trans": trans, "rgbs": rgbs, "alphas": values}
-    colors = accumulate_along_rays(weights, rgbs, ray_indices, n_rays)
-    opacities = accumulate_along_rays(weights, None, ray_indices, n_rays)
-    depths = accumulate_along_rays(weights, (t_starts + t_ends)[..., None] / 2, ray_indices, n_rays)
-    depths = depths / opacities.clamp_min(torch.finfo(rgbs.dtype).eps)
+    function, kind = (rgb_sigma_fn, "sigmas") if rgb_sigma_fn is not None else (rgb_alpha_fn, "alphas")
+    require(function is not None, "rendering", "rgb_sigma_fn or rgb_alpha_fn", "given", "neither", "pass one of them")
+    check_alike("rendering", t_starts=t_starts, t_ends=t_ends)
+    packed_info = None
+    if ray_indices is not None:
+        n_rays = ray_count("rendering", n_rays)
+        packed_info = packing("rendering", "t_starts", t_starts, None, ray_indices, n_rays)
+    shape = (*(t_starts.shape[:-1] if packed_info is None else (n_rays,)), 3)
     if render_bkgd is not None:
-        colors = colors + render_bkgd * (1 - opacities)
-    return colors, opacities, depths, extras
+        check_fits("rendering", "render_bkgd", render_bkgd, shape, t_starts)
+    rgbs, values = _evaluate(function, kind, t_starts, t_ends, ray_indices)
+    if kind == "sigmas":
+        trans, alphas, dtype = _from_density("rendering", t_starts, t_ends, values, packed_info)
+    else:
+        trans, alphas, dtype = _from_alpha("rendering", values, packed_info)
+    weights, mids = trans * alphas, 0.5 * (floats(t_starts) + floats(t_ends))
+    colors = summed(weights, floats(rgbs), ray_indices, n_rays)
+    opacities = summed(weights, None, ray_indices, n_rays)
+    depths = summed(weights, mids[..., None], ray_indices, n_rays)
+    depths = depths / opacities.clamp_min(torch.finfo(colors.dtype).eps)
+    if render_bkgd is not None:
+        colors = colors + floats(render_bkgd) * (1 - opacities)
+    made = {"weights": weights, "trans": trans, "alphas": alphas}
+    extras = {name: x.to(dtype) for name, x in made.items()} | {kind: values, "rgbs": rgbs}
+    like = extras["weights"]
+    colors, depths = colors.to(promoted(like, rgbs, render_bkgd)), depths.to(promoted(like, t_starts, t_ends))
+    return colors, opacities.to(dtype), depths, extras
 
 
-def _evaluate(function: Callable, t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor | None):
+def _evaluate(function: Callable, kind: str, t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor | None):
     if t_starts.numel() == 0:
         return t_starts.new_zeros(*t_starts.shape, 3), t_starts.new_zeros(t_starts.shape)
     rgbs, values = function(t_starts, t_ends, ray_indices)
-    if rgbs.shape[-1] != 3:
-        raise ValueError(f"rendering: rgbs must have 3 channels, got {list(rgbs.shape)}; return colours")
-    if values.shape != t_starts.shape:
-        got, wanted = list(values.shape), list(t_starts.shape)
-        raise ValueError(f"rendering: sigmas or alphas must be of shape {wanted}, got {got}; squeeze the last axis")
+    for name, x, wanted in ((kind, values, [*t_starts.shape]), ("rgbs", rgbs, [*t_starts.shape, 3])):
+        check_tensor("rendering", name, x)
+        got = list(x.shape)
+        require(
+            got == wanted, "rendering", name, f"of shape {wanted}", got, "return one a sample, without another axis"
+        )
+    check_same_device("rendering", t_starts=t_starts, rgbs=rgbs, **{kind: values})
     return rgbs, values
 
 
@@ -71,8 +94,9 @@ def render_transmittance_from_alpha(
     prefix_trans: Tensor | None = None,
 ) -> Tensor:
     """T_i = product of (1 - alpha_j) over the samples before i; same shape as alphas."""
-    trans = exclusive_prod(1 - alphas, _packing(packed_info, ray_indices, n_rays))
-    return trans if prefix_trans is None else trans * prefix_trans
+    op = "render_transmittance_from_alpha"
+    trans, _, dtype = _from_alpha(op, alphas, packed_info, ray_indices, n_rays, prefix_trans)
+    return trans.to(dtype)
 
 
 def render_transmittance_from_density(
@@ -85,9 +109,9 @@ def render_transmittance_from_density(
     prefix_trans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """T_i = exp(-sum of sigma_j delta_j over the samples before i), and alpha_i = 1 - exp(-sigma_i delta_i)."""
-    depths = sigmas * (t_ends - t_starts)
-    trans = torch.exp(-exclusive_sum(depths, _packing(packed_info, ray_indices, n_rays)))
-    return trans if prefix_trans is None else trans * prefix_trans, -torch.expm1(-depths)
+    op = "render_transmittance_from_density"
+    trans, alphas, dtype = _from_density(op, t_starts, t_ends, sigmas, packed_info, ray_indices, n_rays, prefix_trans)
+    return trans.to(dtype), alphas.to(dtype)
 
 
 def render_weight_from_alpha(
@@ -98,8 +122,9 @@ def render_weight_from_alpha(
     prefix_trans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weights T_i alpha_i, and T_i."""
-    trans = render_transmittance_from_alpha(alphas, packed_info, ray_indices, n_rays, prefix_trans)
-    return trans * alphas, trans
+    op = "render_weight_from_alpha"
+    trans, alphas, dtype = _from_alpha(op, alphas, packed_info, ray_indices, n_rays, prefix_trans)
+    return (trans * alphas).to(dtype), trans.to(dtype)
 
 
 def render_weight_from_density(
@@ -112,10 +137,9 @@ def render_weight_from_density(
     prefix_trans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights T_i alpha_i, T_i, and alpha_i."""
-    trans, alphas = render_transmittance_from_density(
-        t_starts, t_ends, sigmas, packed_info, ray_indices, n_rays, prefix_trans
-    )
-    return trans * alphas, trans, alphas
+    op = "render_weight_from_density"
+    trans, alphas, dtype = _from_density(op, t_starts, t_ends, sigmas, packed_info, ray_indices, n_rays, prefix_trans)
+    return (trans * alphas).to(dtype), trans.to(dtype), alphas.to(dtype)
 
 
 @torch.no_grad()
@@ -129,7 +153,8 @@ def render_visibility_from_alpha(
     prefix_trans: Tensor | None = None,
 ) -> Tensor:
     """Which samples can be seen: T_i >= early_stop_eps and, for alpha_thre > 0, alpha_i >= alpha_thre. Bool."""
-    trans = render_transmittance_from_alpha(alphas, packed_info, ray_indices, n_rays, prefix_trans)
+    op = "render_visibility_from_alpha"
+    trans, alphas, _ = _from_alpha(op, alphas, packed_info, ray_indices, n_rays, prefix_trans)
     return _visible(trans, alphas, early_stop_eps, alpha_thre)
 
 
@@ -146,9 +171,8 @@ def render_visibility_from_density(
     prefix_trans: Tensor | None = None,
 ) -> Tensor:
     """The same from densities."""
-    trans, alphas = render_transmittance_from_density(
-        t_starts, t_ends, sigmas, packed_info, ray_indices, n_rays, prefix_trans
-    )
+    op = "render_visibility_from_density"
+    trans, alphas, _ = _from_density(op, t_starts, t_ends, sigmas, packed_info, ray_indices, n_rays, prefix_trans)
     return _visible(trans, alphas, early_stop_eps, alpha_thre)
 
 
@@ -159,34 +183,61 @@ def accumulate_along_rays(
 
     ray_indices may come in any order here. Raises: ValueError for shapes, and for indices outside [0, n_rays).
     """
-    source = _weighted(weights, values)
-    if ray_indices is None:
-        return source.sum(-2)
-    if n_rays is None:
-        raise ValueError("accumulate_along_rays: n_rays must be given with ray_indices, got None; pass it")
-    _check_packed("accumulate_along_rays", weights, ray_indices, n_rays)
-    return source.new_zeros(n_rays, source.shape[-1]).index_add(0, ray_indices, source)
+    if ray_indices is not None:
+        n_rays = ray_count("accumulate_along_rays", n_rays)
+    _check_sum("accumulate_along_rays", weights, values, ray_indices, n_rays)
+    total = summed(widened(weights), None if values is None else widened(values), ray_indices, n_rays)
+    dtype = weights.dtype if values is None else torch.result_type(weights, values)
+    return total.to(dtype) if dtype in HALVES else total
 
 
 def accumulate_along_rays_(
     weights: Tensor, values: Tensor | None = None, ray_indices: Tensor | None = None, outputs: Tensor | None = None
 ) -> None:
     """The same, added to outputs [R, D] in place."""
-    source = _weighted(weights, values)
-    if outputs is None or outputs.shape[-1] != source.shape[-1]:
-        got = None if outputs is None else list(outputs.shape)
-        raise ValueError(f"accumulate_along_rays_: outputs must be [R, {source.shape[-1]}], got {got}; allocate it")
+    op = "accumulate_along_rays_"
+    check_tensor(op, "outputs", outputs)
+    _check_sum(op, weights, values, ray_indices, outputs.shape[0])
+    rays = weights.shape[:-1] if ray_indices is None else outputs.shape[:1]
+    wanted, got = [*rays, 1 if values is None else values.shape[-1]], list(outputs.shape)
+    require(got == wanted, op, "outputs", f"of shape {wanted}", got, "allocate one row a ray")
+    check_same_device(op, weights=weights, outputs=outputs)
+    total = summed(widened(weights), None if values is None else widened(values), ray_indices, outputs.shape[0])
+    outputs.add_(total)
+
+
+def summed(weights: Tensor, values: Tensor | None, ray_indices: Tensor | None, n_rays: int | None) -> Tensor:
+    """`accumulate_along_rays` of what is checked and of no half precision."""
+    source = weights[..., None] if values is None else weights[..., None] * values
     if ray_indices is None:
-        outputs.add_(source.sum(-2))
-        return
-    _check_packed("accumulate_along_rays_", weights, ray_indices, outputs.shape[0])
-    outputs.index_add_(0, ray_indices, source)
+        return source.sum(-2)
+    return source.new_zeros(n_rays, source.shape[-1]).index_add(0, ray_indices.long(), source)
 
 
-def _packing(packed_info: Tensor | None, ray_indices: Tensor | None, n_rays: int | None) -> Tensor | None:
-    if packed_info is None and ray_indices is not None:
-        return pack_info(ray_indices, n_rays)
-    return packed_info
+def _from_alpha(op, alphas, packed_info=None, ray_indices=None, n_rays=None, prefix_trans=None):
+    """Transmittance and opacities, both of at least float32, and the dtype that the caller is owed."""
+    check_tensor(op, "alphas", alphas)
+    packed_info = packing(op, "alphas", alphas, packed_info, ray_indices, n_rays)
+    dtype, prefix = _prefix(op, alphas, promoted(alphas), prefix_trans)
+    alphas = floats(alphas)
+    trans = scan(1 - alphas, packed_info, product=True, exclusive=True)
+    return trans if prefix is None else trans * prefix, alphas, dtype
+
+
+def _from_density(op, t_starts, t_ends, sigmas, packed_info=None, ray_indices=None, n_rays=None, prefix_trans=None):
+    check_alike(op, t_starts=t_starts, t_ends=t_ends, sigmas=sigmas)
+    packed_info = packing(op, "sigmas", sigmas, packed_info, ray_indices, n_rays)
+    dtype, prefix = _prefix(op, sigmas, promoted(t_starts, t_ends, sigmas), prefix_trans)
+    depths = sigmas * (floats(t_ends) - floats(t_starts))
+    trans = torch.exp(-scan(depths, packed_info, product=False, exclusive=True))
+    return trans if prefix is None else trans * prefix, -torch.expm1(-depths), dtype
+
+
+def _prefix(op: str, samples: Tensor, dtype: torch.dtype, prefix_trans: Tensor | None):
+    if prefix_trans is None:
+        return dtype, None
+    check_fits(op, "prefix_trans", prefix_trans, samples.shape, samples)
+    return torch.promote_types(dtype, promoted(prefix_trans)), floats(prefix_trans)
 
 
 def _visible(trans: Tensor, alphas: Tensor, early_stop_eps: float, alpha_thre: float) -> Tensor:
@@ -194,21 +245,18 @@ def _visible(trans: Tensor, alphas: Tensor, early_stop_eps: float, alpha_thre: f
     return visible & (alphas >= alpha_thre) if alpha_thre > 0 else visible
 
 
-def _weighted(weights: Tensor, values: Tensor | None) -> Tensor:
-    if values is None:
-        return weights[..., None]
-    if values.shape[:-1] != weights.shape:
-        wanted, got = [*weights.shape, "D"], list(values.shape)
-        raise ValueError(f"accumulate_along_rays: values must be {wanted}, got {got}; add a last axis")
-    return weights[..., None] * values
-
-
-def _check_packed(op: str, weights: Tensor, ray_indices: Tensor, n_rays: int) -> None:
-    if weights.ndim != 1:
-        raise ValueError(f"{op}: weights must be [S] with ray_indices, got {list(weights.shape)}; flatten them")
-    if ray_indices.shape != weights.shape:
-        wanted, got = list(weights.shape), list(ray_indices.shape)
-        raise ValueError(f"{op}: ray_indices must be of shape {wanted}, got {got}; one ray a sample")
-    if ray_indices.numel():
-        ends = [int(x) for x in torch.aminmax(ray_indices)]
-        require(ends[0] >= 0 and ends[1] < n_rays, op, "ray_indices", f"in [0, {n_rays})", ends, "check n_rays")
+def _check_sum(op: str, weights, values, ray_indices, n_rays) -> None:
+    check_tensor(op, "weights", weights)
+    require(weights.dtype != torch.bool, op, "weights", "numbers", weights.dtype, "convert them first", TypeError)
+    shape = list(weights.shape)
+    if values is not None:
+        require(isinstance(values, Tensor), op, "values", "a tensor", type(values).__name__, "pass a tensor", TypeError)
+        got = list(values.shape)
+        require(got[:-1] == shape, op, "values", f"of shape {[*shape, 'D']}", got, "add a last axis")
+        check_same_device(op, weights=weights, values=values)
+    if ray_indices is not None:
+        require(len(shape) == 1, op, "weights", "of shape [S] with ray_indices", shape, "flatten them")
+        indices = whole(op, "ray_indices", ray_indices, weights)
+        got = list(indices.shape)
+        require(got == shape, op, "ray_indices", f"of shape {shape}", got, "one ray a sample")
+        check_range(op, "ray_indices", indices, n_rays)

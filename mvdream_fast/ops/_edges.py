@@ -34,13 +34,15 @@ def check_float(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] =
         raise TypeError(f"{op}: {name} must be {wanted}, got {x.dtype}; convert it first")
 
 
-def check_shaped(op: str, name: str, x: object, shape: Sequence[int | None]) -> None:
-    """A float32 or float64 tensor of this shape; None stands for any length."""
+def check_shaped(
+    op: str, name: str, x: object, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...] = WIDE_FLOATS
+) -> None:
+    """A tensor of this shape and one of these dtypes; None stands for any length."""
     require(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, "pass a tensor", TypeError)
     wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
     fits = x.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape, strict=True))
     require(fits, op, name, f"of shape {wanted}", list(x.shape), "reshape it")
-    check_float(op, name, x, WIDE_FLOATS)
+    check_float(op, name, x, dtypes)
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:

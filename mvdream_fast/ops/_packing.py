@@ -56,11 +56,11 @@ def check_packing(op, n_samples, ray_indices, packed_info, n_rays) -> torch.Tens
     return packed_info
 
 
-def pack_sorted(op, ray_indices, n_rays) -> torch.Tensor:
+def pack_sorted(op, ray_indices, n_rays, name="ray_indices") -> torch.Tensor:
     """`pack_info` of int64 indices that are checked to be sorted and in range."""
     if ray_indices.numel():
         ordered = bool((ray_indices[1:] >= ray_indices[:-1]).all())
-        require(ordered, op, "ray_indices", "sorted", "a decreasing index", "sort the samples by ray")
+        require(ordered, op, name, "sorted", "a decreasing index", "sort the samples by ray")
         first, last = int(ray_indices[0]), int(ray_indices[-1])
-        require(first >= 0 and last < n_rays, op, "ray_indices", f"in [0, {n_rays})", [first, last], "check n_rays")
+        require(first >= 0 and last < n_rays, op, name, f"in [0, {n_rays})", [first, last], "check n_rays")
     return pack_info(ray_indices, n_rays)

@@ -21,6 +21,13 @@ def packed_scan(
     check_shaped("packed_scan", "values", values, (None,))
     check_same_device("packed_scan", values=values, packed_info=packed_info)
     packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None)
+    return checked_scan(values, packed_info, product, exclusive)
+
+
+def checked_scan(values, packed_info, product=False, exclusive=False) -> torch.Tensor:
+    """`packed_scan` of arguments that have been checked."""
+    if torch.compiler.is_compiling() and not values.is_cuda:
+        return torch.ops.mvdream_fast.packed_scan(values, packed_info, product, exclusive)
     if values.is_cuda:
         return packed_scan_ref(values, packed_info, product, exclusive)
     return _PackedScan.apply(values, packed_info.contiguous(), product, exclusive)

@@ -84,8 +84,8 @@ def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, ra
     op, n_rays = "traverse_grids", rays_o.shape[0]
     check_shaped(op, "rays_o", rays_o, (None, 3))
     check_shaped(op, "rays_d", rays_d, (n_rays, 3))
-    check_shaped(op, "near_planes", near, (n_rays,))
-    check_shaped(op, "far_planes", far, (n_rays,))
+    check_shaped(op, "near", near, (n_rays,))
+    check_shaped(op, "far", far, (n_rays,))
     require(binaries.ndim == 4, op, "binaries", "[n_grids, x, y, z]", list(binaries.shape), "add the axis of the grids")
     check_shaped(op, "aabbs", aabbs, (binaries.shape[0], 6))
     few = 0 < binaries.shape[0] <= MAX_GRIDS and binaries.numel() > 0

@@ -344,7 +344,8 @@ def test_wrong_arguments_are_named():
 
 
 def run_isa(isa, *arguments):
-    environment = os.environ | {"MVDREAM_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, sys.path))  # this file imports its neighbours, there too
+    environment = os.environ | {"MVDREAM_FAST_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
 
 

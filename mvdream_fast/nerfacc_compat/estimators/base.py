@@ -1,4 +1,4 @@
-"""What every estimator is; here there is one, `occ_grid`."""
+"""What every estimator is: `occ_grid` and `prop_net` are."""
 
 import torch
 from torch import nn
