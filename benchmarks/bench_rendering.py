@@ -14,7 +14,7 @@ def stand_in(n_faces: int, textured: bool):
     """A knobbly ring of about so many faces."""
     import trimesh
 
-    from mvdream_fast.rendering.mesh_file import Mesh, Part
+    from mvdream_fast.rendering.mesh import Mesh, Part, Texture
 
     sections = max(8, int((n_faces / 2) ** 0.5))
     ring = trimesh.creation.torus(0.7, 0.25, major_sections=sections, minor_sections=n_faces // (2 * sections))
@@ -24,9 +24,12 @@ def stand_in(n_faces: int, textured: bool):
     if textured:
         texture[..., 3] = 255
     part = Part(
-        positions, np.asarray(ring.vertex_normals, np.float32), np.ascontiguousarray(positions[:, :2]),
-        np.full_like(positions, 0.7), np.asarray(ring.faces, np.int32), 1.0, texture,
-    )  # fmt: skip
+        positions,
+        np.asarray(ring.vertex_normals, np.float32),
+        np.tile(np.float32([0.45, 0.45, 0.45, 1]), (len(positions), 1)),
+        np.asarray(ring.faces, np.int32),
+        Texture(texture, np.ascontiguousarray(positions[:, :2])) if textured else None,
+    )
     return Mesh((part,)).normalised()
 
 

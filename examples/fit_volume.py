@@ -22,7 +22,8 @@ from mvdream_fast.camera import Cameras, Rays, generate_rays, orbit_cameras
 from mvdream_fast.core.cli import set_threads
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.rendering.catalogue import read_sweethome3d
-from mvdream_fast.rendering.mesh_file import Mesh, load_mesh
+from mvdream_fast.rendering.mesh import Mesh
+from mvdream_fast.rendering.mesh_file import load_mesh
 from mvdream_fast.rendering.software import NumpyRenderer
 from mvdream_fast.scene.background import FixedBackground
 from mvdream_fast.scene.losses import opaque_loss

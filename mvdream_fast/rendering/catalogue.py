@@ -17,15 +17,9 @@ import numpy as np
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.captions import clean
-from mvdream_fast.rendering.mesh_file import (
-    FOREIGN,
-    FORMATS,
-    MAX_FILE_BYTES,
-    WORLD_FROM_GLTF,
-    Mesh,
-    MeshError,
-    load_mesh,
-)
+from mvdream_fast.rendering.mesh import Mesh, MeshError
+from mvdream_fast.rendering.mesh_file import FOREIGN, FORMATS, WORLD_FROM_GLTF, load_mesh
+from mvdream_fast.rendering.reading import MAX_FILE_BYTES
 
 GAIN = 1.2  # these libraries' plain whites are Blender's old default, 0.64: the catalogue's own icons show them white
 PROPERTIES = "PluginFurnitureCatalog.properties"

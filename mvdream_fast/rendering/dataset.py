@@ -24,7 +24,7 @@ from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputErro
 from mvdream_fast.core.files import atomic_write, remove_stale
 from mvdream_fast.data.shards import Sample, columns_for, write_shard
 from mvdream_fast.rendering.catalogue import Entry
-from mvdream_fast.rendering.mesh_file import MeshError
+from mvdream_fast.rendering.mesh import MeshError
 from mvdream_fast.rendering.orbits import PRESETS, orbit
 from mvdream_fast.rendering.plan import SHARD_ASSETS, AssetPlan, Selection, plan, select
 from mvdream_fast.rendering.survey import Survey, survey

@@ -1,36 +1,55 @@
 """Draws a mesh from many cameras into RGBA with moderngl on EGL: Mesa's llvmpipe on a CPU, or any headless GPU driver.
 
-The look (light, glass, cut-out textures, box-filtered edges) is software.py's; a test holds the two together.
+The look (light, glass, holes, emission, box-filtered edges) is software.py's; a test holds the two together.
 """
 
 import os
+from dataclasses import dataclass
 
 import numpy as np
 
-from mvdream_fast.rendering.mesh_file import Mesh, Part
-from mvdream_fast.rendering.software import AMBIENT, HEADLIGHT, KEY, KEY_DIRECTION, SKY, view_projection
+from mvdream_fast.rendering.mesh import Mesh, Part, Texture
+from mvdream_fast.rendering.software import (
+    AMBIENT,
+    HEADLIGHT,
+    KEY,
+    KEY_DIRECTION,
+    LINEAR,
+    SKY,
+    SOLID,
+    view_projection,
+)
 
 ATLAS = 1024  # views are drawn side by side into targets of about this side: fewer switches of the frame buffer
 
 VERTEX = """
 #version 330
 uniform mat4 mvp;
-in vec3 position; in vec3 normal; in vec2 uv; in vec3 colour;
-out vec3 p; out vec3 n; out vec2 t; out vec3 c;
-void main() { gl_Position = mvp * vec4(position, 1.0); p = position; n = normal; t = uv; c = colour; }
+in vec3 position; in vec3 normal; in vec4 colour; in vec2 uv; in vec2 glow_uv;
+out vec3 p; out vec3 n; out vec4 c; out vec2 t; out vec2 g;
+void main() { gl_Position = mvp * vec4(position, 1.0); p = position; n = normal; c = colour; t = uv; g = glow_uv; }
 """
 
 FRAGMENT = """
 #version 330
-uniform sampler2D image;
-uniform float opacity, lit;
-uniform vec3 eye, key_direction;
+uniform sampler2D image, glow_image;  // linear light
+uniform float lit;
+uniform vec2 alphas;  // fragments from the first to under the second are drawn
+uniform bool blend, double_sided;
+uniform vec3 eye, key_direction, emission;
 uniform vec4 light;  // ambient, sky, headlight, key
-in vec3 p; in vec3 n; in vec2 t; in vec3 c;
+in vec3 p; in vec3 n; in vec4 c; in vec2 t; in vec2 g;
 out vec4 result;
+vec3 to_srgb(vec3 x) {
+    return mix(1.055 * pow(max(x, 0.0031308), vec3(1.0 / 2.4)) - 0.055, x * 12.92, lessThanEqual(x, vec3(0.0031308)));
+}
+vec3 to_linear(vec3 x) {
+    return mix(pow((x + 0.055) / 1.055, vec3(2.4)), x / 12.92, lessThanEqual(x, vec3(0.04045)));
+}
 void main() {
-    vec4 texel = texture(image, t);
-    if (texel.a < 0.5) discard;
+    vec4 base = clamp(c * texture(image, t), 0.0, 1.0);
+    vec3 glow = emission * texture(glow_image, g).rgb;
+    if (base.a < alphas.x || base.a >= alphas.y || !(double_sided || gl_FrontFacing)) discard;
     vec3 view = normalize(eye - p);
     vec3 face = normalize(cross(dFdx(p), dFdy(p)));
     if (dot(face, view) < 0.0) face = -face;
@@ -39,9 +58,10 @@ void main() {
     if (dot(m, face) < 0.0) m = -m;
     float shade = light.x + light.y * m.z + light.z * max(dot(m, view), 0.0);
     shade += light.w * max(dot(m, key_direction), 0.0);
-    vec3 base = clamp(c * texel.rgb, 0.0, 1.0);
-    vec3 rgb = clamp(base * mix(1.0, shade, lit), 0.0, 1.0);
-    result = vec4(rgb * opacity, opacity);
+    vec3 rgb = clamp(to_srgb(base.rgb) * mix(1.0, shade, lit), 0.0, 1.0);
+    if (emission != vec3(0.0)) rgb = to_srgb(clamp(to_linear(rgb) + glow, 0.0, 1.0));
+    float alpha = blend ? base.a : 1.0;
+    result = vec4(rgb * alpha, alpha);
 }
 """
 
@@ -77,7 +97,8 @@ class GLRenderer:
         self.program = self.context.program(vertex_shader=VERTEX, fragment_shader=FRAGMENT)
         self.copy = self.context.program(vertex_shader=COPY_VERTEX, fragment_shader=COPY_FRAGMENT)
         self.triangle = self.context.vertex_array(self.copy, [])
-        self.white = self._texture(np.full((1, 1, 4), 255, np.uint8))
+        self.white = self._texture(Texture(np.full((1, 1, 4), 255, np.uint8), np.zeros((1, 2), np.float32)))
+        self.program["glow_image"].value = 1
         self.program["light"].value = (AMBIENT, SKY, HEADLIGHT, KEY)
         self.program["key_direction"].value = tuple(KEY_DIRECTION)
         self.targets: dict = {}
@@ -94,13 +115,12 @@ class GLRenderer:
             return self._draw(batches, c2w, fovy, size, samples, lit)
         finally:
             for batch in batches:
-                for resource in batch.resources:
+                for resource in (batch.array, *batch.buffers, *(t for t in batch.textures if t is not self.white)):
                     resource.release()
 
     def _draw(self, batches, c2w, fovy, size, samples, lit):
         columns = max(1, ATLAS // (size * samples))
         big, big_colour, small = self._target(columns * size, samples)
-        self.program["lit"].value = float(lit)
         out = np.empty((len(c2w), size, size, 4), np.uint8)
         for start in range(0, len(c2w), columns * columns):
             chunk = range(start, min(start + columns * columns, len(c2w)))
@@ -108,14 +128,14 @@ class GLRenderer:
             self.context.scissor = None
             self.context.clear(0.0, 0.0, 0.0, 0.0, depth=1.0)
             for slot, view in enumerate(chunk):
-                self._view(batches, c2w[view], float(fovy[view]), slot, columns, size * samples)
+                self._view(batches, c2w[view], float(fovy[view]), slot, columns, size * samples, lit)
             atlas = self._resolve(big_colour, small, samples)
             for slot, view in enumerate(chunk):
                 y, x = slot // columns * size, slot % columns * size
                 out[view] = atlas[y : y + size, x : x + size][::-1]
         return out
 
-    def _view(self, batches, c2w, fovy, slot, columns, tile):
+    def _view(self, batches, c2w, fovy, slot, columns, tile, lit):
         rectangle = (slot % columns * tile, slot // columns * tile, tile, tile)
         self.context.viewport = rectangle
         self.context.scissor = rectangle
@@ -124,13 +144,24 @@ class GLRenderer:
         self.program["eye"].value = tuple(eye)
         self.context.enable_only(self.gl.DEPTH_TEST | self.gl.BLEND)
         self.context.blend_func = self.gl.ONE, self.gl.ONE_MINUS_SRC_ALPHA
-        for batch in sorted(batches, key=lambda b: (b.opacity < 1, -np.linalg.norm(b.centre - eye))):
-            # Glass is drawn last, far to near, and hides nothing behind it.
-            self.context.fbo.depth_mask = batch.opacity >= 1
-            self.program["opacity"].value = batch.opacity
-            batch.texture.use(0)
-            batch.array.render()
+        for batch in batches:
+            self._render(batch, lit, (SOLID if batch.look.blend else batch.look.cutoff, 2.0))
+        # What is seen through is drawn last, far to near, and hides nothing behind it.
+        self.context.fbo.depth_mask = False
+        glass = [batch for batch in batches if batch.look.blend]
+        for batch in sorted(glass, key=lambda b: -np.linalg.norm(b.centre - eye)):
+            self._render(batch, lit, (0.0, SOLID))
         self.context.fbo.depth_mask = True
+
+    def _render(self, batch: "_Batch", lit: bool, alphas: tuple[float, float]) -> None:
+        look = batch.look
+        self.program["lit"].value = float(lit and look.lit)
+        self.program["alphas"].value = alphas
+        self.program["blend"].value, self.program["double_sided"].value = look.blend, look.double_sided
+        self.program["emission"].value = look.emission
+        for unit, texture in enumerate(batch.textures):
+            texture.use(unit)
+        batch.array.render()
 
     def _resolve(self, source, small, samples) -> np.ndarray:
         small.use()
@@ -151,28 +182,43 @@ class GLRenderer:
         return self.targets[side, samples]
 
     def _upload(self, mesh: Mesh) -> list["_Batch"]:
-        """One draw call for all plain opaque parts, and one for each textured or translucent part."""
-        plain = [p for p in mesh.parts if p.texture is None and p.opacity >= 1]
-        rest = [[p] for p in mesh.parts if not (p.texture is None and p.opacity >= 1)]
-        return [self._batch(parts) for parts in ([plain] if plain else []) + rest]
+        """One draw call for all plain parts that look the same but for their colours, and one for each other part."""
+        groups: dict = {}
+        for i, part in enumerate(mesh.parts):
+            plain = part.texture is None and part.emission_texture is None and not part.blend
+            key = (part.cutoff, part.double_sided, part.lit, part.emission) if plain else i
+            groups.setdefault(key, []).append(part)
+        return [self._batch(parts) for parts in groups.values()]
 
     def _batch(self, parts: list[Part]) -> "_Batch":
         offsets = np.cumsum([0] + [len(p.positions) for p in parts[:-1]])
-        data = np.concatenate([np.hstack([p.positions, p.normals, p.uv, p.colours]) for p in parts]).astype("f4")
+        data = np.concatenate([_rows(part) for part in parts])
         faces = np.concatenate([p.faces + o for p, o in zip(parts, offsets)]).astype("i4")
         vertices, indices = self.context.buffer(data.tobytes()), self.context.buffer(faces.tobytes())
-        layout = [(vertices, "3f 3f 2f 3f", "position", "normal", "uv", "colour")]
+        layout = [(vertices, "3f 3f 4f 2f 2f", "position", "normal", "colour", "uv", "glow_uv")]
         array = self.context.vertex_array(self.program, layout, indices)
-        texture = self.white if parts[0].texture is None else self._texture(parts[0].texture)
-        resources = [array, vertices, indices] + ([] if texture is self.white else [texture])
-        return _Batch(array, texture, parts[0].opacity, data[:, :3].mean(0), resources)
+        look = parts[0]
+        textures = [self.white if t is None else self._texture(t) for t in (look.texture, look.emission_texture)]
+        return _Batch(array, textures, look, data[:, :3].mean(0), (vertices, indices))
 
-    def _texture(self, pixels: np.ndarray):
-        height, width = pixels.shape[:2]
-        texture = self.context.texture((width, height), 4, pixels[::-1].tobytes(), alignment=1)
-        texture.build_mipmaps()
-        texture.filter = (self.gl.LINEAR_MIPMAP_LINEAR, self.gl.LINEAR)
-        return texture
+    def _texture(self, texture: Texture):
+        """Half floats, so that texels are blended as linear light and come back as the 8-bit values they were."""
+        height, width = texture.pixels.shape[:2]
+        values = np.dstack([LINEAR[texture.pixels[..., :3]], texture.pixels[..., 3:] / 255]).astype("f2")
+        uploaded = self.context.texture((width, height), 4, values.tobytes(), alignment=1, dtype="f2")
+        uploaded.repeat_x, uploaded.repeat_y = texture.repeat
+        if texture.nearest:
+            uploaded.filter = (self.gl.NEAREST, self.gl.NEAREST)
+        else:
+            uploaded.build_mipmaps()
+            uploaded.filter = (self.gl.LINEAR_MIPMAP_LINEAR, self.gl.LINEAR)
+        return uploaded
+
+
+def _rows(part: Part) -> np.ndarray:
+    """The vertices as the shader takes them, [N, 14] float32."""
+    uvs = [np.zeros((len(part.positions), 2)) if t is None else t.uv for t in (part.texture, part.emission_texture)]
+    return np.hstack([part.positions, part.normals, part.colours, *uvs]).astype("f4")
 
 
 def _keep_one_thread() -> None:
@@ -180,7 +226,10 @@ def _keep_one_thread() -> None:
     os.environ.setdefault("LP_NUM_THREADS", "0")
 
 
+@dataclass(frozen=True)
 class _Batch:
-    def __init__(self, array, texture, opacity, centre, resources):
-        self.array, self.texture, self.opacity = array, texture, opacity
-        self.centre, self.resources = centre, resources
+    array: object
+    textures: list  # of the colour and of the emission
+    look: Part  # whose settings all of it shares
+    centre: np.ndarray
+    buffers: tuple

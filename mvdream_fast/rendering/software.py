@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mvdream_fast.rendering.mesh_file import Mesh, Part
+from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.rendering.mesh import Mesh, Part, Texture
 
 # Ambient + up + headlight + key, raised by 10 % so that a white object comes out white.
 AMBIENT, SKY, HEADLIGHT, KEY = 0.385, 0.165, 0.44, 0.275
 KEY_DIRECTION = np.array([-0.46, -0.62, 0.64], np.float32) / np.linalg.norm([-0.46, -0.62, 0.64])
-CUTOUT = 0.5  # texture alpha under this is a hole
+SOLID = 0.998  # alpha from which a blended fragment hides what is behind it
+LINEAR = to_linear(np.arange(256) / 255).astype(np.float32)  # of 8-bit sRGB
 PAIRS = 1 << 20  # (triangle, pixel) candidates looked at in one go
 
 
@@ -46,9 +48,8 @@ class NumpyRenderer:
         depth = np.full(side * side, np.inf)
         picture = np.zeros((side * side, 4), np.float32)  # premultiplied
         for part in parts:
-            if part.source.opacity >= 1:
-                _draw_solid(part, depth, picture, side, eye, lit)
-        glass = [part for part in parts if part.source.opacity < 1]
+            _draw_solid(part, depth, picture, side, eye, lit)
+        glass = [part for part in parts if part.source.blend]
         for part in sorted(glass, key=lambda p: -np.linalg.norm(p.source.positions.mean(0) - eye)):
             _draw_glass(part, depth, picture, side, eye, lit)
         return _resolve(picture.reshape(size, samples, size, samples, 4))
@@ -68,6 +69,9 @@ def _project(part: Part, matrix: np.ndarray, side: int) -> _Projected:
     w = np.where(np.abs(clip[:, 3:]) < 1e-9, 1e-9, clip[:, 3:])
     ndc = clip[:, :3] / w
     screen = np.stack([(ndc[:, 0] + 1) * side / 2, (1 - ndc[:, 1]) * side / 2, ndc[:, 2]], 1)
+    if not part.double_sided:
+        a, b, c = (screen[faces[:, i], :2] for i in range(3))
+        faces = faces[_cross(b - a, c - a) < 0]  # y goes down
     return _Projected(part, screen[faces], (1 / w[:, 0])[faces], faces)
 
 
@@ -119,35 +123,34 @@ def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _draw_solid(part: _Projected, depth, picture, side, eye, lit) -> None:
-    holes = part.source.texture is not None and part.source.texture[..., 3].min() < 255 * CUTOUT
+    limit = SOLID if part.source.blend else part.source.cutoff
     for f in _fragments(part, side):
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
-        if holes:
-            f = f.take(np.flatnonzero(_texel(part, f)[:, 3] >= CUTOUT))
+        if limit > 0:
+            f = f.take(np.flatnonzero(_base(part, f)[:, 3] >= limit))
         # Far to near, so that the nearest fragment of a pixel is the one that stays.
         f = f.take(np.argsort(-f.depth, kind="stable"))
         winner = np.full(side * side, -1)
         winner[f.pixel] = np.arange(len(f.pixel))
         f = f.take(winner[winner >= 0])
         depth[f.pixel] = f.depth
-        picture[f.pixel, :3], picture[f.pixel, 3] = _shade(part, f, eye, lit), 1.0
+        picture[f.pixel, :3], picture[f.pixel, 3] = _shade(part, f, _base(part, f), eye, lit), 1.0
 
 
 def _draw_glass(part: _Projected, depth, picture, side, eye, lit) -> None:
     """Blends every fragment in front of the solid parts, in the order of the faces, as the graphics card does."""
-    opacity = part.source.opacity
     for f in _fragments(part, side):
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
-        if part.source.texture is not None:
-            f = f.take(np.flatnonzero(_texel(part, f)[:, 3] >= CUTOUT))
+        f = f.take(np.flatnonzero(_base(part, f)[:, 3] < SOLID))
         f = f.take(np.argsort(f.pixel, kind="stable"))
         first = np.searchsorted(f.pixel, f.pixel, "left")
         layer = np.arange(len(f.pixel)) - first
-        rgb = _shade(part, f, eye, lit)
+        base = _base(part, f)
+        rgb, alpha = _shade(part, f, base, eye, lit), base[:, 3:]
         for k in range(int(layer.max(initial=-1)) + 1):
             at = np.flatnonzero(layer == k)
-            colour = np.hstack([rgb[at], np.ones((len(at), 1), np.float32)]) * opacity
-            picture[f.pixel[at]] = colour + (1 - opacity) * picture[f.pixel[at]]
+            colour = np.hstack([rgb[at] * alpha[at], alpha[at]])
+            picture[f.pixel[at]] = colour + (1 - alpha[at]) * picture[f.pixel[at]]
 
 
 def _blend(part: _Projected, f: _Fragments, values: np.ndarray) -> np.ndarray:
@@ -155,27 +158,51 @@ def _blend(part: _Projected, f: _Fragments, values: np.ndarray) -> np.ndarray:
     return np.einsum("kc,kcd->kd", f.weights.astype(np.float32), values[part.faces[f.face]])
 
 
-def _texel(part: _Projected, f: _Fragments) -> np.ndarray:
-    """Bilinear, repeating; RGBA in [0, 1]."""
-    texture = part.source.texture
-    height, width = texture.shape[:2]
-    uv = _blend(part, f, part.source.uv)
-    x, y = uv[:, 0] % 1 * width - 0.5, (1 - uv[:, 1] % 1) * height - 0.5
+def _texel(part: _Projected, f: _Fragments, texture: Texture) -> np.ndarray:
+    """Linear light and alpha in [0, 1], [K, 4]; bilinear unless the texture says otherwise."""
+    height, width = texture.pixels.shape[:2]
+    uv = _blend(part, f, texture.uv).astype(np.float64)
+    half = 0.0 if texture.nearest else 0.5
+    x, y = (np.where(r, t % 1, np.clip(t, -1, 2)) * n - half for t, r, n in zip(uv.T, texture.repeat, (width, height)))
     x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     u, v = (x - x0)[:, None], (y - y0)[:, None]
-    rows, columns = (y0 % height, (y0 + 1) % height), (x0 % width, (x0 + 1) % width)
-    top = texture[rows[0], columns[0]] * (1 - u) + texture[rows[0], columns[1]] * u
-    bottom = texture[rows[1], columns[0]] * (1 - u) + texture[rows[1], columns[1]] * u
-    return (top * (1 - v) + bottom * v) / 255
+
+    def at(dx: int, dy: int) -> np.ndarray:
+        column, row = (
+            t % n if r else np.clip(t, 0, n - 1) for t, r, n in zip((x0 + dx, y0 + dy), texture.repeat, (width, height))
+        )
+        texels = texture.pixels[row, column]
+        return np.hstack([LINEAR[texels[:, :3]], texels[:, 3:] / 255])
+
+    if texture.nearest:
+        return at(0, 0)
+    top, bottom = (at(0, dy) * (1 - u) + at(1, dy) * u for dy in (0, 1))
+    return top * (1 - v) + bottom * v
 
 
-def _shade(part: _Projected, f: _Fragments, eye: np.ndarray, lit: bool) -> np.ndarray:
+def _base(part: _Projected, f: _Fragments) -> np.ndarray:
+    """Base colour in linear light, and alpha: [K, 4]."""
     base = _blend(part, f, part.source.colours)
     if part.source.texture is not None:
-        base = base * _texel(part, f)[:, :3]
-    base = np.clip(base, 0, 1).astype(np.float32)
-    if not lit:
-        return base
+        base = base * _texel(part, f, part.source.texture)
+    return np.clip(base, 0, 1).astype(np.float32)
+
+
+def _shade(part: _Projected, f: _Fragments, base: np.ndarray, eye: np.ndarray, lit: bool) -> np.ndarray:
+    """sRGB [K, 3]: base colour under the light, and what the part itself sends out."""
+    rgb = to_srgb(base[:, :3])
+    if lit and part.source.lit:
+        rgb = np.clip(rgb * _light(part, f, eye)[:, None], 0, 1)
+    if any(part.source.emission):
+        glow = np.array(part.source.emission)
+        if part.source.emission_texture is not None:
+            glow = glow * _texel(part, f, part.source.emission_texture)[:, :3]
+        rgb = to_srgb(np.clip(to_linear(rgb) + glow, 0, 1))
+    return rgb.astype(np.float32)
+
+
+def _light(part: _Projected, f: _Fragments, eye: np.ndarray) -> np.ndarray:
+    """How bright a white surface looks at the fragments, [K]."""
     view = _unit(eye - _blend(part, f, part.source.positions))
     corners = part.source.positions[part.faces[f.face]]
     face = _unit(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
@@ -184,8 +211,7 @@ def _shade(part: _Projected, f: _Fragments, eye: np.ndarray, lit: bool) -> np.nd
     normal = np.where((smooth * smooth).sum(1, keepdims=True) > 0.25, _unit(smooth), face)
     normal *= np.where((normal * face).sum(1, keepdims=True) < 0, -1, 1)
     shade = AMBIENT + SKY * normal[:, 2]
-    shade = shade + HEADLIGHT * np.maximum((normal * view).sum(1), 0) + KEY * np.maximum(normal @ KEY_DIRECTION, 0)
-    return np.clip(base * shade[:, None], 0, 1)
+    return shade + HEADLIGHT * np.maximum((normal * view).sum(1), 0) + KEY * np.maximum(normal @ KEY_DIRECTION, 0)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvdream_fast.data import captions
-from mvdream_fast.rendering.mesh_file import Mesh
+from mvdream_fast.rendering.mesh import Mesh
 from mvdream_fast.rendering.orbits import look_at_origin
 
 MIN_COVERAGE = 0.03

@@ -10,10 +10,12 @@ import pytest
 import trimesh
 from PIL import Image
 
+from mvdream_fast.core.colour import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
-from mvdream_fast.rendering import mesh_file
+from mvdream_fast.rendering import polygons, reading
 from mvdream_fast.rendering.catalogue import parse_properties, read_folder, read_sweethome3d
-from mvdream_fast.rendering.mesh_file import Mesh, MeshError, Part, load_mesh
+from mvdream_fast.rendering.mesh import Mesh, MeshError, Part, Texture
+from mvdream_fast.rendering.mesh_file import load_mesh
 
 
 def arrow() -> trimesh.Trimesh:
@@ -57,7 +59,13 @@ def one_part(positions, **more) -> Mesh:
     n = len(positions)
     faces = np.arange(n, dtype=np.int32).reshape(-1, 3)
     zeros = np.zeros((n, 3), np.float32)
-    return Mesh((Part(np.asarray(positions, np.float32), zeros, zeros[:, :2], zeros + 0.5, faces, **more),))
+    colours = np.tile(np.float32([*to_linear(np.full(3, 0.5)), 1]), (n, 1))
+    return Mesh((Part(np.asarray(positions, np.float32), zeros, colours, faces, **more),))
+
+
+def shown(part: Part) -> np.ndarray:
+    """The colours of a part as sRGB, [N, 3]."""
+    return to_srgb(part.colours[:, :3])
 
 
 def test_normalised_to_the_ball_and_to_the_box():
@@ -72,14 +80,14 @@ def test_creases_need_little_memory_and_do_not_depend_on_their_blocks(monkeypatc
     """What a million faces take is told from 80,000: their own normals, and one block of pairs."""
     ball = trimesh.creation.icosphere(subdivisions=6)
     positions, faces = np.asarray(ball.vertices), np.asarray(ball.faces, np.int32)
-    monkeypatch.setattr(mesh_file, "CORNERS_AT_A_TIME", 5000)
+    monkeypatch.setattr(polygons, "CORNERS_AT_A_TIME", 5000)
     tracemalloc.start()
-    blocks = mesh_file._creased(positions, faces)
+    blocks = polygons._creased(positions, faces)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 700 * len(faces)
-    monkeypatch.setattr(mesh_file, "CORNERS_AT_A_TIME", faces.size)
-    np.testing.assert_array_equal(mesh_file._creased(positions, faces), blocks)
+    monkeypatch.setattr(polygons, "CORNERS_AT_A_TIME", faces.size)
+    np.testing.assert_array_equal(polygons._creased(positions, faces), blocks)
 
 
 def test_a_point_has_no_extent():
@@ -99,14 +107,14 @@ def test_opacity_of_an_mtl(tmp_path, line, opacity):
     write_obj(tmp_path, f"Kd 0.2 0.4 0.6\n{line}\n")
     part = load_mesh(tmp_path / "thing.obj").parts[0]
     assert part.opacity == pytest.approx(opacity)
-    np.testing.assert_allclose(part.colours[0], (0.2, 0.4, 0.6), atol=0.01)
+    np.testing.assert_allclose(shown(part)[0], (0.2, 0.4, 0.6), atol=1e-5)
     assert part.material == "stuff"
 
 
 def test_a_texture_with_an_exporters_absolute_path_is_found_by_its_name(tmp_path):
     Image.new("RGB", (600, 4), (255, 0, 0)).save(tmp_path / "wood.png")
     write_obj(tmp_path, "Kd 1 1 1\nmap_Kd C:/Users/somebody/textures/wood.png\n")
-    texture = load_mesh(tmp_path / "thing.obj").parts[0].texture
+    texture = load_mesh(tmp_path / "thing.obj").parts[0].texture.pixels
     assert texture.shape == (4, 512, 4)
     np.testing.assert_array_equal(texture[0, 0], (255, 0, 0, 255))
 
@@ -128,10 +136,10 @@ def test_nothing_outside_the_folder_is_opened(tmp_path):
 
 def test_caps(tmp_path, monkeypatch):
     trimesh.creation.icosphere(subdivisions=2).export(tmp_path / "ball.glb")
-    monkeypatch.setattr(mesh_file, "MAX_FACES", 100)
+    monkeypatch.setattr(reading, "MAX_FACES", 100)
     with pytest.raises(MeshError, match=r"ball.glb: the mesh has 320 faces, at most 100 are taken; decimate it first"):
         load_mesh(tmp_path / "ball.glb")
-    monkeypatch.setattr(mesh_file, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 1000)
     with pytest.raises(MeshError, match="ball.glb: the file has"):
         load_mesh(tmp_path / "ball.glb")
 
@@ -144,7 +152,7 @@ def test_a_16k_texture_is_refused_before_it_is_decoded(tmp_path):
 
 
 def test_an_archive_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(mesh_file, "MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.3mf", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("3D/3dmodel.model", b" " * (2 << 20))
     with pytest.raises(MeshError, match="bomb.3mf: unpacks to 2 MB"):
@@ -221,20 +229,20 @@ def test_unknown_format(tmp_path):
 def test_painting_keeps_light_and_dark():
     texture = np.full((2, 2, 4), 255, np.uint8)
     texture[0, :, :3], texture[1, :, :3] = 100, 80
-    mesh = one_part([(0, 0, 0), (1, 0, 0), (0, 1, 0)], texture=texture)
+    mesh = one_part([(0, 0, 0), (1, 0, 0), (0, 1, 0)], texture=Texture(texture, np.zeros((3, 2), np.float32)))
     painted = mesh.recoloured([0], (0.8, 0.1, 0.1)).parts[0]
-    assert painted.texture[0, 0, 0] > painted.texture[1, 0, 0] > 150
-    np.testing.assert_allclose(painted.texture[..., 0].mean() / 255, 0.8, atol=0.02)
-    np.testing.assert_array_equal(mesh.parts[0].texture, texture)
+    assert painted.texture.pixels[0, 0, 0] > painted.texture.pixels[1, 0, 0] > 150
+    np.testing.assert_allclose(painted.texture.pixels[..., 0].mean() / 255, 0.8, atol=0.02)
+    np.testing.assert_array_equal(mesh.parts[0].texture.pixels, texture)
     flat = mesh.recoloured([0], (0.8, 0.1, 0.1), flat=True).parts[0]
-    assert (flat.texture[..., :3] == 255).all()
+    assert (flat.texture.pixels[..., :3] == 255).all()
 
 
 def test_brightening_holds_the_hue():
     mesh = one_part([(0, 0, 0), (1, 0, 0), (0, 1, 0)])
     part = mesh.parts[0]
-    part.colours[:] = [(0.5, 0.5, 0.5), (1, 0.5, 0), (0.9, 0.45, 0)]
-    bright = mesh.brightened(1.2).parts[0].colours
+    part.colours[:, :3] = to_linear(np.array([(0.5, 0.5, 0.5), (1, 0.5, 0), (0.9, 0.45, 0)]))
+    bright = shown(mesh.brightened(1.2).parts[0])
     np.testing.assert_allclose(bright, [(0.6, 0.6, 0.6), (1, 0.5, 0), (1, 0.5, 0)], atol=1e-6)
 
 
@@ -317,4 +325,4 @@ def test_a_folder_without_meshes(tmp_path):
 
 def test_a_mesh_without_any_colour_is_light_gray():
     mesh = load_mesh(trimesh.creation.box().export(file_type="stl"), "stl")
-    np.testing.assert_allclose(mesh.parts[0].colours, 0.8)
+    np.testing.assert_allclose(shown(mesh.parts[0]), 0.8, atol=1e-6)

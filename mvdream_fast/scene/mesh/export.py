@@ -8,17 +8,13 @@ from typing import Literal
 
 import numpy as np
 
+from mvdream_fast.core.colour import to_linear
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.scene.mesh.mesh import Mesh
 
 Y_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)  # (x, y, z) -> (x, z, -y)
 VIEWER_FOVY_DEG, VIEWER_ELEVATION_DEG = 40.0, 15.0
-
-
-def to_linear(srgb: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] to linear light (IEC 61966-2-1)."""
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
 def glb_bytes(mesh: Mesh, name: str = "asset") -> bytes:

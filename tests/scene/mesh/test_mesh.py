@@ -10,9 +10,10 @@ import torch
 import trimesh
 from reference.studio import fresh_asset
 
+from mvdream_fast.core.colour import to_linear
 from mvdream_fast.core.errors import ArgumentError, DivergedError, OutputError
 from mvdream_fast.distill.recipes import mini
-from mvdream_fast.rendering import mesh_file
+from mvdream_fast.rendering import mesh as parts
 from mvdream_fast.rendering.software import NumpyRenderer
 from mvdream_fast.scene.mesh import export
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold, trilinear
@@ -136,7 +137,7 @@ def test_glb_axes_colours_and_material():
 
 def test_linear_colours_match_the_standard():
     np.testing.assert_allclose(
-        export.to_linear(np.array([0, 0.02, 0.5, 1])), [0, 0.0015479876, 0.2140411, 1], atol=1e-7
+        to_linear(np.array([0, 0.02, 0.5, 1])), [0, 0.0015479876, 0.2140411, 1], atol=1e-7
     )
 
 
@@ -187,8 +188,8 @@ def test_mesh_and_volume_have_the_same_silhouette(soft):
     volume = asset.render(cameras, 96).opacity > 0.5
     mesh = asset.mesh(96)
     plain = np.zeros_like(mesh.vertices)
-    part = mesh_file.Part(mesh.vertices, plain, plain[:, :2], plain, mesh.faces)
-    drawn = NumpyRenderer().render(mesh_file.Mesh((part,)), cameras.c2w.numpy(), cameras.fovy.numpy(), 96, 1)
+    part = parts.Part(mesh.vertices, plain, np.zeros((len(plain), 4), np.float32), mesh.faces)
+    drawn = NumpyRenderer().render(parts.Mesh((part,)), cameras.c2w.numpy(), cameras.fovy.numpy(), 96, 1)
     solid = torch.from_numpy(drawn[..., 3] > 127)
     iou = (solid & volume).sum((1, 2)) / (solid | volume).sum((1, 2))
     assert volume.float().mean() > 0.05

@@ -1,0 +1,71 @@
+"""Images of materials: decoded under caps to RGBA, and shrunk in linear light to what a picture can show."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+
+from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.rendering.mesh import MeshError, Texture
+
+MAX_TEXTURE_PIXELS = 8192 * 8192
+TEXTURE_SIZE = 512
+
+
+def decode(content: bytes, formats: tuple[str, ...] | None = None) -> np.ndarray:
+    """[h, w, 4] uint8 with sides of at most TEXTURE_SIZE; colour profiles and EXIF rotations are not applied (glTF).
+
+    `formats` are Pillow's names of those that are taken. Raises: MeshError for what is too large or no such image.
+    """
+    from PIL import Image
+
+    Image.init()
+    # AVIF came with Pillow 11.3.
+    known = None if formats is None else [kind for kind in formats if kind in Image.OPEN]
+    # Pillow's own limit would come first, as a warning or with another sentence.
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(io.BytesIO(content), formats=known) as image:
+            if image.width * image.height > MAX_TEXTURE_PIXELS:
+                raise MeshError(f"a texture has {image.width} x {image.height} pixels; make it smaller")
+            return _shrunk(_rgba(image))
+    except (OSError, ValueError, SyntaxError) as error:
+        kinds = ", ".join(formats) if formats else "an image"
+        raise MeshError(f"a texture is damaged, or not {kinds} ({error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _rgba(image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's conversion would clip at 255
+        grey = np.round(np.asarray(image).astype(np.float64).clip(0, 65535) / 257).astype(np.uint8)
+        return np.dstack([grey, grey, grey, np.full_like(grey, 255)])
+    return np.asarray(image.convert("RGBA"))
+
+
+def _shrunk(pixels: np.ndarray) -> np.ndarray:
+    """Box means of linear light: those of sRGB values would darken fine patterns."""
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    if max(height, width) <= TEXTURE_SIZE:
+        return pixels
+    size = (min(TEXTURE_SIZE, width), min(TEXTURE_SIZE, height))
+    values = np.arange(256, dtype=np.float32) / 255
+    tables = [to_linear(values).astype(np.float32)] * 3 + [values]
+    planes = [
+        np.asarray(Image.fromarray(table[pixels[..., i]]).resize(size, Image.Resampling.BOX))
+        for i, table in enumerate(tables)
+    ]
+    small = np.dstack([*map(to_srgb, planes[:3]), planes[3]])
+    return np.round(small.clip(0, 1) * 255).astype(np.uint8)
+
+
+def mirrored(texture: Texture, axes: tuple[bool, bool]) -> Texture:
+    """A texture that repeats in turn as it is and mirrored, along u and v: its period is twice the image."""
+    pixels, uv = texture.pixels, texture.uv
+    if axes[0]:
+        pixels, uv = np.concatenate([pixels, pixels[:, ::-1]], 1), uv * np.array([0.5, 1], np.float32)
+    if axes[1]:
+        pixels, uv = np.concatenate([pixels, pixels[::-1]], 0), uv * np.array([1, 0.5], np.float32)
+    return replace(texture, pixels=pixels, uv=uv)
