@@ -154,6 +154,8 @@ class _Progress:
 def _report(folder: Path, result) -> None:
     for entry_id, reason in result.bad.items():
         print(f"skipped {entry_id}: {reason}")
+    for entry_id, notes in result.notes.items():
+        print(f"note on {entry_id}: {'; '.join(notes)}")
     kept, selection = len(result.selection.kept), result.selection
     print(
         f"{kept} assets in {len(result.shards)} shards, {len(result.captions)} captions, {result.n_views} new views; "

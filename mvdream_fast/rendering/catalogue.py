@@ -70,7 +70,8 @@ def read_folder(folder: Path) -> list[Entry]:
     if not folder.is_dir():
         raise InputFileError(f"{folder} is not a folder of meshes; give one, or the word sweethome3d")
     suffixes = {f".{suffix}" for suffix in (*FORMATS, *FOREIGN)}  # foreign ones are named when they fail to load
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    paths = sorted(p for p in found if not p.name.startswith("."))  # macOS leaves a "._name" beside what it copies
     if not paths:
         raise InputFileError(f"no meshes in {folder}; the formats are {', '.join(FORMATS)}")
     captions = _read_captions(folder)

@@ -1,10 +1,12 @@
 """From entries to shards on disk: survey, plan, draw; in several processes, resumable at every finished shard.
 
 Everything is a function of the sources and the options; a second run of the same call finds its shards and goes on.
+What was learned from a file, or drawn of it, is kept as long as the file and those that it names are the same.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -23,14 +25,15 @@ import numpy as np
 from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputError
 from mvdream_fast.core.files import atomic_write, remove_stale
 from mvdream_fast.data.shards import Sample, columns_for, write_shard
+from mvdream_fast.rendering import sources
 from mvdream_fast.rendering.catalogue import Entry
 from mvdream_fast.rendering.mesh import MeshError
 from mvdream_fast.rendering.orbits import PRESETS, orbit
 from mvdream_fast.rendering.plan import SHARD_ASSETS, AssetPlan, Selection, plan, select
 from mvdream_fast.rendering.survey import Survey, survey
 
-SETTINGS, SURVEYS, SUMMARY = "render.json", "surveys.json", "summary.json"
-VERSION = 2  # of the images and captions: a folder begun by another version is not continued
+SETTINGS, SURVEYS, DRAWN, SUMMARY = "render.json", "surveys.json", "drawn.json", "summary.json"
+VERSION = 3  # of the pictures and captions: a folder begun by another version is not continued
 
 _renderer = None
 
@@ -53,6 +56,7 @@ class Result:
 
     selection: Selection
     bad: dict[str, str] = field(default_factory=dict)  # id -> sentence
+    notes: dict[str, list[str]] = field(default_factory=dict)  # id -> what of the file is not drawn
     n_views: int = 0
     shards: list[Path] = field(default_factory=list)
     captions: set[str] = field(default_factory=set)
@@ -85,7 +89,7 @@ def render_dataset(
     report: Callable[[str, int, int, int], None] = lambda stage, done, total, views: None,
     stop: Callable[[], object] = lambda: False,
 ) -> Result | None:
-    """Renders `entries` into shards in `folder`; finished shards of the same options are kept as they are.
+    """Renders `entries` into shards in `folder`; finished shards of the same options and files are kept as they are.
 
     `report(stage, done, total, views)` is called after every asset surveyed and every shard written. Once `stop()` is
     true the processes are ended and None is returned: the same call goes on from there.
@@ -93,17 +97,22 @@ def render_dataset(
     """
     _claim(folder, entries, options, held_out)
     with contextlib.suppress(_Stopped), _pool(workers, options.renderer, stop) as pool:
-        surveys, bad = _surveys(entries, folder, pool, report)
+        surveys, contents, bad = _surveys(entries, folder, pool, report)
         selection = select(entries, surveys)
         assets = plan(selection.kept, surveys, held_out, options.seed, options.n_plain, options.n_painted)
         jobs = make_jobs(assets, folder, options)
-        missing = [job for job in jobs if not job.path.exists()]
+        plans = {job.path.name: _digest(job, contents) for job in jobs}
+        drawn = _keep_drawn(folder, plans)
+        missing = [job for job in jobs if job.path.name not in drawn]
         n_views = 0
-        for done, (_, drawn) in enumerate(pool.map(draw_shard, missing), 1):
-            n_views += drawn
+        for done, (job, n) in enumerate(pool.map(draw_shard, missing), 1):
+            n_views += n
+            drawn[job.path.name] = plans[job.path.name]
+            atomic_write(folder / DRAWN, json.dumps(drawn))
             report("views", len(jobs) - len(missing) + done, len(jobs), n_views)
         captions = {item.caption for asset in assets for item in asset.orbits}
-        return Result(selection, bad, n_views, [job.path for job in jobs], captions)
+        notes = {id_: look.notes for id_, look in surveys.items() if look.notes}
+        return Result(selection, bad, notes, n_views, [job.path for job in jobs], captions)
     return None
 
 
@@ -113,6 +122,7 @@ def write_summary(folder: Path, result: Result) -> None:
     summary = {
         "kept": len(result.selection.kept),
         "unreadable": result.bad,
+        "drawn_without": result.notes,
         "too_thin": {e.id: e.name for e in result.selection.empty},
         "near_duplicates": {e.id: e.name for e in result.selection.duplicates},
         "shards": len(result.shards),
@@ -148,19 +158,55 @@ def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[s
         atomic_write(folder / SETTINGS, json.dumps(settings))
 
 
-def _surveys(entries, folder, pool, report) -> tuple[dict[str, Survey], dict[str, str]]:
-    """The survey of every readable entry and the reason for every other; stored beside the shards once complete."""
-    path = folder / SURVEYS
+def _surveys(entries, folder, pool, report) -> tuple[dict[str, Survey], dict[str, list], dict[str, str]]:
+    """The survey of every readable entry, the hashes of its files, and the reason for every other entry.
+
+    Surveys are stored beside the shards; only those of new or changed files are made, and refused files are read again.
+    """
+    stored = _read_json(folder / SURVEYS)
+    known = {}
+    for entry in entries:
+        files = sources.unchanged(stored[entry.id]["files"]) if entry.id in stored else None
+        if files is not None:
+            known[entry.id] = stored[entry.id] | {"files": files}
+    unknown, bad = [entry for entry in entries if entry.id not in known], {}
+    for done, (entry, look) in enumerate(pool.map(survey_entry, unknown), 1):
+        if isinstance(look, str):
+            bad[entry.id] = look
+        else:
+            known[entry.id] = look
+        report("assets", done, len(unknown), 0)
+    if known != stored:
+        atomic_write(folder / SURVEYS, json.dumps(known))
+    hashes = {k: [stamp and stamp[2] for stamp in record["files"].values()] for k, record in known.items()}
+    return {k: Survey(**record["survey"]) for k, record in known.items()}, hashes, bad
+
+
+def _read_json(path: Path) -> dict:
     try:
-        stored = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        stored = {}
-        for done, (entry, look) in enumerate(pool.map(survey_entry, entries), 1):
-            stored[entry.id] = look if isinstance(look, str) else dataclasses.asdict(look)
-            report("assets", done, len(entries), 0)
-        atomic_write(path, json.dumps(stored))
-    good = {e.id: Survey(**stored[e.id]) for e in entries if isinstance(stored.get(e.id), dict)}
-    return good, {e.id: stored[e.id] for e in entries if isinstance(stored.get(e.id), str)}
+        return {}
+
+
+def _digest(job: "Job", contents: dict[str, list]) -> str:
+    """A hash of all that decides a shard beside the options: its assets, their orbits and words, their files."""
+    plans = [
+        [dataclasses.asdict(dataclasses.replace(asset.entry, archive=None)), asset.split, asset.orbits]
+        for asset in job.assets
+    ]
+    plans += [contents[asset.entry.id] for asset in job.assets]
+    return hashlib.sha256(json.dumps(plans, default=dataclasses.asdict).encode()).hexdigest()
+
+
+def _keep_drawn(folder: Path, plans: dict[str, str]) -> dict[str, str]:
+    """The finished shards that are still as planned; the others are removed."""
+    drawn = _read_json(folder / DRAWN)
+    kept = {name: plan for name, plan in plans.items() if drawn.get(name) == plan and (folder / name).exists()}
+    for path in [*folder.glob("train-*.tar"), *folder.glob("held_out-*.tar")]:
+        if path.name not in kept:
+            path.unlink()
+    return kept
 
 
 @dataclass(frozen=True)
@@ -186,10 +232,12 @@ def make_jobs(assets: list[AssetPlan], folder: Path, options: Options) -> list[J
     return jobs
 
 
-def survey_entry(entry: Entry) -> Survey | str:
-    """The survey of an entry, or the sentence that says why its mesh is bad."""
+def survey_entry(entry: Entry) -> dict | str:
+    """The survey of an entry with the stamps of its files, or the sentence that says why its mesh is bad."""
     try:
-        return survey(entry.load().normalised(), _renderer)
+        mesh = entry.load().normalised()
+        files = sources.stamps([str(entry.archive.resolve()), *mesh.sources])
+        return {"survey": dataclasses.asdict(survey(mesh, _renderer)), "files": files}
     except MeshError as error:
         return str(error)
     except MemoryError:

@@ -77,10 +77,11 @@ def _texture(document: Document, info: dict | None, attribute: Callable, vertice
     if uv is None:
         document.reading.note(f"a texture asks for {name}, which the mesh lacks, and is not drawn")
         return None
-    # Counter-clockwise on the image, whose v goes down: (u, v) -> (c u + s v, -s u + c v).
-    angle = float(transform.get("rotation", 0))
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    uv = (uv * transform.get("scale", [1, 1])) @ turn.T + transform.get("offset", [0, 0])
+    if transform:
+        # Counter-clockwise on the image, whose v goes down: (u, v) -> (c u + s v, -s u + c v).
+        angle = float(transform.get("rotation", 0))
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        uv = (uv * transform.get("scale", [1, 1])) @ turn.T + transform.get("offset", [0, 0])
     pixels, sampler = document.texture(info["index"])
     wrap = sampler.get("wrapS"), sampler.get("wrapT")
     texture = Texture(

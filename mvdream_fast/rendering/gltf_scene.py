@@ -205,15 +205,8 @@ def _placed(attribute, positions, normals, matrices: np.ndarray, joints: np.ndar
         return _skinned(attribute, positions, normals, joints)
     moved = positions @ matrices[:, :3, :3].transpose(0, 2, 1) + matrices[:, None, :3, 3]
     if normals is not None:
-        normals = unit(normals @ _cofactors(matrices[:, :3, :3]).transpose(0, 2, 1)).reshape(-1, 3)
+        normals = unit(normals @ np.linalg.pinv(matrices[:, :3, :3])).reshape(-1, 3)
     return moved.reshape(-1, 3), normals
-
-
-def _cofactors(linear: np.ndarray) -> np.ndarray:
-    """The inverse transpose of [K, 3, 3] times its determinant's size: how normals turn, even where nothing is left."""
-    a, b, c = linear[:, 0], linear[:, 1], linear[:, 2]
-    cofactors = np.stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)], 1)
-    return cofactors * np.where(np.linalg.det(linear) < 0, -1, 1)[:, None, None]
 
 
 def _skinned(attribute, positions, normals, joints: np.ndarray):

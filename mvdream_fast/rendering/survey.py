@@ -27,6 +27,7 @@ class Survey:
     glass: list[int]  # parts that are less opaque than GLASS
     material: str | None
     thumbnail: list[int]  # four 16 x 16 views on grey, uint8, flattened
+    notes: list[str]  # what of its file is not drawn
 
 
 def survey(mesh: Mesh, renderer) -> Survey:
@@ -50,6 +51,7 @@ def survey(mesh: Mesh, renderer) -> Survey:
         glass=[i for i, part in enumerate(mesh.parts) if part.opacity < GLASS],
         material=captions.material_word(names),
         thumbnail=_thumbnail(base[list(THUMBNAIL_VIEWS)]),
+        notes=list(mesh.notes),
     )
 
 
