@@ -11,9 +11,9 @@ import numpy as np
 
 from mvdream_fast.core.colour import to_linear
 from mvdream_fast.rendering import images
-from mvdream_fast.rendering.images import mirrored
+from mvdream_fast.rendering.images import mirrored, with_alpha
 from mvdream_fast.rendering.mesh import HOLE, MeshError, Part, Texture
-from mvdream_fast.rendering.mtl import UNSAID, with_alpha
+from mvdream_fast.rendering.mtl import UNSAID
 from mvdream_fast.rendering.polygons import part, triangulated
 from mvdream_fast.rendering.reading import Reading
 
@@ -129,20 +129,18 @@ class _Effect:
         return to_linear(np.clip(np.broadcast_to(rgb, 3), 0, 1)), None
 
     def _opacity(self, effect) -> tuple[float, np.ndarray | None]:
-        """One number, and the image [h, w, 4] whose alpha it multiplies: COLLADA's four ways to say how clear it is."""
-        node = next((n for n in effect.xmlnode.iter() if str(n.tag).endswith("}transparent")), None)
-        mode = (node.get("opaque") if node is not None else None) or "A_ONE"
-        share = 1.0 if effect.transparency is None else float(effect.transparency)
+        """One number, or an image of alpha [h, w]: COLLADA's four ways to say how clear a thing is."""
+        said = {str(n.tag).rpartition("}")[2]: n for n in effect.xmlnode.iter()}  # pycollada has defaults of its own
+        mode = said["transparent"].get("opaque", "A_ONE") if "transparent" in said else "A_ONE"
+        share = float(effect.transparency) if "transparency" in said else 1.0
         if hasattr(effect.transparent, "sampler"):
             pixels = self._pixels(effect.transparent)
             if pixels is None:
                 return 1.0, None
             amount = pixels[..., 3] / 255 if mode.startswith("A") else (pixels[..., :3] / 255) @ LUMINANCE
             alpha = amount * share if mode.endswith("ONE") else 1 - amount * share
-            return 1.0, np.dstack([pixels[..., :3], np.round(alpha.clip(0, 1) * 255).astype(np.uint8)])
-        if effect.transparent is None and effect.transparency is None:
-            return 1.0, None
-        rgba = np.ones(4) if effect.transparent is None else np.array([*effect.transparent, 1.0][:4], float)
+            return 1.0, np.round(alpha.clip(0, 1) * 255).astype(np.uint8)
+        rgba = np.array([*effect.transparent, 1.0][:4], float) if "transparent" in said else np.ones(4)
         amount = rgba[3] if mode.startswith("A") else rgba[:3] @ LUMINANCE
         return float(np.clip(amount * share if mode.endswith("ONE") else 1 - amount * share, 0, 1)), None
 

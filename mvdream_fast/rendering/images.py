@@ -61,6 +61,16 @@ def _shrunk(pixels: np.ndarray) -> np.ndarray:
     return np.round(small.clip(0, 1) * 255).astype(np.uint8)
 
 
+def with_alpha(base: np.ndarray | None, alpha: np.ndarray) -> np.ndarray:
+    """RGBA of `base` [h, w, 4] (white where there is none) and another image's `alpha` [h', w'], brought to its size."""
+    from PIL import Image
+
+    if base is None:
+        return np.dstack([np.full((*alpha.shape, 3), 255, np.uint8), alpha])
+    size = (base.shape[1], base.shape[0])
+    return np.dstack([base[..., :3], np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BILINEAR))])
+
+
 def mirrored(texture: Texture, axes: tuple[bool, bool]) -> Texture:
     """A texture that repeats in turn as it is and mirrored, along u and v: its period is twice the image."""
     pixels, uv = texture.pixels, texture.uv

@@ -35,7 +35,8 @@ def load_mesh(source: Path | bytes, file_type: str | None = None, siblings: Mapp
     files = Folder(source) if siblings is None else siblings
     reading = Reading(files)
     try:
-        parts = list(READERS[file_type](read_bytes(source, name), reading))
+        with np.errstate(all="ignore"):  # numbers that are none are looked for in what comes out
+            parts = list(READERS[file_type](read_bytes(source, name), reading))
         visible = _visible(parts, reading)
     except MeshError as error:
         raise MeshError(str(error) if name in str(error) else f"{name}: {error}") from None

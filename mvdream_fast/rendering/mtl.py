@@ -38,18 +38,24 @@ class Material:
         return np.array([*to_linear(np.clip(np.broadcast_to(rgb, 3), 0, 1)), np.clip(opacity, 0, 1)])
 
     def look(self, reading: Reading) -> dict:
-        """What Part wants to know beside colours; textures as functions of their coordinates."""
+        """What Part wants to know beside colours; textures as functions of their coordinates.
+
+        map_d is its image's alpha where it has one, else its lightness.
+        """
+        from PIL import Image
+
         base, clear = (self._pixels(key, reading) for key in ("map_kd", "map_d"))
         glow = self._pixels("map_ke", reading)
         if clear is not None:
-            base = with_alpha(base, clear)
+            alpha = clear[..., 3] if clear[..., 3].min() < 255 else np.asarray(Image.fromarray(clear).convert("L"))
+            base = images.with_alpha(base, alpha)
         emission = np.array(self.emission if any(self.emission) or glow is None else (1.0, 1, 1))
         place = self.maps.get("map_kd", self.maps.get("map_d"))
         return {
             "texture": None if base is None else place.texture(base),
             "emission": tuple(map(float, to_linear(np.clip(emission, 0, 1)))),
             "emission_texture": None if glow is None else self.maps["map_ke"].texture(glow),
-            "blend": clear is not None or self.colour()[3] < 1,
+            "blend": clear is not None or bool(self.colour()[3] < 1),
             "cutoff": HOLE,
             "material": self.name,
         }
@@ -140,14 +146,3 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def with_alpha(base: np.ndarray | None, clear: np.ndarray) -> np.ndarray:
-    """The image with map_d as its alpha: that image's own where it has one, else its lightness."""
-    from PIL import Image
-
-    alpha = clear[..., 3] if clear[..., 3].min() < 255 else np.asarray(Image.fromarray(clear).convert("L"))
-    if base is None:
-        return np.dstack([np.full((*alpha.shape, 3), 255, np.uint8), alpha])
-    size = (base.shape[1], base.shape[0])
-    return np.dstack([base[..., :3], np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BILINEAR))])

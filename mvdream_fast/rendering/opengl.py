@@ -48,7 +48,6 @@ vec3 to_linear(vec3 x) {
 }
 void main() {
     vec4 base = clamp(c * texture(image, t), 0.0, 1.0);
-    vec3 glow = emission * texture(glow_image, g).rgb;
     if (base.a < alphas.x || base.a >= alphas.y || !(double_sided || gl_FrontFacing)) discard;
     vec3 view = normalize(eye - p);
     vec3 face = normalize(cross(dFdx(p), dFdy(p)));
@@ -59,7 +58,10 @@ void main() {
     float shade = light.x + light.y * m.z + light.z * max(dot(m, view), 0.0);
     shade += light.w * max(dot(m, key_direction), 0.0);
     vec3 rgb = clamp(to_srgb(base.rgb) * mix(1.0, shade, lit), 0.0, 1.0);
-    if (emission != vec3(0.0)) rgb = to_srgb(clamp(to_linear(rgb) + glow, 0.0, 1.0));
+    if (emission != vec3(0.0)) {
+        vec3 glow = emission * texture(glow_image, g).rgb;
+        rgb = to_srgb(clamp(to_linear(rgb) + glow, 0.0, 1.0));
+    }
     float alpha = blend ? base.a : 1.0;
     result = vec4(rgb * alpha, alpha);
 }
@@ -120,7 +122,9 @@ class GLRenderer:
 
     def _draw(self, batches, c2w, fovy, size, samples, lit):
         columns = max(1, ATLAS // (size * samples))
-        big, big_colour, small = self._target(columns * size, samples)
+        # Eight bits of colour times a small alpha would keep few of the colour's.
+        dtype = "f2" if any(batch.look.blend for batch in batches) else "f1"
+        big, big_colour, small = self._target(columns * size, samples, dtype)
         out = np.empty((len(c2w), size, size, 4), np.uint8)
         for start in range(0, len(c2w), columns * columns):
             chunk = range(start, min(start + columns * columns, len(c2w)))
@@ -172,14 +176,15 @@ class GLRenderer:
         self.triangle.render(self.gl.TRIANGLES, vertices=3)
         return np.frombuffer(small.read(components=4, alignment=1), np.uint8).reshape(small.height, small.width, 4)
 
-    def _target(self, side: int, samples: int):
-        if (side, samples) not in self.targets:
+    def _target(self, side: int, samples: int, dtype: str):
+        key = (side, samples, dtype)
+        if key not in self.targets:
             large = (side * samples, side * samples)
-            colour = self.context.texture(large, 4)
+            colour = self.context.texture(large, 4, dtype=dtype)
             big = self.context.framebuffer([colour], self.context.depth_renderbuffer(large))
             small = self.context.framebuffer([self.context.texture((side, side), 4)])
-            self.targets[side, samples] = big, colour, small
-        return self.targets[side, samples]
+            self.targets[key] = big, colour, small
+        return self.targets[key]
 
     def _upload(self, mesh: Mesh) -> list["_Batch"]:
         """One draw call for all plain parts that look the same but for their colours, and one for each other part."""
