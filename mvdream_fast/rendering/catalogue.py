@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mvdream_fast.core.colour import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.captions import clean
-from mvdream_fast.rendering.mesh import Mesh, MeshError
+from mvdream_fast.rendering.mesh import Mesh, MeshError, Part
 from mvdream_fast.rendering.mesh_file import FOREIGN, FORMATS, WORLD_FROM_GLTF, load_mesh
 from mvdream_fast.rendering.reading import MAX_FILE_BYTES
 
@@ -49,7 +50,8 @@ class Entry:
         """Returns the mesh in the world frame, not yet normalised. Raises MeshError."""
         if not self.member:
             return load_mesh(self.archive)
-        mesh = _load_member(self.archive, self.member).brightened(GAIN)
+        mesh = _load_member(self.archive, self.member)
+        mesh = replace(mesh, parts=tuple(map(_untinted, mesh.parts))).brightened(GAIN)
         if self.rotation is None:
             return mesh
         # The catalogue turns y-up meshes, ours are z-up already: conjugate by the change of axes.
@@ -175,6 +177,17 @@ class _Members(Mapping):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _untinted(part: Part) -> Part:
+    """These libraries leave a dark or arbitrary diffuse beside a texture: only gray textures take its hue."""
+    if part.texture is None:
+        return part
+    mean, rgb = part.texture.pixels[..., :3].reshape(-1, 3).mean(0) / 255, to_srgb(part.colours[0, :3])
+    coloured = rgb.max() < 0.05 or mean.max() - mean.min() > 0.08
+    colours = part.colours.copy()
+    colours[:, :3] = 1 if coloured else to_linear(rgb / rgb.max())
+    return replace(part, colours=colours)
 
 
 @lru_cache(maxsize=8)

@@ -62,7 +62,7 @@ def _shrunk(pixels: np.ndarray) -> np.ndarray:
 
 
 def with_alpha(base: np.ndarray | None, alpha: np.ndarray) -> np.ndarray:
-    """RGBA of `base` [h, w, 4] (white where there is none) and another image's `alpha` [h', w'], brought to its size."""
+    """`base` [h, w, 4] (white where there is none) with another image's `alpha` [h', w'], brought to its size."""
     from PIL import Image
 
     if base is None:

@@ -1,6 +1,6 @@
 """Mesh files into the world frame: which formats there are, and one sentence for all that can be wrong with a file.
 
-Each format has a reader of its own (gltf_scene, obj, ply, dae); trimesh reads STL, OFF and 3MF.
+Each format has a reader of its own (gltf_scene, obj, ply, dae, off); trimesh reads STL and 3MF.
 """
 
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mvdream_fast.rendering import dae, gltf_scene, obj, ply
+from mvdream_fast.rendering import dae, gltf_scene, obj, off, ply
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part
 from mvdream_fast.rendering.polygons import part
 from mvdream_fast.rendering.reading import Folder, Reading, check_archive, read_bytes
@@ -60,12 +60,13 @@ def _visible(parts: list[Part], reading: Reading) -> tuple[Part, ...]:
 
 
 def _through_trimesh(file_type: str):
-    """A reader for formats of plain triangles, with colours where trimesh finds any."""
+    """A reader for formats of triangles without colours, or whose colours are noted as left out (3MF)."""
 
     def read(content: bytes, reading: Reading) -> Iterator[Part]:
         import trimesh
 
-        check_archive(content)
+        if check_archive(content):
+            reading.note("the colours of a 3MF file are not drawn; convert it to GLB")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             scene = trimesh.load(io.BytesIO(content), file_type=file_type, force="scene", process=False)
@@ -86,6 +87,7 @@ READERS = {
     "obj": obj.read,
     "dae": dae.read,
     "ply": ply.read,
-    **{kind: _through_trimesh(kind) for kind in ("stl", "3mf", "off")},
+    "off": off.read,
+    **{kind: _through_trimesh(kind) for kind in ("stl", "3mf")},
 }
 FORMATS = tuple(READERS)

@@ -72,13 +72,16 @@ def read_bytes(source: Path | bytes, name: str) -> bytes:
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
-def check_archive(content: bytes) -> None:
-    """A 3MF is a zip: its unpacked size is capped as well."""
-    if content[:4] == b"PK\x03\x04":
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            total = sum(info.file_size for info in archive.infolist())
+def check_archive(content: bytes) -> bool:
+    """Whether a 3MF has colours. It is a zip, and its unpacked size is capped as well."""
+    if content[:4] != b"PK\x03\x04":
+        return False
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        total = sum(info.file_size for info in archive.infolist())
         if total > MAX_FILE_BYTES:
             raise MeshError(f"unpacks to {total >> 20} MB, at most {MAX_FILE_BYTES >> 20} are taken")
+        models = [archive.read(name) for name in archive.namelist() if name.lower().endswith(".model")]
+    return any(b' pid="' in model for model in models)
 
 
 def text_of(content: bytes) -> str:

@@ -68,6 +68,10 @@ def colour(text: str) -> str:
     return f"<diffuse><color>{text}</color></diffuse>"
 
 
+def share(number: float) -> str:
+    return f"<transparency><float>{number}</float></transparency>"
+
+
 TEXTURE = '<diffuse><texture texture="samp" texcoord="UV"/></diffuse>'
 
 
@@ -103,15 +107,15 @@ def test_node_trees():
     ("effect", "opacity"),
     [
         ("", 1),
-        ("<transparency><float>0.25</float></transparency>", 0.25),
+        (share(0.25), 0.25),
         ("<transparent><color>1 1 1 0.5</color></transparent>", 0.5),
-        ('<transparent opaque="A_ONE"><color>0 0 0 1</color></transparent><transparency><float>0.4</float></transparency>', 0.4),
+        ('<transparent opaque="A_ONE"><color>0 0 0 1</color></transparent>' + share(0.4), 0.4),
         ('<transparent opaque="RGB_ZERO"><color>0 0 0 1</color></transparent>', 1),
-        ('<transparent opaque="RGB_ZERO"><color>1 1 1 1</color></transparent><transparency><float>0.25</float></transparency>', 0.75),
+        ('<transparent opaque="RGB_ZERO"><color>1 1 1 1</color></transparent>' + share(0.25), 0.75),
         ('<transparent opaque="A_ZERO"><color>0 0 0 0.75</color></transparent>', 0.25),
         ('<transparent opaque="RGB_ONE"><color>0 1 0 1</color></transparent>', 0.71516),
     ],
-)  # fmt: skip
+)
 def test_four_ways_to_say_how_clear(renderer, effect, opacity):
     mesh = load(dae(colour("1 0 0 1") + effect))
     assert mesh.parts[0].opacity == pytest.approx(opacity, abs=1e-5)

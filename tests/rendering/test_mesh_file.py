@@ -1,5 +1,6 @@
 """Reading meshes: formats, axes, materials, caps, and damaged files that may only raise MeshError."""
 
+import io
 import json
 import struct
 import tracemalloc
@@ -16,6 +17,8 @@ from mvdream_fast.rendering import polygons, reading
 from mvdream_fast.rendering.catalogue import parse_properties, read_folder, read_sweethome3d
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part, Texture
 from mvdream_fast.rendering.mesh_file import load_mesh
+from mvdream_fast.scene.mesh.export import mesh_bytes
+from mvdream_fast.scene.mesh.mesh import Mesh as SceneMesh
 
 
 def arrow() -> trimesh.Trimesh:
@@ -321,6 +324,82 @@ def test_a_folder_without_meshes(tmp_path):
         read_folder(tmp_path)
     with pytest.raises(InputFileError, match="is not a folder of meshes"):
         read_folder(tmp_path / "nothing")
+
+
+OFF_SQUARE = "4 {faces} 0\n-1 -1 0{0}\n1 -1 0{1}\n# a comment\n1 1 0{2}\n-1 1 0{3}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("OFF " + OFF_SQUARE.format("", "", "", "", faces=1) + "4 0 1 2 3\n", [(204, 204, 204, 255)] * 4),
+        ("OFF\n" + OFF_SQUARE.format("", "", "", "", faces=1) + "4 0 1 2 3 255 128 0\n", [(255, 128, 0, 255)] * 4),
+        ("OFF\n" + OFF_SQUARE.format("", "", "", "", faces=1) + "4 0 1 2 3 1.0 0.5 0 0.2\n", [(255, 128, 0, 51)] * 4),
+        ("COFF\n" + OFF_SQUARE.format(*[" 255 0 0 255", " 0 0 255 255"] * 2, faces=1) + "4 0 1 2 3\n",
+         [(255, 0, 0, 255), (0, 0, 255, 255)] * 2),
+        ("CNOFF\n" + OFF_SQUARE.format(*[" 0 0 1 0 255 0 255"] * 4, faces=1) + "4 0 1 2 3\n", [(0, 255, 0, 255)] * 4),
+    ],
+)  # fmt: skip
+def test_colours_of_off_files(text, expected):
+    (part,) = load_mesh(text.encode(), "off").parts
+    around = np.argsort(np.arctan2(part.positions[:, 2], part.positions[:, 0]))
+    rgba = np.hstack([shown(part), part.colours[:, 3:]])[around]
+    np.testing.assert_array_equal(np.round(rgba * 255), expected)
+    assert len(part.faces) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "promises more rows than the file has"),
+        ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 3\n", "a face refers to a vertex that is not there: there are 3"),
+        ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n4 0 1 2\n", "a face refers to a vertex that is not there"),
+        ("4OFF\n3 1 0\n", "is no text OFF"),
+    ],
+)
+def test_damaged_off_files(text, message):
+    with pytest.raises(MeshError, match=f"off mesh: {message}"):
+        load_mesh(text.encode(), "off")
+
+
+def test_colours_of_3mf_are_said_to_be_left_out():
+    plain = trimesh.creation.box().export(file_type="3mf")
+    assert load_mesh(plain, "3mf").notes == ()
+    coloured = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(plain)) as old, zipfile.ZipFile(coloured, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"<object ", b'<object pid="1" pindex="0" '))
+    assert load_mesh(coloured.getvalue(), "3mf").notes == (
+        "the colours of a 3MF file are not drawn; convert it to GLB",
+    )
+
+
+def our_mesh(**more) -> SceneMesh:
+    """A square in the world frame that looks to the front, -Y, in the four sRGB colours of OURS."""
+    vertices = np.array([(-1, 0, -1), (1, 0, -1), (1, 0, 1), (-1, 0, 1)], np.float32)
+    faces = np.array([(0, 1, 2), (0, 2, 3)], np.int32)
+    return SceneMesh(vertices, faces, np.array(OURS, np.float32) / 255, **more)
+
+
+OURS = [(255, 0, 0), (10, 128, 240), (204, 204, 204), (3, 60, 7)]
+
+
+@pytest.mark.parametrize("kind", ["glb", "ply", "obj"])
+def test_our_own_meshes_come_back_with_their_colours(kind):
+    mesh = our_mesh()
+    (part,) = load_mesh(mesh_bytes(mesh, kind), kind).parts
+    at = [int(np.abs(part.positions - corner).sum(1).argmin()) for corner in mesh.vertices]
+    np.testing.assert_allclose(part.positions[at], mesh.vertices, atol=1e-6)
+    np.testing.assert_allclose(shown(part)[at] * 255, OURS, atol=0.01)
+
+
+def test_our_own_texture_comes_back():
+    texture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    uvs = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], np.float32)
+    (part,) = load_mesh(mesh_bytes(our_mesh(texture=texture, uvs=uvs), "glb"), "glb").parts
+    np.testing.assert_array_equal(part.texture.pixels[..., :3], texture)
+    np.testing.assert_allclose(part.texture.uv, np.stack([uvs[:, 0], 1 - uvs[:, 1]], 1), atol=1e-6)
+    np.testing.assert_array_equal(part.colours, np.ones((4, 4)))
 
 
 def test_a_mesh_without_any_colour_is_light_gray():
