@@ -1,7 +1,7 @@
 """COLLADA: pycollada parses it and places the geometries; here their inputs and effects become parts.
 
 pycollada's own binding forgets colours, texture sets, wrap modes and how opacity is meant. Colours are sRGB, as viewers
-take them (three.js, MeshLab): the format is silent. Skins are shown in their bind shape.
+take them (three.js, MeshLab): the format is silent.
 """
 
 import io
@@ -34,7 +34,9 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
 
     document = Collada(io.BytesIO(content), ignore=[DaeBrokenRefError, DaeUnsupportedError])
     turn = Y_UP_FROM[document.assetInfo.upaxis or "Y_UP"]
-    for bound in _bound(document):
+    for error in document.errors:
+        reading.note(str(error))
+    for bound in _bound(document, reading):
         for primitive in bound.original.primitives:
             if isinstance(primitive, LineSet):
                 reading.note("points and lines have no surface and are not drawn")
@@ -43,14 +45,21 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
                 yield _part(primitive, turn @ bound.matrix[:3], node, reading)
 
 
-def _bound(document) -> Iterator:
+def _bound(document, reading: Reading) -> Iterator:
+    """Every geometry of the scene in its place; without a scene, all there are."""
+    from collada.controller import BoundSkin
+
     if document.scene is None:
         yield from (geometry.bind(np.eye(4), {}) for geometry in document.geometries)
         return
     yield from document.scene.objects("geometry")
     for controller in document.scene.objects("controller"):
-        if hasattr(controller, "geometry"):
+        if isinstance(controller, BoundSkin):
+            reading.note("a skin is shown in its bind shape")
             yield controller.geometry
+        else:
+            reading.note("a morphed geometry is shown as it is without its targets")
+            yield controller.original.source_geometry.bind(controller.matrix, controller.materialnodebysymbol)
 
 
 def _part(primitive, matrix: np.ndarray, node, reading: Reading) -> Part:

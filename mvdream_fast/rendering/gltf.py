@@ -47,6 +47,7 @@ COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_mesh
 COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")
+IMAGE_EXTENSIONS = {"EXT_texture_webp": "WEBP", "EXT_texture_avif": "AVIF"}
 
 
 class Document:
@@ -141,8 +142,8 @@ class Document:
         """The pixels of a texture, [th, tw, 4] uint8, and its sampler's JSON."""
         texture = self.get("textures", index)
         extensions = texture.get("extensions", {})
-        ours = [extensions[name] for name in ("EXT_texture_webp", "EXT_texture_avif") if name in extensions]
-        source = ours[0]["source"] if ours else texture.get("source")
+        better = [name for name, kind in IMAGE_EXTENSIONS.items() if name in extensions and images.readable(kind)]
+        source = extensions[better[0]]["source"] if better else texture.get("source")
         if source is None:
             raise MeshError(needs(list(extensions) or ["a texture without an image"]))
         return self.image(source), self.get("samplers", texture["sampler"]) if "sampler" in texture else {}

@@ -19,9 +19,7 @@ def decode(content: bytes, formats: tuple[str, ...] | None = None) -> np.ndarray
     """
     from PIL import Image
 
-    Image.init()
-    # AVIF came with Pillow 11.3.
-    known = None if formats is None else [kind for kind in formats if kind in Image.OPEN]
+    known = None if formats is None else [kind for kind in formats if readable(kind)]
     # Pillow's own limit would come first, as a warning or with another sentence.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -34,6 +32,14 @@ def decode(content: bytes, formats: tuple[str, ...] | None = None) -> np.ndarray
         raise MeshError(f"a texture is damaged, or not {kinds} ({error})") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def readable(kind: str) -> bool:
+    """Whether Pillow reads that kind of image: AVIF came with 11.3."""
+    from PIL import Image
+
+    Image.init()
+    return kind in Image.OPEN
 
 
 def _rgba(image) -> np.ndarray:

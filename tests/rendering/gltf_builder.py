@@ -95,6 +95,48 @@ class Builder:
         return load_mesh(self.glb(), "glb")
 
 
+def sparse(builder: Builder, rows, values, count: int, **base) -> int:
+    """An accessor of `count` vectors whose `rows` are replaced."""
+    return builder.add(
+        "accessors",
+        {"componentType": 5126, "count": count, "type": "VEC3"}
+        | base
+        | {
+            "sparse": {
+                "count": len(rows),
+                "indices": {"componentType": 5123, "bufferView": builder.view(np.array(rows, "<u2").tobytes())},
+                "values": {"bufferView": builder.view(np.array(values, "<f4").tobytes())},
+            }
+        },
+    )
+
+
+def two_scenes() -> Builder:
+    """A square at 0 in the first scene, one at x = 5 in the second."""
+    builder = Builder()
+    builder.show(builder.square())
+    builder.show(builder.square(), translation=[5, 0, 0])
+    builder.tree["scenes"] = [{"nodes": [0]}, {"nodes": [1]}]
+    return builder
+
+
+def skinned() -> Builder:
+    """A square whose upper corners hang on a joint that stands one higher than in its bind pose."""
+    builder = Builder()
+    square = builder.square(
+        JOINTS_0=builder.accessor([(0, 1, 0, 0)] * 4, "u1"),
+        WEIGHTS_0=builder.accessor([(1, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0.5, 0.5, 0, 0)]),
+    )
+    builder.show(square, skin=0, translation=[100, 0, 0])  # which a skin does not follow
+    inverse = np.eye(4)
+    inverse[1, 3] = -2  # bound at y = 2
+    matrices = builder.accessor([np.eye(4).reshape(-1), inverse.T.reshape(-1)])
+    builder.tree["nodes"] += [{"children": [2]}, {"translation": [0, 3, 0]}]
+    builder.tree["scenes"][0]["nodes"].append(1)
+    builder.tree["skins"] = [{"joints": [1, 2], "inverseBindMatrices": matrices}]
+    return builder
+
+
 def encoded(pixels, kind: str = "PNG", **options) -> bytes:
     """[h, w] or [h, w, 3 or 4] as a file of an image."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels, np.uint8))

@@ -171,6 +171,38 @@ def test_what_is_missing_is_said():
     np.testing.assert_allclose(to_srgb(mesh.parts[0].colours[0, :3]), 0.8, atol=1e-6)
 
 
+def test_skins_and_morphs_are_shown_unmoved():
+    """A bind shape of half the size; and a morph, whose targets are left out."""
+    names = (
+        '<source id="j"><Name_array id="ja" count="1">b</Name_array><technique_common><accessor source="#ja" count="1">'
+    )
+    names += '<param name="JOINT" type="Name"/></accessor></technique_common></source>'
+    eye = source("b", [np.eye(4).reshape(-1)], ["TRANSFORM"]).replace('type="float"/>', 'type="float4x4"/>', 1)
+    eye = eye.replace('stride="1"', 'stride="16"')
+    skin = f"""<library_controllers><controller id="k"><skin source="#g">
+<bind_shape_matrix>0.5 0 0 0 0 0.5 0 0 0 0 1 0 0 0 0 1</bind_shape_matrix>{names}{eye}{source("w", [(1,)], ["WEIGHT"])}
+<joints><input semantic="JOINT" source="#j"/><input semantic="INV_BIND_MATRIX" source="#b"/></joints>
+<vertex_weights count="4"><input semantic="JOINT" source="#j" offset="0"/>
+<input semantic="WEIGHT" source="#w" offset="1"/><vcount>1 1 1 1</vcount><v>0 0 0 0 0 0 0 0</v></vertex_weights>
+</skin></controller></library_controllers><library_visual_scenes>"""
+    goals = names.replace("Name_array", "IDREF_array").replace(">b<", ">g<").replace("JOINT", "MORPH_TARGET")
+    goals = goals.replace('"Name"', '"IDREF"')
+    targets = f"""<library_controllers><controller id="k"><morph source="#g" method="NORMALIZED">{goals}
+{source("w", [(1,)], ["MORPH_WEIGHT"])}<targets><input semantic="MORPH_TARGET" source="#j"/>
+<input semantic="MORPH_WEIGHT" source="#w"/></targets></morph></controller></library_controllers>
+<library_visual_scenes>"""
+    for library, half, note in (
+        (skin, 0.5, "a skin is shown in its bind shape"),
+        (targets, 1, "a morphed geometry is shown as it is without its targets"),
+    ):
+        text = dae(colour("1 1 1 1")).decode().replace("<library_visual_scenes>", library)
+        text = text.replace('instance_geometry url="#g"', 'instance_controller url="#k"')
+        mesh = load(text.replace("</instance_geometry>", "</instance_controller>").encode())
+        found = corners(mesh).reshape(-1, 3)
+        np.testing.assert_allclose([found.min(0), found.max(0)], [(-half, -half, 0), (half, half, 0)], atol=1e-6)
+        assert mesh.notes == (note,)
+
+
 @pytest.mark.parametrize("content", [b"", b"<a/>", dae().replace(b"0 1 2 3</p>", b"0 1 2 9</p>"), dae()[:900]])
 def test_damaged_files(content):
     with pytest.raises(MeshError, match="dae mesh"):
