@@ -33,7 +33,7 @@ from mvdream_fast.rendering.plan import SHARD_ASSETS, AssetPlan, Selection, plan
 from mvdream_fast.rendering.survey import Survey, survey
 
 SETTINGS, SURVEYS, DRAWN, SUMMARY = "render.json", "surveys.json", "drawn.json", "summary.json"
-VERSION = 3  # of the pictures and captions: a folder begun by another version is not continued
+VERSION = 3  # of the images and captions: a folder begun by another version is not continued
 
 _renderer = None
 

@@ -22,7 +22,7 @@ READ = {
     "EXT_mesh_gpu_instancing", "EXT_texture_avif", "EXT_texture_webp",
 }  # fmt: skip
 # The renderer shows base colour under a light of its own: what these say changes nothing of it.
-REFLECTIONS, LIGHTS, BEHAVIOUR = "only reflections change", "the light is the renderer's", "nothing moves in a picture"
+REFLECTIONS, LIGHTS, BEHAVIOUR = "only reflections change", "the light is the renderer's", "nothing moves in an image"
 HARMLESS = {
     "KHR_materials_anisotropy": REFLECTIONS,
     "KHR_materials_clearcoat": REFLECTIONS,

@@ -1,4 +1,4 @@
-"""Images of materials: decoded under caps to RGBA, and shrunk in linear light to what a picture can show."""
+"""Images of materials: decoded under caps to RGBA, and shrunk in linear light to what a render can show."""
 
 import io
 from dataclasses import replace

@@ -24,7 +24,7 @@ def load_mesh(source: Path | bytes, file_type: str | None = None, siblings: Mapp
     """Reads a mesh in any of FORMATS into the world frame (files are taken as y up with the front at +Z).
 
     Only `siblings` (or the folder's own files) are ever opened for materials and textures: no URI, no parent folder.
-    What a file holds and a picture of it does not is in the mesh's notes.
+    What a file holds and an image of it does not is in the mesh's notes.
     Raises: MeshError for everything that the reader, the caps or an empty scene can object to.
     """
     name = source.name if isinstance(source, Path) else f"{file_type} mesh"
