@@ -108,7 +108,7 @@ def tune(args: argparse.Namespace, subject: Subject, folder: Path, **more) -> fl
         if (folder / "config.json").exists():
             flags = dataclasses.replace(flags, resume_from_checkpoint="latest")
         start = time.perf_counter()
-        code = runs.run_flags(dataclasses.asdict(dataclasses.replace(flags, **more)))
+        code = runs.run_flags(dataclasses.replace(flags, **more))
         if code:
             raise SystemExit(code)
         note.write_text(f"{time.perf_counter() - start:.1f}")

@@ -1,9 +1,8 @@
 """`python -m mvdream_fast.dreambooth`: teaches a multi-view model the subject of a few photos.
 
-Flags are named as in diffusers' DreamBooth script (underscores or dashes). The work is tuning/runs.py's.
+Flags are named as in diffusers' DreamBooth script, with dashes or underscores. The work is tuning/runs.py's.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ class Flags:
     """what the photos show, with the instance token: "a photo of a sks chair" """
     instance_token: str = "sks"
     """the word that stands for the subject; small models get a row of their own for it"""
-    model: Annotated[str, tyro.conf.arg(aliases=["--pretrained-model-name-or-path"])] = "embedded"
+    model: Annotated[cli.Model, tyro.conf.arg(aliases=["--pretrained-model-name-or-path"])] = "embedded"
     """a model folder, a released checkpoint, or "embedded": the small model that ships with the package"""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o", "--output-dir"])] = None
     """folder of the run, new or empty (default: one under outputs/ named after the prompt, the time and the seed)"""
@@ -69,11 +68,11 @@ class Flags:
     guidance_scale: float = 5.0
     """of the sample sheets and of dreambooth3d's pseudo views"""
     checkpointing_steps: int = 200
-    resume_from_checkpoint: Annotated[str, tyro.conf.arg(aliases=["--resume"])] = ""
-    """go on with a run: its folder, or "latest" (of -o, or of outputs/). Settings come from the run; --max_train_steps
-    may raise the number of steps"""
+    resume_from_checkpoint: Annotated[cli.Run | None, tyro.conf.arg(aliases=["--resume"])] = None
+    """go on with a run: its folder, or "latest" (of -o, or of outputs/). What the run is stays as it was begun;
+    --max-train-steps may raise the number of steps, and the flags of checkpoints and sample sheets count"""
     partial_steps: int | None = None
-    """dreambooth3d: updates of the partial tuning (default: 150; small models: a quarter of --max_train_steps)"""
+    """dreambooth3d: updates of the partial tuning (default: 150; small models: a quarter of --max-train-steps)"""
     sds_steps: int | None = None
     """dreambooth3d: steps of each volume (default: the preset's)"""
     sds_preset: str = "auto"
@@ -94,6 +93,8 @@ class Flags:
     threads: int | None = None
     """CPU threads; by default one a core"""
     quiet: bool = False
+    """print nothing but errors"""
+    given: cli.Given = frozenset()
 
 
 AT_LEAST_ONE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "threads",
@@ -114,32 +115,26 @@ def check_flags(flags: Flags) -> None:
 
     if not flags.resume_from_checkpoint:
         if flags.instance_data_dir is None:
-            raise ArgumentError("--instance_data_dir is missing; name the folder of the photos")
+            raise ArgumentError("--instance-data-dir is missing; name the folder of the photos")
         _check_token(check_prompt(flags.instance_prompt), flags.instance_token)
     if flags.validation_prompt:
         check_prompt(flags.validation_prompt)
-    for name in AT_LEAST_ONE:
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name} must be at least 1, got {value}")
-    for name in NOT_NEGATIVE:
-        value = getattr(flags, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ArgumentError(f"--{name} must not be negative, got {value}")
+    cli.check_at_least(flags, 1, *AT_LEAST_ONE)
+    cli.check_at_least(flags, 0, *NOT_NEGATIVE)
     for name, low, high in (("learning_rate", 0, 1), ("adam_epsilon", 0, 1), ("max_grad_norm", 0, float("inf")),
                             ("pseudo_strength", 0, 1), ("pseudo_share", 0, 1)):  # fmt: skip
         value = getattr(flags, name)
         if value is not None and not low < value <= high:
-            raise ArgumentError(f"--{name} must be over {low} and at most {high}, got {value}")
+            raise ArgumentError(f"{cli.option(name)} must be over {low} and at most {high}, got {value}")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(flags, name) < 1:
-            raise ArgumentError(f"--{name} must be from 0 to under 1, got {getattr(flags, name)}")
+            raise ArgumentError(f"{cli.option(name)} must be from 0 to under 1, got {getattr(flags, name)}")
     if not abs(flags.guidance_scale) < 1e6:
-        raise ArgumentError(f"--guidance_scale must be a finite number, got {flags.guidance_scale}")
+        raise ArgumentError(f"--guidance-scale must be a finite number, got {flags.guidance_scale}")
     if not 0 <= flags.seed < 2**63:
         raise ArgumentError(f"--seed must be from 0 to 2**63 - 1, got {flags.seed}")
     if flags.lora_rank and flags.train_text_encoder:
-        raise ArgumentError("--lora_rank tunes the UNet alone; leave out --train_text_encoder, or --lora_rank")
+        raise ArgumentError("--lora-rank tunes the UNet alone; leave out --train-text-encoder, or --lora-rank")
 
 
 def _check_token(prompt: str, token: str) -> None:
@@ -148,10 +143,10 @@ def _check_token(prompt: str, token: str) -> None:
 
     word = check_prompt(token)
     if not word.isalnum():
-        raise ArgumentError(f"--instance_token must be one word of letters and digits, got {token!r}")
+        raise ArgumentError(f"--instance-token must be one word of letters and digits, got {token!r}")
     if word not in "".join(c if c.isalnum() else " " for c in prompt).split():
         raise ArgumentError(
-            f'--instance_prompt must hold the token {word!r}, got {prompt!r}; write "a photo of a {word} chair"'
+            f'--instance-prompt must hold the token {word!r}, got {prompt!r}; write "a photo of a {word} chair"'
         )
 
 
@@ -164,7 +159,7 @@ def main(flags: Flags) -> None:
     cli.set_threads(flags.threads)
     from mvdream_fast.tuning import runs
 
-    code = runs.run_flags(dataclasses.asdict(flags))
+    code = runs.run_flags(flags)
     if code:
         sys.exit(code)
 

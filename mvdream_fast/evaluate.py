@@ -49,7 +49,7 @@ class Flags:
     The judge is a small image-text model trained on the training renders alone: in-domain figures, no CLIP scores.
     """
 
-    targets: Annotated[tuple[str, ...], conf.Positional, conf.arg(metavar="MODEL|RUN")] = ()
+    targets: Annotated[tuple[cli.Place, ...], conf.Positional, conf.arg(metavar="MODEL|RUN")] = ()
     """Model folders or names, and run folders; by default "embedded", the small model that ships with the package."""
     json: Path | None = None
     """A new file for all figures."""
@@ -102,10 +102,7 @@ def main(flags: Flags) -> None:
 
 def check_flags(flags: Flags) -> None:
     """Refuses what no evaluation can use, before torch is imported. Raises UserError."""
-    for name in ("steps", "seeds", "threads"):
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name} must be at least 1, got {value}")
+    cli.check_at_least(flags, 1, "steps", "seeds", "threads")
     if not abs(flags.guidance_scale) < 1e6:
         raise ArgumentError(f"--guidance-scale must be a finite number, got {flags.guidance_scale}")
     repeated = sorted({target for target in flags.targets if flags.targets.count(target) > 1})

@@ -26,7 +26,6 @@ from mvdream_fast.models.tokenizer import check_prompt
 if TYPE_CHECKING:
     from mvdream_fast.pipeline import MVDreamPipeline, Views
 
-OUTPUTS = Path("outputs")
 PROGRESS_EVERY_S = 2.0  # seconds between the progress lines of a run without a terminal
 
 
@@ -38,7 +37,7 @@ class Flags:
     """What to draw, for example "a brown bulldog"."""
     prompt: str | None = None
     """The same as a flag."""
-    model: str | None = None
+    model: cli.Model | None = None
     """A model folder or a released file; by default "embedded", the small model that ships with the package."""
     n_views: int = 4
     """Views, evenly spaced around the object."""
@@ -47,7 +46,7 @@ class Flags:
     guidance_scale: float = 7.5
     """How closely to follow the prompt; 1 asks without guidance, at half of the cost."""
     elevation_deg: float = 15.0
-    """Height of the cameras over the horizon."""
+    """Height of the cameras over the horizon, from -90 to 90."""
     azimuth_start_deg: float = 0.0
     """Where the first camera stands: 0 in front of the object, 90 at its left."""
     azimuth_span_deg: float = 360.0
@@ -59,8 +58,9 @@ class Flags:
     seed: int | Literal["random"] = 0
     """The same seed gives the same views."""
     output: Annotated[Path | None, conf.arg(aliases=["-o"])] = None
-    """The folder of the views itself, new or empty; by default one under outputs/ named after the prompt, the time and
-    the seed. (sds's -o is the root under which such folders are made.)"""
+    """The folder of the views itself, new or empty; by default one under --root."""
+    root: Path = run_folder.OUTPUTS
+    """Where folders named after the prompt, the time and the seed are made; ROOT/latest links to the last one."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -97,11 +97,7 @@ def main(flags: Flags) -> None:
             callback=callback,
             warn=lambda _: None,
         )
-    folder = (
-        run_folder.make_output_folder(flags.output)
-        if flags.output
-        else run_folder.make_run_folder(OUTPUTS, prompt, seed)
-    )
+    folder = run_folder.new_folder(flags.output, flags.root, prompt, seed)
     _fill(folder, _files(views, _config(flags, pipe, views, suffix)))
     print(folder if flags.quiet else f"wrote {len(views.tensor)} views to {folder}/ (all of them in views.png)")
 
@@ -116,26 +112,15 @@ def check_flags(flags: Flags) -> str:
     check_prompt(prompt)
     check_prompt(flags.negative_prompt, allow_empty=True)
     ddim_timesteps(flags.steps)
-    if flags.n_views < 1:
-        raise ArgumentError(f"--n-views must be at least 1, got {flags.n_views}; the models were trained with 4")
-    if flags.threads is not None and flags.threads < 1:
-        raise ArgumentError(f"--threads must be at least 1, got {flags.threads}; leave it out for one a core")
-    for name in ("guidance_scale", "elevation_deg", "azimuth_start_deg", "azimuth_span_deg"):
+    cli.check_at_least(flags, 1, "n_views", "threads")
+    cli.check_from_to(flags, -90, 90, "elevation_deg")
+    for name in ("guidance_scale", "azimuth_start_deg", "azimuth_span_deg"):
         if not abs(getattr(flags, name)) < 1e6:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be a finite number, got {getattr(flags, name)}")
+            raise ArgumentError(f"{cli.option(name)} must be a finite number, got {getattr(flags, name)}")
     if flags.seed != "random" and not 0 <= flags.seed < 2**63:
         raise ArgumentError(f"--seed must be random or from 0 to 2**63 - 1, got {flags.seed}")
-    if flags.output is not None and flags.output.is_dir() and any(flags.output.iterdir()):
-        raise OutputError(f"the output folder {flags.output} exists and is not empty; name another with -o")
-    _check_writable(flags.output or OUTPUTS)
+    run_folder.check_new_folder(flags.output, flags.root)
     return prompt
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be made before anything is computed; makes nothing yet. Raises OutputError."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"the output folder {folder} cannot be made: {there} is not a folder that can be written")
 
 
 def _seed(seed: int | str) -> int:
@@ -185,7 +170,7 @@ def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) 
     import torch
 
     asked = dataclasses.asdict(flags)
-    for name in ("words", "output", "quiet", "device"):
+    for name in ("words", "output", "root", "quiet", "device"):
         del asked[name]
     return {
         "kind": "views",

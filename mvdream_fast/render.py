@@ -18,7 +18,7 @@ ORBITS = {"embedded": (2, 3), "paper": (2, 0)}
 class Flags:
     """Renders captioned multi-view images of 3D assets into webdataset shards; run it again to go on."""
 
-    source: tyro.conf.Positional[str]
+    source: tyro.conf.Positional[cli.Place]
     """a folder of meshes (GLB, glTF 2, OBJ, DAE, PLY, STL, 3MF, OFF; captions from captions.csv or captions.json, else
     the file's name), or `sweethome3d`"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -77,13 +77,9 @@ def main(args: Flags) -> None:
 
 
 def _check(args: Flags) -> None:
-    low, high = SIZES
-    if not low <= args.size <= high:
-        raise ArgumentError(f"--size must be {low} to {high}, got {args.size}")
-    for name, least in (("orbits", 0), ("recolours", 0), ("workers", 1), ("limit", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ArgumentError(f"--{name} must be at least {least}, got {value}")
+    cli.check_from_to(args, *SIZES, "size")
+    cli.check_at_least(args, 0, "orbits", "recolours")
+    cli.check_at_least(args, 1, "workers", "limit")
     if args.orbits == 0 and (args.recolours == 0 or (args.recolours is None and args.preset == "paper")):
         raise ArgumentError("--orbits and --recolours must not both be 0; nothing would be drawn")
     if args.held_out is not None and not 0 <= args.held_out < 1:

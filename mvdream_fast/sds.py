@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mvdream_fast.core import cli
+from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, UserError
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ Say = Callable[[str], None]
 class Flags:
     """Turns a sentence into a 3D asset: mesh.glb, turntable.webp and report.html in a folder of its own.
 
-    The folder is OUTPUT/<prompt>/<time>-s<seed>/, and OUTPUT/latest links to it.
+    By default the folder is ROOT/<prompt>/<time>-s<seed>/, and ROOT/latest links to it.
     """
 
-    text: Annotated[str | None, tyro.conf.Positional] = None
+    text: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = None
     """The prompt, as a bare sentence."""
     prompt: str | None = None
     """The prompt, as a flag."""
@@ -40,7 +40,7 @@ class Flags:
     """One run for each line of a JSONL file, such as {"prompt": "a red chair", "seed": 1}; all are checked first."""
     config: Path | None = None
     """A TOML file of settings, or the config.json of an earlier run; flags win over it."""
-    model: str | None = None
+    model: cli.Model | None = None
     """A model folder, a released checkpoint, or "embedded" (the default): the small model of the package."""
     preset: Literal["auto", "mini", "fast", "paper"] = "auto"
     """mini: the embedded model on a CPU. fast: half its steps, the first half of them at half the size.
@@ -54,10 +54,13 @@ class Flags:
     """Number of steps; schedules stretch with it. Default: the preset's."""
     seed: str | None = None
     """A number, 0 if left out, or "random" (the drawn seed is printed)."""
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "outputs"
-    """Root of the run folders: each run makes one of its own below it. (generate's -o is the folder itself.)"""
-    resume: str | None = None
-    """Go on with a run: its folder, or "latest" for the last one under OUTPUT. Its settings come from the run."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The folder of the run itself, new or empty; by default one under --root."""
+    root: Path = run_folder.OUTPUTS
+    """Where run folders named after the prompt, the time and the seed are made; ROOT/latest links to the last one."""
+    resume: cli.Run | None = None
+    """Go on with a run: its folder, or "latest" for that of -o, else the last one under ROOT. What the run is stays as
+    it was begun; flags for its mesh, device, threads, view and checkpoints count."""
     guidance_scale: float | None = None
     """How closely to follow the prompt."""
     n_views: Annotated[int | None, tyro.conf.arg(aliases=["--views"])] = None
@@ -102,32 +105,47 @@ class Flags:
     """CPU threads; by default one a core."""
     quiet: bool = False
     """Prints the run's folder and warnings only."""
+    given: cli.Given = frozenset()
 
 
 # Flags that say how and where a run is made, not what.
-HOW = ("text", "config", "prompts_file", "output", "resume", "preview_every", "checkpoint_every", "viewer",
+HOW = ("text", "config", "prompts_file", "output", "root", "resume", "preview_every", "checkpoint_every", "viewer",
        "viewer_port", "device", "dtype", "threads", "quiet")  # fmt: skip
 
 
 def main(flags: Flags) -> None:
-    from mvdream_fast.core import run_folder
     from mvdream_fast.distill import memory
 
     say: Say = (lambda _: None) if flags.quiet else (lambda line: print(line, flush=True))
     check_flags(flags)
-    folder = run_folder.resolve_resume(flags.resume, flags.output) if flags.resume else None
-    requests = plan(flags, folder)
+    if flags.resume:
+        folder = run_folder.resolve_resume(flags.resume, flags.root, flags.output)
+        with run_folder.locked(folder):
+            request = resumed(flags, folder)
+            memory.check_start()
+            go_on(request, folder, flags, say)
+        return
+    requests = plan(flags)
     memory.check_start()
     cli.set_threads(flags.threads)
     start = time.perf_counter()
     fits(requests, flags)
-    if folder is None:
-        folder = new_folder(flags, requests[0])
+    folder = new_folder(flags, requests[0])
     pipeline = load_pipeline(requests[0].model, flags)
-    if len(requests) == 1:
-        make(pipeline, requests[0], folder, flags, say, start)
-    else:
+    if len(requests) > 1:
         make_all(pipeline, requests, folder, flags, say)
+    else:
+        with run_folder.locked(folder):
+            make(pipeline, requests[0], folder, flags, say, start)
+
+
+def go_on(request: "Request", folder: Path, flags: Flags, say: Say) -> None:
+    """The rest of a run."""
+    cli.set_threads(flags.threads)
+    start = time.perf_counter()
+    fits([request], flags)
+    write_record(request, folder, flags)
+    make(load_pipeline(request.model, flags), request, folder, flags, say, start)
 
 
 def check_flags(flags: Flags) -> None:
@@ -137,41 +155,50 @@ def check_flags(flags: Flags) -> None:
         raise ArgumentError("give the prompt once: by itself, with --prompt, or with --prompts-file")
     if flags.resume and (given or flags.config):
         raise ArgumentError("--resume takes prompt and settings from the run; leave out the prompt and --config")
-    for name in ("checkpoint_every", "preview_every", "threads"):
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 1 <= flags.viewer_port < 65536:
-        raise ArgumentError(f"--viewer-port must be 1 to 65535, got {flags.viewer_port}")
+    if flags.prompts_file and flags.output:
+        raise ArgumentError("-o names the folder of one run; --root is where those of --prompts-file are made")
+    cli.check_at_least(flags, 1, "checkpoint_every", "preview_every", "threads")
+    cli.check_from_to(flags, 1, 65535, "viewer_port")
 
 
-def plan(flags: Flags, resumed: Path | None = None) -> list["Request"]:
+def asked(flags: Flags) -> dict[str, Any]:
+    """The flags that were given of those that say what a run is."""
+    found = {name: value for name, value in cli.given(flags).items() if name not in HOW}
+    return found | ({} if flags.text is None else {"prompt": flags.text})
+
+
+def plan(flags: Flags) -> list["Request"]:
     """The runs that are asked for, every one checked. Raises ArgumentError, InputFileError."""
     from mvdream_fast.distill import request
 
-    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(Flags) if f.name not in HOW}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
-    if flags.text is not None:
-        given["prompt"] = flags.text
-    if resumed is not None:
-        run = request.read_run(resumed)
-        export = {f.name for f in dataclasses.fields(run.export)} & given.keys()
-        export = dataclasses.replace(run.export, **{name: given[name] for name in export})
-        request.check_export(export, request.flag_names(given))
-        return [dataclasses.replace(run, export=export, why="as the run was started")]
+    given = asked(flags)
     file = request.read_settings(flags.config) if flags.config else None
     if flags.prompts_file is not None:
         return request.read_prompts(flags.prompts_file, given, file)
     return [request.resolve(given, file)]
 
 
+def resumed(flags: Flags, folder: Path) -> "Request":
+    """The request of a run folder, with the mesh that the flags ask for; they may not ask for another run.
+
+    Raises: ArgumentError, InputFileError.
+    """
+    from mvdream_fast.distill import request
+
+    run, given = request.read_run(folder), asked(flags)
+    export = {f.name: given.pop(f.name) for f in dataclasses.fields(run.export) if f.name in given}
+    export = dataclasses.replace(run.export, **export)
+    request.check_export(export, request.flag_names(given))
+    cli.check_resumed(request.differences(run, given))
+    return dataclasses.replace(run, export=export, why="as the run was started")
+
+
 def fits(requests: list["Request"], flags: Flags) -> None:
     """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
     from mvdream_fast.checkpoints.open import open_source
-    from mvdream_fast.core.machine import choose_device
     from mvdream_fast.distill import memory
 
-    device = choose_device(flags.device)
+    device = machine.choose_device(flags.device)
     source = open_source(requests[0].model)
     weights = memory.files_bytes(source.path)
     for config in {request.config: None for request in requests}:
@@ -181,17 +208,24 @@ def fits(requests: list["Request"], flags: Flags) -> None:
 def new_folder(flags: Flags, request: "Request") -> Path:
     """A run folder with config.json (what --resume reads), cmd.txt and env.json."""
     from mvdream_fast import __version__
-    from mvdream_fast.core import machine, run_folder
     from mvdream_fast.core.files import atomic_write
 
-    folder = run_folder.make_run_folder(flags.output, request.prompt, request.seed)
-    about = {"processor": machine.cpu_name(), "cores": cli.available_cores(), "memory": machine.total_memory()}
-    record = request.to_dict() | {"version": __version__, "machine": about}
-    atomic_write(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    folder = run_folder.new_folder(flags.output, flags.root, request.prompt, request.seed)
+    write_record(request, folder, flags)
     atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.sds", *sys.argv[1:]]) + "\n")
-    about = about | {"python": sys.version, "version": __version__}
+    about = machine.about() | {"python": sys.version, "version": __version__}
     atomic_write(folder / "env.json", json.dumps(about, indent=2) + "\n")
     return folder
+
+
+def write_record(request: "Request", folder: Path, flags: Flags) -> None:
+    """config.json: what the run is, and where it was made."""
+    import torch
+
+    device = machine.choose_device(flags.device)
+    where = {"device": str(device), "dtype": str(machine.choose_dtype(flags.dtype, device))[6:]}
+    step = run_folder.latest_step(folder / "ckpt")
+    run_folder.write_record(folder, request.to_dict(), step, **where, threads=torch.get_num_threads())
 
 
 def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
@@ -202,8 +236,6 @@ def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:
     """One run, in its folder. Exits with 130 or 143 when a signal stopped it."""
-    from mvdream_fast.core import run_folder
-
     say(first_line(pipeline, request))
     if flags.quiet:
         print(folder, flush=True)
@@ -224,7 +256,8 @@ def make_all(pipeline: "MVDreamPipeline", requests: list["Request"], folder: Pat
     for i, request in enumerate(requests):
         folder, start = folder if i == 0 else new_folder(flags, request), time.perf_counter()
         try:
-            make(pipeline, request, folder, flags, say, start)
+            with run_folder.locked(folder):
+                make(pipeline, request, folder, flags, say, start)
             state = "done"
         except UserError as error:
             print(f"sds: {request.prompt!r}: {error}", file=sys.stderr)

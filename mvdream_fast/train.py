@@ -32,17 +32,18 @@ class Flags:
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
     """changes to the configuration, as unet.view_mixing=2d or unet.camera_in=text; with --init, those that leave its
     widths and depths as they are: new layers add nothing at first (a camera token takes some of the attention)"""
-    init: str | None = None
+    init: cli.Model | None = None
     """model to go on from, instead of a new one of --config: a folder, a name, the released MVDream .pt, or Stable
     Diffusion 2.1's own .safetensors file (its new camera layers begin at zero)"""
-    vae: str | None = None
+    vae: cli.Model | None = None
     """model folder whose autoencoder a new model takes: the output of --stage vae"""
-    text: str | None = None
+    text: cli.Model | None = None
     """model folder whose text tower and words a new model takes"""
     vocabulary: Path | None = None
     """captions, one a line, whose words a new text tower has rows for beside those of the data"""
     resume: bool = False
-    """go on from the latest checkpoint in the output folder"""
+    """go on from the latest checkpoint in the output folder: flags that are not given are as they were, and those that
+    made the model stay"""
     steps: int = 20000
     """updates in all, those before a resume included"""
     batch_size: int | None = None
@@ -90,12 +91,13 @@ class Flags:
     shard: Literal["none", "fsdp2"] = "none"
     """several processes (accelerate launch) hold a whole model each, or share its memory by FSDP2"""
     seed: int = 0
-    device: str | None = None
-    """cpu, cuda, ... (default: cuda if there is one)"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
     threads: int | None = None
     """CPU threads (default: all, shared among the processes of a machine)"""
     workers: int | None = None
     """more processes that draw the coming batches (default: 0; on a GPU the free cores, at most 8)"""
+    given: cli.Given = frozenset()
 
 
 def _check(args: Flags) -> None:
@@ -104,19 +106,14 @@ def _check(args: Flags) -> None:
         raise ArgumentError(f"--config must be one of {', '.join(NAMED)}, got {args.config}")
     if args.init is None:
         with_settings(NAMED[args.config], args.settings)
-    for name in ("steps", "n_views", "accumulate", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.workers is not None and not 0 <= args.workers <= 256:
-        raise ArgumentError(f"--workers must be from 0 to 256, got {args.workers}")
+    cli.check_at_least(args, 1, "steps", "n_views", "accumulate", "batch_size", "threads")
+    cli.check_from_to(args, 0, 256, "workers")
+    cli.check_at_least(args, 0, "warmup", "sheet_minutes", "checkpoint_minutes")
     if args.decoder_only and (args.stage != "vae" or args.init is None):
         raise ArgumentError("--decoder-only must come with --stage vae and --init: there is no trained encoder to keep")
     if not 0 <= args.decay <= args.steps:
         raise ArgumentError(f"--decay must be from 0 to --steps, got {args.decay}")
-    for name, value in (("multi-view-share", args.multi_view_share), ("caption-dropout", args.caption_dropout)):
-        if not 0 <= value <= 1:
-            raise ArgumentError(f"--{name} must be from 0 to 1, got {value}")
+    cli.check_from_to(args, 0, 1, "multi_view_share", "caption_dropout")
     if not 0 < args.timestep_shift <= 100:
         raise ArgumentError(f"--timestep-shift must be over 0 and at most 100, got {args.timestep_shift}")
     if args.lr is not None and not args.lr > 0:

@@ -343,8 +343,8 @@ def test_an_interrupt_ends_every_process(one_mesh, tmp_path, number):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"size": 32}, "--size must be 64 to 512, got 32"),
-        ({"size": 1024}, "--size must be 64 to 512"),
+        ({"size": 32}, "--size must be from 64 to 512, got 32"),
+        ({"size": 1024}, "--size must be from 64 to 512"),
         ({"workers": 0}, "--workers must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),
         ({"orbits": 0, "recolours": 0}, "nothing would be drawn"),

@@ -65,7 +65,7 @@ def test_everything_is_left_behind(model, capsys):
     folder = latest()
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.json", "cmd.txt", "env.json", "log.jsonl", "ckpt", "preview", "views.png", "asset.safetensors",
+        ".lock", "config.json", "cmd.txt", "env.json", "log.jsonl", "ckpt", "preview", "views.png", "asset.safetensors",
         "mesh.glb", "turntable.webp", "turntable.mp4", "report.html",
     }  # fmt: skip
     assert folder.parent.name.startswith("a-green-chair-")
@@ -126,7 +126,9 @@ def test_reconstruction_shares_the_loop(model):
         (["a chair", "--model", "nowhere"], 3, "nowhere"),
         (["--resume", "nowhere"], 2, "--resume must name a run folder"),
         (["--resume", "."], 5, "cannot read"),
-        (["a chair", "-o", "file/below"], 7, "cannot create the run folder"),
+        (["a chair", "--root", "file/below"], 7, "cannot create the run folder"),
+        (["a chair", "-o", "file/below"], 7, "a file is in the way"),
+        (["--prompts-file", "x.jsonl", "-o", "x"], 2, "-o names the folder of one run"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_a_code(arguments, code, message, capsys):
@@ -278,7 +280,7 @@ def wait_for_step(process: subprocess.Popen, step: int) -> None:
 def uninterrupted(arguments: list[str]) -> str:
     """The digest of the same run without trouble, made where `outputs/latest` does not point to."""
     assert command(*arguments, "-o", "whole") == 0
-    return digest(Path("whole/latest").resolve())
+    return digest(Path("whole"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,19 +1,32 @@
-"""What every `python -m mvdream_fast.<verb>` shares: parsing a dataclass before torch is imported, and exit codes.
+"""What every `python -m mvdream_fast.<verb>` shares: parsing a dataclass before torch is imported, the checks that most
+flags need, what `--resume` may not change, and exit codes.
 
 A verb is thin: a dataclass of its flags and a function that takes it. The work lives in the library modules.
 """
 
+import dataclasses
+import json
+import math
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+import typing
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from mvdream_fast.core.errors import OutOfMemoryError, OutputError, UserError
+from tyro import conf
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from mvdream_fast.core.arguments import user_path
+from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputError, UserError
 from mvdream_fast.core.machine import available_cores
 
 Args = TypeVar("Args")
+Given = Annotated[frozenset[str], conf.Fixed, conf.Suppress]  # the field `given` of a verb's flags: see `given`
 SPIN_COUNT = "5000"  # about 0.1 ms; 1,000 already costs a fifth of a small model's speed, libgomp's default is 300,000
+HINTS = {"threads": "; leave it out for one a core", "n_views": "; the models were trained with 4"}
 
 EXIT_CODES = """exit codes: 0 done; 2 wrong arguments or prompt; 3 model missing, unreadable or of another
 configuration; 4 out of memory; 5 another input file missing or unreadable; 6 diverged; 7 output cannot be written or
@@ -45,12 +58,16 @@ def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: lis
     """Parses `argv` into `flags`, calls `main`, leaves with the documented exit code; a user's mistake is one line."""
     import tyro
 
-    description = f"{flags.__doc__ or ''}\n\n{EXIT_CODES}"
+    argv = sys.argv[1:] if argv is None else argv
     share_cores()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that clean-up runs
-    args = tyro.cli(flags, args=argv, prog=f"python -m mvdream_fast.{prog}", description=description)
     try:
-        main(args)
+        _check_words(argv)
+        description = f"{flags.__doc__ or ''}\n\n{EXIT_CODES}"
+        args = tyro.cli(
+            flags, args=argv, prog=f"python -m mvdream_fast.{prog}", description=description, registry=_TYPES
+        )
+        main(dataclasses.replace(args, given=_named(flags, argv)) if hasattr(args, "given") else args)
     except UserError as error:
         fail(prog, str(error), error.exit_code)
     except MemoryError as error:
@@ -60,6 +77,124 @@ def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: lis
         sys.exit(OutputError.exit_code)
     except KeyboardInterrupt:
         fail(prog, "interrupted", 128 + signal.SIGINT)
+
+
+_TYPES = ConstructorRegistry()
+
+
+@_TYPES.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """`T | None` reads and looks in the help as T does: None is no word that a person types."""
+    kinds = typing.get_args(info.type)
+    if len(kinds) != 2 or type(None) not in kinds:
+        return None
+    kind = next(kind for kind in kinds if kind is not type(None))
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda x: x is None or spec.is_instance(x),
+        str_from_instance=lambda x: ["unset"] if x is None else spec.str_from_instance(x),
+    )
+
+
+@_TYPES.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Paths begin at home with `~`, also where no shell has seen to it (quotes, --flag=~/x)."""
+    return _spec("PATH", user_path) if info.type is Path else None
+
+
+def _spec(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec:
+    return PrimitiveConstructorSpec(1, metavar, lambda words: read(words[0]), lambda x: True, lambda x: [str(x)])
+
+
+# A path or another word that stands for something ("embedded", "latest"); the path begins at home with `~`.
+Model = Annotated[str, _spec("MODEL", os.path.expanduser)]
+Run = Annotated[str, _spec("RUN", os.path.expanduser)]
+Place = Annotated[str, _spec("PATH", os.path.expanduser)]
+
+
+def _check_words(argv: list[str]) -> None:
+    """Refuses words that begin with a dash where only a flag can: a prompt, most likely."""
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        if word.startswith("-") and len(word.partition("=")[0].split()) > 1:
+            raise ArgumentError(
+                f"{word!r} begins with a dash and is no flag; write --flag={shlex.quote(word)}, or put a bare prompt "
+                f"last: -- {shlex.quote(word)}"
+            )
+
+
+def _named(flags: type, argv: list[str]) -> frozenset[str]:
+    """The fields whose options are in `argv`, under any of their names."""
+    options = {}
+    for field, hint in typing.get_type_hints(flags, include_extras=True).items():
+        settings = getattr(hint, "__metadata__", ())
+        name = next((s.name for s in settings if getattr(s, "name", None)), field)
+        aliases = [alias for s in settings for alias in getattr(s, "aliases", None) or ()]
+        options |= {option.replace("_", "-"): field for option in (f"--{name}", f"--no-{name}", *aliases)}
+    words = argv[: argv.index("--") if "--" in argv else None]
+    found = (options.get(word.partition("=")[0].replace("_", "-")) for word in words)
+    return frozenset(field for field in found if field)
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """The flags that were given, by field: named on the command line (even with their default), or not the default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(flags) if f.name != "given"}
+    values = {name: getattr(flags, name) for name in defaults}
+    return {name: x for name, x in values.items() if name in flags.given or x != defaults[name]}
+
+
+def option(name: str) -> str:
+    """A field as its flag."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_at_least(flags: Any, least: float, *names: str) -> None:
+    """Refuses flags below `least`, or not finite; None is one that was left out. Raises ArgumentError."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and not least <= value < math.inf:
+            raise ArgumentError(f"{option(name)} must be at least {least}, got {value}{HINTS.get(name, '')}")
+
+
+def check_from_to(flags: Any, low: float, high: float, *names: str) -> None:
+    """Refuses flags outside of `low` to `high`; None is one that was left out. Raises ArgumentError."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and not low <= value <= high:
+            raise ArgumentError(f"{option(name)} must be from {low:g} to {high:g}, got {value}")
+
+
+def check_resumed(changed: dict[str, tuple[Any, Any]]) -> None:
+    """Refuses flags that a run cannot take up on its way: field -> (what was given, what the run has).
+
+    Raises: ArgumentError, naming them all.
+    """
+    if changed:
+        asked = " ".join(f"{option(name)} {_word(value)}" for name, (value, _) in changed.items())
+        has = " ".join(f"{option(name)} {_word(value)}" for name, (_, value) in changed.items())
+        raise ArgumentError(
+            f"--resume goes on with {has}, as the run was begun, got {asked}; leave it out, or begin a new run"
+        )
+
+
+def settled(flags: Args, settings: dict[str, Any], fixed: Collection[str]) -> Args:
+    """The flags of a run that goes on: those that were not given as in its `settings` (from JSON), and the `fixed` ones
+    may not be given otherwise. Raises ArgumentError."""
+    asked, fields = given(flags), {f.name: f for f in dataclasses.fields(flags)}
+    kept = {name: x for name, x in settings.items() if name in fields}
+    plain = json.loads(json.dumps(asked, default=str))
+    check_resumed(
+        {name: (asked[name], kept[name]) for name in fixed if plain.get(name, kept.get(name)) != kept.get(name)}
+    )
+    kept = {name: tuple(x) if isinstance(x, list) else x for name, x in kept.items() if name not in asked}
+    paths = {name: Path(x) for name, x in kept.items() if x is not None and "Path" in str(fields[name].type)}
+    return dataclasses.replace(flags, **kept | paths)
+
+
+def _word(value: Any) -> str:
+    return " ".join(shlex.quote(str(x)) for x in (value if isinstance(value, (tuple, list)) else (value,)))
 
 
 def fail(prog: str, message: str, code: int) -> None:

@@ -5,17 +5,21 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import OutputError
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Writes a file whole or not at all. Raises OutputError with the bytes needed; an older file stays as it was."""
+    """Writes a file whole or not at all; `~` is the home folder.
+
+    Raises: OutputError with the bytes needed; an older file stays as it was.
+    """
     data = data.encode() if isinstance(data, str) else data
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 
-    replace_file(Path(path), write, len(data))
+    replace_file(user_path(path), write, len(data))
 
 
 def replace_file(path: Path, write: Callable[[Path], object], n_bytes: int) -> None:

@@ -17,6 +17,7 @@ from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError
 if TYPE_CHECKING:
     import torch
 
+DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 # Without either, torch's bf16 GEMMs are far slower than float32's. With AVX-512 bf16 (EPYC 9004, one thread, the
 # embedded model, turns interleaved) bf16 takes 0.77 of float32's time for a guided UNet call of four views, 0.78 for
@@ -105,38 +106,47 @@ def _groups(root: Path, own: Path, controller: str, name: str, name_v1: str) -> 
     return found
 
 
-def choose_device(device: str = "auto") -> torch.device:
-    """The device that a flag names; "auto" is the GPU where there is one.
+def about() -> dict[str, str | int | None]:
+    """What a run's record says of the machine."""
+    return {"processor": cpu_name(), "cores": available_cores(), "memory": total_memory()}
 
-    Raises: ArgumentError for a device that torch doesn't know or this machine doesn't have.
+
+def choose_device(device: str | int | torch.device | None = "auto") -> torch.device:
+    """The device that a flag or a call names: "auto" (or None) is the GPU where there is one, a number that GPU.
+
+    Raises: ArgumentError for a device that torch doesn't know, this machine doesn't have, or nothing here runs on.
     """
     import torch
 
-    if device == "auto":
+    if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
+        chosen = torch.device("cuda", device) if type(device) is int else torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ArgumentError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if chosen.type not in DEVICES:
+        raise ArgumentError(f"--device {chosen}: the kernels are for cpu and cuda; take --device cpu on this machine")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"--device {device}: torch sees no CUDA device; --device cpu works, and doctor tells why")
+        raise ArgumentError(f"--device {chosen}: torch sees no CUDA device; --device cpu works, and doctor tells why")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise ArgumentError(f"--device {chosen}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return chosen
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that a flag names; "auto" is bfloat16 where that is fast (sm_80 and up, CPUs with AMX or AVX-512
-    bf16), float16 on other GPUs, float32 on other CPUs.
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype that a flag or a call names; "auto" (or None) is bfloat16 where that is fast (sm_80 and up, CPUs with
+    AMX or AVX-512 bf16), float16 on other GPUs, float32 on other CPUs.
 
-    Raises: ArgumentError for a name that isn't float32, bfloat16 or float16.
+    Raises: ArgumentError for one that isn't float32, bfloat16 or float16.
     """
     import torch
 
-    if dtype in DTYPES:
-        return getattr(torch, dtype)
-    if dtype != "auto":
-        raise ArgumentError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    name = str(dtype).removeprefix("torch.")
+    name = {"None": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
+    if name in DTYPES:
+        return getattr(torch, name)
+    if name != "auto":
+        raise ArgumentError(f"--dtype must be auto, {', '.join(DTYPES)}, got {str(dtype)!r}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_flags() & _FAST_BF16 else torch.float32

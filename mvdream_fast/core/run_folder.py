@@ -1,19 +1,26 @@
-"""Run folders, atomic files and checkpoints, JSONL logs, and signals: what makes a long run safe to interrupt.
+"""Run folders and their locks, checkpoints, JSONL logs, and signals: what makes a long run safe to interrupt.
 
 Files appear whole or not at all (files.py). No model or loop lives here.
 """
 
 import datetime
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import signal
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast._version import __version__
+from mvdream_fast.core import machine
+from mvdream_fast.core.arguments import user_path
+from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.core.files import atomic_write, remove_stale, replace_file
 
 if TYPE_CHECKING:
@@ -21,6 +28,8 @@ if TYPE_CHECKING:
 
 MAX_SLUG = 60
 LATEST = "LATEST"
+LOCK, RECORD = ".lock", "config.json"
+OUTPUTS = Path("outputs")  # where run folders are made that nobody named
 
 
 def slugify(prompt: str) -> str:
@@ -30,9 +39,24 @@ def slugify(prompt: str) -> str:
     return f"{words}-{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
+def new_folder(output: Path | None, root: Path, prompt: str, seed: int) -> Path:
+    """The folder of a new run: the one that -o names, else one under `root`. Raises OutputError."""
+    return make_run_folder(root, prompt, seed) if output is None else make_output_folder(output)
+
+
+def check_new_folder(output: Path | None, root: Path) -> None:
+    """Refuses what `new_folder` would, before anything is computed; makes nothing yet. Raises OutputError."""
+    folder = root if output is None else output
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"the output folder {folder} cannot be made: {there} is not a folder that can be written")
+    if output is not None and output.is_dir():
+        _check_empty(output)
+
+
 def make_run_folder(root: Path | str, prompt: str, seed: int, now: datetime.datetime | None = None) -> Path:
     """Creates `root/<slug>-<hash>/<time>-s<seed>/` and points `root/latest` at it. Raises OutputError."""
-    root = Path(root)
+    root = user_path(root)
     stamp = (now or datetime.datetime.now()).strftime("%Y%m%d-%H%M%S")
     for attempt in range(1, 1000):
         folder = root / slugify(prompt) / (f"{stamp}-s{seed}" + (f"-{attempt}" if attempt > 1 else ""))
@@ -51,11 +75,10 @@ def make_run_folder(root: Path | str, prompt: str, seed: int, now: datetime.date
 
 def make_output_folder(folder: Path | str) -> Path:
     """Creates the folder a user named with -o; one that exists and holds anything is refused (OutputError)."""
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise OutputError(f"the output folder {folder} exists and is not empty; name another with -o")
+        _check_empty(folder)
     except (FileExistsError, NotADirectoryError):
         raise OutputError(f"the output folder {folder} cannot be made: a file is in the way") from None
     except OSError as error:
@@ -63,6 +86,12 @@ def make_output_folder(folder: Path | str) -> Path:
             raise
         raise OutputError(f"the output folder {folder} cannot be made: {error.strerror}") from error
     return folder
+
+
+def _check_empty(folder: Path) -> None:
+    if any(folder.iterdir()):
+        runs = f", or --root {folder} to put it beside the runs there" if (folder / "latest").is_dir() else ""
+        raise OutputError(f"the output folder {folder} exists and is not empty; name another with -o{runs}")
 
 
 def _point(link: Path, folder: Path) -> None:
@@ -78,21 +107,99 @@ def _point(link: Path, folder: Path) -> None:
         temporary.unlink(missing_ok=True)  # a convenience: file systems without links still work
 
 
-def resolve_resume(resume: str, root: Path | str) -> Path:
-    """The run folder that `--resume DIR|latest` names. Raises ArgumentError when there is none."""
-    folder = Path(root) / "latest" if resume == "latest" else Path(resume)
+def resolve_resume(resume: str, root: Path | str, output: Path | None = None) -> Path:
+    """The run folder that `--resume DIR|latest` names; "latest" is that of -o, else the last one under `root`.
+
+    Raises: ArgumentError when there is none, or -o names another.
+    """
+    latest = user_path(root) / "latest" if output is None else output
+    folder = latest if resume == "latest" else user_path(resume)
     if not folder.is_dir():
         raise ArgumentError(f"--resume must name a run folder or 'latest', got {resume}; {folder} is not a folder")
+    if output is not None and folder.resolve() != output.resolve():
+        raise ArgumentError(f"-o must be left out, or be the folder of --resume, {folder}, got {output}")
     return folder.resolve()
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, "torch.Tensor"], meta: dict, keep: int = 2) -> Path:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a run folder for this process: a second command that would write there meanwhile is refused.
+
+    A record lock (fcntl) on FOLDER/.lock: the system drops it with the process, however that ends, and workers that the
+    process forks don't inherit it. A file system that knows no locks goes without.
+    Raises: OutputError, naming the process that holds the folder.
+    """
+    try:
+        file = open(folder / LOCK, "a+", encoding="ascii")  # noqa: SIM115 (closed below; "a": not emptied before it is ours)
+    except OSError as error:
+        raise OutputError(f"the run folder {folder} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise OutputError(
+                    f"the run folder {folder} is in use by process {file.read().strip() or 'of another command'}; wait "
+                    "until it is done, or stop it first"
+                ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def write_record(folder: Path, record: dict[str, Any], step: int, **where: Any) -> None:
+    """config.json: what a run is and where it was begun; in `resumed` the step and place of each time it went on, and
+    under `before` what of the record was otherwise until then.
+
+    Args: where, what counts beside the processor: device, dtype, threads.
+    """
+    path, here = folder / RECORD, {"version": __version__, "machine": machine.about() | where}
+    record, old = json.loads(json.dumps(record, default=str)), read_record(folder)
+    if old is not None:
+        before = _before(old, record)
+        session = {"step": step, **here} | ({"before": before} if before else {})
+        here = {name: old[name] for name in here if name in old} | {"resumed": [*old.get("resumed", []), session]}
+    atomic_write(path, json.dumps(record | here, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of a run; None where there is none. Raises InputFileError."""
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"cannot read {path}: {error}") from error
+    if record is not None and not isinstance(record, dict):
+        raise InputFileError(f"{path} must hold a JSON object, got a {type(record).__name__}")
+    return record
+
+
+def _before(old: dict, new: dict) -> dict:
+    """What differs in `old`, one table deep."""
+    pairs = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
+    return {name: _before(was, is_) if isinstance(was, dict) and isinstance(is_, dict) else was
+            for name, (was, is_) in pairs.items()}  # fmt: skip
+
+
+def latest_step(folder: Path) -> int:
+    """The step of a folder's newest checkpoint by its name, 0 where there is none."""
+    pointer = folder / LATEST
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+    return int(name.partition(".")[0]) if re.fullmatch(r"\d+\.safetensors", name) else 0
+
+
+def save_checkpoint(
+    folder: Path | str, step: int, tensors: dict[str, "torch.Tensor"], meta: dict, keep: int = 2
+) -> Path:
     """Writes `folder/<step>.safetensors` atomically, then LATEST, then deletes all but the newest `keep`.
 
     `meta` is stored as JSON in the file's header. Returns the path. Raises OutputError; the previous checkpoint stays.
     """
     from safetensors.torch import save_file
 
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     path = folder / f"{step:06d}.safetensors"
@@ -107,11 +214,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, "torch.Tensor"],
     return path
 
 
-def load_latest(folder: Path) -> tuple[int, dict[str, "torch.Tensor"], dict] | None:
+def load_latest(folder: Path | str) -> tuple[int, dict[str, "torch.Tensor"], dict] | None:
     """The checkpoint that LATEST names: (step, tensors, meta), or None where nothing was saved yet.
 
     Raises ModelError when it cannot be read; the message names the newest other checkpoint.
     """
+    folder = user_path(folder)
     pointer = folder / LATEST
     if not pointer.exists():
         return None

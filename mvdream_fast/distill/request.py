@@ -27,6 +27,7 @@ from mvdream_fast.distill.recipes import (
 )
 from mvdream_fast.models.tokenizer import check_prompt
 
+RENAMED = {"lr": "lr_encoding"}  # flags whose field has another name
 MAX_FILE = 8 << 20
 
 
@@ -43,6 +44,7 @@ class SettingsFile(Checked):
     export: ExportConfig = field(default_factory=ExportConfig)
     version: Any = None
     machine: Any = None
+    resumed: Any = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
 
 def flag_names(flags: Iterable[str]) -> dict[str, str]:
     """What a user who gave these flags wrote for a setting: {"render_size": "--render-size"}."""
-    return {"lr_encoding" if flag == "lr" else flag: f"--{flag.replace('_', '-')}" for flag in flags}
+    return {RENAMED.get(flag, flag): f"--{flag.replace('_', '-')}" for flag in flags}
 
 
 def _seed(seed: str | int) -> int:
@@ -211,6 +213,24 @@ def read_run(folder: Path) -> Request:
         raise InputFileError(f"{path} is not the configuration of an sds run: {', '.join(missing) or 'sds'} incomplete")
     export = ExportConfig(**file.get("export", {}))
     return Request(file["prompt"], _seed(file["seed"]), file["model"], replaced(SDSConfig(), **file["sds"]), export)
+
+
+def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Which flags (by name) ask for something else than a run is: name -> (what is asked for, what the run has)."""
+    out, settings = {}, settings_of(run.config) | {"seed": run.seed, "model": run.model}
+    for name, value in flags.items():
+        has = settings[RENAMED.get(name, name)]
+        if name == "seed":
+            same = str(value) == str(has)
+        elif name == "model":
+            same = value == has or Path(value).resolve() == Path(has).resolve()
+        elif name in ("preset", "shading"):
+            same = value in ("auto", has)
+        else:
+            same = _with_flags(run.config, {name: value}) == run.config
+        if not same:
+            out[name] = value, has
+    return out
 
 
 def read_prompts(path: Path, flags: dict[str, Any], file: dict[str, Any] | None) -> list[Request]:

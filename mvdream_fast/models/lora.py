@@ -24,7 +24,7 @@ def add_adapters(module: nn.Module, rank: int, seed: int = 0) -> list[nn.Module]
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ArgumentError(
-            "low-rank adapters need peft; install mvdream_fast[train], or leave --lora_rank out"
+            "low-rank adapters need peft; install mvdream_fast[train], or leave --lora-rank out"
         ) from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):

@@ -24,6 +24,7 @@ import numpy as np
 
 from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputError
 from mvdream_fast.core.files import atomic_write, remove_stale
+from mvdream_fast.core.run_folder import locked
 from mvdream_fast.data.shards import Sample, columns_for, write_shard
 from mvdream_fast.rendering import sources
 from mvdream_fast.rendering.catalogue import Entry
@@ -96,7 +97,7 @@ def render_dataset(
     Raises: OutputError when the folder holds another data set or the disk is full: finished shards stay.
     """
     _claim(folder, entries, options, held_out)
-    with contextlib.suppress(_Stopped), _pool(workers, options.renderer, stop) as pool:
+    with contextlib.suppress(_Stopped), locked(folder), _pool(workers, options.renderer, stop) as pool:
         surveys, contents, bad = _surveys(entries, folder, pool, report)
         selection = select(entries, surveys)
         assets = plan(selection.kept, surveys, held_out, options.seed, options.n_plain, options.n_painted)

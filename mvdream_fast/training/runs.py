@@ -4,6 +4,7 @@ The optimisations themselves are unet.py and vae.py.
 """
 
 import copy
+import dataclasses
 import hashlib
 import io
 import re
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
 from mvdream_fast.checkpoints.open import Model, load_model, save_model
-from mvdream_fast.core import run_folder
-from mvdream_fast.core.cli import available_cores
+from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.core.processes import Ranks, join, launched, leave
 from mvdream_fast.core.rng import Stream
@@ -49,12 +49,36 @@ SHEET_PROMPTS = 8
 ADDED = re.compile(r"(^|\.)(camera_embed|camera_token|camera_vectors|norm_views|attn_views)\.")  # layers --set may add
 
 
+FIXED = ("stage", "config", "settings", "init", "vae", "text", "vocabulary", "decoder_only", "freeze_text", "seed")
+PASSING = ("output", "resume", "device", "threads", "workers", "given")  # not what a run is
+
+
 def run_stage(args: "Flags") -> int:
     """Trains as the flags say and writes `output/model`; returns the exit code."""
+    args = _settled(args)
     shards = Shards(args.data)
     _check_ranks(args, launched()[0], shards)
     held_out = _held_out(args.data)
     folder = _output(args)
+    if launched()[1]:  # the first process alone writes
+        return _train(args, folder, shards, held_out)
+    with run_folder.locked(folder):
+        settings = {name: x for name, x in dataclasses.asdict(args).items() if name not in PASSING}
+        where = {"device": str(_device(args)), "threads": torch.get_num_threads(), "processes": launched()[0]}
+        step = run_folder.latest_step(folder / "checkpoints")
+        run_folder.write_record(folder, {"kind": "training", "settings": settings}, step, **where)
+        return _train(args, folder, shards, held_out)
+
+
+def _settled(args: "Flags") -> "Flags":
+    """The flags of a run that goes on: what is not given is as it was, what made the model cannot change."""
+    record = run_folder.read_record(Path(args.output)) if args.resume else None
+    if record is None or record.get("kind") != "training":
+        return args  # a new run, or one from before there was a record
+    return cli.settled(args, record["settings"], FIXED)
+
+
+def _train(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
     if args.stage != "unet":
         stage = _train_vae if args.stage == "vae" else _train_evaluator
         return stage(args, folder, shards, held_out)
@@ -185,7 +209,7 @@ def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
 
 def _device(args: "Flags") -> torch.device:
     """The device that is named, or a GPU; each process of a machine has a GPU of its own."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = machine.choose_device(args.device)
     world, _, local = launched()
     if world > 1 and device == torch.device("cuda"):
         torch.cuda.set_device(local)
@@ -197,7 +221,7 @@ def _workers(args: "Flags", device: torch.device) -> int:
     """Processes that draw batches. A CPU is busy with the model itself; a GPU would wait for the images."""
     if args.workers is not None:
         return args.workers
-    free = available_cores() // launched()[1] - 1
+    free = machine.available_cores() // launched()[1] - 1
     return max(0, min(8, free)) if device.type == "cuda" else 0
 
 

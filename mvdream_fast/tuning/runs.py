@@ -10,16 +10,15 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mvdream_fast import __version__
 from mvdream_fast.checkpoints.manifest import owner
 from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_folder
 from mvdream_fast.core import cli, machine, run_folder
@@ -37,13 +36,16 @@ from mvdream_fast.training.unet import Parts
 from mvdream_fast.tuning.dreambooth import DreamBoothOptions, DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource, list_photos, load_photo
 
+if TYPE_CHECKING:
+    from mvdream_fast.dreambooth import Flags
+
 RECIPES = {
     "paper": {"max_train_steps": 600, "learning_rate": 2e-6, "lambda_preserve": 1.0, "partial_steps": 150},
     "mini": {"max_train_steps": 400, "learning_rate": 2e-4, "lambda_preserve": 3000.0, "partial_steps": 100},
 }
-PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "threads", "quiet")  # not part of what a run is
+PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "threads", "quiet", "given")  # not what a run is
+OBEYED = ("max_train_steps", "checkpointing_steps", "validation_steps", "validation_prompt")  # by a run that goes on
 GREY = 0.5  # the background that models are mostly trained on
-OUTPUTS = Path("outputs")
 VALIDATION_DRAWS = 4
 
 
@@ -75,13 +77,14 @@ class Plan:
         )
 
 
-def run_flags(given: dict[str, Any]) -> int:
-    """A whole run from the command's flags by name; returns the exit code."""
+def run_flags(flags: "Flags") -> int:
+    """A whole run from the command's flags; returns the exit code."""
+    given = dataclasses.asdict(flags)
     quiet = open(os.devnull, "w") if given["quiet"] else None  # noqa: SIM115
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(quiet)))
-        return _resume(given) if given["resume_from_checkpoint"] else _begin(given)
+        return _resume(given, cli.given(flags)) if given["resume_from_checkpoint"] else _begin(given)
 
 
 def _begin(given: dict[str, Any]) -> int:
@@ -95,21 +98,28 @@ def _begin(given: dict[str, Any]) -> int:
     if given["dry_run"]:
         return 0
     estimate.check_memory(step, memory.available(str(device)), _advice(plan.settings))
-    output = given["output"]
-    estimate.check_disk(output or OUTPUTS, disk_bytes(step, plan), "checkpoints and the tuned model")
-    if output:
-        folder = run_folder.make_output_folder(output)
-    else:
-        folder = run_folder.make_run_folder(OUTPUTS, plan.settings["instance_prompt"], plan.settings["seed"])
-    write_run(folder, plan.settings, photos)
-    return _go(plan, photos, folder, device)
+    output, prompt = given["output"], plan.settings["instance_prompt"]
+    estimate.check_disk(output or run_folder.OUTPUTS, disk_bytes(step, plan), "checkpoints and the tuned model")
+    folder = run_folder.new_folder(output, run_folder.OUTPUTS, prompt, plan.settings["seed"])
+    with run_folder.locked(folder):
+        write_run(folder, plan.settings, photos, device)
+        return _go(plan, photos, folder, device)
 
 
-def _resume(given: dict[str, Any]) -> int:
-    folder = _run_folder(given)
+def _resume(given: dict[str, Any], named: Collection[str]) -> int:
+    """What the run is stays as it was begun: of the flags that were named, those that ask for another are refused."""
+    folder = run_folder.resolve_resume(given["resume_from_checkpoint"], run_folder.OUTPUTS, given["output"])
     settings = read_run(folder, set(given) - set(PASSING))
-    if given["max_train_steps"]:
-        settings["max_train_steps"] = given["max_train_steps"]
+    asked = {name: given[name] for name in named if name in settings}
+    settings |= {name: asked.pop(name) for name in OBEYED if name in asked}
+    cli.check_resumed(
+        {name: (value, settings[name]) for name, value in asked.items() if _is_other(value, settings[name])}
+    )
+    done = run_folder.latest_step(folder / "checkpoints")
+    if settings["max_train_steps"] < done:
+        raise ArgumentError(
+            f"--max-train-steps must be at least the {done} that are done, got {settings['max_train_steps']}"
+        )
     plan = Plan(settings, open_source(settings["model"]).config)
     names = sorted((folder / "photos").glob("*.png"))
     if not names:
@@ -120,7 +130,14 @@ def _resume(given: dict[str, Any]) -> int:
     if given["dry_run"]:
         return 0
     estimate.check_memory(step, memory.available(str(device)), _advice(settings))
-    return _go(plan, photos, folder, device)
+    with run_folder.locked(folder):
+        _write_record(folder, settings, device)
+        return _go(plan, photos, folder, device)
+
+
+def _is_other(asked: Any, has: Any) -> bool:
+    """Whether a flag differs from a run's setting, which is settled: paths whole, no "auto"."""
+    return asked not in ("auto", has) and not (isinstance(has, str) and str(Path(asked).resolve()) == has)
 
 
 def _go(plan: Plan, photos: np.ndarray, folder: Path, device: torch.device) -> int:
@@ -133,7 +150,7 @@ def _go(plan: Plan, photos: np.ndarray, folder: Path, device: torch.device) -> i
             parts = load_parts(plan, device)
             code = tune(plan, parts, photo_source(plan, photos, parts), folder)
     if code:
-        print(f"dreambooth: stopped; go on with --resume_from_checkpoint {folder}", file=sys.stderr)
+        print(f"dreambooth: stopped; go on with --resume-from-checkpoint {folder}", file=sys.stderr)
     else:
         prompt = shlex.quote(plan.settings["instance_prompt"])
         print(f"the tuned model: {folder / 'model'}")
@@ -172,7 +189,7 @@ def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
     if settings["partial_steps"] > settings["max_train_steps"]:
         if settings["stages"] == "dreambooth3d":
             raise ArgumentError(
-                f"--partial_steps must be at most --max_train_steps, {settings['max_train_steps']}, "
+                f"--partial-steps must be at most --max-train-steps, {settings['max_train_steps']}, "
                 f"got {settings['partial_steps']}"
             )
         settings["partial_steps"] = settings["max_train_steps"]
@@ -208,10 +225,10 @@ def announce(plan: Plan, n_photos: int, device: torch.device) -> estimate.Estima
 
 
 def _advice(settings: dict[str, Any]) -> str:
-    tries = [("lora_rank", "--lora_rank 16"), ("gradient_checkpointing", "--gradient_checkpointing")]
+    tries = [("lora_rank", "--lora-rank 16"), ("gradient_checkpointing", "--gradient-checkpointing")]
     ways = [way for name, way in tries if not settings[name]]
     if settings["train_batch_size"] > 1:
-        ways.append("--train_batch_size 1 with --gradient_accumulation_steps")
+        ways.append("--train-batch-size 1 with --gradient-accumulation-steps")
     return f"try {' or '.join(ways)}" if ways else "take a machine with more memory"
 
 
@@ -222,14 +239,7 @@ def disk_bytes(step: estimate.Estimate, plan: Plan) -> int:
     return n_tunings * (3 * 3 * 4 * step.trained + weights)
 
 
-def _run_folder(given: dict[str, Any]) -> Path:
-    """What `--resume_from_checkpoint` names: with "latest", the folder of -o, else the last run under outputs/."""
-    if given["resume_from_checkpoint"] == "latest" and given["output"]:
-        return run_folder.resolve_resume(str(given["output"]), OUTPUTS)
-    return run_folder.resolve_resume(given["resume_from_checkpoint"], OUTPUTS)
-
-
-def write_run(folder: Path, settings: dict[str, Any], photos: np.ndarray) -> None:
+def write_run(folder: Path, settings: dict[str, Any], photos: np.ndarray, device: torch.device) -> None:
     """The photos as they are trained on, cmd.txt, and last config.json, which makes the folder a run to go on with."""
     from PIL import Image
 
@@ -239,9 +249,14 @@ def write_run(folder: Path, settings: dict[str, Any], photos: np.ndarray) -> Non
     run_folder.atomic_write(
         folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.dreambooth", *sys.argv[1:]]) + "\n"
     )
-    about = {"processor": machine.cpu_name(), "cores": cli.available_cores(), "memory": machine.total_memory()}
-    record = {"kind": "dreambooth", "version": __version__, "settings": settings, "machine": about}
-    run_folder.atomic_write(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    _write_record(folder, settings, device)
+
+
+def _write_record(folder: Path, settings: dict[str, Any], device: torch.device) -> None:
+    where = {"device": str(device), "threads": torch.get_num_threads()}
+    run_folder.write_record(
+        folder, {"kind": "dreambooth", "settings": settings}, run_folder.latest_step(folder / "checkpoints"), **where
+    )
 
 
 def read_run(folder: Path, names: set[str]) -> dict[str, Any]:

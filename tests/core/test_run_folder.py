@@ -36,7 +36,7 @@ PROMPTS = st.lists(AWKWARD | st.text(max_size=20), max_size=8).map("".join) | LO
 def stays_inside(root, prompt):
     """The folder lies where it should, under a name that any file system takes, and the link points to it."""
     folder = run_folder.make_run_folder(root, prompt, 7, NOW)
-    assert folder.resolve().parents[2] == root.resolve()
+    assert folder.resolve().parents[1] == root.resolve()
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,59}", folder.parent.name)
     assert (root / "latest").resolve() == folder.resolve()
     folder.rmdir()

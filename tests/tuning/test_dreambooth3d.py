@@ -167,7 +167,7 @@ def test_all_stages_and_a_stop_in_each(arguments, monkeypatch, capsys):
             more = ["--resume", "parts", "--threads", "1"] if number else [*arguments, "-o", "parts"]
             assert command(*more) == 143
         errors = capsys.readouterr().err
-        assert "go on with --resume_from_checkpoint" in errors
+        assert "go on with --resume-from-checkpoint" in errors
         assert "parts" in errors
     assert command("--resume", "parts", "--threads", "1") == 0
     out = capsys.readouterr().out

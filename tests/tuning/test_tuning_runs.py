@@ -33,7 +33,7 @@ def whole(photos, model, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_an_ordinary_model(whole, model, base):
     assert {path.name for path in whole.iterdir()} == {
-        "config.json", "cmd.txt", "log.jsonl", "photos", "samples", "checkpoints", "model",
+        ".lock", "config.json", "cmd.txt", "log.jsonl", "photos", "samples", "checkpoints", "model",
     }  # fmt: skip
     tuned = load_model(whole / "model")
     assert json.loads((whole / "model/config.json").read_text())["kind"] == "model"
@@ -93,7 +93,7 @@ def test_a_signal_saves_and_the_rest_is_the_same(whole, photos, model, number, c
     with monkeypatch.context() as patch:
         patch.setattr(DreamBoothTrainer, "train_step", interrupted)
         assert command(*wanted(photos, model, "-o", "run", "--max_train_steps", 6)) == code
-    assert "dreambooth: stopped; go on with --resume_from_checkpoint run" in capsys.readouterr().err
+    assert "dreambooth: stopped; go on with --resume-from-checkpoint run" in capsys.readouterr().err
     assert not Path("run/model").exists()
     assert run_folder.load_latest(Path("run/checkpoints"))[0] == 3
     assert command("--resume", "run", "--threads", 1) == 0
@@ -133,18 +133,18 @@ def bad_photos(folder: Path) -> None:
         ("good", ("--instance_prompt", "a skske chair"), 2, "must hold the token 'sks'"),
         ("good", ("--instance_prompt", " "), 2, "the prompt is empty"),
         ("good", ("--instance_prompt", "a sks\x07"), 2, "control character"),
-        ("good", ("--instance_token", "two words"), 2, "--instance_token must be one word"),
+        ("good", ("--instance_token", "two words"), 2, "--instance-token must be one word"),
         ("good", ("--model", "nowhere"), 3, "there is no model at"),
         ("good", ("--model", "full"), 3, "is not a model folder"),
         ("good", ("-o", "full"), 7, "exists and is not empty"),
         ("good", ("-o", "file.png"), 7, "a file is in the way"),
-        ("good", ("--max_train_steps", "0"), 2, "--max_train_steps must be at least 1"),
-        ("good", ("--learning_rate", "0"), 2, "--learning_rate must be over 0"),
-        ("good", ("--lambda_preserve", "-1"), 2, "--lambda_preserve must not be negative"),
-        ("good", ("--lambda_preserve", "nan"), 2, "--lambda_preserve must not be negative"),
+        ("good", ("--max_train_steps", "0"), 2, "--max-train-steps must be at least 1"),
+        ("good", ("--learning_rate", "0"), 2, "--learning-rate must be over 0"),
+        ("good", ("--lambda_preserve", "-1"), 2, "--lambda-preserve must be at least 0"),
+        ("good", ("--lambda_preserve", "nan"), 2, "--lambda-preserve must be at least 0"),
         ("good", ("--resolution", "17"), 2, "--resolution must be a multiple of 4"),
-        ("good", ("--lora_rank", "2", "--train_text_encoder"), 2, "--lora_rank tunes the UNet alone"),
-        ("good", ("--stages", "dreambooth3d", "--partial_steps", "9", "--max_train_steps", "5"), 2, "--partial_steps"),
+        ("good", ("--lora_rank", "2", "--train_text_encoder"), 2, "--lora-rank tunes the UNet alone"),
+        ("good", ("--stages", "dreambooth3d", "--partial_steps", "9", "--max_train_steps", "5"), 2, "--partial-steps"),
         ("good", ("--sds_preset", "huge"), 2, "preset must be one of"),
         ("good", ("--resume", "nowhere"), 2, "must name a run folder"),
         ("good", ("--resume", "full"), 5, "is not the configuration of a dreambooth run"),
@@ -174,7 +174,7 @@ def test_a_step_that_does_not_fit_is_refused(photos, model, monkeypatch, capsys)
     errors = capsys.readouterr().err
     assert "a step needs about" in errors
     assert "0.0 GB is free on this machine; the largest parts are" in errors
-    assert "--lora_rank 16 or --gradient_checkpointing or --train_batch_size 1" in errors
+    assert "--lora-rank 16 or --gradient-checkpointing or --train-batch-size 1" in errors
     assert not Path("out").exists()
 
 
