@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera_sampling import CameraSampling
+from mvdream_fast.core.arguments import array, finite, whole
 from mvdream_fast.core.rng import Stream
 
 # (x, y, z) -> (x, -z, y): from a y-up world whose front is +Z (glTF, OpenGL) to the z-up world whose front is -Y.
@@ -20,16 +21,18 @@ Y_UP_TO_Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0,
 
 @dataclass(frozen=True)
 class Cameras:
-    """Poses and vertical fields of view of V views.
+    """Poses and vertical fields of view of V views; NumPy arrays and nested lists become tensors.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or no numbers.
     """
 
     c2w: Tensor  # [V, 4, 4]
     fovy: Tensor  # [V], radians
 
     def __post_init__(self):
+        object.__setattr__(self, "c2w", array("Cameras", "c2w", self.c2w, "numbers [V, 4, 4]"))
+        object.__setattr__(self, "fovy", array("Cameras", "fovy", self.fovy, "numbers [V]").to(self.c2w.device))
         if self.c2w.ndim != 3 or self.c2w.shape[1:] != (4, 4):
             raise ValueError(f"Cameras: c2w must be [V, 4, 4], got {list(self.c2w.shape)}; one matrix a view")
         if self.fovy.shape != self.c2w.shape[:1]:
@@ -63,14 +66,14 @@ def get_camera(
     range, awkward spans give no extra view. `blender_coord=False` gives the same poses in a y-up world (front +Z).
 
     Returns: [V, 16] float32, row-major camera-to-world matrices.
-    Raises: ValueError if n_views < 1 or an angle isn't finite.
+    Raises: ValueError if n_views < 1, an angle isn't finite or the elevation isn't within -90..90 degrees.
     Source: MVDream, camera_utils.get_camera.
     """
-    azimuths = _spread(n_views, azimuth_start_deg, azimuth_span_deg)
-    c2w = _look_at_origin(azimuths, torch.full_like(azimuths, math.radians(elevation_deg)), torch.ones_like(azimuths))
+    azimuths, elevations = _directions("get_camera", n_views, elevation_deg, azimuth_start_deg, azimuth_span_deg)
+    c2w = _look_at_origin(azimuths, elevations, torch.ones_like(azimuths))
     if not blender_coord:
         c2w = Y_UP_TO_Z_UP.T @ c2w
-    return _finite("get_camera", c2w).reshape(n_views, 16).float()
+    return c2w.reshape(-1, 16).float()
 
 
 def orbit_cameras(
@@ -84,16 +87,19 @@ def orbit_cameras(
     """The poses of `get_camera` at `distance` from the origin, with a field of view to render with.
 
     Returns: Cameras of V views.
-    Raises: ValueError if n_views < 1, the distance isn't positive or the field of view isn't within 0..180 degrees.
+    Raises: ValueError for what `get_camera` refuses, a distance that isn't positive or a field of view that isn't
+        within 0..180 degrees.
     """
+    op, remedy = "orbit_cameras", "3 frames a unit sphere at 40 deg"
+    distance = finite(op, "distance", distance, remedy)
     if not distance > 0:
-        raise ValueError(f"orbit_cameras: distance must be positive, got {distance}; 3 frames a unit sphere at 40 deg")
+        raise ValueError(f"{op}: distance must be positive, got {distance:g}; {remedy}")
+    fovy_deg = finite(op, "fovy_deg", fovy_deg, "it is in degrees")
     if not 0 < fovy_deg < 180:
-        raise ValueError(f"orbit_cameras: fovy_deg must be within 0 and 180, got {fovy_deg}; it is in degrees")
-    azimuths = _spread(n_views, azimuth_start_deg, azimuth_span_deg)
-    elevations = torch.full_like(azimuths, math.radians(elevation_deg))
+        raise ValueError(f"{op}: fovy_deg must be within 0 and 180, got {fovy_deg:g}; it is in degrees")
+    azimuths, elevations = _directions(op, n_views, elevation_deg, azimuth_start_deg, azimuth_span_deg)
     c2w = _look_at_origin(azimuths, elevations, torch.full_like(azimuths, distance))
-    return Cameras(_finite("orbit_cameras", c2w).float(), torch.full((n_views,), math.radians(fovy_deg)))
+    return Cameras(c2w.float(), torch.full((len(azimuths),), math.radians(fovy_deg)))
 
 
 def evaluation_cameras(n_views: int = 4, elevation_deg: float = 15.0, azimuth_start_deg: float = 0.0) -> Cameras:
@@ -107,10 +113,11 @@ def normalize_camera(c2w: Tensor) -> Tensor:
     A new tensor: the argument is left as it is (upstream writes into it). A camera at the origin stays there.
 
     Args: c2w [V, 4, 4] or [V, 16].
-    Returns: [V, 16], dtype of the argument.
-    Raises: ValueError for another shape.
+    Returns: [V, 16], dtype of the argument (of whole numbers float32).
+    Raises: ValueError for another shape, or what is no array of numbers.
     Source: MVDream, camera_utils.normalize_camera.
     """
+    c2w = array("normalize_camera", "c2w", c2w, "numbers [V, 4, 4] or [V, 16]")
     if c2w.ndim < 2 or tuple(c2w.shape[1:]) not in ((4, 4), (16,)):
         raise ValueError(f"normalize_camera: c2w must be [V, 4, 4] or [V, 16], got {list(c2w.shape)}; one pose a view")
     c2w = c2w.reshape(-1, 4, 4)
@@ -126,8 +133,14 @@ def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
     rotated and normalised. Differentiable in the poses. An image of no pixels gives no rays.
 
     Returns: Rays of R = V*Hp*Wp, row-major, views slowest.
+    Raises: ValueError for what is no Cameras, or a size that is no whole number.
     Source: threestudio, get_ray_directions and get_rays.
     """
+    if not isinstance(cameras, Cameras):
+        raise ValueError(f"generate_rays: cameras must be Cameras, got {type(cameras).__name__}; "
+                         "make them of c2w [V, 4, 4] and fovy [V]")  # fmt: skip
+    height = whole("generate_rays", "height", height, "it counts pixels", least=0)
+    width = whole("generate_rays", "width", width, "it counts pixels", least=0)
     c2w, device = cameras.c2w, cameras.c2w.device
     focal = 0.5 * height / torch.tan(0.5 * cameras.fovy.to(c2w.dtype))  # [V]
     x = (torch.arange(width, device=device, dtype=c2w.dtype) + 0.5 - width / 2)[None, None, :] / focal[:, None, None]
@@ -150,26 +163,33 @@ def sample_cameras(
     Raises: ValueError if a count is below 1 or a range cannot be.
     Source: MVDream-threestudio, RandomMultiviewCameraIterableDataset.
     """
-    if config.n_views < 1 or n_groups < 1:
-        raise ValueError(
-            f"sample_cameras: n_views and n_groups must be at least 1, got {config.n_views} and {n_groups}; ask for 1"
-        )
-    _check_ranges(config)
-    groups = [_sample_group(config, azimuth_start_deg, *stream.uniform(5).tolist()) for _ in range(n_groups)]
+    n_groups = whole("sample_cameras", "n_groups", n_groups, "ask for 1")
+    _check_sampling(config)
+    start = finite("sample_cameras", "azimuth_start_deg", azimuth_start_deg, "it is in degrees")
+    groups = [_sample_group(config, start, *stream.uniform(5).tolist()) for _ in range(n_groups)]
     return Cameras(torch.cat([g.c2w for g in groups]), torch.cat([g.fovy for g in groups]))
 
 
-def _check_ranges(config: CameraSampling) -> None:
-    for name in ("elevation_range_deg", "fovy_range_deg", "distance_range"):
-        low, high = getattr(config, name)
+_RANGES = {
+    "elevation_range_deg": (lambda x: -90 <= x <= 90, "within -90 and 90", "it is in degrees"),
+    "fovy_range_deg": (lambda x: 0 < x < 180, "within 0 and 180", "it is in degrees"),
+    "distance_range": (lambda x: x > 0, "positive", "1 frames the object"),
+}
+
+
+def _check_sampling(config: CameraSampling) -> None:
+    op = "sample_cameras"
+    whole(op, "n_views", config.n_views, "4 is what the models were trained with")
+    for name, (holds, wanted, remedy) in _RANGES.items():
+        try:
+            low, high = getattr(config, name)
+        except (TypeError, ValueError):
+            raise ValueError(f"{op}: {name} must be two numbers, got {getattr(config, name)!r}; {remedy}") from None
+        low, high = (finite(op, name, x, remedy) for x in (low, high))
         if not low <= high:
-            raise ValueError(f"sample_cameras: {name} must be low..high, got {low}..{high}; swap the two numbers")
-    if not (config.fovy_range_deg[0] > 0 and config.fovy_range_deg[1] < 180):
-        raise ValueError(f"sample_cameras: fovy_range_deg must be within 0 and 180, got {config.fovy_range_deg}; "
-                         "it is in degrees")  # fmt: skip
-    if not config.distance_range[0] > 0:
-        raise ValueError(f"sample_cameras: distance_range must be positive, got {config.distance_range}; "
-                         "1 frames the object")  # fmt: skip
+            raise ValueError(f"{op}: {name} must be low..high, got {low:g}..{high:g}; swap the two numbers")
+        if not (holds(low) and holds(high)):
+            raise ValueError(f"{op}: {name} must be {wanted}, got {low:g}..{high:g}; {remedy}")
 
 
 def _sample_group(
@@ -211,11 +231,16 @@ def _between(limits: tuple[float, float], u: float) -> float:
     return limits[0] + (limits[1] - limits[0]) * u
 
 
-def _spread(n_views: int, start_deg: float, span_deg: float) -> Tensor:
-    """n_views azimuths in radians, float64, the end of the span excluded."""
-    if n_views < 1:
-        raise ValueError(f"camera: n_views must be at least 1, got {n_views}; 4 is what the models were trained with")
-    return torch.deg2rad(start_deg + span_deg * torch.arange(n_views, dtype=torch.float64) / n_views)
+def _directions(
+    op: str, n_views: int, elevation_deg: float, start_deg: float, span_deg: float
+) -> tuple[Tensor, Tensor]:
+    """n_views azimuths, the end of the span excluded, and as many times the elevation: radians, float64."""
+    n_views = whole(op, "n_views", n_views, "4 is what the models were trained with")
+    elevation_deg = finite(op, "elevation_deg", elevation_deg, "90 is straight above", -90, 90)
+    start_deg = finite(op, "azimuth_start_deg", start_deg, "0 is in front of the object")
+    span_deg = finite(op, "azimuth_span_deg", span_deg, "360 is a whole turn")
+    azimuths = torch.deg2rad(start_deg + span_deg * torch.arange(n_views, dtype=torch.float64) / n_views)
+    return azimuths, torch.full_like(azimuths, math.radians(elevation_deg))
 
 
 def _look_at_origin(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Tensor:
@@ -228,9 +253,3 @@ def _look_at_origin(azimuth: Tensor, elevation: Tensor, distance: Tensor) -> Ten
     top = torch.stack([right, up, backward, distance[:, None] * backward], -1)  # [V, 3, 4]
     bottom = torch.tensor([0.0, 0, 0, 1], dtype=top.dtype).expand(len(top), 1, 4)
     return torch.cat([top, bottom], dim=1)
-
-
-def _finite(op: str, c2w: Tensor) -> Tensor:
-    if not c2w.isfinite().all():
-        raise ValueError(f"{op}: angles must be finite, got a camera that isn't; check elevation, azimuth and span")
-    return c2w

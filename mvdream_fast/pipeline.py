@@ -3,9 +3,11 @@
 The sampler, the cameras and the models live in their own modules; this one puts them in order.
 """
 
+import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from mvdream_fast.camera import Cameras, get_camera, normalize_camera
 from mvdream_fast.checkpoints.open import Model, load_model
+from mvdream_fast.core.arguments import array, finite, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
 from mvdream_fast.core.rng import Stream
@@ -55,7 +58,7 @@ class Views:
         from PIL import Image
 
         n_views, _, height, width = self.tensor.shape
-        n_columns = min(n_columns, n_views)
+        n_columns = min(whole("sheet", "n_columns", n_columns, "4 is the default"), n_views)
         sheet = Image.new("RGB", (n_columns * width, -(-n_views // n_columns) * height), "white")
         for i, image in enumerate(self.images):
             sheet.paste(image, (i % n_columns * width, i // n_columns * height))
@@ -70,8 +73,15 @@ class MVDreamPipeline:
     Holds the model's modules on `device`; the UNet in `dtype`, text tower and VAE in float32 (they run once a call).
     """
 
-    def __init__(self, model: Model, device: str = "auto", dtype: str = "auto"):
-        """Args: model, from `models.checkpoint.load_model`; its modules are moved, not copied; parts may be None."""
+    def __init__(
+        self, model: Model, device: str | torch.device | None = "auto", dtype: str | torch.dtype | None = "auto"
+    ):
+        """Args: model, from `checkpoints.open.load_model`; its modules are moved, not copied; parts may be None."""
+        if not isinstance(model, Model):
+            raise ArgumentError(
+                f"MVDreamPipeline: model must be a loaded Model, got {type(model).__name__}; "
+                "MVDreamPipeline.from_pretrained takes a path or a name"
+            )
         self.model, self.config = model, model.config
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
@@ -84,12 +94,16 @@ class MVDreamPipeline:
         self.schedule = NoiseSchedule.from_config(model.config.schedule, self.device)
 
     @staticmethod
-    def from_pretrained(path: str = "embedded", device: str = "auto", dtype: str = "auto") -> "MVDreamPipeline":
+    def from_pretrained(
+        path: str | Path | None = "embedded",
+        device: str | torch.device | None = "auto",
+        dtype: str | torch.dtype | None = "auto",
+    ) -> "MVDreamPipeline":
         """A model folder, a released file, or "embedded" for the small model that ships with the package. No network.
 
         Raises: ModelError when it is missing, unreadable or of another configuration.
         """
-        return MVDreamPipeline(load_model(path), device, dtype)
+        return MVDreamPipeline(load_model("embedded" if path is None else path), device, dtype)
 
     @property
     def scheduler_settings(self) -> dict[str, Any]:
@@ -106,10 +120,10 @@ class MVDreamPipeline:
         azimuth_span_deg: float = 360.0,
         n_steps: int = 50,
         guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] = "",
-        suffix: str = SUFFIX,
+        negative_prompt: str | Sequence[str] | None = "",
+        suffix: str | Sequence[str] | None = SUFFIX,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         generator: torch.Generator | None = None,
         scheduler: Any = None,
         callback: Callback | None = None,
@@ -125,10 +139,11 @@ class MVDreamPipeline:
         same views. `n_steps` counts as upstream's DDIM does (30 makes 31) unless `convention` is "diffusers".
 
         Args:
+            seed: None draws one, which the Views name.
             generator: draws the noise instead of `seed`.
             scheduler: a diffusers scheduler that samples in place of DDIM; see `scheduler_settings`.
             callback: called after each step with (steps done, steps in all, latents [B*V, C, h, w]).
-            camera: other poses, Cameras or [V, 4, 4] or [V, 16]; then the number of views and the angles don't count.
+            camera: other poses, Cameras or an array [V, 4, 4] or [V, 16]; then n_views and the angles don't count.
             mode: "2d" leaves the cameras out: independent images, as the 2D half of the training data.
             warn: called with a sentence for words that the model won't see; by default a Python warning.
 
@@ -136,11 +151,17 @@ class MVDreamPipeline:
             Views, or a list of them for a list of prompts.
 
         Raises:
-            ArgumentError: a prompt that is empty, a number of steps or views that cannot be, a foreign scheduler.
+            ArgumentError: a prompt that is empty, a number of steps or views that cannot be, a foreign scheduler, or
+                an argument of another kind.
             DivergedError: the latents left the finite numbers.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check(mode, camera, n_views, guidance_scale)
+        prompts = texts("pipeline", "prompt", prompt, 'describe an object, for example "a brown bulldog"')
+        _check(mode, camera, generator, callback)
+        n_views = whole("pipeline", "n_views", n_views, "4 is what the models were trained with")
+        n_steps = whole("pipeline", "n_steps", n_steps, "50 is the default")
+        guidance_scale = finite("pipeline", "guidance_scale", guidance_scale, "7.5 is the default")
+        eta = finite("pipeline", "eta", eta, "0 is DDIM, 1 has DDPM's variance")
+        seed = secrets.randbelow(2**31) if seed is None else whole("pipeline", "seed", seed, "0 is the default", 0)
         angles_deg = (elevation_deg, azimuth_start_deg, azimuth_span_deg)
         poses = None if mode == "2d" else _poses(camera, n_views, *angles_deg)  # [V, 16]
         n_views = n_views if poses is None else len(poses)
@@ -166,44 +187,56 @@ class MVDreamPipeline:
     def encode_prompt(
         self,
         prompts: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
-        suffix: str = SUFFIX,
+        negative_prompt: str | Sequence[str] | None = "",
+        suffix: str | Sequence[str] | None = SUFFIX,
         warn: Warn | None = None,
     ) -> TextCond:
-        """The prompts, each with the suffix, and the negative prompt (one for all, or one for each) as the UNet's text.
+        """The prompts and the negative prompt as the UNet's text.
 
+        Args: negative_prompt and suffix, one for all or one for each; None is empty. Of a prompt that is too long its
+            own last words are cut, never the suffix.
         Returns: TextCond of B = number of prompts.
         Raises: ArgumentError if a prompt is empty, has control characters or is over 8 KB, or a count doesn't fit;
             RuntimeError if the model was loaded without its text tower.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = self._tokens(prompts, negative_prompt, suffix)
+        encoded, n_prompts = self._tokens(prompts, negative_prompt, suffix)
         for sentence in _complaints(encoded, self.config.text.context_length):
             (warn or _python_warning)(sentence)
         states = self.text(encoded.ids.to(self.device))
-        cond, uncond = states[: len(prompts)], states[len(prompts) :]
-        return TextCond(cond, uncond.expand(len(prompts), -1, -1))
+        return TextCond(states[:n_prompts], states[n_prompts:].expand(n_prompts, -1, -1))
 
     def unseen_words(
-        self, prompts: str | Sequence[str], negative_prompt: str | Sequence[str] = "", suffix: str = SUFFIX
+        self,
+        prompts: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = "",
+        suffix: str | Sequence[str] | None = SUFFIX,
     ) -> list[str]:
         """What `encode_prompt` would warn of, one sentence each for words that are cut and words that are unknown."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return _complaints(self._tokens(prompts, negative_prompt, suffix), self.config.text.context_length)
+        return _complaints(self._tokens(prompts, negative_prompt, suffix)[0], self.config.text.context_length)
 
-    def _tokens(self, prompts: list[str], negative_prompt: str | Sequence[str], suffix: str) -> Encoded:
-        """Token ids of the prompts with their suffix, then of the negative prompts."""
-        negative = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-        if not prompts or len(negative) not in (1, len(prompts)):
-            raise ArgumentError(
-                f"encode_prompt: negative_prompt must be one, or one for each of the {len(prompts)} prompts, "
-                f"got {len(negative)}; there must be a prompt"
-            )
+    def _tokens(
+        self, prompts: str | Sequence[str], negative_prompt: str | Sequence[str] | None,
+        suffix: str | Sequence[str] | None,
+    ) -> tuple[Encoded, int]:  # fmt: skip
+        """Token ids of the prompts with their suffix, then of the negative prompts; and the number of prompts."""
+        prompts = texts("encode_prompt", "prompts", prompts, 'describe an object, for example "a brown bulldog"')
+        given = {"negative_prompt": negative_prompt, "suffix": suffix}
+        negative, suffixes = (
+            texts("encode_prompt", name, "" if x is None else x, "None is empty") for name, x in given.items()
+        )
+        for name, found in zip(given, (negative, suffixes), strict=True):
+            if not prompts or len(found) not in (1, len(prompts)):
+                raise ArgumentError(
+                    f"encode_prompt: {name} must be one, or one for each of the {len(prompts)} prompts, "
+                    f"got {len(found)}; there must be a prompt"
+                )
         if self.text is None or self.tokenizer is None:
             raise RuntimeError("encode_prompt: the model must have its text tower; load it with the part 'text'")
         for prompt in prompts:
             check_prompt(prompt)
-        return self.tokenizer.encode([add_suffix(prompt, suffix) for prompt in prompts] + negative)
+        pairs = [split_suffix(p, s) for p, s in zip(prompts, suffixes * (len(prompts) // len(suffixes)), strict=True)]
+        heads, endings = zip(*pairs, strict=True)
+        return self.tokenizer.encode([*heads, *negative], [*endings, *[""] * len(negative)]), len(prompts)
 
     def denoiser(self, text: TextCond, camera: Tensor | None, n_views: int, guidance_scale: float) -> ModelFn:
         """The UNet as the samplers call it; the keys and values of the text are computed here, once.
@@ -215,6 +248,7 @@ class MVDreamPipeline:
         if camera is None:
             ask = Denoiser(self.unet, text.repeat(n_views), 1, guided)
         else:
+            camera = array("denoiser", "camera", camera, "numbers [V, 16]")
             ask, camera = Denoiser(self.unet, text, n_views, guided), camera.to(self.device).repeat(len(text.cond), 1)
 
         def denoise(latents: Tensor, t: Tensor) -> Tensor:
@@ -227,8 +261,14 @@ class MVDreamPipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, C, h, w] to images [n, 3, Hp, Wp], float32 in [0, 1].
 
-        Raises: DivergedError if a number isn't finite.
+        Raises: DivergedError if a number isn't finite, ArgumentError for another shape.
         """
+        latents, channels = array("decode", "latents", latents, "numbers [n, C, h, w]"), self.config.unet.in_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ArgumentError(
+                f"decode: latents must be [n, {channels}, h, w], got {list(latents.shape)}; flatten prompts and views"
+            )
+        latents = latents.to(self.device)
         if not latents.isfinite().all():
             raise DivergedError("sampling left the finite numbers; try --dtype float32 or a lower guidance scale")
         images = [self.vae.decode(part.float()) for part in latents.split(DECODE_BATCH)]
@@ -251,33 +291,42 @@ class MVDreamPipeline:
         return torch.cat(noise).to(self.device)
 
 
-def add_suffix(prompt: str, suffix: str = SUFFIX) -> str:
-    """The prompt with the suffix at its end, once."""
-    prompt = prompt.strip()
-    return prompt if prompt.lower().endswith(suffix.strip().lower()) else prompt + suffix
+def split_suffix(prompt: str, suffix: str = SUFFIX) -> tuple[str, str]:
+    """The prompt and what it ends in: the suffix, once, also where the prompt has it already."""
+    prompt, n = prompt.strip(), len(suffix.strip())
+    if n and prompt.lower().endswith(suffix.strip().lower()):
+        return prompt[:-n], prompt[-n:]
+    return prompt, suffix
 
 
 def _poses(camera: Cameras | Tensor | None, n_views: int, *angles_deg: float) -> Tensor:
     """What the UNet is told of the cameras, [V, 16] on the CPU."""
-    if camera is not None:
-        return normalize_camera(camera.c2w if isinstance(camera, Cameras) else camera).float().cpu()
     try:
-        return get_camera(n_views, *angles_deg)
+        if camera is None:
+            return get_camera(n_views, *angles_deg)
+        poses = normalize_camera(camera.c2w if isinstance(camera, Cameras) else camera).float().cpu()
     except ValueError as error:
         raise ArgumentError(str(error)) from error
+    if not len(poses):
+        raise ArgumentError(
+            "pipeline: camera must hold at least 1 pose, got none; leave it out for 4 around the object"
+        )
+    return poses
 
 
-def _check(mode: str, camera: object, n_views: int, guidance_scale: float) -> None:
+def _check(mode: str, camera: object, generator: object, callback: object) -> None:
     if mode not in ("3d", "2d"):
         raise ArgumentError(f"pipeline: mode must be 3d or 2d, got {mode!r}; 3d gives views of one object")
     if mode == "2d" and camera is not None:
         raise ArgumentError("pipeline: camera must be None in 2d mode, got poses; leave them out or take 3d")
-    if n_views < 1:
+    if generator is not None and not isinstance(generator, torch.Generator):
         raise ArgumentError(
-            f"pipeline: n_views must be at least 1, got {n_views}; 4 is what the models were trained with"
+            f"pipeline: generator must be one torch.Generator, got {type(generator).__name__}; or give a seed"
         )
-    if not abs(guidance_scale) < float("inf"):
-        raise ArgumentError(f"pipeline: guidance_scale must be finite, got {guidance_scale}; 7.5 is the default")
+    if callback is not None and not callable(callback):
+        raise ArgumentError(
+            f"pipeline: callback must be a function (done, total, latents), got {type(callback).__name__}"
+        )
 
 
 def _complaints(encoded: Encoded, length: int) -> list[str]:

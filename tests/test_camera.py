@@ -4,6 +4,7 @@ import doctest
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -255,10 +256,13 @@ def sampled(**changes) -> Cameras:
     ("call", "message"),
     [
         (lambda: get_camera(0), "n_views must be at least 1, got 0"),
-        (lambda: get_camera(4, elevation_deg=math.nan), "angles must be finite"),
+        (
+            lambda: get_camera(4, elevation_deg=math.nan),
+            "elevation_deg must be from -90 to 90, got nan; 90 is straight above",
+        ),
         (lambda: orbit_cameras(4, distance=0), "distance must be positive, got 0"),
         (lambda: orbit_cameras(4, fovy_deg=180), "fovy_deg must be within 0 and 180, got 180"),
-        (lambda: orbit_cameras(4, azimuth_start_deg=math.inf), "angles must be finite"),
+        (lambda: orbit_cameras(4, azimuth_start_deg=math.inf), "azimuth_start_deg must be finite, got inf"),
         (lambda: normalize_camera(torch.eye(4)), r"c2w must be \[V, 4, 4\] or \[V, 16\], got \[4, 4\]"),
         (lambda: normalize_camera(torch.zeros(2, 3, 4)), r"got \[2, 3, 4\]"),
         (lambda: Cameras(torch.eye(4), torch.ones(1)), r"c2w must be \[V, 4, 4\], got \[4, 4\]"),
@@ -266,13 +270,52 @@ def sampled(**changes) -> Cameras:
         (lambda: sampled(fovy_range_deg=(60, 15)), r"fovy_range_deg must be low..high, got 60..15"),
         (lambda: sampled(fovy_range_deg=(0, 15)), "fovy_range_deg must be within 0 and 180"),
         (lambda: sampled(distance_range=(0, 1)), "distance_range must be positive"),
-        (lambda: sampled(elevation_range_deg=(0, math.nan)), "elevation_range_deg must be low..high"),
-        (lambda: sample_cameras(CameraSampling(), Stream(0, 0, ""), 0), "must be at least 1, got 4 and 0"),
+        (lambda: sampled(elevation_range_deg=(0, math.nan)), "elevation_range_deg must be finite, got nan"),
+        (lambda: sample_cameras(CameraSampling(), Stream(0, 0, ""), 0), "n_groups must be at least 1, got 0"),
+        # What the ecosystem's callers pass by mistake: one sentence each
+        (lambda: get_camera(None), "get_camera: n_views must be a whole number, got None"),
+        (lambda: get_camera("4"), "n_views must be a whole number, got '4'"),
+        (lambda: get_camera(4.0), "n_views must be a whole number, got 4.0"),
+        (lambda: get_camera(True), "n_views must be a whole number, got True"),
+        (lambda: get_camera(4, "15"), "elevation_deg must be a number, got '15'"),
+        (lambda: get_camera(4, None), "elevation_deg must be a number, got None"),
+        (lambda: get_camera(4, 120), "elevation_deg must be from -90 to 90, got 120"),
+        (lambda: orbit_cameras(4, -90.5), "orbit_cameras: elevation_deg must be from -90 to 90, got -90.5"),
+        (lambda: orbit_cameras(4, distance=[3, 4]), r"distance must be a number, got \[3, 4\]"),
+        (lambda: orbit_cameras(4, fovy_deg=math.nan), "fovy_deg must be finite, got nan"),
+        (lambda: normalize_camera(None), "c2w must be numbers .* got None; pass a tensor or a NumPy array"),
+        (lambda: normalize_camera([[1, 2], [3]]), "c2w must be numbers"),
+        (lambda: normalize_camera(np.ones((2, 16), complex)), "c2w must be numbers"),
+        (lambda: Cameras(None, None), r"Cameras: c2w must be numbers \[V, 4, 4\], got None"),
+        (lambda: Cameras(np.eye(4)[None], "40"), r"fovy must be numbers \[V\], got '40'"),
+        (lambda: generate_rays(np.eye(4)[None], 2, 2), "cameras must be Cameras, got ndarray; make them of c2w"),
+        (lambda: generate_rays(orbit_cameras(1), 2.0, 2), "height must be a whole number, got 2.0"),
+        (lambda: generate_rays(orbit_cameras(1), 2, -1), "width must be at least 0, got -1"),
+        (lambda: sampled(n_views=2.5), "n_views must be a whole number, got 2.5"),
+        (lambda: sampled(elevation_range_deg=(0, 91)), "elevation_range_deg must be within -90 and 90, got 0..91"),
+        (lambda: sampled(distance_range=3), "distance_range must be two numbers, got 3"),
     ],
 )
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_numbers_and_poses_of_any_library_are_the_same():
+    """NumPy scalars, 0-dimensional tensors, arrays of several dtypes and nested lists, against plain numbers."""
+    plain = get_camera(3, 10, 20, 300)
+    assert torch.equal(get_camera(np.int64(3), np.float32(10), torch.tensor(20), np.array(300)), plain)
+    assert torch.equal(get_camera(torch.tensor(3), elevation_deg=np.int8(10), azimuth_start_deg=20.0,
+                                  azimuth_span_deg=300), plain)  # fmt: skip
+    poses = [[[0, 1, 0, 2], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]
+    wanted = torch.tensor([[0.0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1]])  # (2, 0, 0) moved to (1, 0, 0)
+    for c2w in (poses, np.array(poses), np.array(poses, np.float32), torch.tensor(poses), [torch.tensor(poses[0])]):
+        torch.testing.assert_close(normalize_camera(c2w), wanted.to(normalize_camera(c2w).dtype))
+    cameras = Cameras(np.array(poses, np.float32), [0.5])
+    assert torch.equal(cameras.c2w, torch.tensor(poses, dtype=torch.float32))
+    rays = generate_rays(cameras, np.int32(1), 1)
+    assert torch.equal(rays.rays_o, torch.tensor([[2.0, 0, 0]]))
+    torch.testing.assert_close(rays.rays_d, torch.tensor([[0.0, 0, -1]]))  # along -z of the pose
 
 
 def test_middle_cameras_stand_in_the_middle_of_the_ranges():

@@ -10,7 +10,7 @@ from mvdream_fast.camera import get_camera, orbit_cameras
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline, TextCond, add_suffix
+from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline, TextCond, split_suffix
 
 PROMPT = "a green chair"
 FEW = {"n_steps": 4}
@@ -224,15 +224,60 @@ def test_words_that_are_not_seen_are_named(pipe):
 
 
 def test_suffix_is_added_once(pipe):
-    assert add_suffix("a chair ") == "a chair, 3d asset"
-    assert add_suffix("a chair, 3D asset") == "a chair, 3D asset"
-    assert add_suffix("a chair", "") == "a chair"
+    assert split_suffix("a chair ") == ("a chair", ", 3d asset")
+    assert split_suffix("a chair, 3D asset") == ("a chair", ", 3D asset")
+    assert split_suffix("a chair", "") == ("a chair", "")
     with_suffix, bare, typed = (
         pipe.encode_prompt(text, suffix=suffix).cond
         for text, suffix in ((PROMPT, SUFFIX), (PROMPT, ""), (PROMPT + ", 3d asset", ""))
     )
     close(with_suffix, typed)
     assert (with_suffix - bare).abs().max() > 1e-3
+
+
+def test_a_prompt_too_long_loses_its_own_last_words_and_never_the_suffix(pipe):
+    """10 tokens fit: 4 are the suffix's (",", "3", "d", "asset"), so 6 of the prompt's 8 words stay."""
+    prompt = "a green car and a red car chair"
+    kept = pipe.encode_prompt("a green car and a red, 3d asset", suffix="").cond
+    for text, suffix in ((prompt, SUFFIX), (prompt + ", 3d asset", SUFFIX)):  # added, or typed already
+        with pytest.warns(UserWarning, match="more than 10 tokens and is cut: not seen 'car', 'chair'$"):
+            assert torch.equal(pipe.encode_prompt(text, suffix=suffix).cond, kept)
+    endings = [", 3d asset", ""]  # one for each
+    both = pipe.encode_prompt([prompt, "a car"], suffix=endings, warn=lambda _: None).cond
+    assert torch.equal(both[0], kept[0])
+    close(both[1:], pipe.encode_prompt("a car", suffix="").cond)
+
+
+def test_what_other_libraries_pass_is_taken(pipe):
+    """None, NumPy and torch numbers, tuples and arrays of prompts, cameras of several kinds: the same views."""
+    plain = pipe(PROMPT, 2, elevation_deg=20, guidance_scale=2, seed=3, **FEW)
+    same = pipe(
+        np.str_(PROMPT), np.int64(2), np.float32(20), negative_prompt=None, guidance_scale=torch.tensor(2.0),
+        seed=np.uint8(3), n_steps=np.int32(4), camera=None, generator=None, scheduler=None, callback=None,
+    )  # fmt: skip
+    assert torch.equal(same.tensor, plain.tensor)
+    bare = pipe(PROMPT, 2, suffix="", **FEW).tensor
+    assert torch.equal(pipe(PROMPT, 2, suffix=None, **FEW).tensor, bare)
+    several = [pipe(kind([PROMPT, "a car"]), 1, **FEW) for kind in (list, tuple, np.array)]
+    assert [[view.prompt for view in views] for views in several] == [[PROMPT, "a car"]] * 3
+    poses = get_camera(2, 20).reshape(2, 4, 4)
+    for camera in (poses, poses.double(), poses.numpy(), poses.numpy().reshape(2, 16), poses.tolist(), list(poses)):
+        views = pipe(PROMPT, camera=camera, guidance_scale=2, seed=3, **FEW)
+        close(views.cameras, plain.cameras, 1e-6)
+        close(views.tensor, plain.tensor, 1e-4)
+    drawn = pipe(PROMPT, 1, seed=None, **FEW)
+    assert torch.equal(drawn.tensor, pipe(PROMPT, 1, seed=drawn.seed, **FEW).tensor)
+    latents = np.zeros((2, 4, 8, 8))
+    assert torch.equal(pipe.decode(latents), pipe.decode(torch.zeros(2, 4, 8, 8)))
+
+
+def test_devices_and_dtypes_as_objects(pipe):
+    other = MVDreamPipeline(pipe.model, torch.device("cpu"), torch.float32)
+    assert (other.device, other.dtype) == (torch.device("cpu"), torch.float32)
+    with pytest.raises(ArgumentError, match="--device mps: the kernels are for cpu and cuda; take --device cpu"):
+        MVDreamPipeline(pipe.model, "mps")
+    with pytest.raises(ArgumentError, match="model must be a loaded Model, got str; MVDreamPipeline.from_pretrained"):
+        MVDreamPipeline("embedded")
 
 
 def test_text_cond_shapes(pipe):
@@ -251,7 +296,30 @@ def test_text_cond_shapes(pipe):
         ({"prompt": "a\x00"}, "control character U\\+0000"),
         ({"prompt": "x" * 9000}, "at most 8192 bytes"),
         ({"n_views": 0}, "n_views must be at least 1, got 0"),
-        ({"elevation_deg": float("nan")}, "angles must be finite"),
+        ({"elevation_deg": float("nan")}, "elevation_deg must be from -90 to 90, got nan"),
+        ({"elevation_deg": 120}, "elevation_deg must be from -90 to 90, got 120; 90 is straight above"),
+        ({"azimuth_span_deg": float("inf")}, "azimuth_span_deg must be finite"),
+        ({"prompt": None}, "prompt must be text or a list of texts, got None"),
+        ({"prompt": 7}, "prompt must be text or a list of texts, got 7"),
+        ({"prompt": b"a chair"}, "prompt must be text or a list of texts, got b'a chair'"),
+        ({"prompt": [PROMPT, None]}, "prompt must be text or a list of texts"),
+        ({"negative_prompt": 3}, "negative_prompt must be text or a list of texts, got 3"),
+        ({"suffix": ["a", "b"]}, "suffix must be one, or one for each of the 1 prompts, got 2"),
+        ({"n_views": "4"}, "n_views must be a whole number, got '4'"),
+        ({"n_views": 4.0}, "n_views must be a whole number, got 4.0"),
+        ({"n_views": True}, "n_views must be a whole number, got True"),
+        ({"n_steps": None}, "n_steps must be a whole number, got None"),
+        ({"guidance_scale": None}, "guidance_scale must be a number, got None"),
+        ({"guidance_scale": "7.5"}, "guidance_scale must be a number, got '7.5'"),
+        ({"eta": "x"}, "eta must be a number, got 'x'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"generator": [torch.Generator()]}, "generator must be one torch.Generator, got list; or give a seed"),
+        ({"generator": np.random.default_rng(0)}, "generator must be one torch.Generator, got Generator"),
+        ({"callback": 3}, "callback must be a function"),
+        ({"camera": "front"}, r"c2w must be numbers \[V, 4, 4\] or \[V, 16\], got 'front'"),
+        ({"camera": np.eye(4)}, r"c2w must be \[V, 4, 4\] or \[V, 16\], got \[4, 4\]; one pose a view"),
+        ({"camera": torch.zeros(0, 16)}, "camera must hold at least 1 pose"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
         ({"mode": "4d"}, "mode must be 3d or 2d, got '4d'"),
         ({"convention": "karras"}, "convention must be ldm or diffusers"),
@@ -260,6 +328,13 @@ def test_text_cond_shapes(pipe):
 def test_wrong_arguments(pipe, arguments, message):
     with pytest.raises(ArgumentError, match=message):
         pipe(**{"prompt": PROMPT, **FEW, **arguments})
+
+
+def test_wrong_latents(pipe):
+    with pytest.raises(ArgumentError, match=r"decode: latents must be \[n, 4, h, w\], got \[4, 8, 8\]"):
+        pipe.decode(np.zeros((4, 8, 8)))
+    with pytest.raises(ArgumentError, match="decode: latents must be numbers .* got None"):
+        pipe.decode(None)
 
 
 def test_numbers_that_are_not_finite_are_not_drawn():

@@ -158,7 +158,7 @@ def open_source(path_or_name: str | Path, add_cameras: bool = False) -> Source:
     try:
         path = EMBEDDED_FOLDER if str(path_or_name) in EMBEDDED else Path(path_or_name).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{printable(str(path_or_name))!r} is no path to a model: {error}") from error
     if path == EMBEDDED_FOLDER and not is_model_folder(path):
         raise ModelError(

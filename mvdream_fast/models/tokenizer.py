@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mvdream_fast.core.arguments import texts
 from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.models.config import TextConfig
 
@@ -79,35 +80,47 @@ class Tokenizer:
                 rows[clip_id] = row
         return rows
 
-    def encode(self, prompts: str | Sequence[str]) -> Encoded:
+    def encode(self, prompts: str | Sequence[str], endings: Sequence[str] | None = None) -> Encoded:
         """Token ids [B, L] of the prompts, with the words that do not fit and those that are unknown.
 
         An empty string is allowed here, as the unconditional prompt; `check_prompt` refuses it from a user.
+
+        Args:
+            endings: what follows each prompt and is never cut: of a text that is too long, the prompt's own last words
+                are.
 
         Raises:
             ArgumentError: if a prompt has control characters or more than 8 KB.
         """
         import torch
 
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = texts("encode", "prompts", prompts, "a prompt is a sentence")
         ids = torch.zeros(len(prompts), self.config.context_length, dtype=torch.int64)
         cut, unknown = [], []
-        for row, prompt in enumerate(prompts):
-            tokens, cut_words, unknown_words = self._encode_one(check_prompt(prompt, allow_empty=True))
+        for row, (prompt, ending) in enumerate(zip(prompts, endings or [""] * len(prompts), strict=True)):
+            tokens, cut_words, unknown_words = self._encode_one(prompt, ending)
             ids[row, : len(tokens)] = torch.tensor(tokens)
             cut.append(cut_words)
             unknown.append(unknown_words)
         return Encoded(ids, cut, unknown)
 
-    def _encode_one(self, text: str) -> tuple[list[int], list[str], list[str]]:
-        encoding = self._bpe.encode(text, add_special_tokens=False)
-        tokens, spans, unknown = encoding.ids, encoding.offsets, []
-        if self._subset:
-            tokens, spans, unknown = self._to_subset(text, encoding)
+    def _encode_one(self, prompt: str, ending: str) -> tuple[list[int], list[str], list[str]]:
         room = self.config.context_length - 2
-        cut = [word for word, end in _words(text) if end > spans[room][0]] if len(tokens) > room else []
         start, end = (1, 2) if self._subset else (CLIP_ROWS - 2, CLIP_ROWS - 1)
-        return [start, *tokens[:room], end], cut, unknown
+        tokens, _, unknown = self._split(check_prompt(prompt + ending, allow_empty=True))
+        if len(tokens) <= room:
+            return [start, *tokens, end], [], unknown
+        tail = self._split(check_prompt(ending, allow_empty=True))[0][:room]
+        text = check_prompt(prompt, allow_empty=True)
+        tokens, spans, _ = self._split(text)
+        kept = room - len(tail)
+        cut = [word for word, stop in _words(text) if stop > spans[kept][0]] if len(tokens) > kept else []
+        return [start, *tokens[:kept], *tail, end], cut, unknown
+
+    def _split(self, text: str) -> tuple[list[int], list[tuple[int, int]], list[str]]:
+        """A clean text as rows, with the place of each in the text, and its unknown words."""
+        encoding = self._bpe.encode(text, add_special_tokens=False)
+        return self._to_subset(text, encoding) if self._subset else (encoding.ids, encoding.offsets, [])
 
     def _to_subset(self, text: str, encoding: "tokenizers.Encoding") -> tuple[list[int], list[tuple], list[str]]:
         """Rows of the subset; a piece of text with any token outside of it becomes one unknown row."""

@@ -97,8 +97,13 @@ def test_auto_dtype_of_gpus(monkeypatch, capability, expected):
 
 def test_named_dtypes():
     assert machine.choose_dtype("float16", torch.device("cpu")) == torch.float16
-    with pytest.raises(ArgumentError, match="must be auto, float32, bfloat16, float16, got 'int8'"):
-        machine.choose_dtype("int8", torch.device("cpu"))
+    cpu = torch.device("cpu")
+    assert machine.choose_dtype(torch.bfloat16, cpu) == machine.choose_dtype("bf16", cpu) == torch.bfloat16
+    assert machine.choose_dtype(None, cpu) == machine.choose_dtype("auto", cpu)
+    for wrong in ("int8", torch.float64, 16):
+        name = str(wrong)
+        with pytest.raises(ArgumentError, match=f"must be auto, float32, bfloat16, float16, got '{name}'"):
+            machine.choose_dtype(wrong, cpu)
 
 
 def test_devices(monkeypatch):
@@ -106,10 +111,21 @@ def test_devices(monkeypatch):
     assert machine.choose_device("auto") == machine.choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ArgumentError, match="--device cuda: torch sees no CUDA device"):
         machine.choose_device("cuda")
+    assert machine.choose_device(None) == machine.choose_device(torch.device("cpu")) == torch.device("cpu")
+    for elsewhere in ("mps", "xpu", "meta", torch.device("mps"), "vulkan:0"):
+        with pytest.raises(
+            ArgumentError, match=f"--device {elsewhere}: the kernels are for cpu and cuda; take --device cpu"
+        ):
+            machine.choose_device(elsewhere)
+    for wrong in ("toaster", 1.5, b"cpu", "cuda:-1"):
+        with pytest.raises(ArgumentError, match="--device must be auto, cpu, cuda or cuda:N, got"):
+            machine.choose_device(wrong)
+    with pytest.raises(ArgumentError, match="--device cuda:1: torch sees no CUDA device"):
+        machine.choose_device(1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert machine.choose_device("auto") == torch.device("cuda")
-    assert machine.choose_device("cuda:1") == torch.device("cuda:1")
+    assert machine.choose_device("cuda:1") == machine.choose_device(1) == torch.device("cuda:1")
     with pytest.raises(ArgumentError, match="--device cuda:2: there are 2 CUDA devices, counted from 0"):
         machine.choose_device("cuda:2")
 

@@ -97,7 +97,7 @@ def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         try:
-            run.atomic_write({str(path)!r}, b"x" * 5000)
+            run_folder.atomic_write({str(path)!r}, b"x" * 5000)
         except OutputError as error:
             print(error)
     """)
@@ -161,11 +161,11 @@ def test_a_full_disk_keeps_the_previous_checkpoint_at_every_offset(tmp_path):
         for limit in range(1, 40_000, 1_300):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
-                run.save_checkpoint(Path({str(tmp_path)!r}), 2, {{"w": torch.zeros(10_000)}}, {{}})
+                run_folder.save_checkpoint(Path({str(tmp_path)!r}), 2, {{"w": torch.zeros(10_000)}}, {{}})
             except OutputError:
                 failures += 1
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-            step, tensors, _ = run.load_latest(Path({str(tmp_path)!r}))
+            step, tensors, _ = run_folder.load_latest(Path({str(tmp_path)!r}))
             assert step == 1 and tensors["w" if step == 2 else "weight"].sum() == 15, (limit, step)
         print(failures)
     """)
