@@ -3,10 +3,20 @@
 It imports no diffusers: a processor is a plain callable. Loading and converting weights live in checkpoints/.
 """
 
+import gc
+from weakref import WeakKeyDictionary
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvdream_fast.core.arguments import whole
 from mvdream_fast.ops import cross_view_attention
+
+# diffusers' layers over time, which give each pixel a row of the batch and each frame a token
+TEMPORAL = {"AnimateDiffTransformer3D", "I2VGenXLTransformerTemporalEncoder", "TemporalBasicTransformerBlock",
+            "TransformerTemporalModel"}  # fmt: skip
+_OVER_TIME: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 class CrossViewAttnProcessor:
@@ -15,12 +25,12 @@ class CrossViewAttnProcessor:
     Views are the fastest batch index: images 0 to V-1 belong to the first scene. With `n_views=1` it is diffusers' own
     attention. It has no weights, so a checkpoint fits with or without it. Set it last: `fuse_qkv_projections()` and
     `set_attention_slice()` afterwards replace it, without a word, by processors that see one view.
+
+    diffusers' layers over time (UNet3DConditionModel, motion modules) stay as they are: their batch is pixels.
     """
 
     def __init__(self, n_views: int):
-        if n_views < 1:
-            raise ValueError(f"CrossViewAttnProcessor: n_views must be at least 1, got {n_views}; 1 is the 2D mode")
-        self.n_views = n_views
+        self.n_views = whole("CrossViewAttnProcessor", "n_views", n_views, "1 is the 2D mode")
 
     def __call__(
         self,
@@ -58,7 +68,8 @@ class CrossViewAttnProcessor:
                     "all tokens of all views attend to each other"
                 )
             q, k, v = (_heads(attn, linear(hidden_states)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-            out = cross_view_attention(*_normed(attn, q, k), v, self.n_views, scale=attn.scale)
+            n_views = 1 if _is_over_time(attn) else self.n_views
+            out = cross_view_attention(*_normed(attn, q, k), v, n_views, scale=attn.scale)
         else:
             out = _to_text(attn, hidden_states, encoder_hidden_states, attention_mask)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
@@ -67,6 +78,22 @@ class CrossViewAttnProcessor:
         if attn.residual_connection:
             out = out + residual
         return out / attn.rescale_output_factor
+
+
+@torch.compiler.assume_constant_result
+def _is_over_time(attn: nn.Module) -> bool:
+    """Whether an attention layer is part of one of TEMPORAL.
+
+    Nothing that a processor is given tells: neither shapes nor the layer, which doesn't know where it hangs. So the
+    modules that are alive are looked through, once for all layers of a network.
+    """
+    if attn not in _OVER_TIME:
+        modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]
+        roots = [m for m in modules if TEMPORAL & {kind.__name__ for kind in type(m).__mro__}]
+        inside = {id(layer) for root in roots for layer in root.modules()}
+        ours = [m for m in modules if isinstance(vars(m).get("processor"), CrossViewAttnProcessor)]
+        _OVER_TIME.update({layer: id(layer) in inside for layer in (*ours, attn)})
+    return _OVER_TIME[attn]
 
 
 def _to_text(attn: nn.Module, hidden_states: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:

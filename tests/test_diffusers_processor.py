@@ -3,9 +3,10 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from mvdream_fast.diffusers import CrossViewAttnProcessor
@@ -86,6 +87,52 @@ def test_what_replaces_it_is_said(unet, call):
         assert f"`{call}()`" in text
 
 
+SMALL = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 12}
+
+
+def video_unet(kind):
+    """A small UNet with layers over time, the arguments of a call on 2 scenes of 4 frames, and these layers' names."""
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 4, 8, 8, generator=draw)
+    if kind == "spatio-temporal":  # frames before channels, one row of text a scene, three more numbers
+        net = UNetSpatioTemporalConditionModel(
+            **SMALL | {"block_out_channels": (32, 64)}, in_channels=4, num_attention_heads=(2, 2),
+            addition_time_embed_dim=4, projection_class_embeddings_input_dim=12, num_frames=4,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        )  # fmt: skip
+        call = (latents.transpose(1, 2), 7, torch.randn(2, 1, 12, generator=draw), torch.ones(2, 3))
+        return net, call, ("temporal_transformer_blocks",)
+    blocks = [f"{name}{'3D' if kind == '3d' else 'Motion'}" for name in
+              ("CrossAttnDownBlock", "DownBlock", "UpBlock", "CrossAttnUpBlock")]  # fmt: skip
+    net = {"3d": UNet3DConditionModel, "motion": UNetMotionModel}[kind](
+        **SMALL, norm_num_groups=8, down_block_types=blocks[:2], up_block_types=blocks[2:],
+        **({"attention_head_dim": 8} if kind == "3d" else {"num_attention_heads": 2, "motion_num_attention_heads": 2}),
+    )  # fmt: skip
+    text = torch.randn(2 if kind == "3d" else 8, 5, 12, generator=draw)  # one a scene, or one a frame
+    return net, (latents, 7, text), ("temp_attentions", "transformer_in", "motion_modules")
+
+
+@pytest.mark.parametrize("kind", ["3d", "motion", "spatio-temporal"])
+@torch.no_grad()
+def test_layers_over_time_do_not_mix_pixels(kind):
+    """Against the reference in the layers over space alone, chosen by their names; frames are the views."""
+    net, call, over_time = video_unet(kind)
+    names = net.attn_processors
+    assert 0 < sum(any(part in name for part in over_time) for name in names) < len(names)
+    plain = {name: AttnProcessor2_0() for name in names}
+    net.set_attn_processor(dict(plain))
+    untouched = net(*call).sample
+    net.set_attn_processor(
+        {name: plain[name] if any(part in name for part in over_time) else Regrouping(4) for name in names}
+    )
+    expected = net(*call).sample
+    net.set_attn_processor(CrossViewAttnProcessor(4))
+    torch.testing.assert_close(net(*call).sample, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - untouched).abs().max() > 1e-4
+
+
 def test_a_text_mask_is_obeyed(unet):
     mask = torch.tensor([[1, 1, 1, 0, 0]] * 8)
     out, _ = step(unet, CrossViewAttnProcessor(4), mask)
@@ -119,6 +166,12 @@ def test_bad_use():
     attn, x = Attention(16, heads=2, dim_head=8), torch.randn(4, 6, 16)
     with pytest.raises(ValueError, match="n_views must be at least 1, got 0"):
         CrossViewAttnProcessor(0)
+    for wrong in ("4", 4.0, True, None, [4]):
+        with pytest.raises(
+            ValueError, match="CrossViewAttnProcessor: n_views must be a whole number, got .*; 1 is the"
+        ):
+            CrossViewAttnProcessor(wrong)
+    assert CrossViewAttnProcessor(np.int64(4)).n_views == CrossViewAttnProcessor(torch.tensor(4)).n_views == 4
     with pytest.raises(ValueError, match="n_views must divide the batch of 4 images, got 3"):
         CrossViewAttnProcessor(3)(attn, x)
     with pytest.raises(ValueError, match="attention_mask must be None for self-attention"):

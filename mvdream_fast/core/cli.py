@@ -188,9 +188,15 @@ def settled(flags: Args, settings: dict[str, Any], fixed: Collection[str]) -> Ar
     check_resumed(
         {name: (asked[name], kept[name]) for name in fixed if plain.get(name, kept.get(name)) != kept.get(name)}
     )
-    kept = {name: tuple(x) if isinstance(x, list) else x for name, x in kept.items() if name not in asked}
-    paths = {name: Path(x) for name, x in kept.items() if x is not None and "Path" in str(fields[name].type)}
-    return dataclasses.replace(flags, **kept | paths)
+    kept = {name: _typed(x, str(fields[name].type)) for name, x in kept.items() if name not in asked}
+    return dataclasses.replace(flags, **kept)
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """A value from JSON as a flag of this type has it."""
+    if isinstance(value, list):
+        return tuple(_typed(x, kind) for x in value)
+    return Path(value) if isinstance(value, str) and "Path" in kind else value
 
 
 def _word(value: Any) -> str:

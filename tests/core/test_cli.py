@@ -1,12 +1,15 @@
 """What every verb's command line owes its user: help and refusals before torch is imported, and exit codes."""
 
+import math
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from tyro import conf
 
 from mvdream_fast.core import cli, errors
 
@@ -44,6 +47,11 @@ def test_help_comes_before_torch(name):
 
 
 @pytest.mark.parametrize("name", VERBS)
+def test_help_says_what_a_person_would_type(name):
+    assert "None" not in verb(name, "--help")[1]
+
+
+@pytest.mark.parametrize("name", VERBS)
 def test_a_wrong_flag_is_refused_before_torch(name):
     code, out, message, imported = verb(name, "--no-such-flag", "1")
     assert (code, imported) == (2, set())
@@ -65,6 +73,9 @@ def test_a_wrong_flag_is_refused_before_torch(name):
         ["y" * 9000],
         ["x", "--guidance-scale", "nan"],
         ["x", "--elevation-deg", "inf"],
+        ["x", "--elevation-deg", "120"],
+        ["-a red chair"],
+        ["--prompt", "-a red chair"],
         ["x", "--threads", "0"],
         ["x", "--seed", "-1"],
         ["x", "--seed", "dice"],
@@ -79,6 +90,107 @@ def test_generate_refuses_wrong_arguments_before_torch(arguments):
     assert (code, imported) == (2, set())
     assert "Traceback" not in message
     assert message.strip() or out.strip()
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """One flag of each kind."""
+
+    words: Annotated[str | None, conf.Positional] = None
+    prompt: str = ""
+    model: cli.Model | None = None
+    many: tuple[cli.Place, ...] = ()
+    output: Annotated[Path | None, conf.arg(aliases=["-o", "--output-dir"])] = None
+    files: tuple[Path, ...] = ()
+    size: tuple[float, float] | None = None
+    kind: Literal["a", "b"] | None = None
+    max_steps: int | None = None
+    quiet: bool = False
+    settings: Annotated[tuple[str, ...], conf.arg(name="set")] = ()
+    given: cli.Given = frozenset()
+
+
+def parsed(*argv: str) -> Kinds:
+    found = []
+    cli.run(found.append, Kinds, prog="verb", argv=list(argv))
+    return found[0]
+
+
+def test_paths_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = parsed("~ a prompt", "-o", "~/x", "--model=~/m", "--many", "~/a", "embedded", "--files", "~/b", "c")
+    assert (flags.output, flags.model, flags.many) == (Path("/home/me/x"), "/home/me/m", ("/home/me/a", "embedded"))
+    assert flags.files == (Path("/home/me/b"), Path("c"))
+    assert flags.words == "~ a prompt"  # no path
+
+
+def test_values_that_may_be_left_out():
+    assert parsed() == Kinds()
+    flags = parsed("--size", "1", "2", "--kind", "b", "--max-steps", "3", "None")
+    assert (flags.size, flags.kind, flags.max_steps, flags.words) == ((1.0, 2.0), "b", 3, "None")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ((), set()),
+        (("a prompt",), {"words"}),  # not the default
+        (("--max_steps", "3", "-o", "x"), {"max_steps", "output"}),
+        (("--max-steps=3", "--output-dir=x"), {"max_steps", "output"}),
+        (("--prompt", ""), {"prompt"}),  # the default, but named
+        (("--no-quiet",), {"quiet"}),
+        (("--set", "a=1"), {"settings"}),
+        (("--", "--quiet"), {"words"}),
+    ],
+)
+def test_flags_that_were_given(argv, named):
+    assert cli.given(parsed(*argv)).keys() == named
+
+
+def test_a_flag_cannot_say_that_it_was_given(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed("--given", "prompt")
+    assert stop.value.code == 2
+
+
+def test_words_that_begin_with_a_dash(capsys):
+    assert parsed("--max-steps", "3", "--", "-a red chair").words == "-a red chair"
+    assert parsed("--prompt=-a red chair").prompt == "-a red chair"
+    for argv in (["-a red chair"], ["--prompt", "-a red chair"]):
+        with pytest.raises(SystemExit) as stop:
+            parsed(*argv)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == (
+            "verb: '-a red chair' begins with a dash and is no flag; write --flag='-a red chair', or put a bare prompt "
+            "last: -- '-a red chair'\n"
+        )
+
+
+def test_numbers_are_checked_under_the_flags_names():
+    for value in (0, -1, math.nan, math.inf):
+        with pytest.raises(errors.ArgumentError, match=f"^--max-steps must be at least 1, got {value}$"):
+            cli.check_at_least(Kinds(max_steps=value), 1, "max_steps")
+        with pytest.raises(errors.ArgumentError, match=f"^--max-steps must be from 1 to 5, got {value}$"):
+            cli.check_from_to(Kinds(max_steps=value), 1, 5, "max_steps")
+    for value in (None, 1, 5):
+        cli.check_at_least(Kinds(max_steps=value), 1, "max_steps")
+        cli.check_from_to(Kinds(max_steps=value), 1, 5, "max_steps")
+
+
+def test_a_run_that_goes_on_keeps_what_is_not_given():
+    """The record is what JSON makes of the flags: lists for tuples, text for paths."""
+    record = {"prompt": "a chair", "files": ["x", "y"], "output": "out", "size": [1.0, 2.0], "max_steps": 9, "gone": 1}
+    flags = cli.settled(parsed("--max-steps", "12"), record, fixed=("prompt",))
+    assert (flags.max_steps, flags.prompt, flags.output) == (12, "a chair", Path("out"))
+    assert (flags.size, flags.files) == ((1.0, 2.0), (Path("x"), Path("y")))
+    assert cli.settled(parsed("--prompt", "a chair"), record, fixed=("prompt",)).prompt == "a chair"
+    assert cli.settled(parsed("--size", "1", "2"), record, fixed=("size",)).size == (1.0, 2.0)
+    with pytest.raises(errors.ArgumentError) as refused:
+        cli.settled(parsed("--prompt", "", "--size", "3", "4"), record, fixed=("prompt", "size"))
+    assert str(refused.value) == (
+        "--resume goes on with --prompt 'a chair' --size 1.0 2.0, as the run was begun, got --prompt '' "
+        "--size 3.0 4.0; leave it out, or begin a new run"
+    )
 
 
 def run_with(error: BaseException) -> None:

@@ -117,7 +117,7 @@ def test_devices(monkeypatch):
             ArgumentError, match=f"--device {elsewhere}: the kernels are for cpu and cuda; take --device cpu"
         ):
             machine.choose_device(elsewhere)
-    for wrong in ("toaster", 1.5, b"cpu", "cuda:-1"):
+    for wrong in ("toaster", 1.5, "cuda:-1"):
         with pytest.raises(ArgumentError, match="--device must be auto, cpu, cuda or cuda:N, got"):
             machine.choose_device(wrong)
     with pytest.raises(ArgumentError, match="--device cuda:1: torch sees no CUDA device"):

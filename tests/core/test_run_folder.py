@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvdream_fast.core import run_folder
-from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 
@@ -69,6 +69,116 @@ def test_run_folder_layout_and_latest_link(tmp_path):
     assert tmp_path in first.resolve().parents
     assert (tmp_path / "latest").resolve() == second.resolve()
     assert run_folder.resolve_resume("latest", tmp_path) == second.resolve()
+
+
+def test_output_or_root(tmp_path):
+    """-o is the folder itself; without it one is made under the root."""
+    out, root = tmp_path / "out", tmp_path / "root"
+    run_folder.check_new_folder(out, root)
+    assert run_folder.new_folder(out, root, "a cat", 3) == out
+    assert not root.exists()
+    run_folder.check_new_folder(None, root)
+    made = run_folder.new_folder(None, root, "a cat", 3)
+    assert made.parents[1] == root
+    (out / "file").touch()
+    for refuse in (run_folder.check_new_folder, lambda output, root: run_folder.new_folder(output, root, "", 0)):
+        with pytest.raises(OutputError, match="out exists and is not empty; name another with -o$"):
+            refuse(out, root)
+        with pytest.raises(
+            OutputError, match=f"name another with -o, or --root {root} to put it beside the runs there$"
+        ):
+            refuse(root, root)
+        with pytest.raises(OutputError, match="cannot be made"):
+            refuse(out / "file" / "below", root)
+
+
+def test_home_is_home_in_library_calls(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.make_output_folder("~/a") == tmp_path / "a"
+    assert run_folder.make_run_folder("~/runs", "a cat", 0).parents[1] == tmp_path / "runs"
+    assert run_folder.resolve_resume("~/a", "~/runs") == (tmp_path / "a").resolve()
+    run_folder.atomic_write("~/a/file", "x")
+    run_folder.save_checkpoint("~/a", 3, {"w": torch.ones(2)}, {})
+    assert run_folder.load_latest("~/a")[0] == run_folder.latest_step(tmp_path / "a") == 3
+    assert (tmp_path / "a/file").read_text() == "x"
+    assert not (tmp_path / "~").exists()
+
+
+def test_which_run_is_resumed(tmp_path):
+    root, out = tmp_path / "root", tmp_path / "out"
+    last = run_folder.make_run_folder(root, "a cat", 0)
+    out.mkdir()
+    assert run_folder.resolve_resume("latest", root) == last.resolve()
+    assert run_folder.resolve_resume("latest", root, out) == run_folder.resolve_resume(str(out), root, out) == out
+    with pytest.raises(ArgumentError, match="-o must be left out, or be the folder of --resume"):
+        run_folder.resolve_resume(str(last), root, out)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mvdream_fast.core import run_folder
+with run_folder.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_keeps_a_second_process_out_and_dies_with_its_first(tmp_path):
+    """Killed, not closed: nobody tidies up, and the next one may go on all the same."""
+    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    sentence = f"is in use by process {first.pid}; wait until it is done"
+    with pytest.raises(OutputError, match=sentence), run_folder.locked(tmp_path):
+        pass
+    first.kill()
+    first.wait()
+    with run_folder.locked(tmp_path):
+        assert (tmp_path / run_folder.LOCK).read_text() == f"{os.getpid()}\n"
+    with run_folder.locked(tmp_path):
+        pass
+
+
+def test_a_lock_is_not_inherited_by_workers(tmp_path):
+    """A forked worker that outlives its parent holds nothing."""
+    code = HOLD.replace('print("held", flush=True)', "import os; os.fork() or print(os.getpid(), flush=True)")
+    first = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    worker = int(first.stdout.readline())
+    first.kill()
+    first.wait()
+    try:
+        os.kill(worker, 0)  # alive
+        with run_folder.locked(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    sentence = "the run folder .*/none cannot be written: No such file"
+    with pytest.raises(OutputError, match=sentence), run_folder.locked(tmp_path / "none"):
+        pass
+
+
+def test_the_record_says_what_was_done_where_and_what_changed(tmp_path):
+    run_folder.write_record(tmp_path, {"kind": "x", "sds": {"steps": 5, "lr": 0.1}, "where": tmp_path}, 0, device="cpu")
+    first = run_folder.read_record(tmp_path)
+    assert (first["kind"], first["where"], first["machine"]["device"]) == ("x", str(tmp_path), "cpu")
+    assert "resumed" not in first
+    run_folder.write_record(
+        tmp_path, {"kind": "x", "sds": {"steps": 9, "lr": 0.1}, "where": tmp_path}, 5, device="cuda"
+    )
+    run_folder.write_record(tmp_path, {"kind": "x", "sds": {"steps": 9, "lr": 0.1}, "where": tmp_path}, 7, device="cpu")
+    last = run_folder.read_record(tmp_path)
+    assert last["machine"] == first["machine"]
+    assert last["sds"] == {"steps": 9, "lr": 0.1}
+    assert [entry["step"] for entry in last["resumed"]] == [5, 7]
+    assert [entry["machine"]["device"] for entry in last["resumed"]] == ["cuda", "cpu"]
+    assert [entry.get("before") for entry in last["resumed"]] == [{"sds": {"steps": 5}}, None]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputFileError, match="cannot read .*config.json"):
+        run_folder.write_record(tmp_path, {}, 0)
 
 
 def test_resume_of_nothing_is_refused(tmp_path):
