@@ -120,8 +120,8 @@ def main(flags: Flags) -> None:
     check_flags(flags)
     if flags.resume:
         folder = run_folder.resolve_resume(flags.resume, flags.root, flags.output)
+        request = resumed(flags, folder)
         with run_folder.locked(folder):
-            request = resumed(flags, folder)
             memory.check_start()
             go_on(request, folder, flags, say)
         return

@@ -253,6 +253,101 @@ def test_a_full_disk_is_7_and_keeps_the_last_checkpoint(model, capsys, monkeypat
     assert digest(latest()) == whole
 
 
+@pytest.fixture
+def begun(model) -> Path:
+    """A run that is done to the last of its two steps."""
+    assert command("a red car", "--model", model, "--steps", "2", "--seed", "5", *SETTLED) == 0
+    return latest()
+
+
+def test_a_resume_obeys_what_it_can_and_says_so(begun):
+    """The mesh is made as asked, config.json has it, and where and from what it was changed."""
+    before = json.loads((begun / "config.json").read_text())
+    assert before["export"]["texture"] is None
+    assert (before["machine"]["device"], before["machine"]["dtype"]) == ("cpu", "float32")
+    again = ["--steps", "2", "--seed", "5", "--preset", "mini", "--lr", "0.01"]  # as it is: no contradiction
+    assert command("--resume", "latest", "--texture", "32", "--formats", "obj", *again, *QUICK) == 0
+    after = json.loads((begun / "config.json").read_text())
+    assert (after["export"]["texture"], after["export"]["formats"]) == (32, ["obj"])
+    assert (begun / "mesh.obj").exists()
+    assert trimesh.load(begun / "mesh.glb", force="mesh").visual.material.baseColorTexture.size == (32, 32)
+    assert after["sds"] == before["sds"]
+    (session,) = after["resumed"]
+    assert (session["step"], session["machine"]["dtype"]) == (2, "float32")
+    assert session["before"] == {"export": {"texture": None, "formats": ["glb"]}}
+
+
+def test_a_resume_refuses_what_would_be_another_run(begun, capsys):
+    """The issue's example, and every other flag that says what a run is; nothing is touched."""
+    config = (begun / "config.json").read_bytes()
+    for flags, told in (
+        (["--steps", "20", "--guidance-scale", "3"], "--steps 2 --guidance-scale 7.5, as the run was begun, got --steps 20 --guidance-scale 3.0"),
+        (["--seed", "0"], "--seed 5, as the run was begun, got --seed 0"),  # the default, but asked for
+        (["--seed", "random"], "got --seed random"),
+        (["--preset", "fast"], "--preset mini, as the run was begun, got --preset fast"),
+        (["--model", "embedded"], "got --model embedded"),
+        (["--method", "reconstruct"], "--method sds, as the run was begun, got --method reconstruct"),
+        (["--mode", "2d"], "got --mode 2d"),
+        (["--n-views", "8"], "--n-views 4, as the run was begun, got --n-views 8"),
+        (["--render-size", "16"], "--render-size 8, as the run was begun, got --render-size 16"),
+        (["--negative-prompt", "ugly"], "--negative-prompt '', as the run was begun, got --negative-prompt ugly"),
+        (["--rescale", "0.1"], "got --rescale 0.1"),
+        (["--lr", "0.5"], "--lr 0.01, as the run was begun, got --lr 0.5"),
+        (["--elevation-range-deg", "0", "10"], "got --elevation-range-deg 0.0 10.0"),
+        (["--fovy-range-deg", "20", "30"], "got --fovy-range-deg 20.0 30.0"),
+        (["--shading"], "--shading False, as the run was begun, got --shading True"),
+        (["-o", "elsewhere"], "-o must be left out, or be the folder of --resume"),
+    ):  # fmt: skip
+        assert command("--resume", str(begun), *flags) == 2
+        assert told in capsys.readouterr().err
+    known = {name for flags, _ in [(sds.Flags(), "")] for name in vars(flags)}
+    assert known - set(sds.HOW) - {"given", "prompt", "faces", "mesh_resolution", "texture", "formats", "up"} == {
+        "steps",
+        "guidance_scale",
+        "seed",
+        "preset",
+        "model",
+        "method",
+        "mode",
+        "n_views",
+        "render_size",
+        "negative_prompt",
+        "rescale",
+        "lr",
+        "elevation_range_deg",
+        "fovy_range_deg",
+        "shading",
+    }  # fmt: skip (a new flag needs a line above)
+    assert (begun / "config.json").read_bytes() == config
+
+
+def test_a_run_that_is_in_use_is_not_resumed(begun, capsys):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from mvdream_fast.core import run_folder\n"
+         "with run_folder.locked(Path(sys.argv[1])): print(1, flush=True); time.sleep(600)", begun],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    config = (begun / "config.json").read_bytes()
+    assert command("--resume", "latest", *QUICK) == 7
+    assert f"is in use by process {holder.pid}; wait until it is done, or stop it first" in capsys.readouterr().err
+    assert (begun / "config.json").read_bytes() == config
+    holder.kill()
+    holder.wait()
+    assert command("--resume", "latest", *QUICK) == 0
+
+
+def test_o_is_the_folder_of_the_run(model, capsys):
+    assert command("a red car", "--model", model, "--steps", "1", "-o", "mine", *SETTLED) == 0
+    assert {"mesh.glb", "config.json"} <= {path.name for path in Path("mine").iterdir()}
+    assert not Path("outputs").exists()
+    assert command("a red car", "--model", model, "--steps", "1", "-o", "mine", *SETTLED) == 7
+    assert "exists and is not empty; name another with -o" in capsys.readouterr().err
+    assert command("--resume", "latest", "-o", "mine", *QUICK) == 0
+    assert command("a red car", "--model", model, "--steps", "1", "--root", "all", *SETTLED) == 0
+    assert (Path("all/latest") / "mesh.glb").exists()
+
+
 def test_random_seed_and_live_page_are_told(model, capsys):
     arguments = ["--steps", "2", "--seed", "random", "--viewer", *SETTLED]
     assert command("a red car", "--model", model, *arguments) == 0

@@ -70,6 +70,11 @@ def launched() -> tuple[int, int, int]:
     return world, int(os.environ.get("LOCAL_WORLD_SIZE", world)), int(os.environ.get("LOCAL_RANK", 0))
 
 
+def is_first() -> bool:
+    """Whether this is the process of a run that writes, as the launcher's variables say, before they have met."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def join() -> Ranks:
     """Meets the other processes that a launcher started; ALONE where there are none."""
     if launched()[0] == 1:

@@ -20,7 +20,7 @@ from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
 from mvdream_fast.checkpoints.open import Model, load_model, save_model
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
-from mvdream_fast.core.processes import Ranks, join, launched, leave
+from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
 from mvdream_fast.evaluation.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
@@ -60,7 +60,7 @@ def run_stage(args: "Flags") -> int:
     _check_ranks(args, launched()[0], shards)
     held_out = _held_out(args.data)
     folder = _output(args)
-    if launched()[1]:  # the first process alone writes
+    if not is_first():
         return _train(args, folder, shards, held_out)
     with run_folder.locked(folder):
         settings = {name: x for name, x in dataclasses.asdict(args).items() if name not in PASSING}

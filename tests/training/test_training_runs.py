@@ -129,8 +129,33 @@ def test_output_folders(data, vae_model, tmp_path):
     main(flags(data, tmp_path, vae=str(vae_model), steps=1))
     with pytest.raises(OutputError, match="holds a training run already"):
         main(flags(data, tmp_path, vae=str(vae_model)))
+    with pytest.raises(ArgumentError, match="--resume goes on with --stage unet, as the run was begun, got --stage vae"):
+        main(flags(data, tmp_path, stage="vae", resume=True))
+    (tmp_path / "config.json").unlink()  # a run from before there was a record
     with pytest.raises(ModelError, match="is of train-unet, not of train-vae"):
         main(flags(data, tmp_path, stage="vae", resume=True))
+
+
+def test_a_resume_keeps_what_is_not_given_and_says_what_changed(data, vae_model, tmp_path):
+    begun = {"vae": str(vae_model), "lr": 1e-3, "caption_dropout": 0.5, "sheet_prompts": ("a red thing",)}
+    main(flags(data, tmp_path, steps=1, seed=4, **begun))
+    first = json.loads((tmp_path / "config.json").read_text())
+    assert first["kind"] == "training"
+    assert (first["settings"]["lr"], first["settings"]["seed"], first["settings"]["steps"]) == (1e-3, 4, 1)
+    assert (first["machine"]["device"], first["machine"]["processes"]) == ("cpu", 1)
+    for changed, told in (
+        ({"vocabulary": tmp_path / "words.txt"}, "got --vocabulary"),
+        ({"seed": 5}, "--seed 4, as the run was begun, got --seed 5"),
+        ({"init": "embedded"}, "--init None, as the run was begun, got --init embedded"),
+    ):
+        with pytest.raises(ArgumentError, match=told):
+            main(flags(data, tmp_path, resume=True, steps=2, **changed))
+    main(flags(data, tmp_path, resume=True, steps=2, lr=1e-4))
+    last = json.loads((tmp_path / "config.json").read_text())
+    assert last["settings"] == first["settings"] | {"steps": 2, "lr": 1e-4}
+    assert last["resumed"][0]["step"] == 1
+    assert last["resumed"][0]["before"] == {"settings": {"steps": 1, "lr": 1e-3}}
+    assert (tmp_path / "samples" / "prompts.txt").read_text() == "a red thing\n"
 
 
 def test_a_resumed_run_keeps_its_vocabulary(vae_model, tmp_path, capsys):

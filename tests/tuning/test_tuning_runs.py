@@ -70,6 +70,29 @@ def test_a_resumed_run_has_the_same_bytes(whole, photos, model, tmp_path):
         assert (Path("half") / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_a_resume_obeys_or_refuses(photos, model, tmp_path, capsys):
+    assert command(*wanted(photos, model, "-o", "run", "--max-train-steps", 1)) == 0
+    before = json.loads(Path("run/config.json").read_text())
+    for flags, told in (
+        (("--learning-rate", 1e-3), "got --learning-rate 0.001"),
+        (("--seed", 0, "--lr-scheduler", "cosine"), "goes on with --lr-scheduler constant, as the run was begun, got"),
+        (("--instance_data_dir", "elsewhere"), "got --instance-data-dir elsewhere"),
+        (("--train_batch_size", 2), "--train-batch-size 4, as the run was begun, got --train-batch-size 2"),
+        (("-o", "elsewhere"), "-o must be left out, or be the folder of --resume"),
+    ):
+        assert command("--resume", "run", "--threads", 1, *flags) == 2
+        assert told in capsys.readouterr().err
+    assert json.loads(Path("run/config.json").read_text()) == before
+    same = ("--instance-data-dir", photos, "--model", model, "--instance-prompt", PROMPT, "--sds-preset", "auto")
+    assert command("--resume", "run", "--threads", 1, "--max-train-steps", 2, *same) == 0
+    after = json.loads(Path("run/config.json").read_text())
+    assert after["settings"] == before["settings"] | {"max_train_steps": 2}
+    assert after["resumed"][0]["step"] == 1
+    assert after["resumed"][0]["before"] == {"settings": {"max_train_steps": 1}}
+    assert command("--resume", "run", "--threads", 1, "--max-train-steps", 1) == 2
+    assert "--max-train-steps must be at least the 2 that are done, got 1" in capsys.readouterr().err
+
+
 def test_adapters_through_the_command(photos, model):
     arguments = wanted(photos, model, "--lora_rank", 2, "--learning_rate", 1e-2)
     assert command(*arguments, "-o", "whole", "--max_train_steps", 2) == 0
