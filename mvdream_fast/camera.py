@@ -45,6 +45,15 @@ class Cameras:
         return Cameras(self.c2w.to(device), self.fovy.to(device))
 
 
+def check_cameras(op: str, cameras: object) -> Cameras:
+    """The cameras. Raises ValueError for anything else: poses alone, most likely."""
+    if not isinstance(cameras, Cameras):
+        raise ValueError(
+            f"{op}: cameras must be Cameras, got {type(cameras).__name__}; make them of c2w [V, 4, 4] and fovy [V]"
+        )
+    return cameras
+
+
 @dataclass(frozen=True)
 class Rays:
     """R = V*Hp*Wp rays, row-major within a view, views slowest; directions have unit length."""
@@ -136,9 +145,7 @@ def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
     Raises: ValueError for what is no Cameras, or a size that is no whole number.
     Source: threestudio, get_ray_directions and get_rays.
     """
-    if not isinstance(cameras, Cameras):
-        raise ValueError(f"generate_rays: cameras must be Cameras, got {type(cameras).__name__}; "
-                         "make them of c2w [V, 4, 4] and fovy [V]")  # fmt: skip
+    check_cameras("generate_rays", cameras)
     height = whole("generate_rays", "height", height, "it counts pixels", least=0)
     width = whole("generate_rays", "width", width, "it counts pixels", least=0)
     c2w, device = cameras.c2w, cameras.c2w.device

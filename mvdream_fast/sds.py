@@ -187,10 +187,10 @@ def resumed(flags: Flags, folder: Path) -> "Request":
 
     run, given = request.read_run(folder), asked(flags)
     export = {f.name: given.pop(f.name) for f in dataclasses.fields(run.export) if f.name in given}
-    export = dataclasses.replace(run.export, **export)
-    request.check_export(export, request.flag_names(given))
+    replaced = dataclasses.replace(run.export, **export)
+    request.check_export(replaced, request.flag_names(export))
     cli.check_resumed(request.differences(run, given))
-    return dataclasses.replace(run, export=export, why="as the run was started")
+    return dataclasses.replace(run, export=replaced, why="as the run was started")
 
 
 def fits(requests: list["Request"], flags: Flags) -> None:

@@ -4,14 +4,18 @@ The loop is distill/loop.py, what a step does distill/state.py, what it learns f
 reports are the command's (sds.py).
 """
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mvdream_fast.core import run_folder
+from mvdream_fast.core.arguments import user_path, whole
+from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
-from mvdream_fast.distill.recipes import SDSConfig, preset_for, resolve_config
+from mvdream_fast.distill.recipes import SETTINGS, SDSConfig, preset_for, resolve_config, typed
 from mvdream_fast.distill.state import GrownAsset, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -27,17 +31,22 @@ class TextTo3D:
     def __init__(self, pipeline: MVDreamPipeline | None, keep: bool = True, guidance: Guidance | None = None):
         """keep: False frees what a run does not need, the text tower and the VAE's decoder, once it has begun; the
         pipeline makes one asset then and no more views. guidance: replaces the one that the recipe would make."""
+        if isinstance(pipeline, (str, Path)) or (pipeline is None and guidance is None):
+            raise ArgumentError(
+                f"TextTo3D: pipeline must be an MVDreamPipeline, got {pipeline!r}; "
+                "MVDreamPipeline.from_pretrained makes one of a path or a name"
+            )
         self.pipeline, self.keep, self.guidance = pipeline, keep, guidance
 
     def __call__(
         self,
         prompt: str,
-        preset: str = "auto",
+        preset: str | None = "auto",
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         callback: Callable[[Progress], None] | None = None,
         config: SDSConfig | None = None,
-        checkpoints: Path | None = None,
+        checkpoints: Path | str | None = None,
         checkpoint_every: int = 100,
         interrupt: run_folder.Interrupt | None = None,
         representation: Representation | None = None,
@@ -46,6 +55,7 @@ class TextTo3D:
         """Optimises a 3D representation of `prompt`.
 
         Args:
+            seed: None draws one, which the asset names.
             preset: a key of SDS_PRESETS, or "auto" for the one that fits the model; `config` replaces it, `overrides`
                 replace single settings (steps=300, ...).
             callback: called after every step with a Progress.
@@ -62,9 +72,14 @@ class TextTo3D:
             OutOfMemoryError: a step that does not fit, even with half of the samples.
             DivergedError: numbers that are not finite, or nothing to see, after one recovery.
         """
-        if config is None and preset == "auto":
-            preset = preset_for(self.pipeline.config.vae.image_size) if self.pipeline else "mini"
-        config = resolve_config(config or preset, **overrides)
+        if not isinstance(prompt, str):
+            raise ArgumentError(f"TextTo3D: prompt must be one text, got {type(prompt).__name__}; call it once for each")
+        if callback is not None and not callable(callback):
+            raise ArgumentError(f"TextTo3D: callback must be a function of a Progress, got {type(callback).__name__}")
+        seed = secrets.randbelow(2**31) if seed is None else whole("TextTo3D", "seed", seed, "0 is the default", 0)
+        checkpoint_every = whole("TextTo3D", "checkpoint_every", checkpoint_every, "100 is the default")
+        checkpoints = None if checkpoints is None else user_path(checkpoints)
+        config = self._config(preset, config, overrides)
         guidance = self.guidance or new_guidance(self.pipeline, prompt, config, seed)
         if not self.keep:
             self._release(config)
@@ -75,6 +90,19 @@ class TextTo3D:
     @property
     def device(self) -> torch.device:
         return self.pipeline.device if self.pipeline else torch.device("cpu")
+
+    def _config(self, preset: str | None, config: SDSConfig | None, overrides: dict[str, Any]) -> SDSConfig:
+        """The run's settings; NumPy's numbers and arrays are taken for Python's."""
+        if config is not None and not isinstance(config, SDSConfig):
+            raise ArgumentError(
+                f"TextTo3D: config must be an SDSConfig, got {type(config).__name__}; single settings are arguments of "
+                "their own, as steps=300"
+            )
+        plain = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in overrides.items()}
+        plain |= typed({name: x for name, x in plain.items() if name in SETTINGS}, "TextTo3D", ArgumentError)
+        if preset in (None, "auto"):
+            preset = preset_for(self.pipeline.config.vae.image_size) if self.pipeline else "mini"
+        return resolve_config(config or str(preset), **plain)
 
     def _release(self, config: SDSConfig) -> None:
         self.pipeline.text = self.pipeline.model.text = None

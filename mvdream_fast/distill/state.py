@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras, Rays, generate_rays
+from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
@@ -63,7 +64,7 @@ class GrownAsset(Asset):
         """Writes one self-contained page: the asset to turn, its turntable, curves, settings and times."""
         from mvdream_fast.distill.report import asset_report
 
-        return asset_report(self, self.records, Path(path))
+        return asset_report(self, self.records, user_path(path))
 
 
 class RunState:

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvdream_fast.camera import Cameras, evaluation_cameras, generate_rays
+from mvdream_fast.camera import Cameras, check_cameras, evaluation_cameras, generate_rays
+from mvdream_fast.core.arguments import user_path, whole
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.machine import choose_device
 from mvdream_fast.scene.base import Representation
 from mvdream_fast.scene.kinds import config_from_dict, new_representation
 from mvdream_fast.scene.mesh.export import save_mesh
@@ -42,7 +44,7 @@ class Asset:
         return self.representation.device
 
     def to(self, device: torch.device | str) -> "Asset":
-        self.representation.to(device)
+        self.representation.to(choose_device(device))
         return self
 
     def orbit(self, n_views: int = 4, elevation_deg: float = 15.0, azimuth_start_deg: float = 0.0) -> Cameras:
@@ -52,7 +54,8 @@ class Asset:
     @torch.no_grad()
     def render(self, cameras: Cameras | None = None, size: int = 256) -> RenderedViews:
         """Images from `cameras` (default: four around the asset), size x size pixels, without gradient."""
-        cameras = self.orbit() if cameras is None else cameras
+        cameras = self.orbit() if cameras is None else check_cameras("Asset.render", cameras)
+        size = whole("Asset.render", "size", size, "it counts pixels a side")
         out = self.representation.render(generate_rays(cameras.to(self.device), size, size))
         shape = (len(cameras), size, size)
         return RenderedViews(
@@ -65,18 +68,24 @@ class Asset:
         resolution: cells a side that the surface is taken from. texture: pixels a side of a texture to bake the colours
         into; None colours the vertices. Raises DivergedError when there is no surface.
         """
+        op = "Asset.mesh"
+        resolution = whole(op, "resolution", resolution, "128 is the default", 8, 512)
+        max_faces = None if max_faces is None else whole(op, "max_faces", max_faces, "None keeps them all", 4)
+        texture = None if texture is None else whole(op, "texture", texture, "None colours the vertices", 16, 8192)
         return self.representation.mesh(resolution, max_faces, texture)
 
     def save_glb(
         self, path: Path | str, resolution: int = 128, max_faces: int | None = None, texture: int | None = None
     ) -> Mesh:
         """Writes the mesh (GLB, OBJ or PLY by the ending) and returns it."""
+        path = user_path(path)
         mesh = self.mesh(resolution, max_faces, texture)
         save_mesh(mesh, path)
         return mesh
 
     def frames(self, n_frames: int = 120, size: int = 128, elevation_deg: float = 15.0) -> np.ndarray:
         """One turn around the asset, which closes its loop: [n_frames, size, size, 3] uint8."""
+        n_frames = whole("Asset.frames", "n_frames", n_frames, "120 is the default")
         cameras = self.orbit(n_frames, elevation_deg)
         frames = [
             (self.render(Cameras(c[None], f[None]), size).rgb[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
@@ -88,8 +97,9 @@ class Asset:
         """Writes an animation of one turn, 30 frames a second, as WebP (or MP4 with the `video` extra)."""
         from mvdream_fast.scene.mesh.animation import save_animation
 
+        places = [user_path(path) for path in paths]
         frames = self.frames(n_frames, size, elevation_deg)
-        for path in paths:
+        for path in places:
             save_animation(frames, path)
 
     def state(self) -> dict[str, Tensor]:
@@ -102,13 +112,14 @@ class Asset:
 
         meta = {"kind": "asset", "prompt": self.prompt, "seed": self.seed, "config": self.settings}
         tensors = {name: value.contiguous().cpu() for name, value in self.state().items()}
-        atomic_write(Path(path), save(tensors, {"asset": json.dumps(meta)}))
+        atomic_write(path, save(tensors, {"asset": json.dumps(meta)}))
 
     @staticmethod
     def load(path: Path | str) -> "Asset":
         """Reads what `save` wrote. Raises ModelError for anything else."""
         from safetensors import SafetensorError, safe_open
 
+        path = user_path(path)
         try:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {})["asset"])
