@@ -73,7 +73,7 @@ class TextTo3D:
             DivergedError: numbers that are not finite, or nothing to see, after one recovery.
         """
         if not isinstance(prompt, str):
-            raise ArgumentError(f"TextTo3D: prompt must be one text, got {type(prompt).__name__}; call it once for each")
+            raise ArgumentError(f"TextTo3D: prompt must be one text, got {type(prompt).__name__}; call once for each")
         if callback is not None and not callable(callback):
             raise ArgumentError(f"TextTo3D: callback must be a function of a Progress, got {type(callback).__name__}")
         seed = secrets.randbelow(2**31) if seed is None else whole("TextTo3D", "seed", seed, "0 is the default", 0)

@@ -28,17 +28,25 @@ def require(ok: bool, op: str, argument: str, requirement: str, got: object, rem
 
 
 def check_float(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    if x.dtype not in dtypes:  # words are put together only for who needs them: every call comes by here
+    if getattr(x, "dtype", None) not in dtypes:  # words only for who needs them: every call comes by here
+        check_tensors(op, **{name: x})
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         wanted = f"{', '.join(names[:-1])} or {names[-1]}"
         raise TypeError(f"{op}: {name} must be {wanted}, got {x.dtype}; convert it first")
+
+
+def check_tensors(op: str, **arguments: object) -> None:
+    """Each argument is a tensor, and no array of another library, which has a shape and a dtype, too."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}; pass a tensor")
 
 
 def check_shaped(
     op: str, name: str, x: object, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...] = WIDE_FLOATS
 ) -> None:
     """A tensor of this shape and one of these dtypes; None stands for any length."""
-    require(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, "pass a tensor", TypeError)
+    check_tensors(op, **{name: x})
     wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
     fits = x.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape, strict=True))
     require(fits, op, name, f"of shape {wanted}", list(x.shape), "reshape it")
@@ -55,6 +63,7 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 def check_like(op: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
     """`x` must sit on the device of `like` and have its dtype or float32 (parameters kept in full precision)."""
+    check_tensors(op, **{name: x})
     check_same_device(op, **{other: like, name: x})
     if x.dtype != like.dtype and x.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be {like.dtype} (as {other}) or float32, got {x.dtype}; convert it first")

@@ -5,7 +5,10 @@ What the samples are, and where they come from, lives in the ops.
 
 import torch
 
-from mvdream_fast.ops._edges import require
+from mvdream_fast.ops._edges import (
+    check_tensors,
+    require,
+)
 
 
 def pack_info(ray_indices: torch.Tensor, n_rays: int) -> torch.Tensor:
@@ -35,6 +38,7 @@ def check_packing(op, n_samples, ray_indices, packed_info, n_rays) -> torch.Tens
     """The packing of n_samples samples as packed_info [R, 2], from whichever of the two descriptions is given."""
     one = (ray_indices is None) != (packed_info is None)
     require(one, op, "one of ray_indices and packed_info", "given", "both or none", "pass exactly one")
+    check_tensors(op, **({"ray_indices": ray_indices} if packed_info is None else {"packed_info": packed_info}))
     if packed_info is None:
         require(n_rays is not None, op, "n_rays", "given with ray_indices", None, "rays without samples count too")
         require(

@@ -14,6 +14,7 @@ from mvdream_fast.ops._edges import (
     address,
     check_same_device,
     check_shaped,
+    check_tensors,
     is_batched,
     load_native,
     queue_of,
@@ -236,6 +237,7 @@ def _wide(*tensors: torch.Tensor | None) -> bool:
 
 
 def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background) -> torch.Tensor:
+    check_tensors("composite", sigmas=sigmas, rgb=rgb, t_starts=t_starts, t_ends=t_ends)
     if is_batched(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, background):
         raise vmap_error("composite")
     op, n_samples = "composite", sigmas.shape[0] if sigmas.ndim else 0
@@ -245,6 +247,7 @@ def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, back
     check_shaped(op, "t_ends", t_ends, (n_samples,))
     packed_info = check_packing(op, n_samples, ray_indices, packed_info, n_rays)
     if background is not None:
+        check_tensors(op, background=background)
         check_shaped(op, "background", background, (3,) if background.ndim == 1 else (packed_info.shape[0], 3))
     tensors = {"sigmas": sigmas, "rgb": rgb, "t_starts": t_starts, "t_ends": t_ends, "background": background}
     check_same_device(op, **tensors, packed_info=packed_info)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from mvdream_fast.ops._edges import (
     by_name,
     check_float,
+    check_tensors,
     is_autocast,
     is_batched,
     is_followed,
@@ -139,6 +140,7 @@ def _check(
         raise ValueError(
             f"{OP}: n_views must divide the batch of {images} images, got {n_views}; see the batch's order"
         )
+    check_tensors(OP, k=k, v=v)
     if not (k.shape == shape == v.shape and k.dtype == q.dtype == v.dtype and k.device == q.device == v.device):
         for name, x in (("k", k), ("v", v)):
             _check_like(name, x, q, shape, "it is q's, as tokens attend in pairs")
@@ -150,6 +152,7 @@ def _check(
 
 
 def _check_like(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], why: str) -> None:
+    check_tensors(OP, **{name: x})
     if x.shape != shape:
         raise ValueError(f"{OP}: {name} must be {tuple(shape)}, got {tuple(x.shape)}; {why}")
     if x.device != q.device:

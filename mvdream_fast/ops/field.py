@@ -19,6 +19,7 @@ from mvdream_fast.ops._edges import (
     aligned,
     check_same_device,
     check_shaped,
+    check_tensors,
     load_native,
     present,
     queue_of,
@@ -80,6 +81,7 @@ def field(
     Raises ValueError for wrong shapes and NaN, TypeError for other dtypes, RuntimeError for mixed devices.
     Source: MVDream's implicit volume: softplus(m_d(h(x)) + 10 (1 - |x| / 0.5)), sigmoid(m_f(h(x))), h the hash grid.
     """
+    _check_spec("field", spec)
     check_positions_and_table("field", positions, table, spec.grid)
     check_weights("field", "density_weights", positions, density_weights, spec.grid.width, 1)
     check_weights("field", "feature_weights", positions, feature_weights, spec.grid.width, 3)
@@ -92,6 +94,7 @@ def field(
 
 def field_density(positions: Tensor, table: Tensor, density_weights: Sequence[Tensor], spec: FieldSpec) -> Tensor:
     """The density half of `field`, at about half of its cost. Returns sigmas [P]; raises as `field` does."""
+    _check_spec("field_density", spec)
     check_positions_and_table("field_density", positions, table, spec.grid)
     check_weights("field_density", "density_weights", positions, density_weights, spec.grid.width, 1)
     if torch.compiler.is_compiling() and positions.dtype == torch.float32:
@@ -317,10 +320,19 @@ def _op_gradients(ctx, d_sigmas, d_rgb):
 _op.register_autograd(_op_gradients, setup_context=_setup)
 
 
+def _check_spec(op: str, spec: FieldSpec) -> None:
+    require(
+        isinstance(spec, FieldSpec), op, "spec", "a FieldSpec", type(spec).__name__, "pass ops.FieldSpec", TypeError
+    )
+
+
 def check_weights(op: str, name: str, like: Tensor, weights: Sequence[Tensor], n_in: int, n_out: int) -> None:
     """Checks that the matrices chain n_in -> width -> ... -> n_out; a network is a list of 2 to 4 of them."""
+    is_list = isinstance(weights, (list, tuple, torch.nn.ParameterList))
+    require(is_list, op, name, "a list of matrices", type(weights).__name__, "pass one for each layer", TypeError)
     n = len(weights)
     require(2 <= n <= 4, op, name, "2 to 4 matrices", n, "use 1 to 3 hidden layers")
+    check_tensors(op, **{f"{name}[{i}]": weight for i, weight in enumerate(weights)})
     width = weights[0].shape[0] if weights[0].ndim == 2 else 0
     require(width in WIDTHS, op, f"{name}[0]", f"[width, {n_in}]", list(weights[0].shape), f"width is one of {WIDTHS}")
     sizes = [n_in] + [width] * (n - 1) + [n_out]

@@ -16,6 +16,7 @@ from mvdream_fast.ops._edges import (
     address,
     check_same_device,
     check_shaped,
+    check_tensors,
     is_recorded,
     load_native,
     queue_of,
@@ -152,6 +153,9 @@ def march_rays_ref(
 
 def check_samples(op: str, samples: Samples, **rays: torch.Tensor) -> None:
     """What the extension reads by packed_info lies in the samples; `rays` are [R, 3] of as many as were marched."""
+    if not isinstance(samples, Samples):
+        raise TypeError(f"{op}: samples must be Samples, got {type(samples).__name__}; take them from march_rays")
+    check_tensors(op, t_starts=samples.t_starts, t_ends=samples.t_ends, packed_info=samples.packed_info)
     n_samples = samples.t_starts.shape[0] if samples.t_starts.ndim else 0
     for name in ("t_starts", "t_ends"):
         check_shaped(op, name, getattr(samples, name), (n_samples,))

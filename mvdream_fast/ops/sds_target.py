@@ -8,7 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._edges import check_float, is_batched, run_kernels, vmap_error
+from mvdream_fast.ops._edges import (
+    check_float,
+    check_tensors,
+    is_batched,
+    run_kernels,
+    vmap_error,
+)
 
 OP = "sds_target"
 STD_FLOOR = 1e-8
@@ -181,6 +187,9 @@ def _check(
         raise ValueError(f"{OP}: n_views must divide the batch of {z.shape[0]} images, got {n_views}; check the batch")
     if mode == "x0" and rescale and z.numel() == z.shape[0] and n_views == 1:
         raise ValueError(f"{OP}: rescale must be 0 for scenes of one value, got {rescale}; they have no deviation")
+    check_tensors(OP, z_t=z_t, noise_pred_cond=cond, noise_pred_uncond=uncond, alphas_cumprod_t=abar)
+    if noise is not None:
+        check_tensors(OP, noise=noise)
     if abar.numel() != 1 and abar.shape != z.shape[:1]:
         raise ValueError(f"{OP}: alphas_cumprod_t must be one element or [B*V], got {tuple(abar.shape)}; index by t")
     named = (("z_t", z_t), ("noise_pred_cond", cond), ("noise_pred_uncond", uncond), ("noise", noise))

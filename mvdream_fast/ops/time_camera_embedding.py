@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import by_name, check_float, is_autocast, is_batched, is_followed, run_kernels, vmap_error
+from mvdream_fast.ops._edges import (
+    by_name,
+    check_float,
+    check_tensors,
+    is_autocast,
+    is_batched,
+    is_followed,
+    run_kernels,
+    vmap_error,
+)
 
 OP = "time_camera_embedding"
 MAX_PERIOD = 10000.0
@@ -87,7 +96,8 @@ def camera_embedding(camera: Tensor, camera_mlp: MLP) -> Tensor:
 
     Raises: ValueError, TypeError: shapes, dtypes. RuntimeError: tensors on two devices.
     """
-    w0 = camera_mlp[0]
+    check_tensors(OP, camera=camera)
+    w0 = _weights("camera_mlp", camera_mlp)[0]
     _check_mlp("camera_mlp", camera_mlp, w0.shape[0] if w0.ndim else 0, w0)
     if camera.ndim != 2 or camera.shape[1] != w0.shape[1]:
         raise ValueError(f"{OP}: camera must be [B*V, {w0.shape[1]}], got {list(camera.shape)}; flatten each matrix")
@@ -292,6 +302,7 @@ def _check(
     camera_embedding: Tensor | None,
 ) -> None:
     check_float(OP, "projections_weight", weight)
+    check_tensors(OP, t=t, projections_bias=bias)
     if t.ndim != 1:
         raise ValueError(f"{OP}: t must be [B*V], got {tuple(t.shape)}; expand a single step to the batch")
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
@@ -317,7 +328,7 @@ def _check(
 
 
 def _check_mlp(name: str, mlp: MLP, width: int, weight: Tensor) -> None:
-    w0, b0, w2, b2 = mlp
+    w0, b0, w2, b2 = _weights(name, mlp)
     if w0.ndim != 2 or w0.shape[0] != width or b0.shape != (width,) or b2.shape != b0.shape:
         got = f"{list(w0.shape)}, {list(b0.shape)} and {list(b2.shape)}"
         raise ValueError(
@@ -331,7 +342,16 @@ def _check_mlp(name: str, mlp: MLP, width: int, weight: Tensor) -> None:
         _check_home(name, x, weight, x.dtype)
 
 
+def _weights(name: str, mlp: MLP) -> MLP:
+    if not isinstance(mlp, tuple) or len(mlp) != 4:
+        raise TypeError(f"{OP}: {name} must be an MLP (w0, b0, w2, b2), got {type(mlp).__name__}; pass ops.MLP(...)")
+    w0, b0, w2, b2 = mlp
+    check_tensors(OP, **{f"{name}.w0": w0, f"{name}.b0": b0, f"{name}.w2": w2, f"{name}.b2": b2})
+    return mlp
+
+
 def _check_rows(name: str, x: Tensor, shape: tuple[int, int], weight: Tensor) -> None:
+    check_tensors(OP, **{name: x})
     if x.shape != shape:
         raise ValueError(f"{OP}: {name} must be {list(shape)}, got {list(x.shape)}; one row per image")
     check_float(OP, name, x)

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from mvdream_fast.ops._edges import address, check_shaped, load_native, require, thread_count
+from mvdream_fast.ops._edges import (
+    address,
+    check_shaped,
+    check_tensors,
+    load_native,
+    require,
+    thread_count,
+)
 from mvdream_fast.ops.march_rays import raise_for
 
 MAX_GRIDS = 16
@@ -81,7 +88,8 @@ def _host(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, rays_mask) -> None:
-    op, n_rays = "traverse_grids", rays_o.shape[0]
+    check_tensors("traverse_grids", rays_o=rays_o, rays_d=rays_d, binaries=binaries, aabbs=aabbs, near=near, far=far)
+    op, n_rays = "traverse_grids", rays_o.shape[0] if rays_o.ndim else 0
     check_shaped(op, "rays_o", rays_o, (None, 3))
     check_shaped(op, "rays_d", rays_d, (n_rays, 3))
     check_shaped(op, "near", near, (n_rays,))

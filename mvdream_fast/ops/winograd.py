@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvdream_fast.ops._edges import (
     address,
+    check_tensors,
     is_batched,
     is_recorded,
     load_native,
@@ -126,6 +127,9 @@ class _Winograd(torch.autograd.Function):
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensors(OP, x=x, weight=weight)
+    if bias is not None:
+        check_tensors(OP, bias=bias)
     if is_batched(x, weight, bias):
         raise vmap_error(OP)
     for name, a in (("x", x), ("weight", weight), ("bias", bias)):
