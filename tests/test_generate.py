@@ -89,7 +89,7 @@ def test_a_prompt_that_begins_with_a_dash_and_a_home_in_quotes(model, monkeypatc
 def test_a_long_prompt_keeps_the_suffix_and_its_lost_words_are_named(model, capsys):
     """10 tokens fit: the suffix's 4, and the first 6 words."""
     assert command("a green car and a red car chair", "--model", model, "-o", "long", *ARGUMENTS) == 0
-    assert capsys.readouterr().out.splitlines()[0].endswith("and is cut: not seen 'car', 'chair'")
+    assert "and is cut: not seen 'car', 'chair';" in capsys.readouterr().out.splitlines()[0]
     assert command("a green car and a red", "--model", model, "-o", "short", *ARGUMENTS) == 0
     assert Path("long/views.png").read_bytes() == Path("short/views.png").read_bytes()
 

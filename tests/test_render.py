@@ -321,7 +321,7 @@ def test_a_disk_that_fills_ends_with_7_and_keeps_what_is_whole(one_mesh, tmp_pat
     assert "cannot write" in done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["render.json", "surveys.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "render.json", "surveys.json"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

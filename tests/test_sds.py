@@ -327,7 +327,7 @@ def test_a_run_that_is_in_use_is_not_resumed(begun, capsys):
          "with run_folder.locked(Path(sys.argv[1])): print(1, flush=True); time.sleep(600)", begun],
         stdout=subprocess.PIPE,
     )  # fmt: skip
-    holder.stdout.readline()
+    assert holder.stdout.readline() == b"1\n"
     config = (begun / "config.json").read_bytes()
     assert command("--resume", "latest", *QUICK) == 7
     assert f"is in use by process {holder.pid}; wait until it is done, or stop it first" in capsys.readouterr().err

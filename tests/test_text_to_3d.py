@@ -3,11 +3,12 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from reference.studio import TINY, Painter, Studio, fresh_asset, same
 
-from mvdream_fast.camera import sample_cameras
+from mvdream_fast.camera import Cameras, sample_cameras
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.rng import Stream
@@ -15,6 +16,7 @@ from mvdream_fast.distill.recipes import replaced, resolve_config
 from mvdream_fast.distill.state import EMPTY_STEPS, MAX_SKIPPED, RunState, make_optimizer
 from mvdream_fast.guidance.base import no_timing
 from mvdream_fast.scene.asset import Asset
+from mvdream_fast.text_to_3d import TextTo3D
 
 
 def test_it_learns_what_the_guidance_wants():
@@ -322,3 +324,60 @@ def test_turntable_closes_its_loop(tmp_path):
     assert (tmp_path / "t.mp4").stat().st_size > 500
     with pytest.raises(ArgumentError, match=r"\.webp or \.mp4"):
         asset.turntable(tmp_path / "t.gif", n_frames=2, size=8)
+
+
+def test_what_other_libraries_pass_is_taken(tmp_path, monkeypatch):
+    """NumPy's numbers, None, text and ~ for paths: the same bytes as of plain calls."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plain = Studio()("x", config=TINY, seed=3, steps=4)
+    same_run = Studio()(
+        np.str_("x"), None, config=TINY, seed=np.int64(3), steps=np.int32(4), checkpoints="~/ckpt",
+        checkpoint_every=np.int64(2), callback=None, interrupt=None,
+    )  # fmt: skip
+    assert same(plain.state(), same_run.state())
+    assert run_folder.load_latest(tmp_path / "ckpt")[0] == 4
+    drawn = Studio()("x", config=TINY, seed=None, steps=1)
+    assert same(Studio()("x", config=TINY, seed=drawn.seed, steps=1).state(), drawn.state())
+    plain.save("~/a.safetensors")
+    loaded = Asset.load("~/a.safetensors")
+    assert same(Asset.load(tmp_path / "a.safetensors").state(), loaded.state())
+    poses = loaded.orbit(np.int64(1), np.float32(10))
+    image = loaded.render(Cameras(poses.c2w.numpy(), poses.fovy.tolist()), np.int32(4)).rgb
+    assert torch.equal(image, loaded.render(loaded.orbit(1, 10), 4).rgb)
+    loaded.turntable("~/turn.webp", n_frames=np.int64(2), size=np.int64(4))
+    assert (tmp_path / "turn.webp").exists()
+    assert loaded.to(torch.device("cpu")).device == torch.device("cpu")
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TextTo3D("embedded"), "pipeline must be an MVDreamPipeline, got 'embedded'; MVDreamPipeline.from_pre"),
+        (lambda: TextTo3D(None), "pipeline must be an MVDreamPipeline, got None"),
+        (lambda: Studio()(["x", "y"], config=TINY), "prompt must be one text, got list; call once for each"),
+        (lambda: Studio()(None, config=TINY), "prompt must be one text, got NoneType"),
+        (lambda: Studio()("x", config=TINY, seed=1.5), "seed must be a whole number, got 1.5"),
+        (lambda: Studio()("x", config=TINY, callback=3), "callback must be a function of a Progress, got int"),
+        (lambda: Studio()("x", config=TINY, checkpoint_every=0), "checkpoint_every must be at least 1, got 0"),
+        (lambda: Studio()("x", config=TINY, checkpoints=7), "a path must be text or a pathlib.Path, got 7"),
+        (lambda: Studio()("x", config={"steps": 3}), "config must be an SDSConfig, got dict; single settings"),
+        (lambda: Studio()("x", config=TINY, steps="300"), "steps must be .*, got '300'"),
+        (lambda: Studio()("x", config=TINY, steps=0), "steps must be .*, got 0"),
+        (lambda: Studio()("x", 5), "preset must be one of paper, mini, fast, got '5'"),
+        (lambda: fresh_asset().render(np.eye(4)), "Asset.render: cameras must be Cameras, got ndarray"),
+        (lambda: fresh_asset().render(size=4.0), "size must be a whole number, got 4.0"),
+        (lambda: fresh_asset().render(size=0), "size must be at least 1, got 0"),
+        (lambda: fresh_asset().mesh("64"), "resolution must be a whole number, got '64'"),
+        (lambda: fresh_asset().mesh(4), "resolution must be from 8 to 512, got 4"),
+        (lambda: fresh_asset().mesh(texture=True), "texture must be a whole number, got True"),
+        (lambda: fresh_asset().orbit(4, 120), "elevation_deg must be from -90 to 90, got 120"),
+        (lambda: fresh_asset().save_glb(None), "a path must be text or a pathlib.Path, got None"),
+        (lambda: fresh_asset().turntable(3), "a path must be text or a pathlib.Path, got 3"),
+        (lambda: Asset.load(None), "a path must be text or a pathlib.Path, got None"),
+        (lambda: fresh_asset().to("mps"), "--device mps: the kernels are for cpu and cuda"),
+    ],
+)
+def test_foreign_arguments_are_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,6 +1,9 @@
 """What every verb's command line owes its user: help and refusals before torch is imported, and exit codes."""
 
+import dataclasses
+import importlib
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +125,45 @@ def test_paths_begin_at_home(monkeypatch):
     assert (flags.output, flags.model, flags.many) == (Path("/home/me/x"), "/home/me/m", ("/home/me/a", "embedded"))
     assert flags.files == (Path("/home/me/b"), Path("c"))
     assert flags.words == "~ a prompt"  # no path
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "fields"),
+    [
+        ("generate", ["x", "--model", "~/a", "-o", "~/b", "--root", "~/c"], "model output root"),
+        ("sds", ["--model", "~/a", "-o", "~/b", "--root", "~/c", "--resume", "~/d", "--config", "~/e", "--prompts-file",
+                 "~/f"], "model output root resume config prompts_file"),
+        ("train", ["--data", "~/a", "-o", "~/b", "--init", "~/c", "--vae", "~/d", "--text", "~/e", "--vocabulary", "~/f",
+                   "--latents", "~/g"], "data output init vae text vocabulary latents"),
+        ("dreambooth", ["--instance-data-dir", "~/a", "--model", "~/b", "-o", "~/c", "--resume", "~/d"],
+         "instance_data_dir model output resume_from_checkpoint"),
+        ("render", ["~/a", "-o", "~/b", "--sweethome3d-dir", "~/c"], "source out sweethome3d_dir"),
+        ("evaluate", ["~/a", "--json", "~/b", "--data", "~/c", "--prompts", "~/d", "--evaluator", "~/e"],
+         "targets json data prompts evaluator"),
+        ("convert", ["~/a", "~/b"], "src dst"),
+    ],
+)  # fmt: skip
+def test_every_path_of_every_verb_begins_at_home(name, argv, fields, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    verb, found = importlib.import_module(f"mvdream_fast.{name}"), []
+    cli.run(found.append, verb.Flags, prog=name, argv=argv)
+    values = [getattr(found[0], field) for field in fields.split()]
+    values = [str(value[0] if isinstance(value, tuple) else value) for value in values]
+    assert values == [f"/home/me/{letter}" for letter in "abcdefgh"[: len(values)]]
+    paths = {f.name for f in dataclasses.fields(verb.Flags) if "Path" in str(f.type)}
+    assert paths <= set(fields.split()), "a new path flag needs a word above"
+
+
+def test_dreambooth_takes_dashes_and_underscores_and_shows_dashes():
+    from mvdream_fast import dreambooth
+
+    found = []
+    for argv in (["--instance-data-dir", "x", "--max-train-steps", "3", "--pretrained-model-name-or-path", "m"],
+                 ["--instance_data_dir", "x", "--max_train_steps", "3", "--pretrained_model_name_or_path", "m"]):  # fmt: skip
+        cli.run(found.append, dreambooth.Flags, prog="dreambooth", argv=argv)
+    assert found[0] == found[1]
+    assert (found[0].max_train_steps, found[0].model) == (3, "m")
+    assert not re.search(r"--[a-z]+_", verb("dreambooth", "--help")[1])
 
 
 def test_values_that_may_be_left_out():

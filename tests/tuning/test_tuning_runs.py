@@ -170,7 +170,7 @@ def bad_photos(folder: Path) -> None:
         ("good", ("--stages", "dreambooth3d", "--partial_steps", "9", "--max_train_steps", "5"), 2, "--partial-steps"),
         ("good", ("--sds_preset", "huge"), 2, "preset must be one of"),
         ("good", ("--resume", "nowhere"), 2, "must name a run folder"),
-        ("good", ("--resume", "full"), 5, "is not the configuration of a dreambooth run"),
+        ("good", ("--resume", "full", "-o", "full"), 5, "is not the configuration of a dreambooth run"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_a_code(data, more, code, message, model, tmp_path, capsys):
