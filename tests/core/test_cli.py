@@ -133,8 +133,8 @@ def test_paths_begin_at_home(monkeypatch):
         ("generate", ["x", "--model", "~/a", "-o", "~/b", "--root", "~/c"], "model output root"),
         ("sds", ["--model", "~/a", "-o", "~/b", "--root", "~/c", "--resume", "~/d", "--config", "~/e", "--prompts-file",
                  "~/f"], "model output root resume config prompts_file"),
-        ("train", ["--data", "~/a", "-o", "~/b", "--init", "~/c", "--vae", "~/d", "--text", "~/e", "--vocabulary", "~/f",
-                   "--latents", "~/g"], "data output init vae text vocabulary latents"),
+        ("train", ["--data", "~/a", "-o", "~/b", "--init", "~/c", "--vae", "~/d", "--text", "~/e", "--vocabulary",
+                   "~/f", "--latents", "~/g"], "data output init vae text vocabulary latents"),
         ("dreambooth", ["--instance-data-dir", "~/a", "--model", "~/b", "-o", "~/c", "--resume", "~/d"],
          "instance_data_dir model output resume_from_checkpoint"),
         ("render", ["~/a", "-o", "~/b", "--sweethome3d-dir", "~/c"], "source out sweethome3d_dir"),
@@ -158,8 +158,8 @@ def test_dreambooth_takes_dashes_and_underscores_and_shows_dashes():
     from mvdream_fast import dreambooth
 
     found = []
-    for argv in (["--instance-data-dir", "x", "--max-train-steps", "3", "--pretrained-model-name-or-path", "m"],
-                 ["--instance_data_dir", "x", "--max_train_steps", "3", "--pretrained_model_name_or_path", "m"]):  # fmt: skip
+    dashes = ["--instance-data-dir", "x", "--max-train-steps", "3", "--pretrained-model-name-or-path", "m"]
+    for argv in (dashes, [word.replace("-", "_").replace("__", "--", 1) for word in dashes]):
         cli.run(found.append, dreambooth.Flags, prog="dreambooth", argv=argv)
     assert found[0] == found[1]
     assert (found[0].max_train_steps, found[0].model) == (3, "m")
