@@ -265,11 +265,12 @@ def optimise(
     pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, interrupt: "Interrupt"
 ) -> int:
     """Runs the loop and leaves everything in `folder`. Returns 0, or 130 / 143 when a signal stopped it."""
+    from mvdream_fast.core.files import read_json
     from mvdream_fast.distill.progress import Watcher
     from mvdream_fast.distill.report import write_report
     from mvdream_fast.text_to_3d import TextTo3D
 
-    about = json.loads((folder / "config.json").read_text())
+    about = read_json(folder / "config.json")
     viewer = open_viewer(flags, request, say)
     watcher = Watcher(folder, request.config, flags.preview_every, say, viewer)
     try:

@@ -19,6 +19,7 @@ from mvdream_fast.checkpoints.layouts import PartLayout, Slot
 from mvdream_fast.checkpoints.manifest import PARTS, build, check_config, check_shapes, manifest, owner, printable
 from mvdream_fast.checkpoints.tensor_file import TensorFile, open_tensors
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.text import TextEncoder
@@ -183,10 +184,7 @@ def _open_own(folder: Path) -> Source:
     check_config(config)
     files = {part: open_tensors(folder / f"{part}.safetensors") for part in PARTS}
     lines = folder / "vocabulary.txt"
-    try:
-        vocabulary = lines.read_text(encoding="utf-8").splitlines() if lines.exists() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {lines}: {error}") from error
+    vocabulary = read_lines(lines, ModelError) if lines.exists() else None
     return Source(folder, "folder of mvdream_fast", config, files, lambda part: layouts.own(part, config), vocabulary)
 
 

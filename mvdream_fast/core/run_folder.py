@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
-from mvdream_fast.core.files import atomic_write, remove_stale, replace_file
+from mvdream_fast.core.files import atomic_write, read_lines, remove_stale, replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +161,7 @@ class JsonlLog:
     def read(self) -> list[dict[str, Any]]:
         """All whole records; a half-written last line is ignored."""
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in read_lines(self.path) if self.path.exists() else []:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

@@ -226,7 +226,8 @@ class LatentSource:
         self.shards, self.encode = shards, encode
         n_views = shards.records[0].n_views
         note, full = file.with_suffix(".key"), (len(shards), len(BACKGROUND_SHARES), n_views, *shape)
-        fresh = not note.exists() or note.read_text() != f"{key} {full}"
+        made_of = f"{key} {full}".encode()
+        fresh = not note.exists() or note.read_bytes() != made_of
         mode = "w+" if fresh else "r+"
         file.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
@@ -234,7 +235,7 @@ class LatentSource:
         self.latents = np.lib.format.open_memmap(file.with_suffix(".npy"), mode, np.float16, full)
         self.filled = np.lib.format.open_memmap(file.with_suffix(".filled.npy"), mode, np.uint8, full[:2])
         if fresh:
-            note.write_text(f"{key} {full}")
+            note.write_bytes(made_of)
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """As ImageSource.batch, but encoded."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import Evaluator
 from mvdream_fast.evaluation.reference import (
@@ -62,11 +63,7 @@ class SamplingOptions:
 def read_prompts(path: Path | None = None) -> list[str]:
     """The prompts of a file, one a line, # for comments; by default the fixed list. Raises InputFileError."""
     source = path or files("mvdream_fast") / "weights" / "evaluator" / PROMPTS
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"cannot read the prompts {source}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    prompts = [line.strip() for line in read_lines(source) if line.strip() and not line.startswith("#")]
     for prompt in prompts:
         check_prompt(prompt)
     if len(set(prompts)) < max(2, len(prompts)):

@@ -18,10 +18,10 @@ from mvdream_fast.checkpoints.tensor_file import open_tensors
 from mvdream_fast.core.errors import InputFileError, ModelError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data import captions
 from mvdream_fast.data.batches import Record, Shards, composite
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, Evaluator
+from mvdream_fast.rendering.furniture import furniture_noun
 
 TENSORS, NUMBERS, PROMPTS = "reference.safetensors", "reference.json", "prompts.txt"
 N_CAPTIONS = 40
@@ -224,5 +224,7 @@ def _fronts_of_nouns(train: Shards) -> dict[str, float]:
         if record.meta["id"] not in seen and not record.meta["painted"]:
             seen.add(record.meta["id"])
             orbit = Orbit.read(train, i)
-            values[captions.noun(record.meta["name"])].append(ev.opposite_difference(orbit.pictures, orbit.masks))
+            # Shards from before there was a noun in them were all worded as the furniture catalogue is.
+            noun = record.meta.get("noun") or furniture_noun(record.meta["name"])
+            values[noun].append(ev.opposite_difference(orbit.pictures, orbit.masks))
     return {noun: sum(x) / len(x) for noun, x in values.items()}

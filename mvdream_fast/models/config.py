@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.core.files import parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked
 
 FORMAT_VERSION = 1
@@ -109,10 +110,7 @@ class ModelConfig(Checked):
     @staticmethod
     def from_json(text: str, source: str = "config.json") -> "ModelConfig":
         """Raises ModelError that names the key when the text is no model configuration of this version."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{source} is not JSON: {error}") from error
+        data = parse_json(text, source, ModelError)
         if not isinstance(data, dict) or data.pop("kind", None) != "model":
             raise ModelError(f'{source} does not describe a model: it must be an object with "kind": "model"')
         if data.pop("format", None) != FORMAT_VERSION:
@@ -121,10 +119,7 @@ class ModelConfig(Checked):
 
     @staticmethod
     def load(path: Path) -> "ModelConfig":
-        try:
-            return ModelConfig.from_json(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"cannot read {path}: {error}") from error
+        return ModelConfig.from_json(read_text(path, ModelError), str(path))
 
 
 def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:

@@ -143,7 +143,7 @@ def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[s
     settings = json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else None
+        found = json.loads((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).exists() else None
     except OSError as error:
         raise OutputError(f"{folder} cannot be used ({error.strerror}); name another with -o") from None
     except ValueError:
@@ -184,7 +184,7 @@ def _surveys(entries, folder, pool, report) -> tuple[dict[str, Survey], dict[str
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -283,6 +283,7 @@ def _words(asset: AssetPlan, number: int, item) -> dict:
         "colours": list(item.colours),
         "painted": bool(item.paint),
         "name": entry.name,
+        "noun": entry.noun,
         "category": entry.category,
         "tags": list(entry.tags),
         "creator": entry.creator,

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.data import captions
 from mvdream_fast.rendering.catalogue import Entry
+from mvdream_fast.rendering.furniture import usable_tags
 from mvdream_fast.rendering.survey import MIN_COVERAGE, Survey, near_duplicates
 
 if TYPE_CHECKING:
@@ -65,8 +67,8 @@ def select(entries: list[Entry], surveys: dict[str, Survey]) -> Selection:
 
 def held_out_ids() -> set[str]:
     """The ids in held_out.txt: one asset a line, `id<TAB>name`, # for comments."""
-    text = (files("mvdream_fast.rendering") / "held_out.txt").read_text(encoding="utf-8")
-    return {line.split("\t")[0] for line in text.splitlines() if line and not line.startswith("#")}
+    rows = read_lines(files("mvdream_fast.rendering") / "held_out.txt")
+    return {line.split("\t")[0] for line in rows if line and not line.startswith("#")}
 
 
 def random_held_out(entries: list[Entry], share: float, seed: int) -> set[str]:
@@ -115,8 +117,8 @@ class _Words:
 
     def __init__(self, entry: Entry, look: Survey, taken: set[str]):
         self.entry, self.look, self.taken = entry, look, taken
-        self.tags = captions.usable_tags(entry.tags, entry.category)
-        self.noun = captions.noun(entry.name)
+        self.tags = usable_tags(entry.tags, entry.category)
+        self.noun = entry.noun
 
     def orbit(self, camera, colours: tuple[str, ...]) -> OrbitPlan | None:
         if self.entry.caption is not None:
@@ -168,7 +170,7 @@ def choose_held_out(entries: list[Entry], surveys: dict[str, Survey], seed: int 
     """
     from mvdream_fast.core.rng import Stream
 
-    words = {e.id: captions.noun(e.name) for e in entries}
+    words = {e.id: e.noun for e in entries}
     heads = {e.id: captions.head_noun(words[e.id]) for e in entries}
     full = {e.id: captions.caption(captions.mentioned(surveys[e.id].colours), words[e.id]) for e in entries}
     left, repeats, kinds = (Counter(x) for x in (_all_words(words.values()), full.values(), heads.values()))

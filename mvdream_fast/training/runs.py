@@ -20,6 +20,7 @@ from mvdream_fast.checkpoints.open import Model, load_model, save_model
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.cli import available_cores
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.processes import Ranks, join, launched, leave
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
@@ -124,10 +125,7 @@ def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
         kept = run_folder.load_latest(folder / "checkpoints")[2].get("vocabulary")
         if kept:
             return kept
-    try:
-        extra = args.vocabulary.read_text(encoding="utf-8").splitlines() if args.vocabulary else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"cannot read {args.vocabulary}: {error}") from error
+    extra = read_lines(args.vocabulary) if args.vocabulary else []
     return build_subset_vocabulary([*captions, *extra])
 
 

@@ -24,6 +24,7 @@ from mvdream_fast.checkpoints.manifest import owner
 from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_folder
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
+from mvdream_fast.core.files import read_json
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Source, composite
 from mvdream_fast.distill import memory
@@ -87,7 +88,7 @@ def run_flags(given: dict[str, Any]) -> int:
 def _begin(given: dict[str, Any]) -> int:
     config = _configuration(given["model"], given["dry_run"])
     plan = make_plan(given, config)
-    paths = list_photos(given["instance_data_dir"])
+    paths = list_photos(given["instance_data_dir"], print)
     size = plan.settings["resolution"]
     photos = np.stack([load_photo(path, size, given["fit"]) for path in paths])
     device = machine.choose_device(given["device"])
@@ -248,13 +249,13 @@ def read_run(folder: Path, names: set[str]) -> dict[str, Any]:
     """The settings of a run folder, which must have these names. Raises InputFileError."""
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data["kind"] != "dreambooth":
             raise ValueError(f"it describes a {data['kind']}")
         if set(data["settings"]) != names:
             raise ValueError(f"{', '.join(sorted(set(data['settings']) ^ names))} missing or unknown")
         return dict(data["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path} is not the configuration of a dreambooth run: {error}") from error
 
 

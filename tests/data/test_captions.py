@@ -52,15 +52,14 @@ def test_bright_colours_count_more_than_dull_ones():
 @pytest.mark.parametrize(
     ("name", "noun"),
     [
-        ("Female", "woman"), ("Sitting male", "sitting man"), ("Hashtray", "ashtray"), ("Trunck", "trunk"),
-        ("Short", "shorts"), ("Little bank", "small bench"), ("Mocassin", "moccasin"), ("Bill 20€", "banknote"),
-        ("Yamaha YZR R6", "motorbike"), ("VW new beetle", "beetle car"), ("Apple iMac 1998", "computer"),
-        ("Square type E plug", "wall outlet"), ("Double French window 3 panes", "double french window"),
-        ("Frame Hôi An", "picture frame"), ("Table", "table"), ("car 02", "car"), ("123", "object"), ("", "object"),
-        ("Teddy\x00 bear\n", "teddy bear"),
+        ("Table", "table"), ("car 02", "car"), ("123", "object"), ("", "object"), ("Teddy\x00 bear\n", "teddy bear"),
+        ("Stuhl mit 3 Füßen", "stuhl mit 3 füßen"), ("椅子", "椅子"), ("box 2 0", "box"), ("r2d2", "r2d2"),
+        # The furniture catalogue's translations are for its own names only.
+        ("Short", "short"), ("Socket", "socket"), ("Hood", "hood"), ("Cone", "cone"), ("Tool", "tool"),
+        ("Sofa 2 seats", "sofa 2 seats"), ("Apple pie", "apple pie"), ("VW new beetle", "vw new beetle"),
     ],
 )  # fmt: skip
-def test_nouns(name, noun):
+def test_nouns_of_files(name, noun):
     assert C.noun(name) == noun
 
 
@@ -104,10 +103,6 @@ def test_material_needs_more_than_half():
     assert C.material_word([("Wood_01", 0.4), ("oak leg", 0.2), ("Chrome", 0.4)]) == "wooden"
     assert C.material_word([("Wood_01", 0.5), ("Chrome", 0.5)]) is None
     assert C.material_word([]) is None
-
-
-def test_tags_without_placeholders():
-    assert C.usable_tags(("Blend Swap", "Seat", "16", "Adjustable"), "Office") == ("seat", "office")
 
 
 @given(st.text(max_size=500))

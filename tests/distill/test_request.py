@@ -98,7 +98,7 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, name, content, message)
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputFileError, match="No such file"):
         request.read_settings(tmp_path / "nowhere.toml")
-    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "b.toml").write_bytes(b"\xe9")
     with pytest.raises(InputFileError, match="cannot read"):
         request.read_settings(tmp_path / "b.toml")
     written(tmp_path, {"kind": "sds", "prompt": "x", "sds": {"steps": 3}}, "config.json")
@@ -162,7 +162,7 @@ def test_a_file_of_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: it is not JSON"),
         ("3", "line 2: it must be a string or an object"),
         ('{"seed": 3}', "line 2: it must be a string or an object"),
         ('{"prompt": "x", "model": "y"}', r"line 2: unknown key\(s\) model in Line; known: prompt, seed, "),

@@ -311,14 +311,6 @@ def test_ids_are_short_and_unique(tmp_path):
     assert all(len(i) <= 64 for i in ids)
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "{", '"text"'])
-def test_unreadable_captions(tmp_path, content):
-    arrow().export(tmp_path / "a.stl")
-    (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(InputFileError, match="unreadable captions"):
-        read_folder(tmp_path)
-
-
 def test_a_folder_without_meshes(tmp_path):
     with pytest.raises(InputFileError, match="no meshes in .*glb, gltf, obj"):
         read_folder(tmp_path)
