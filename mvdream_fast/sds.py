@@ -282,7 +282,7 @@ def optimise(
             write_report(folder, about, watcher.log.read(), ["The run was stopped before its end."])
             return interrupt.exit_code
         say("writing the mesh, the turntable and the report")
-        export(asset, request, folder, about, watcher.log.read())
+        export(asset, request, folder, about, watcher.log.read(), say)
     except DivergedError as error:
         write_report(folder, about, watcher.log.read(), [f"The run did not finish: {error}."])
         raise
@@ -302,7 +302,9 @@ def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
     return viewer
 
 
-def export(asset: "GrownAsset", request: "Request", folder: Path, about: dict[str, Any], records: list[dict]) -> None:
+def export(
+    asset: "GrownAsset", request: "Request", folder: Path, about: dict[str, Any], records: list[dict], say: Say
+) -> None:
     """asset.safetensors, turntable, mesh in every format, report. Raises DivergedError where there is no surface."""
     from mvdream_fast.distill.report import write_report
     from mvdream_fast.scene.mesh.animation import has_video
@@ -312,10 +314,12 @@ def export(asset: "GrownAsset", request: "Request", folder: Path, about: dict[st
     asset.save(folder / "asset.safetensors")
     asset.turntable(*[folder / f"turntable.{ending}" for ending in ("webp", "mp4") if ending == "webp" or has_video()])
     mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, wanted.texture)
-    for ending in dict.fromkeys(("glb", *wanted.formats)):
-        save_mesh(mesh, folder / f"mesh.{ending}", wanted.up)
     texture = f", a texture of {wanted.texture} x {wanted.texture}" if wanted.texture else ""
     notes = [f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles{texture}"]
+    for ending in dict.fromkeys(("glb", *wanted.formats)):
+        save_mesh(mesh, folder / f"mesh.{ending}", wanted.up, notes.append)
+    for lost in notes[1:]:
+        say(lost)
     write_report(folder, about, records, notes, mesh)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
-from mvdream_fast.core.files import atomic_write, read_lines, remove_stale, replace_file
+from mvdream_fast.core.files import atomic_write, read_lines, read_text, remove_stale, replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def load_latest(folder: Path) -> tuple[int, dict[str, "torch.Tensor"], dict] | N
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    name = read_text(pointer, ModelError).strip()
     if not re.fullmatch(r"\d+\.safetensors", name):
         raise ModelError(f"{pointer} must hold a checkpoint's file name, got {name[:80]!r}")
     return load_checkpoint(folder / name)
