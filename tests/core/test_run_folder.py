@@ -126,6 +126,7 @@ def test_checkpoints_round_trip_and_old_ones_go(tmp_path):
     assert run_folder.load_latest(tmp_path) is None
     for step in (10, 20, 30):
         run_folder.save_checkpoint(tmp_path, step, state(step), {"config": {"seed": 1}}, keep=2)
+    (tmp_path / run_folder.LATEST).write_bytes("000030.safetensors\r\n".encode("utf-8-sig"))  # as an editor saves it
     step, tensors, meta = run_folder.load_latest(tmp_path)
     assert (step, meta["config"]) == (30, {"seed": 1})
     assert all(torch.equal(tensors[name], value) for name, value in state(30).items())

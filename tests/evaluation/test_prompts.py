@@ -24,6 +24,13 @@ def test_the_package_has_the_same_list():
     assert read_prompts() == read_prompts(BENCHMARKS / "prompts.txt")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_of_another_encoding(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("# Möbel\r\na chair\r\nein grüner Stuhl\r\n".encode(encoding))
+    assert read_prompts(path) == ["a chair", "ein grüner Stuhl"]
+
+
 def test_what_counts_as_new():
     captions = ["a red and white chair", "a green horse, animals"]
     assert is_new("a green chair", captions)

@@ -15,6 +15,16 @@ def test_round_trip(name):
     assert config.ModelConfig.from_json(model.to_json()) == model
 
 
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "config.json"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_bytes(config.SD21.to_json().encode(encoding))
+        assert config.ModelConfig.load(path) == config.SD21
+    path.write_bytes(b'{"name": "\xe9"}')
+    with pytest.raises(ModelError, match=r"config\.json: line 1 is not UTF-8"):
+        config.ModelConfig.load(path)
+
+
 def edited(**changes):
     data = json.loads(config.SD21.to_json())
     for path, value in changes.items():
