@@ -24,6 +24,7 @@ TARGETS = {
 }
 NAMES = (*TARGETS, "beige")
 DULL, DULL_WEIGHT = ("black", "white", "gray"), 0.6
+MAX_LENGTH = 300  # of a caption; CLIP's text tower reads 75 tokens
 SHARE = 0.22  # a colour with less of the visible surface is not mentioned
 
 _MASS = {"bread", "butter", "milk", "sugar", "bamboo", "tape", "soap", "sand"}
@@ -36,7 +37,7 @@ _MATERIALS = (
 )  # fmt: skip
 
 
-def clean(text: str, limit: int = 300) -> str:
+def clean(text: str, limit: int = MAX_LENGTH) -> str:
     """A caption fit to print and to store: no control or invisible characters, single spaces, at most `limit` long."""
     text = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in str(text))
     return re.sub(r" +", " ", text).strip()[:limit].strip()

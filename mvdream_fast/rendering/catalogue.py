@@ -16,7 +16,7 @@ import numpy as np
 from mvdream_fast.core.colour import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import lines
-from mvdream_fast.data.captions import clean, noun
+from mvdream_fast.data.captions import MAX_LENGTH, clean, noun
 from mvdream_fast.rendering.caption_files import read_captions
 from mvdream_fast.rendering.furniture import furniture_noun
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part
@@ -90,6 +90,9 @@ def read_folder(folder: Path, say: Callable[[str], None] = print) -> list[Entry]
     if not meshes:
         raise InputFileError(f"no meshes in {folder}; the formats are {', '.join(FORMATS)}")
     captions = read_captions(folder, list(meshes), say)
+    long = [name for name, text in captions.items() if len(clean(text, len(text))) > MAX_LENGTH]
+    if long:
+        say(f"{len(long)} captions are cut to {MAX_LENGTH} characters, the first that of {long[0]}")
     entries = []
     for relative, path in meshes.items():
         name = re.sub(r"[\s_\-]+", " ", path.stem).strip()

@@ -255,7 +255,7 @@ def read_run(folder: Path, names: set[str]) -> dict[str, Any]:
         if set(data["settings"]) != names:
             raise ValueError(f"{', '.join(sorted(set(data['settings']) ^ names))} missing or unknown")
         return dict(data["settings"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (InputFileError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path} is not the configuration of a dreambooth run: {error}") from error
 
 

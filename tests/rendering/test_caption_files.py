@@ -180,6 +180,14 @@ def test_a_caption_that_is_a_mesh_s_name(tmp_path):
     assert captions(tmp_path, "captions.csv", "chair,chair.glb\n", ["chair.glb"])[0] == {"chair.glb": "chair"}
 
 
+def test_a_caption_that_is_too_long_is_cut_with_a_word(tmp_path, capsys):
+    for name in ("dog.stl", "cat.stl"):
+        (tmp_path / name).touch()
+    (tmp_path / "captions.csv").write_text(f"dog.stl,{'x' * 301}\ncat.stl,{'y' * 300}\n")
+    assert [e.caption for e in read_folder(tmp_path)] == ["y" * 300, "x" * 300]
+    assert capsys.readouterr().out == "1 captions are cut to 300 characters, the first that of dog.stl\n"
+
+
 def test_a_folder_says_what_of_its_captions_is_lost(tmp_path, capsys):
     for name in ("socket.stl", "dog.stl", "._box.stl", "__MACOSX/dog.stl", "parts/hood_01.stl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

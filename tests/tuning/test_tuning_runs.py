@@ -124,9 +124,9 @@ def bad_photos(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "more", "code", "message"),
     [
-        ("empty", (), 5, "must hold PNG, JPEG or WebP photos, got none"),
+        ("empty", (), 5, "must hold PNG, JPEG, WebP or HEIC photos, got none"),
         ("many", (), 5, "must hold 1 to 50 photos, got 51"),
-        ("broken", (), 5, "a.png cannot be read as PNG, JPEG or WebP"),
+        ("broken", (), 5, "a.png cannot be read as PNG, JPEG, WebP or HEIC"),
         ("file.png", (), 5, "must be a folder of photos, got a file"),
         ("nowhere", (), 5, "cannot read the folder of photos nowhere"),
         ("good", ("--instance_prompt", "a photo of a chair"), 2, "must hold the token 'sks'"),
