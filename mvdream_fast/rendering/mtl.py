@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.files import lines
 from mvdream_fast.rendering import images
 from mvdream_fast.rendering.mesh import HOLE, Texture
 from mvdream_fast.rendering.reading import Reading, text_of
@@ -103,7 +104,7 @@ def read(content: bytes) -> dict[str, Material]:
     """The materials of a .mtl by name. Raises: ValueError for numbers that are none."""
     materials: dict[str, Material] = {}
     now = Material()
-    for line in text_of(content).replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
+    for line in lines(text_of(content).replace("\\\r\n", " ").replace("\\\n", " ")):
         key, rest = (*line.split(None, 1), "", "")[:2]
         key, rest = key.lower(), rest.strip()
         if key == "newmtl":

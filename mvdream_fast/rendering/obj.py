@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.files import lines
 from mvdream_fast.rendering import mtl
 from mvdream_fast.rendering.mesh import MeshError, Part
 from mvdream_fast.rendering.polygons import part, triangulated
@@ -62,7 +63,7 @@ class _Statements:
         self.rows: dict[str, list[list[str]]] = {"v": [], "vt": [], "vn": []}
         self.polygons: dict[tuple[str | None, bool], list] = {}  # (material, has normals) -> corners (v, vt, vn)
         name, n_corners = None, 0
-        for line in text.replace("\\\r\n", " ").replace("\\\n", " ").split("\n"):
+        for line in lines(text.replace("\\\r\n", " ").replace("\\\n", " ")):
             words = line.split("#", 1)[0].split() if "mtl" not in line else line.split()
             if not words:
                 continue

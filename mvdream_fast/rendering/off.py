@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mvdream_fast.core import files
 from mvdream_fast.core.colour import to_linear
 from mvdream_fast.rendering.mesh import MeshError, Part
 from mvdream_fast.rendering.polygons import part, triangulated
@@ -12,7 +13,7 @@ from mvdream_fast.rendering.reading import Reading, text_of
 
 def read(content: bytes, reading: Reading) -> Iterator[Part]:
     """One part. Raises: MeshError, and ValueError for numbers that are none."""
-    lines = [line for line in (raw.split("#", 1)[0].strip() for raw in text_of(content).splitlines()) if line]
+    lines = [line for line in (raw.split("#", 1)[0].strip() for raw in files.lines(text_of(content))) if line]
     kind = lines[0].split()[0] if lines else ""
     if not kind.endswith("OFF") or set(kind[:-3]) - set("STCN"):
         raise MeshError("is no text OFF with three coordinates: it must begin with OFF, COFF, NOFF or STOFF")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.files import lines
 from mvdream_fast.rendering import images
 from mvdream_fast.rendering.mesh import HOLE, MeshError, Part, Texture
 from mvdream_fast.rendering.polygons import part, triangulated
@@ -128,7 +129,7 @@ def _header(content: bytes) -> tuple[str, list[Element], list[str], bytes]:
         raise MeshError("is no PLY: it must begin with ply and have an end_header")
     rest = rest[2:] if rest[:2] == b"\r\n" else rest[1:]
     order, elements, names = None, [], []
-    for line in head.decode("utf-8", "replace").splitlines():
+    for line in lines(head.decode("utf-8", "replace")):
         words = line.split()
         if words[:1] == ["format"]:
             order = ORDERS.get(words[1])

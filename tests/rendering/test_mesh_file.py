@@ -17,7 +17,7 @@ from mvdream_fast.rendering import polygons, reading
 from mvdream_fast.rendering.catalogue import parse_properties, read_folder, read_sweethome3d
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part, Texture
 from mvdream_fast.rendering.mesh_file import load_mesh
-from mvdream_fast.scene.mesh.export import mesh_bytes
+from mvdream_fast.scene.mesh.export import mesh_files
 from mvdream_fast.scene.mesh.mesh import Mesh as SceneMesh
 
 
@@ -379,19 +379,37 @@ OURS = [(255, 0, 0), (10, 128, 240), (204, 204, 204), (3, 60, 7)]
 @pytest.mark.parametrize("kind", ["glb", "ply", "obj"])
 def test_our_own_meshes_come_back_with_their_colours(kind):
     mesh = our_mesh()
-    (part,) = load_mesh(mesh_bytes(mesh, kind), kind).parts
+    (part,) = load_mesh(mesh_files(mesh, f"a.{kind}")[f"a.{kind}"], kind).parts
     at = [int(np.abs(part.positions - corner).sum(1).argmin()) for corner in mesh.vertices]
     np.testing.assert_allclose(part.positions[at], mesh.vertices, atol=1e-6)
     np.testing.assert_allclose(shown(part)[at] * 255, OURS, atol=0.01)
 
 
-def test_our_own_texture_comes_back():
+@pytest.mark.parametrize("kind", ["glb", "obj"])
+def test_our_own_texture_comes_back(kind):
     texture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     uvs = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], np.float32)
-    (part,) = load_mesh(mesh_bytes(our_mesh(texture=texture, uvs=uvs), "glb"), "glb").parts
+    files = mesh_files(our_mesh(texture=texture, uvs=uvs), f"a.{kind}")
+    (part,) = load_mesh(files[f"a.{kind}"], kind, files).parts
     np.testing.assert_array_equal(part.texture.pixels[..., :3], texture)
-    np.testing.assert_allclose(part.texture.uv, np.stack([uvs[:, 0], 1 - uvs[:, 1]], 1), atol=1e-6)
+    at = [int(np.abs(part.positions - corner).sum(1).argmin()) for corner in our_mesh().vertices]
+    np.testing.assert_allclose(part.texture.uv[at], np.stack([uvs[:, 0], 1 - uvs[:, 1]], 1), atol=1e-6)
     np.testing.assert_array_equal(part.colours, np.ones((4, 4)))
+
+
+@pytest.mark.parametrize("kind", ["obj", "off"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_every_kind(kind, end):
+    """And a separator that is none: in a comment it ends nothing."""
+    text = {
+        "obj": "# a\u2028f 9 9 9\nmtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl red\nf 1 2 3\n",
+        "off": "OFF\n# a\u2028b\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n",
+    }
+    material = "newmtl red\n# a\u2028Kd 0 0 1\nKd 1 0 0\n".replace("\n", end).encode()
+    (part,) = load_mesh(text[kind].replace("\n", end).encode(), kind, {"a.mtl": material}).parts
+    assert len(part.faces) == 1
+    if kind == "obj":
+        np.testing.assert_allclose(shown(part)[:, :3], np.broadcast_to((1, 0, 0), (3, 3)), atol=1e-6)
 
 
 def test_a_mesh_without_any_colour_is_light_gray():

@@ -178,11 +178,12 @@ def test_an_obj_comes_back_with_texture_and_normals(baked, tmp_path):
     body = trimesh.load(tmp_path / "a.obj", process=False, maintain_order=True)
     np.testing.assert_array_equal(np.asarray(body.visual.material.image.convert("RGB")), baked.texture)
     (part,) = mesh_file.load_mesh(tmp_path / "a.obj").parts
-    order = np.lexsort(np.round(part.uv, 5).T), np.lexsort(np.round(baked.uvs, 5).T)
-    np.testing.assert_allclose(part.uv[order[0]], baked.uvs[order[1]], atol=1e-5)
+    uvs = part.texture.uv * (1, -1) + (0, 1)  # from the lower left, as ours
+    order = np.lexsort(np.round(uvs, 5).T), np.lexsort(np.round(baked.uvs, 5).T)
+    np.testing.assert_allclose(uvs[order[0]], baked.uvs[order[1]], atol=1e-5)
     np.testing.assert_allclose(part.positions[order[0]], baked.vertices[order[1]], atol=1e-5)
     np.testing.assert_allclose(part.normals[order[0]], baked.normals[order[1]], atol=1e-4)
-    np.testing.assert_array_equal(part.texture[..., :3], baked.texture)
+    np.testing.assert_array_equal(part.texture.pixels[..., :3], baked.texture)
 
 
 def test_an_obj_is_written_whole_or_not_at_all(tmp_path):
