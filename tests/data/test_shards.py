@@ -144,7 +144,9 @@ def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
 def look(colours, n_parts=2, seed=0, coverage=0.3) -> survey.Survey:
     thumbnail = np.random.default_rng(seed).integers(0, 256, 3072).tolist()
     names = list(colours)
-    return survey.Survey(coverage, colours, [1 / n_parts] * n_parts, (names * n_parts)[:n_parts], [], None, thumbnail)
+    return survey.Survey(
+        coverage, colours, [1 / n_parts] * n_parts, (names * n_parts)[:n_parts], [], None, thumbnail, []
+    )
 
 
 def catalogue(tmp_path):
@@ -205,8 +207,8 @@ def test_painted_orbits_are_called_by_their_colour(tmp_path):
 
 
 def test_glass_keeps_its_colour_unless_all_is_glass():
-    window = survey.Survey(0.3, {"white": 0.8, "blue": 0.2}, [0.8, 0.2], ["white", "blue"], [1], None, [])
-    tumbler = survey.Survey(0.3, {"blue": 1.0}, [1.0], ["blue"], [0], None, [])
+    window = survey.Survey(0.3, {"white": 0.8, "blue": 0.2}, [0.8, 0.2], ["white", "blue"], [1], None, [], [])
+    tumbler = survey.Survey(0.3, {"blue": 1.0}, [1.0], ["blue"], [0], None, [], [])
     from mvdream_fast.core.rng import Stream
 
     assert all(paint == (0,) for paint, _, _ in planning._repaints(window, Stream(0, 0, "x"), 4))
