@@ -39,10 +39,13 @@ class NoiseSchedule:
 
     @staticmethod
     def from_config(config: ScheduleConfig, device: torch.device | str = "cpu") -> NoiseSchedule:
-        """The tables of a configuration, computed in float64 and kept in float32."""
+        """The tables of a configuration, computed in float64 and kept in float32.
+
+        Source: LDM's make_beta_schedule("linear") is diffusers' "scaled_linear".
+        """
         import torch
 
-        alphas_cumprod = torch.cumprod(1 - betas_of(config), dim=0)
+        alphas_cumprod = torch.cumprod(1 - torch.tensor(config.betas(), dtype=torch.float64), dim=0)
         if config.rescale_betas_zero_snr:
             # Shifted so that nothing is left at the last timestep, scaled so that the first keeps its value.
             # Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023, algorithm 1.
@@ -101,20 +104,6 @@ class NoiseSchedule:
             )
         shape = (-1, *(1 for _ in like.shape[1:]))
         return tuple(table.to(like.device)[t.reshape(-1)].reshape(shape) for table in (self.alphas, self.sigmas))
-
-
-def betas_of(config: ScheduleConfig) -> Tensor:
-    """[n_timesteps] float64, before any rescaling to zero terminal SNR.
-
-    Source: LDM's make_beta_schedule("linear") is diffusers' "scaled_linear", squares of evenly spaced numbers.
-    """
-    import torch
-
-    if config.trained_betas is not None:
-        return torch.tensor(config.trained_betas, dtype=torch.float64)
-    power = 2 if config.beta_schedule == "scaled_linear" else 1
-    ends = (config.linear_start ** (1 / power), config.linear_end ** (1 / power))
-    return torch.linspace(*ends, config.n_timesteps, dtype=torch.float64) ** power
 
 
 def ddim_timesteps(

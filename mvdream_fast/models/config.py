@@ -101,6 +101,14 @@ class ScheduleConfig(Checked):
     steps_offset: int = 1
     set_alpha_to_one: bool = False
 
+    def betas(self) -> list[float]:
+        """[n_timesteps], before any rescaling to zero terminal SNR."""
+        if self.trained_betas is not None:
+            return list(self.trained_betas)
+        power = 2 if self.beta_schedule == "scaled_linear" else 1
+        start, end = self.linear_start ** (1 / power), self.linear_end ** (1 / power)
+        return [(start + (end - start) * t / max(self.n_timesteps - 1, 1)) ** power for t in range(self.n_timesteps)]
+
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
@@ -158,8 +166,9 @@ SD21 = ModelConfig()
 SD15 = ModelConfig(
     name="sd15-4view",
     unet=UNetConfig(num_heads=8, num_head_channels=None, context_dim=768, use_linear_in_transformer=False),
-    text=TextConfig(width=768, n_layers=12, n_heads=12, mlp_width=3072, skip_last=0, activation="quick_gelu",
-                    pad_id=49407),  # fmt: skip
+    text=TextConfig(
+        width=768, n_layers=12, n_heads=12, mlp_width=3072, skip_last=0, activation="quick_gelu", pad_id=49407
+    ),
 )
 MINI = ModelConfig(
     name="mini",
