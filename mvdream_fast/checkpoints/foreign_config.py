@@ -49,7 +49,7 @@ NO_EFFECT = {
                   "lower_order_final", "euler_at_final", "use_karras_sigmas", "use_exponential_sigmas",
                   "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type", "lambda_min_clipped", "interpolation_type",
                   "predict_x0", "disable_corrector", "solver_p", "dynamic_thresholding_ratio", "sample_max_value",
-                  "clip_sample_range", "flow_shift", "time_shift_type"},
+                  "clip_sample_range", "flow_shift", "time_shift_type", "noise_sampler_seed"},
     "tokenizer": {"tokenizer_class", "processor_class", "name_or_path", "special_tokens_map_file", "unk_token",
                   "clean_up_tokenization_spaces", "added_tokens_decoder", "backend", "is_local", "vocab", "merges"},
     "special_tokens": {"unk_token"},
@@ -96,7 +96,7 @@ class Settings:
         value = self[kind].get(name)
         if value is not None and type(value) not in ((int,) if whole else (int, float)):
             raise self.refusal(kind, name, "a whole number" if whole else "a number")
-        return default if value is None else value
+        return default if value is None else value if whole else float(value)
 
     def word(self, kind: str, name: str, known: Mapping[str, Any], default: str | None = None) -> Any:
         """What a word means, or the default's meaning where there is none."""
@@ -176,7 +176,7 @@ def _schedule(settings: Settings) -> ScheduleConfig:
     kind, betas = str(data.get("_class_name", "DDIMScheduler")), data.get("trained_betas")
     if betas is not None and not (isinstance(betas, list) and all(type(beta) in (int, float) for beta in betas)):
         raise settings.refusal("scheduler", "trained_betas", "a list of numbers")
-    of_sd = kind.startswith(("Heun", "KDPM2"))  # their default betas are Stable Diffusion's
+    of_sd = kind.startswith(("Heun", "KDPM2", "DPMSolverSDE"))  # their default betas are Stable Diffusion's
     leading = kind in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverSinglestepScheduler")
     predictions = {"epsilon": "eps", "v_prediction": "v"}
     schedules, spacings = ({word: word for word in words} for words in (SCHEDULES, SPACINGS))

@@ -106,7 +106,7 @@ def as_released(found: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Shapes:
     unet = found["unet"]
     if is_diffusers_unet(unet):
         n_levels, n_blocks = (count(unet, prefix) for prefix in ("down_blocks.", "down_blocks.0.resnets."))
-        ours = (name for n in range(n_levels * (n_blocks + 1)) for name in _stage_names(n))
+        ours = (name for n in range(n_levels * (n_blocks + 1)) for name in _stage_names(n, n_blocks))
         stored = {name: _diffusers_unet(name, n_blocks) for name in (*ours, *_TELLING)}
         unet = {name: unet[theirs] for name, theirs in stored.items() if theirs in unet}
     shapes = {UNET + name: shape for name, shape in unet.items()}
@@ -191,9 +191,10 @@ _TELLING = (
 )  # fmt: skip
 
 
-def _stage_names(n: int) -> tuple[str, ...]:
-    stage = f"input_blocks.{n}."
-    return tuple(stage + end for end in ("0.weight", "0.op.weight", "0.in_layers.2.weight", "1.norm.weight"))
+def _stage_names(n: int, n_blocks: int) -> tuple[str, ...]:
+    """What `recognise` looks at of stage n of the descending arm: the first convolution, a re-sampling or a block."""
+    ends = ("0.in_layers.2.weight", "1.norm.weight") if n % (n_blocks + 1) else ("0.op.weight",)
+    return tuple(f"input_blocks.{n}.{end}" for end in (ends if n else ("0.weight",)))
 
 
 _DIFFUSERS_ENDS = {

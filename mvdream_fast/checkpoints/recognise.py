@@ -37,8 +37,8 @@ def recognise(source: str, shapes: Mapping[str, tuple[int, ...]], hints: Hints |
     channels, wanted = (unet.in_channels, unet.out_channels), config.vae.latent_channels
     if channels != (wanted, wanted):
         raise ModelError(
-            f"{source} is not a text-to-image model: its UNet takes {channels[0]} channels and gives {channels[1]}, its "
-            f"autoencoder's latents have {wanted}; inpainting, depth and upscaling models are other networks"
+            f"{source} is not a text-to-image model: its UNet takes {channels[0]} channels and gives {channels[1]}, "
+            f"its autoencoder's latents have {wanted}; inpainting, depth and upscaling models are other networks"
         )
     return next((known for known in NAMED.values() if replace(config, name=known.name) == known), config)
 
@@ -104,6 +104,8 @@ def _recognise_heads(reader: _Reader, hints: Hints, widths: list[int], linear: b
         return (None, 64) if linear else (8, None)
     if not isinstance(hints.num_heads, tuple):
         return hints.num_heads, hints.num_head_channels
+    if len(set(hints.num_heads)) == 1:
+        return hints.num_heads[0], None
     channels = {width / heads for width, heads in zip(widths, hints.num_heads)}
     if len(hints.num_heads) != len(widths) or len(channels) > 1:
         raise ModelError(
