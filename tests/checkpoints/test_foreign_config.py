@@ -120,7 +120,7 @@ def test_what_a_setting_changes(folder, kind, changes, section, values):
 
 
 def test_each_applied_setting_has_its_test():
-    """`image_size` and `sample_size` count where there are camera layers (test_published_layouts), LDM's in test_open."""
+    """`image_size` and `sample_size` count where there are camera layers: test_published_layouts; LDM's: test_open."""
     tested = {kind: {name for k, changes, *_ in APPLICATIONS if k == kind for name in changes} for kind in FILES}
     elsewhere = {"unet": {"image_size", "sample_size", "num_heads", "num_head_channels"}, "tokenizer": {"pad_token"}}
     for kind in FILES:
