@@ -120,6 +120,8 @@ class Settings:
 def hints_of(settings: Settings) -> Hints:
     """Reads what shapes cannot tell. Raises ModelError."""
     heads, channels = _heads(settings)
+    # transformers leaves out of a file what is the default of the class.
+    text_heads, activation = (8, "quick_gelu") if settings["text"] else (None, None)
     return Hints(
         num_heads=heads,
         num_head_channels=channels,
@@ -128,8 +130,8 @@ def hints_of(settings: Settings) -> Hints:
         vae_groups=settings.number("vae", "norm_num_groups", whole=True),
         scale_factor=settings.number("vae", "scaling_factor"),
         shift_factor=settings.number("vae", "shift_factor"),
-        text_heads=settings.number("text", "num_attention_heads", whole=True),
-        activation=settings.word("text", "hidden_act", {"gelu": "gelu", "quick_gelu": "quick_gelu"}),
+        text_heads=settings.number("text", "num_attention_heads", text_heads, whole=True),
+        activation=settings.word("text", "hidden_act", {"gelu": "gelu", "quick_gelu": "quick_gelu"}, activation),
         pad_id=_pad_id(settings),
         schedule=_schedule(settings) if settings["scheduler"] else None,
     )
@@ -137,11 +139,13 @@ def hints_of(settings: Settings) -> Hints:
 
 def _heads(settings: Settings) -> tuple[int | tuple[int, ...] | None, int | None]:
     """Number of heads, and their width. diffusers calls the number attention_head_dim."""
-    unet = settings["unet"]
-    if not {"attention_head_dim", "num_attention_heads"} & unet.keys():  # LDM's words; it writes -1 for "not set"
+    unet, names = settings["unet"], ("num_attention_heads", "attention_head_dim")
+    name = next((name for name in names if unet.get(name) is not None), None)
+    if name is None and unet.get("_class_name") == "UNet2DConditionModel":
+        return 8, None
+    if name is None:  # LDM's words; it writes -1 for "not set"
         found = (settings.number("unet", name, whole=True) for name in ("num_heads", "num_head_channels"))
         return tuple(value if value and value > 0 else None for value in found)
-    name = "attention_head_dim" if unet.get("num_attention_heads") is None else "num_attention_heads"
     if not isinstance(unet[name], list):
         return settings.number("unet", name, whole=True), None
     if not unet[name] or not all(type(n) is int and n > 0 for n in unet[name]):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mvdream_fast.checkpoints import layouts
 from mvdream_fast.checkpoints.folder import new_folder
-from mvdream_fast.checkpoints.foreign_config import Hints, Settings, check_settings, hints_of
+from mvdream_fast.checkpoints.foreign_config import Settings, check_settings, hints_of
 from mvdream_fast.checkpoints.layouts import PartLayout, Slot
 from mvdream_fast.checkpoints.manifest import PARTS, build, check_config, check_shapes, manifest, owner, printable
 from mvdream_fast.checkpoints.places import PUBLISHED, find_model, is_own, weights_of
-from mvdream_fast.checkpoints.recognise import recognise, with_stored
+from mvdream_fast.checkpoints.recognise import recognise, stored_hints
 from mvdream_fast.checkpoints.tensor_file import TensorFile, open_tensors
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
 from mvdream_fast.core.files import read_lines
@@ -169,7 +169,7 @@ def _open_own(folder: Path) -> Source:
 
 def _open_released(path: Path, add_cameras: bool) -> Source:
     whole = open_tensors(path).unwrapped().renamed(_with_text_model)
-    hints, says_prediction = with_stored(str(path), Hints(), whole)
+    hints, says_prediction = stored_hints(str(path), whole)
     file = whole.without(layouts.ignored)
     config = recognise(str(path), file.shapes, hints)
     vae, text = file.under(layouts.VAE), file.under(layouts.TEXT)

@@ -1,5 +1,6 @@
 """Which configuration a file of weights is of, from its tensors' shapes and the schedule that it stores."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -158,22 +159,24 @@ def _recognise_text(reader: _Reader, hints: Hints, family: TextConfig) -> TextCo
     )
 
 
-def with_stored(source: str, hints: Hints, file: TensorFile) -> tuple[Hints, bool]:
-    """The hints, and what a released file stores beside its weights: a schedule, a scale of the latents, and what its
-    UNet predicts, which the second result says whether anything tells.
+def stored_hints(source: str, file: TensorFile) -> tuple[Hints, bool]:
+    """What a released file stores beside its weights: the schedule and the scale of the latents.
 
-    Without a stored schedule it is MVDream's and Stable Diffusion's.
-
-    Raises:
-        ModelError: if what is stored cannot be a schedule, or contradicts itself.
+    Returns: the hints, and whether anything tells what the UNet predicts. Without a stored schedule it is MVDream's,
+        which is Stable Diffusion's.
+    Raises: ModelError if what is stored cannot be a schedule or a scale.
     """
     schedule = _stored_schedule(source, file)
     said = {"epsilon": "eps", "v": "v", "v_prediction": "v"}.get(file.metadata.get("modelspec.prediction_type", ""))
     if "v_pred" in file.shapes or schedule.betas()[-1] == 1:  # a marker of some trainers; all noise says it too
         said = "v"
     schedule = replace(schedule, prediction=said or "eps", rescale_betas_zero_snr="ztsnr" in file.shapes)
-    scale = file.read("scale_factor").item() if file.shapes.get("scale_factor") == () else hints.scale_factor
-    return replace(hints, schedule=schedule, scale_factor=scale), said is not None
+    scale = None
+    if "scale_factor" in file.shapes:
+        if math.prod(file.shapes["scale_factor"]) != 1:
+            raise ModelError(f"{source}: scale_factor must be one number, got {list(file.shapes['scale_factor'])}")
+        scale = float(file.read("scale_factor"))
+    return Hints(schedule=schedule, scale_factor=scale), said is not None
 
 
 def _stored_schedule(source: str, file: TensorFile) -> ScheduleConfig:

@@ -206,6 +206,24 @@ def test_a_scheduler_of_an_old_version_has_the_defaults_of_its_class(folder):
         assert schedule == expected
 
 
+def test_what_a_file_leaves_out_is_the_default_of_its_class(folder):
+    """transformers writes no default, old versions of diffusers did not know each field."""
+
+    def without(kind: str, *names: str) -> ModelConfig:
+        path = folder / FILES[kind]
+        path.write_text(json.dumps({n: x for n, x in json.loads(path.read_text()).items() if n not in names}))
+        return open_source(folder, add_cameras=True).config
+
+    text = without("text", "hidden_act", "num_attention_heads").text
+    assert (text.activation, text.n_heads) == ("quick_gelu", 8)
+    unet = without("unet", "attention_head_dim", "norm_num_groups").unet
+    assert (unet.num_heads, unet.num_head_channels, unet.norm_groups) == (8, None, 32)
+    vae = without("vae", "scaling_factor", "shift_factor", "norm_num_groups").vae
+    assert (vae.scale_factor, vae.shift_factor, vae.norm_num_groups) == (0.18215, 0.0, 32)
+    assert without("special_tokens", "pad_token").text.pad_id == 49407  # tokenizer_config.json's
+    assert without("tokenizer", "pad_token").text.pad_id == 0  # SD 2's
+
+
 def test_a_folder_without_a_scheduler_does_not_say_what_it_predicts(folder):
     shutil.rmtree(folder / "scheduler")
     source = open_source(folder, add_cameras=True)

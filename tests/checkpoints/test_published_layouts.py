@@ -106,6 +106,9 @@ def test_extra_buffers_and_losses_are_passed_over(tmp_path, tensors, plain):
 def test_a_stored_scale_factor_is_applied(tmp_path, tensors):
     torch.save(tensors | {"scale_factor": torch.tensor(0.25)}, tmp_path / "x.pt")
     assert open_source(tmp_path / "x.pt").config.vae.scale_factor == 0.25
+    torch.save(tensors | {"scale_factor": torch.ones(4)}, tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=r"scale_factor must be one number, got \[4\]"):
+        open_source(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
