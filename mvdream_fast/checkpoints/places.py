@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from mvdream_fast.checkpoints.folder import read_json
+from mvdream_fast.checkpoints.folder import is_model_folder, read_json
 from mvdream_fast.checkpoints.manifest import PARTS, printable
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.run_folder import LATEST
@@ -65,7 +65,8 @@ def stored_config(path_or_name: str | Path) -> dict:
 
 def is_own(path: Path) -> bool:
     """Whether the folder is of mvdream_fast's layout, or meant to be."""
-    return (path / "config.json").exists() and any((path / f"{part}.safetensors").exists() for part in PARTS)
+    parts = any((path / f"{part}.safetensors").exists() for part in PARTS)
+    return (parts and (path / "config.json").exists()) or is_model_folder(path)
 
 
 def is_published(path: Path) -> bool:
