@@ -115,7 +115,8 @@ def check_flags(flags: Flags) -> str:
         raise ArgumentError('a prompt is missing: python -m mvdream_fast.generate "a brown bulldog"')
     check_prompt(prompt)
     check_prompt(flags.negative_prompt, allow_empty=True)
-    ddim_timesteps(flags.steps)
+    if flags.model is None:  # another model may have timesteps of its own, which tell once it is open
+        ddim_timesteps(flags.steps)
     if flags.n_views < 1:
         raise ArgumentError(f"--n-views must be at least 1, got {flags.n_views}; the models were trained with 4")
     if flags.threads is not None and flags.threads < 1:
@@ -198,7 +199,7 @@ def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) 
         "device": str(pipe.device),
         "dtype": str(pipe.dtype)[6:],
         "threads": torch.get_num_threads(),
-        "timesteps": ddim_timesteps(flags.steps),
+        "timesteps": pipe.schedule.timesteps(flags.steps),
         "cameras": None if views.cameras is None else views.cameras.tolist(),
         "versions": {"mvdream_fast": __version__, "torch": torch.__version__},
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mvdream_fast.checkpoints.folder import read_json
+from mvdream_fast.checkpoints.places import stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.core.files import lines, parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked
@@ -106,7 +106,7 @@ def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, s
         return "mini", "no --model given, so the small model that ships with the package draws"
     if model in ("embedded", "mini"):
         return "mini", "the model is the embedded one"
-    size = read_json(Path(model) / "config.json").get("vae", {}).get("image_size") if Path(model).is_dir() else None
+    size = stored_config(model).get("vae", {}).get("image_size")
     if isinstance(size, int):
         return preset_for(size), f"the model {model} draws {size} pixels a side"
     return "paper", f"the model is {model}"

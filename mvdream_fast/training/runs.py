@@ -31,6 +31,7 @@ from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.training.evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
 from mvdream_fast.training.loop import Loop, LoopOptions, sheet
+from mvdream_fast.training.prediction import pretrained
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
     Linear,
@@ -134,7 +135,7 @@ def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
     if (args.init is None) == (args.vae is None):
         raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
     if args.init:
-        return adjusted(load_model(args.init, torch.float32, add_cameras=True), args.settings, args.seed)
+        return adjusted(pretrained(args.init, args.settings), args.settings, args.seed)
     model = new_model(args.config, _vocabulary(args, folder, captions), args.seed, args.settings)
     trained = load_model(args.vae, torch.float32, ("vae",))
     made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels

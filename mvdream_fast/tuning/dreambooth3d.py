@@ -26,7 +26,6 @@ from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.diffusion.sampler import ddim_sample
-from mvdream_fast.diffusion.schedule import ddim_timesteps
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import SDSConfig, resolve_config
 from mvdream_fast.distill.state import RunState
@@ -217,7 +216,7 @@ def translate(
     Source: Meng et al. 2022, "SDEdit".
     """
     z = pipeline.vae.encode(images.to(pipeline.device) * 2 - 1)
-    timesteps = ddim_timesteps(N_STEPS, n_timesteps=len(pipeline.schedule.alphas_cumprod))
+    timesteps = pipeline.schedule.timesteps(N_STEPS)
     skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
     noised = pipeline.schedule.add_noise(z, stream.normal(*z.shape, device=z.device), timesteps[skip])
     text = pipeline.encode_prompt([prompt], suffix="", warn=lambda _: None)

@@ -293,7 +293,7 @@ def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
     for words, what in ((encoded.cut[0], "cut off"), (encoded.unknown[0], "not known to the model")):
         if words:
             print(f"of the prompt, {', '.join(map(repr, words))} {'are' if len(words) > 1 else 'is'} {what}")
-    n_tokens = int((encoded.ids[1] != 0).sum()) - 2
+    n_tokens = encoded.lengths[1] - 2
     if n_tokens > 1:
         print(f"{token!r} is {n_tokens} tokens of CLIP's vocabulary; a rare word of one, such as sks, is clearer")
 

@@ -88,3 +88,17 @@ def test_settings_replace_single_values():
 def test_settings_that_are_none(setting, message):
     with pytest.raises(ArgumentError, match=message):
         config.with_settings(config.MINI, [setting])
+
+
+def test_a_schedule_of_its_own_goes_through_a_file():
+    schedule = config.ScheduleConfig(3, prediction="v", trained_betas=(0.1, 0.2, 1.0), timestep_spacing="trailing")
+    model = dataclasses.replace(config.SD21, schedule=schedule)
+    assert config.ModelConfig.from_json(model.to_json()) == model
+    assert schedule.betas() == [0.1, 0.2, 1.0]
+
+
+def test_betas_worked_by_hand():
+    squares = config.ScheduleConfig(3, 0.01, 0.25).betas()  # roots 0.1, 0.3, 0.5
+    assert squares == pytest.approx([0.01, 0.09, 0.25])
+    assert config.ScheduleConfig(3, 0.1, 0.2, beta_schedule="linear").betas() == pytest.approx([0.1, 0.15, 0.2])
+    assert config.ScheduleConfig(1).betas() == pytest.approx([0.00085])

@@ -53,7 +53,7 @@ def test_generate_and_sds_take_the_tuned_model(whole, dtype, monkeypatch):
     from mvdream_fast.scene.asset import Asset
 
     monkeypatch.setattr(Asset, "turntable", lambda self, path, *_, **__: None)
-    made = ["--model", str(whole / "model"), "--device", "cpu", "--threads", "1", "--dtype", dtype]
+    made = ["--model", str(whole), "--device", "cpu", "--threads", "1", "--dtype", dtype]
     cli.run(generate.main, generate.Flags, prog="generate", argv=[PROMPT, *made, "--steps", "1", "-o", "views"])
     assert Path("views/views.png").exists()
     small = ["--preset", "mini", "--steps", "2", "--render-size", "8", "--mesh-resolution", "24"]
