@@ -141,11 +141,6 @@ def vjp(
     return [next(gradients) if x.requires_grad else None for x in inputs]
 
 
-def present(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """Gradients as a registered op may return them: nothing is an empty tensor."""
-    return [like.new_empty(0) if d is None else d for d in gradients]
-
-
 def run_kernels(op: str, name: str, x: Tensor, function: str, *arguments: Any) -> Any:
     """mvdream_fast.kernels.<op>.<function>(*arguments), where the tensors of the CUDA tensor `x` live: Triton launches
     on the current device, whichever that is."""

@@ -23,6 +23,7 @@ from mvdream_fast.ops._edges import (
     runs_natively,
 )
 from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
+from mvdream_fast.ops._registered import register
 
 _RAYS_PER_BLOCK = 2048
 _MOST_SAMPLES = 1 << 40  # 8 TB is a mistake, and torch's own words for it name no argument
@@ -280,51 +281,38 @@ def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near,
     return Samples(*torch.ops.mvdream_fast.march_rays(rays_o, rays_d, bits, *grid, *per_ray, *shared, max_samples))
 
 
-@torch.library.custom_op("mvdream_fast::march_rays", mutates_args=())
-def _op(
-    rays_o: torch.Tensor,
-    rays_d: torch.Tensor,
-    occupancy_bits: torch.Tensor,
-    aabb: list[float],
-    resolution: list[int],
-    step_size: float,
-    jitter: torch.Tensor | None,
-    nears: torch.Tensor | None,
-    fars: torch.Tensor | None,
-    near: float,
-    far: float,
-    max_samples: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _op(rays_o, rays_d, bits, aabb, resolution, step_size, jitter, nears, fars, near, far, max_samples):
     near, far = (shared if each is None else each for shared, each in ((near, nears), (far, fars)))
-    march = (rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
+    march = (rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples)
     box, shape = check_march("march_rays", *march)
-    samples = _march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
+    samples = _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
     return samples.t_starts, samples.t_ends, samples.packed_info
 
 
-@_op.register_fake
-def _(rays_o, *_):
-    return _unknown_samples(rays_o, rays_o.shape[0])
+register(
+    "march_rays(Tensor rays_o, Tensor rays_d, Tensor occupancy_bits, float[] aabb, SymInt[] resolution,"
+    " float step_size, Tensor? jitter, Tensor? nears, Tensor? fars, float near, float far, SymInt? max_samples)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_op,
+    cuda=_op,
+    fake=lambda rays_o, *_: _unknown_samples(rays_o, rays_o.shape[0]),
+)
 
 
-@torch.library.custom_op("mvdream_fast::prune_samples", mutates_args=())
-def _prune_op(
-    t_starts: torch.Tensor,
-    t_ends: torch.Tensor,
-    packed_info: torch.Tensor,
-    sigmas: torch.Tensor,
-    alpha_thre: float,
-    early_stop_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _prune_op(t_starts, t_ends, packed_info, sigmas, alpha_thre, early_stop_eps):
     samples = Samples(t_starts, t_ends, packed_info)
     check_samples("prune_samples", samples)
     kept = _prune(samples, sigmas, alpha_thre, early_stop_eps)
     return kept.t_starts, kept.t_ends, kept.packed_info
 
 
-@_prune_op.register_fake
-def _(t_starts, t_ends, packed_info, *_):
-    return _unknown_samples(t_starts, packed_info.shape[0])
+register(
+    "prune_samples(Tensor t_starts, Tensor t_ends, Tensor packed_info, Tensor sigmas, float alpha_thre,"
+    " float early_stop_eps) -> (Tensor, Tensor, Tensor)",
+    cpu=_prune_op,
+    cuda=_prune_op,
+    fake=lambda t_starts, t_ends, packed_info, *_: _unknown_samples(t_starts, packed_info.shape[0]),
+)
 
 
 def _unknown_samples(like: torch.Tensor, n_rays: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

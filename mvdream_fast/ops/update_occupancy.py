@@ -3,6 +3,7 @@
 import torch
 
 from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, queue_of, require
+from mvdream_fast.ops._registered import register
 from mvdream_fast.ops.march_rays import pack_bits
 
 
@@ -74,14 +75,14 @@ def _update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.T
     return new, bits
 
 
-@torch.library.custom_op("mvdream_fast::update_occupancy", mutates_args=())
-def _op(
-    ema: torch.Tensor, values: torch.Tensor, cells: torch.Tensor | None, decay: float, threshold: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _checked(ema, values, cells, decay, threshold)
-
-
-@_op.register_fake
-def _(ema, values, cells, decay, threshold):
+def _fake(ema, *_):
     n = ema.shape[0]
     return ema.new_empty(n), ema.new_empty((n + 7) // 8, dtype=torch.uint8)
+
+
+register(
+    "update_occupancy(Tensor ema, Tensor values, Tensor? cells, float decay, float threshold) -> (Tensor, Tensor)",
+    cpu=_checked,
+    cuda=_checked,
+    fake=_fake,
+)
