@@ -41,24 +41,25 @@ def differentiable(
     class Function(Differentiable):
         @staticmethod
         def forward(ctx, *arguments):
-            outputs = _several(run(*arguments))
+            outputs = run(*arguments)
             _save(ctx, arguments, [outputs[i] for i in keeps])
-            ctx.set_materialize_grads(False)
-            return outputs[:n_outputs] if n_outputs > 1 else outputs[0]
+            if n_outputs > 1:
+                ctx.set_materialize_grads(False)
+                return outputs[:n_outputs]
+            return outputs if isinstance(outputs, Tensor) else outputs[0]
 
         @staticmethod
         def backward(ctx, *cotangents):
             arguments, kept = _saved(ctx)
-            if all(d is None for d in cotangents):
-                return (None,) * len(arguments)
             if torch.is_grad_enabled():  # second derivatives are asked for
                 return _pull_twice(twice, arguments, cotangents)
             gradients = pull(cotangents, kept, ctx.needs_input_grad, *arguments)
-            return *gradients, *[None] * (len(arguments) - len(gradients))
+            missing = len(arguments) - len(gradients)
+            return (*gradients, *[None] * missing) if missing else tuple(gradients)
 
     if twice is None:
         Function.backward = staticmethod(once_differentiable(Function.backward))
-    Function.__name__ = Function.__qualname__ = run.__name__.strip("_")  # as torch names the node in a graph
+    Function.__name__ = run.__module__.rpartition(".")[2]  # after which torch names the node in a graph
     Function.run, Function.pull, Function.keeps, Function.n_outputs = run, pull, keeps, n_outputs
     return Function
 
@@ -155,8 +156,8 @@ def _pull_twice(twice: Callable, arguments: Sequence[Any], cotangents: Sequence[
 
 
 def _save(ctx, arguments: Iterable[Any], kept: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in arguments], *kept)
-    ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+    ctx.others = others = [None if isinstance(x, Tensor) else x for x in arguments]
+    ctx.save_for_backward(*[x if y is None else None for x, y in zip(arguments, others)], *kept)
 
 
 def _saved(ctx) -> tuple[list[Any], Sequence[Tensor]]:

@@ -50,7 +50,9 @@ def geglu(x: Tensor) -> Tensor:
         raise vmap_error("geglu")
     if x.is_cuda:
         return _GEGLU.apply(x) if is_followed(x) else _forward_kernels(x)
-    return _OnCpu.apply(x) if is_recorded(x) and _is_native(x) else _forward_cpu(x)
+    if not _is_native(x):
+        return _cpu(x)
+    return _OnCpu.apply(x) if is_recorded(x) else _forward_native(x)
 
 
 def geglu_ref(x: Tensor) -> Tensor:
@@ -74,10 +76,13 @@ def _is_native(x: Tensor) -> bool:
     return runs_natively(x) and x.is_contiguous() and x.numel() > 0
 
 
-def _forward_cpu(x: Tensor) -> Tensor:
-    if not _is_native(x):
-        value, gate = x.to(_wide(x)).chunk(2, dim=-1)
-        return (value * F.gelu(gate)).to(x.dtype).contiguous()
+def _cpu(x: Tensor) -> Tensor:
+    """Under torch's own autograd."""
+    value, gate = x.to(_wide(x)).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(x.dtype).contiguous()
+
+
+def _forward_native(x: Tensor) -> Tensor:
     n_columns = x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], n_columns))
     sizes = (x.numel() // (2 * n_columns), n_columns)
@@ -108,10 +113,10 @@ def _backward_kernels(cotangents, kept, wanted, x: Tensor) -> list[Tensor]:
 
 
 _GEGLU = differentiable(_forward_kernels, _backward_kernels)
-_OnCpu = differentiable(_forward_cpu, _backward_cpu, twice=geglu_ref)
+_OnCpu = differentiable(_forward_native, _backward_cpu, twice=geglu_ref)
 register(
     "geglu(Tensor x) -> Tensor",
-    cpu=_OnCpu,
+    cpu=differentiable(lambda x: _forward_native(x) if _is_native(x) else _cpu(x), _backward_cpu),
     cuda=_GEGLU,
     fake=lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
 )

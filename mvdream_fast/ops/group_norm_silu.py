@@ -133,11 +133,10 @@ def _add(x: Tensor, emb: Tensor | None, wide: torch.dtype) -> Tensor:
 def _forward_cpu(x, weight, bias, n_groups, eps, emb, silu) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and 1/std [B*V, n_groups] that the backward needs."""
     x, wide = _dense(x), torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = (x.new_empty((x.shape[0], n_groups), dtype=wide) for _ in range(2))
     if not x.numel():
-        return torch.empty_like(x), mean.zero_(), rstd.zero_()
+        return torch.empty_like(x), *(x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
     if _is_native(x, weight, bias, emb):
-        return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
+        return _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
     sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], n_groups)
     u = _add(x, emb, wide)
     y, mean, rstd = torch.native_group_norm(u, weight.to(wide), bias.to(wide), *sizes, eps)
@@ -192,6 +191,12 @@ def _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean=None, rstd=N
     return y
 
 
+def _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu) -> tuple[Tensor, Tensor, Tensor]:
+    """_forward_cpu where the extension runs."""
+    mean, rstd = x.new_empty((x.shape[0], n_groups)), x.new_empty((x.shape[0], n_groups))
+    return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
+
+
 def _backward_native(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd):
     d_y = d_y.contiguous(memory_format=torch.channels_last)
     weight, bias, emb = weight.contiguous(), bias.contiguous(), _rows(emb)
@@ -225,11 +230,11 @@ def _fake(x, weight, bias, n_groups, eps, emb, silu):
 
 
 _GroupNormSiLU = differentiable(_forward_kernels, _backward_kernels, keeps=(1, 2))
-_OnCpu = differentiable(_forward_cpu, _backward_cpu, keeps=(1, 2), twice=_cpu)
+_OnCpu = differentiable(_forward_and_statistics, _backward_cpu, keeps=(1, 2), twice=_cpu)  # of what is `_is_native`
 register(
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, SymInt n_groups, float eps, Tensor? emb, bool silu)"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=_OnCpu,
+    cpu=differentiable(_forward_cpu, _backward_cpu, keeps=(1, 2)),
     cuda=_GroupNormSiLU,
     fake=_fake,
 )
