@@ -22,6 +22,7 @@ from mvdream_fast.ops._edges import (
 )
 from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
 from mvdream_fast.ops._registered import differentiable, register
+from mvdream_fast.ops.march_rays import Samples
 
 
 class Rendered(NamedTuple):
@@ -63,6 +64,21 @@ def composite(
         run = torch.ops.mvdream_fast.composite
         return Rendered(*run(sigmas, rgb, t_starts.detach(), t_ends.detach(), packed_info, background))
     packed_info = _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background)
+    return _composite(sigmas, rgb, t_starts, t_ends, packed_info, background)
+
+
+def composite_samples(
+    sigmas: torch.Tensor, rgb: torch.Tensor, samples: Samples, background: torch.Tensor | None = None
+) -> Rendered:
+    """`composite` of Samples, which are not checked again where `march_rays` or `prune_samples` made them."""
+    packed_info, distances = samples.packed_info, (samples.t_starts, samples.t_ends)
+    if torch.compiler.is_compiling():
+        return composite(sigmas, rgb, *distances, packed_info=packed_info, background=background)
+    _check(sigmas, rgb, *distances, None, packed_info, None, background, samples._is_ours)
+    return _composite(sigmas, rgb, *distances, packed_info, background)
+
+
+def _composite(sigmas, rgb, t_starts, t_ends, packed_info, background) -> Rendered:
     if not runs_natively(sigmas, rgb, t_starts, t_ends, background, devices=BACKENDS):
         return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
     return Rendered(*_Composite.apply(sigmas, rgb, t_starts.detach(), t_ends.detach(), packed_info, background))
@@ -173,7 +189,7 @@ def _wide(*tensors: torch.Tensor | None) -> bool:
     return any(x is not None and x.is_floating_point() and x.dtype != torch.float32 for x in tensors)
 
 
-def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background) -> torch.Tensor:
+def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background, is_ours=False):
     if is_batched(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, background):
         raise vmap_error("composite")
     op, n_samples = "composite", sigmas.shape[0] if sigmas.ndim else 0
@@ -181,7 +197,8 @@ def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, back
     check_shaped(op, "rgb", rgb, (n_samples, 3))
     check_shaped(op, "t_starts", t_starts, (n_samples,))
     check_shaped(op, "t_ends", t_ends, (n_samples,))
-    packed_info = check_packing(op, n_samples, ray_indices, packed_info, n_rays)
+    if not is_ours:
+        packed_info = check_packing(op, n_samples, ray_indices, packed_info, n_rays)
     if background is not None:
         check_shaped(op, "background", background, (3,) if background.ndim == 1 else (packed_info.shape[0], 3))
     tensors = {"sigmas": sigmas, "rgb": rgb, "t_starts": t_starts, "t_ends": t_ends, "background": background}

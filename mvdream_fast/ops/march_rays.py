@@ -6,7 +6,7 @@ exact, so that every backend finds the same samples to the bit. Evaluating the f
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,7 +22,7 @@ from mvdream_fast.ops._edges import (
     require,
     runs_natively,
 )
-from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
+from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, packed_counts, rows_of
 from mvdream_fast.ops._registered import register
 
 _RAYS_PER_BLOCK = 2048
@@ -34,12 +34,15 @@ class Samples:
     """Samples of all rays, packed ray after ray and nearest first.
 
     t_starts, t_ends: [S] float32. packed_info: [R, 2] int64, start and count of each ray. `ray_indices` is made of them
-    when first asked for, and kept: a training step without shading never needs its 8 bytes a sample.
+    when first asked for, and kept: a training step without shading never needs its 8 bytes a sample. What `march_rays`
+    and `prune_samples` made is trusted to be packed so; what a caller puts together is checked by every op that takes
+    it, which on a GPU waits for it.
     """
 
     t_starts: torch.Tensor
     t_ends: torch.Tensor
     packed_info: torch.Tensor
+    _is_ours: bool = field(default=False, init=False, repr=False, compare=False)
 
     @property
     def n_samples(self) -> int:
@@ -77,8 +80,22 @@ class Samples:
         up_to = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
         starts, counts = self.packed_info.unbind(-1)
         counts = up_to[starts + counts] - up_to[starts]
-        packed_info = torch.stack([counts.cumsum(0) - counts, counts], dim=-1)
-        return Samples(self.t_starts[keep], self.t_ends[keep], packed_info)
+        kept = Samples(self.t_starts[keep], self.t_ends[keep], packed_counts(counts))
+        return ours(kept) if self._is_ours else kept
+
+
+def ours(samples: Samples) -> Samples:
+    """Marks samples that this package made, by the rules, as not to be checked again."""
+    object.__setattr__(samples, "_is_ours", True)
+    return samples
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """The samples of consecutive blocks of rays as one."""
+    counts = torch.cat([part.packed_info[:, 1] for part in parts])
+    t_starts, t_ends = (torch.cat([getattr(part, name) for part in parts]) for name in ("t_starts", "t_ends"))
+    joined = Samples(t_starts, t_ends, packed_counts(counts))
+    return ours(joined) if all(part._is_ours for part in parts) else joined
 
 
 def positions_ref(samples: Samples, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
@@ -157,7 +174,8 @@ def check_samples(op: str, samples: Samples, **rays: torch.Tensor) -> None:
     for name in ("t_starts", "t_ends"):
         check_shaped(op, name, getattr(samples, name), (n_samples,))
     check_same_device(op, t_starts=samples.t_starts, t_ends=samples.t_ends, packed_info=samples.packed_info, **rays)
-    check_packing(op, n_samples, None, samples.packed_info, None)
+    if not samples._is_ours:
+        check_packing(op, n_samples, None, samples.packed_info, None)
     for name, ray in rays.items():
         check_shaped(op, name, ray, (samples.n_rays, 3))
 
@@ -270,7 +288,7 @@ def _empty_samples(op: str, counts: torch.Tensor) -> Samples:
     few = n_samples <= _MOST_SAMPLES
     require(few, op, "step_size", "long enough for 2^40 samples at most", f"{n_samples} samples", "take longer steps")
     t_starts, t_ends = (torch.empty(n_samples, dtype=torch.float32, device=counts.device) for _ in range(2))
-    return Samples(t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
+    return ours(Samples(t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1)))
 
 
 def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples) -> Samples:

@@ -32,6 +32,12 @@ def update_occupancy(
     return _checked(ema, values, cells, decay, threshold)
 
 
+def run_update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
+    """`update_occupancy` of cells that are known to lie in the grid: nothing is read, so nothing waits for a GPU."""
+    run = _update if ema.dtype == torch.float32 else update_occupancy_ref
+    return run(ema, values, cells, decay, threshold)
+
+
 def _checked(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
     op = "update_occupancy"
     check_shaped(op, "ema", ema, (None,))
@@ -42,8 +48,7 @@ def _checked(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.
         require(cells.dtype == torch.int64, op, "cells", "int64", cells.dtype, "convert with .long()", TypeError)
         within = cells.numel() == 0 or (int(cells.min()) >= 0 and int(cells.max()) < ema.shape[0])
         require(within, op, "cells", f"in [0, {ema.shape[0]})", "an index outside", "pass flat cell indices")
-    run = _update if ema.dtype == torch.float32 else update_occupancy_ref
-    return run(ema, values, cells, decay, threshold)
+    return run_update(ema, values, cells, decay, threshold)
 
 
 @torch.no_grad()
