@@ -16,7 +16,8 @@ class Later:
     """
 
     def __init__(self, numbers: Tensor):
-        self._numbers, self._arrived = numbers, None
+        self._numbers: Tensor | list[float] = numbers
+        self._arrived = None
         if numbers.is_cuda:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
@@ -27,4 +28,6 @@ class Later:
         if self._arrived is not None:
             self._arrived.synchronize()
             self._arrived = None
-        return self._numbers.tolist()
+        if isinstance(self._numbers, Tensor):
+            self._numbers = self._numbers.tolist()
+        return self._numbers
