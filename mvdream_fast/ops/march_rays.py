@@ -92,9 +92,8 @@ def ours(samples: Samples) -> Samples:
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
     """The samples of consecutive blocks of rays as one."""
-    counts = torch.cat([part.packed_info[:, 1] for part in parts])
     t_starts, t_ends = (torch.cat([getattr(part, name) for part in parts]) for name in ("t_starts", "t_ends"))
-    joined = Samples(t_starts, t_ends, packed_counts(counts))
+    joined = Samples(t_starts, t_ends, packed_counts(torch.cat([part.packed_info[:, 1] for part in parts])))
     return ours(joined) if all(part._is_ours for part in parts) else joined
 
 
