@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.triangles import covered_pixels, cross
 from mvdream_fast.rendering.mesh import Mesh, Part, Texture
 
 # Ambient + up + headlight + key, raised by 10 % so that a white object comes out white.
@@ -16,7 +17,6 @@ AMBIENT, SKY, HEADLIGHT, KEY = 0.385, 0.165, 0.44, 0.275
 KEY_DIRECTION = np.array([-0.46, -0.62, 0.64], np.float32) / np.linalg.norm([-0.46, -0.62, 0.64])
 SOLID = 0.998  # alpha from which a blended fragment hides what is behind it
 LINEAR = to_linear(np.arange(256) / 255).astype(np.float32)  # of 8-bit sRGB
-PAIRS = 1 << 20  # (triangle, pixel) candidates looked at in one go
 
 
 def view_projection(c2w: np.ndarray, fovy: float) -> np.ndarray:
@@ -71,7 +71,7 @@ def _project(part: Part, matrix: np.ndarray, side: int) -> _Projected:
     screen = np.stack([(ndc[:, 0] + 1) * side / 2, (1 - ndc[:, 1]) * side / 2, ndc[:, 2]], 1)
     if not part.double_sided:
         a, b, c = (screen[faces[:, i], :2] for i in range(3))
-        faces = faces[_cross(b - a, c - a) < 0]  # y goes down
+        faces = faces[cross(b - a, c - a) < 0]  # y goes down
     return _Projected(part, screen[faces], (1 / w[:, 0])[faces], faces)
 
 
@@ -87,39 +87,11 @@ class _Fragments:
 
 
 def _fragments(part: _Projected, side: int) -> Iterator[_Fragments]:
-    """All covered pixel centres of all triangles, in chunks of about PAIRS candidates, in the order of the faces."""
-    low = np.clip(np.ceil(part.corners[:, :, :2].min(1) - 0.5), 0, side).astype(np.int64)
-    high = np.clip(np.floor(part.corners[:, :, :2].max(1) - 0.5), -1, side - 1).astype(np.int64)
-    span = np.maximum(high - low + 1, 0)
-    counts = span.prod(1)
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(counts):
-        stop = max(start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + PAIRS, "right")))
-        chunk = np.arange(start, stop)[counts[start:stop] > 0]
-        if len(chunk):
-            yield _covered(part, chunk, low, span, counts, side)
-        start = stop
-
-
-def _covered(part: _Projected, chunk, low, span, counts, side) -> _Fragments:
-    n = counts[chunk]
-    face = np.repeat(chunk, n)
-    within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-    x, y = low[face, 0] + within % span[face, 0], low[face, 1] + within // span[face, 0]
-    a, b, c = (part.corners[face, i, :2] for i in range(3))
-    p = np.stack([x + 0.5, y + 0.5], 1)
-    area = _cross(b - a, c - a)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        flat = np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], 1) / area[:, None]
-    inside = (flat >= 0).all(1)
-    face, flat, pixel = face[inside], flat[inside], (y * side + x)[inside]
-    weights = flat * part.inverse_w[face]
-    return _Fragments(pixel, face, weights / weights.sum(1, keepdims=True), (flat * part.corners[face, :, 2]).sum(1))
-
-
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]
+    """All covered pixel centres of all triangles, in the order of the faces."""
+    for face, x, y, flat in covered_pixels(part.corners[:, :, :2], side):
+        weights = flat * part.inverse_w[face]
+        depth = (flat * part.corners[face, :, 2]).sum(1)
+        yield _Fragments(y * side + x, face, weights / weights.sum(1, keepdims=True), depth)
 
 
 def _draw_solid(part: _Projected, depth, picture, side, eye, lit) -> None:
