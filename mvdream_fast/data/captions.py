@@ -8,7 +8,7 @@ import unicodedata
 
 import numpy as np
 
-# What recolouring paints with (sRGB); the same words that colour_names finds.
+# What recolouring paints with (sRGB); the same words that color_names finds.
 TARGETS = {
     "red": (0.80, 0.09, 0.10),
     "green": (0.14, 0.58, 0.20),
@@ -68,21 +68,21 @@ def with_article(phrase: str, countable: bool = True) -> str:
     return f"{'an' if _AN.match(phrase) and not _A.match(phrase) else 'a'} {phrase}"
 
 
-def caption(colours: tuple[str, ...], name: str, material: str | None = None) -> str:
+def caption(colors: tuple[str, ...], name: str, material: str | None = None) -> str:
     """ "a blue and white wooden chair"; words that the name holds already are not said twice."""
     words = name.split()
-    said = " and ".join(c for c in colours[:2] if c not in words)
+    said = " and ".join(c for c in colors[:2] if c not in words)
     stuff = material if material and material not in words and material.rstrip("en") not in words else None
     return with_article(" ".join(part for part in (said, stuff, name) if part), is_countable(name))
 
 
-def variants(colours: tuple[str, ...], name: str, material: str | None, tags: tuple[str, ...]) -> list[str]:
+def variants(colors: tuple[str, ...], name: str, material: str | None, tags: tuple[str, ...]) -> list[str]:
     """Other true captions of the same render, without repeats: name alone, one colour, material, category or tag."""
-    full = caption(colours, name)
+    full = caption(colors, name)
     options = [
         caption((), name),
-        caption(colours[:1], name),
-        caption(colours, name, material),
+        caption(colors[:1], name),
+        caption(colors, name, material),
         caption((), name, material),
     ]
     options += [f"{full}, {tag}" for tag in tags if tag not in name]
@@ -100,7 +100,7 @@ def material_word(names_and_shares: list[tuple[str, float]]) -> str | None:
     return best if best and totals[best] > 0.5 else None
 
 
-def colour_names(rgb: np.ndarray) -> np.ndarray:
+def color_names(rgb: np.ndarray) -> np.ndarray:
     """Index into NAMES for each sRGB colour in [0, 1]: [K, 3] -> [K] int64, by regions of HSV."""
     rgb = np.asarray(rgb, np.float32).reshape(-1, 3)
     value, low = rgb.max(1), rgb.min(1)
@@ -151,7 +151,7 @@ def _warm(value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
 
 def shares(rgb: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
     """Colour name -> share of the given colours [K, 3] (weights [K]), largest first."""
-    counts = np.bincount(colour_names(rgb), weights, len(NAMES))
+    counts = np.bincount(color_names(rgb), weights, len(NAMES))
     total = max(float(counts.sum()), 1e-9)
     order = np.argsort(-counts, kind="stable")
     return {NAMES[i]: float(counts[i] / total) for i in order if counts[i] > 0}

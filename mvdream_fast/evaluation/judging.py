@@ -132,7 +132,7 @@ def _views(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
     cameras = orbit_cameras(n_views, ELEVATION_DEG, 0.0, 360.0, DISTANCE, FOVY_DEG)
     masks = [ev.silhouettes(scene) for scene in views.flatten(0, 1)]
     scores["hull_support"] = _mean([ev.hull_support(mask, cameras) for mask in masks])
-    scores["colour_spread"] = _mean([ev.colour_spread(v, m) for v, m in zip(views.flatten(0, 1), masks)])
+    scores["colour_spread"] = _mean([ev.color_spread(v, m) for v, m in zip(views.flatten(0, 1), masks)])
     return scores | {"scenes": n_seeds * n, "scenes_with_front": n_seeds * int(fronts.sum())}
 
 
@@ -200,7 +200,7 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
         "shows_front": float(front.any()) if has_front else None,
         "azimuth_error_deg": float(error) if has_front else None,
         "turn_overlap": ev.neighbour_overlap(masks),
-        "turn_colour_spread": ev.colour_spread(rgb, masks),
+        "turn_colour_spread": ev.color_spread(rgb, masks),
         "predicted_deg": [round(x, 1) for x in headings.azimuth_deg.tolist()],
     }
 

@@ -98,10 +98,10 @@ def composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background=None) -
     opacity = per_ray(weights)
     depth = per_ray(weights * t_mids)
     z_variance = per_ray(weights * (t_mids - depth[ray_indices]) ** 2)
-    colour = per_ray(weights[:, None] * rgb)
+    color = per_ray(weights[:, None] * rgb)
     if background is not None:
-        colour = colour + (1 - opacity)[:, None] * background
-    return Rendered(colour, opacity, depth, weights, z_variance)
+        color = color + (1 - opacity)[:, None] * background
+    return Rendered(color, opacity, depth, weights, z_variance)
 
 
 def _forward(*inputs) -> tuple[torch.Tensor, ...]:

@@ -113,11 +113,11 @@ def _in_blocks(
         part = slice(i, i + _RAYS_PER_CHUNK // 4)
         samples = march(rays_o[part], rays_d[part], *grid, None, *(_bound(x, part) for x in bounds))
         positions = positions_of(samples, rays_o[part], rays_d[part])
-        sigmas, colours = (x.to(positions.dtype) for x in _evaluate(field, positions))
+        sigmas, colors = (x.to(positions.dtype) for x in _evaluate(field, positions))
         n_samples += samples.n_samples
         keep = visible_ref(samples, sigmas, alpha_thre, early_stop_eps)
         kept, behind = samples.select(keep), _rows(background, part)
-        out = composite(sigmas[keep], colours[keep], kept, behind)
+        out = composite(sigmas[keep], colors[keep], kept, behind)
         rgb[part], opacity[part], depth[part] = out.rgb, out.opacity, out.depth
     return RenderedImage(rgb, opacity, depth, n_samples)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import lines
 from mvdream_fast.data.captions import MAX_LENGTH, clean, noun
@@ -183,11 +183,11 @@ def _untinted(part: Part) -> Part:
     """These libraries leave a dark or arbitrary diffuse beside a texture: only gray textures take its hue."""
     if part.texture is None:
         return part
-    mean, rgb = part.texture.pixels[..., :3].reshape(-1, 3).mean(0) / 255, to_srgb(part.colours[0, :3])
-    coloured = rgb.max() < 0.05 or mean.max() - mean.min() > 0.08
-    colours = part.colours.copy()
-    colours[:, :3] = 1 if coloured else to_linear(rgb / rgb.max())
-    return replace(part, colours=colours)
+    mean, rgb = part.texture.pixels[..., :3].reshape(-1, 3).mean(0) / 255, to_srgb(part.colors[0, :3])
+    colored = rgb.max() < 0.05 or mean.max() - mean.min() > 0.08
+    colors = part.colors.copy()
+    colors[:, :3] = 1 if colored else to_linear(rgb / rgb.max())
+    return replace(part, colors=colors)
 
 
 @lru_cache(maxsize=8)

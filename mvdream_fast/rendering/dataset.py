@@ -258,7 +258,7 @@ def draw_asset(asset: AssetPlan, options: Options, renderer) -> Iterator[Sample]
     per_side = 4 if options.size <= 128 else 2
     for number, item in enumerate(asset.orbits):
         cameras = orbit(preset, np.asarray(item.camera))
-        drawn = mesh.recoloured(list(item.paint), item.target) if item.paint else mesh
+        drawn = mesh.recolored(list(item.paint), item.target) if item.paint else mesh
         views = renderer.render(drawn, cameras.c2w, cameras.fovy, options.size, per_side)
         meta = _words(asset, number, item) | {
             "size": options.size,
@@ -280,7 +280,7 @@ def _words(asset: AssetPlan, number: int, item) -> dict:
         "split": asset.split,
         "caption": item.caption,
         "variants": list(item.variants),
-        "colours": list(item.colours),
+        "colours": list(item.colors),
         "painted": bool(item.paint),
         "name": entry.name,
         "noun": entry.noun,

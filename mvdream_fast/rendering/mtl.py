@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
 from mvdream_fast.core.files import lines
 from mvdream_fast.rendering import images
 from mvdream_fast.rendering.mesh import HOLE, Texture
@@ -31,7 +31,7 @@ class Material:
     transparency: float = 0.0  # Tr
     maps: dict[str, "Map"] = field(default_factory=dict)
 
-    def colour(self) -> np.ndarray:
+    def color(self) -> np.ndarray:
         """Linear light and opacity, [4]. A map multiplies Kd; one of zeros beside a map is an exporter's blank."""
         blank = 1.0 if "map_kd" in self.maps else UNSAID
         rgb = blank if self.diffuse is None or ("map_kd" in self.maps and not any(self.diffuse)) else self.diffuse
@@ -56,7 +56,7 @@ class Material:
             "texture": None if base is None else place.texture(base),
             "emission": tuple(map(float, to_linear(np.clip(emission, 0, 1)))),
             "emission_texture": None if glow is None else self.maps["map_ke"].texture(glow),
-            "blend": clear is not None or bool(self.colour()[3] < 1),
+            "blend": clear is not None or bool(self.color()[3] < 1),
             "cutoff": HOLE,
             "material": self.name,
         }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.triangles import covered_pixels, cross
 from mvdream_fast.rendering.mesh import Mesh, Part, Texture
 
@@ -46,13 +46,13 @@ class NumpyRenderer:
         eye = c2w[:3, 3].astype(np.float32)
         parts = [_project(part, view_projection(c2w, fovy), side) for part in mesh.parts]
         depth = np.full(side * side, np.inf)
-        picture = np.zeros((side * side, 4), np.float32)  # premultiplied
+        image = np.zeros((side * side, 4), np.float32)  # premultiplied
         for part in parts:
-            _draw_solid(part, depth, picture, side, eye, lit)
+            _draw_solid(part, depth, image, side, eye, lit)
         glass = [part for part in parts if part.source.blend]
         for part in sorted(glass, key=lambda p: -np.linalg.norm(p.source.positions.mean(0) - eye)):
-            _draw_glass(part, depth, picture, side, eye, lit)
-        return _resolve(picture.reshape(size, samples, size, samples, 4))
+            _draw_glass(part, depth, image, side, eye, lit)
+        return _resolve(image.reshape(size, samples, size, samples, 4))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _fragments(part: _Projected, side: int) -> Iterator[_Fragments]:
         yield _Fragments(y * side + x, face, weights / weights.sum(1, keepdims=True), depth)
 
 
-def _draw_solid(part: _Projected, depth, picture, side, eye, lit) -> None:
+def _draw_solid(part: _Projected, depth, image, side, eye, lit) -> None:
     limit = SOLID if part.source.blend else part.source.cutoff
     for f in _fragments(part, side):
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
@@ -106,10 +106,10 @@ def _draw_solid(part: _Projected, depth, picture, side, eye, lit) -> None:
         winner[f.pixel] = np.arange(len(f.pixel))
         f = f.take(winner[winner >= 0])
         depth[f.pixel] = f.depth
-        picture[f.pixel, :3], picture[f.pixel, 3] = _shade(part, f, _base(part, f), eye, lit), 1.0
+        image[f.pixel, :3], image[f.pixel, 3] = _shade(part, f, _base(part, f), eye, lit), 1.0
 
 
-def _draw_glass(part: _Projected, depth, picture, side, eye, lit) -> None:
+def _draw_glass(part: _Projected, depth, image, side, eye, lit) -> None:
     """Blends every fragment in front of the solid parts, in the order of the faces, as the graphics card does."""
     for f in _fragments(part, side):
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
@@ -121,8 +121,8 @@ def _draw_glass(part: _Projected, depth, picture, side, eye, lit) -> None:
         rgb, alpha = _shade(part, f, base, eye, lit), base[:, 3:]
         for k in range(int(layer.max(initial=-1)) + 1):
             at = np.flatnonzero(layer == k)
-            colour = np.hstack([rgb[at] * alpha[at], alpha[at]])
-            picture[f.pixel[at]] = colour + (1 - alpha[at]) * picture[f.pixel[at]]
+            color = np.hstack([rgb[at] * alpha[at], alpha[at]])
+            image[f.pixel[at]] = color + (1 - alpha[at]) * image[f.pixel[at]]
 
 
 def _blend(part: _Projected, f: _Fragments, values: np.ndarray) -> np.ndarray:
@@ -154,7 +154,7 @@ def _texel(part: _Projected, f: _Fragments, texture: Texture) -> np.ndarray:
 
 def _base(part: _Projected, f: _Fragments) -> np.ndarray:
     """Base colour in linear light, and alpha: [K, 4]."""
-    base = _blend(part, f, part.source.colours)
+    base = _blend(part, f, part.source.colors)
     if part.source.texture is not None:
         base = base * _texel(part, f, part.source.texture)
     return np.clip(base, 0, 1).astype(np.float32)

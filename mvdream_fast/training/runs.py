@@ -29,7 +29,7 @@ from mvdream_fast.evaluation.reference import measure
 from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
-from mvdream_fast.training.evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
+from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.loop import Loop, LoopOptions, sheet
 from mvdream_fast.training.prediction import pretrained
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
@@ -298,8 +298,8 @@ def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shar
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
-    softener = Softener(Linear.fit(fit, PATCH), config.image_size)
-    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options, _workers(args, device))
+    degradation = Degradation(Linear.fit(fit, PATCH), config.image_size)
+    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), degradation, options, _workers(args, device))
 
     def report() -> dict[str, float]:
         with trainer.averaged():

@@ -56,7 +56,7 @@ class VAETrainer(AveragedTrainer):
         self.ahead = Ahead(self.draw, workers, pin=self.device.type == "cuda")
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """The pictures [n, 3, Hp, Wp] of an update, and the posterior's noise, [n, C, h, w]; on the CPU."""
+        """The images [n, 3, Hp, Wp] of an update, and the posterior's noise, [n, C, h, w]; on the CPU."""
         options, vae = self.options, self.config.vae
         stream = Stream(options.seed, step, "vae")
         images = self.source.images(stream, options.batch_size)

@@ -231,7 +231,7 @@ class MixedSource:
     """
 
     def __init__(self, photos: PhotoSource, views: Tensor, c2w: Tensor):
-        self.photos, self.pictures = photos, views
+        self.photos, self.images = photos, views
         self.cameras = torch.stack([normalize_camera(group) for group in c2w])  # [G, V, 16]
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
@@ -241,5 +241,5 @@ class MixedSource:
         n_groups, v = self.cameras.shape[:2]
         rows = ranks.part(draw(n_groups, max(1, n_scenes * n_views // v), stream))
         captions = [self.photos.caption] * len(rows)
-        pictures, cameras = self.pictures[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1)
-        return Batch(pictures, cameras, captions, v, self.photos.encoded)
+        images, cameras = self.images[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1)
+        return Batch(images, cameras, captions, v, self.photos.encoded)

@@ -186,20 +186,20 @@ def _to_rgba(image: Image.Image) -> Image.Image:
 class PhotoSource:
     """2D batches of a few images of one subject, all under one caption, without cameras.
 
-    Args: pictures [n, 3, Hp, Wp] in [-1, 1], or their latents where `encoded`; caption.
+    Args: images [n, 3, Hp, Wp] in [-1, 1], or their latents where `encoded`; caption.
     """
 
-    def __init__(self, pictures: Tensor, caption: str, encoded: bool = False):
-        self.pictures, self.caption, self.encoded = pictures, caption, encoded
+    def __init__(self, images: Tensor, caption: str, encoded: bool = False):
+        self.images, self.caption, self.encoded = images, caption, encoded
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
-        """n_scenes*n_views pictures: every one of them as often as any other, in an order of the stream's."""
+        """n_scenes*n_views images: every one of them as often as any other, in an order of the stream's."""
         from mvdream_fast.data.batches import Batch
 
         if multi_view:
             raise ValueError("PhotoSource: multi_view must be False, got True; photos have no cameras")
-        rows = ranks.part(draw(len(self.pictures), n_scenes * n_views, stream))
-        return Batch(self.pictures[rows], None, [self.caption] * len(rows), 1, self.encoded)
+        rows = ranks.part(draw(len(self.images), n_scenes * n_views, stream))
+        return Batch(self.images[rows], None, [self.caption] * len(rows), 1, self.encoded)
 
 
 def draw(total: int, n: int, stream: Stream) -> list[int]:

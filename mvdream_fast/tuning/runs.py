@@ -305,13 +305,13 @@ def photo_source(plan: Plan, photos: np.ndarray, parts: Parts) -> PhotoSource:
 
 
 @torch.no_grad()
-def encoded(parts: Parts, pictures: Tensor) -> Tensor:
-    """Latents of pictures [n, 3, Hp, Wp] in [-1, 1]: the posterior's means, one picture at a time.
+def encoded(parts: Parts, images: Tensor) -> Tensor:
+    """Latents of images [n, 3, Hp, Wp] in [-1, 1]: the posterior's means, one image at a time.
 
     Not samples: training caches the means too, and a small autoencoder's posterior is wide enough to tell.
     """
     device = next(parts.vae.parameters()).device
-    return torch.cat([parts.vae.encode(picture[None].to(device)).cpu() for picture in pictures])
+    return torch.cat([parts.vae.encode(image[None].to(device)).cpu() for image in images])
 
 
 def tune(

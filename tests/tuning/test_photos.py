@@ -17,13 +17,13 @@ from mvdream_fast.tuning.photos import MAX_PHOTOS, PhotoSource, draw, list_photo
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def stripes(*colours, side=20) -> np.ndarray:
+def stripes(*colors, side=20) -> np.ndarray:
     """Squares of colours side by side, [side, n * side, 3]."""
-    return np.concatenate([np.full((side, side, 3), colour, np.uint8) for colour in colours], axis=1)
+    return np.concatenate([np.full((side, side, 3), color, np.uint8) for color in colors], axis=1)
 
 
-def near(pixel, colour, by=12) -> bool:
-    return bool((np.abs(pixel.astype(int) - colour) <= by).all())
+def near(pixel, color, by=12) -> bool:
+    return bool((np.abs(pixel.astype(int) - color) <= by).all())
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp"])
@@ -264,6 +264,6 @@ def test_batches_show_every_photo_equally():
     assert batch.cameras is None
     assert batch.n_views == 1
     assert batch.captions == ["a sks chair"] * 4
-    assert set(batch.pictures[:, 0, 0, 0].tolist()) == {0.0, 1.0, 2.0}
+    assert set(batch.images[:, 0, 0, 0].tolist()) == {0.0, 1.0, 2.0}
     with pytest.raises(ValueError, match="multi_view must be False"):
         PhotoSource(pictures, "x").batch(Stream(0, 0, "x"), 1, 4, True)

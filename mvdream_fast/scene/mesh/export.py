@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.files import write_together
 from mvdream_fast.scene.mesh.mesh import Mesh

@@ -113,7 +113,7 @@ def test_glb_carries_texture_uvs_normals_and_a_matt_material(baked):
     np.testing.assert_allclose(body.visual.uv, baked.uvs, atol=1e-6)
 
 
-def test_a_ply_keeps_vertex_colours_and_normals_and_says_what_it_cannot_hold(baked, tmp_path):
+def test_a_ply_keeps_vertex_colors_and_normals_and_says_what_it_cannot_hold(baked, tmp_path):
     said = []
     export.save_mesh(baked, tmp_path / "a.ply", "z", said.append)
     assert said == ["a.ply: PLY holds no texture, only its colours at the vertices; GLB and OBJ hold it"]
