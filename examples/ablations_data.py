@@ -48,7 +48,7 @@ def chosen(shards: Shards, n_objects: int) -> list[tuple[list[int], list[int]]]:
 
 def has_front(shards: Shards, records: list[int]) -> bool:
     orbits = [Orbit.read(shards, i) for i in records]
-    return sum(opposite_difference(o.pictures, o.masks) for o in orbits) / len(orbits) >= HAS_FRONT
+    return sum(opposite_difference(o.images, o.masks) for o in orbits) / len(orbits) >= HAS_FRONT
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -90,9 +90,9 @@ def fit(renderer: Renderer, rays: Rays, pixels: torch.Tensor, steps: int, seed: 
         stream = Stream(seed, step, "fit")
         renderer.occupancy.update(step, volume.density, Stream(seed, step, "occupancy"))
         chosen = stream.integers(0, len(pixels), RAYS_PER_STEP)
-        renderer.background.colour = stream.uniform(3)
+        renderer.background.color = stream.uniform(3)
         out = renderer(Rays(rays.rays_o[chosen], rays.rays_d[chosen]), stream, training=True)
-        error = torch.nn.functional.mse_loss(out.rgb, over(pixels[chosen], renderer.background.colour))
+        error = torch.nn.functional.mse_loss(out.rgb, over(pixels[chosen], renderer.background.color))
         optimizer.zero_grad()
         (error + 1e-3 * opaque_loss(out.opacity)).backward()
         optimizer.step()
@@ -129,7 +129,7 @@ def main() -> None:
     fit(renderer, rays, rgba[fitted].reshape(-1, 4), args.steps, args.seed)
     seconds = time.perf_counter() - begun
 
-    renderer.background.colour = torch.ones(3)
+    renderer.background.color = torch.ones(3)
     unseen = generate_rays(Cameras(cameras.c2w[judged], cameras.fovy[judged]), args.size, args.size)
     wanted = over(rgba[judged], torch.ones(3))
     got = renderer(unseen).rgb.reshape(wanted.shape).clamp(0, 1)

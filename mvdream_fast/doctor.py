@@ -161,7 +161,7 @@ def _library(distribution: str, module: str, purpose: str) -> dict[str, Any]:
 
 
 def _embedded() -> dict[str, Any]:
-    from mvdream_fast.checkpoints.open import EMBEDDED_FOLDER
+    from mvdream_fast.checkpoints.places import EMBEDDED_FOLDER
 
     if not (EMBEDDED_FOLDER / "config.json").is_file():
         return {"present": False, "why": f"{EMBEDDED_FOLDER} holds no config.json"}

@@ -22,7 +22,7 @@ class Flags:
     """
 
     instance_data_dir: Path | None = None
-    """folder of the photos: PNG, JPEG or WebP, any size, with or without transparency"""
+    """folder of the photos: PNG, JPEG, WebP or HEIC (extra "heic"), any size, with or without transparency"""
     instance_prompt: str = ""
     """what the photos show, with the instance token: "a photo of a sks chair" """
     instance_token: str = "sks"

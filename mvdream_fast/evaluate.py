@@ -90,7 +90,7 @@ def main(flags: Flags) -> None:
         if kind == "model":
             report["models"][target] = _evaluate_model(target, flags, judge, say)
         else:
-            report["runs"].append(evaluate_run(Path(target), judge))
+            report["runs"].append(evaluate_run(Path(target).expanduser(), judge))
     if report["runs"]:
         report["runs_mean"] = summary(report["runs"])
     _print(report, judge)
@@ -121,10 +121,12 @@ def kind_of(target: str) -> str:
     """
     from mvdream_fast.checkpoints.folder import read_json
 
-    folder = Path(target)
+    folder = Path(target).expanduser()
     if target in MODEL_NAMES or not folder.is_dir():
         return "model"
     kind = read_json(folder / "config.json").get("kind", "model")
+    if kind in ("dreambooth", "training"):
+        return "model"  # which the run left
     if kind not in ("model", "sds"):
         raise InputFileError(f"{target} is of kind {kind!r}, which has no evaluation; name a model or an sds run")
     return kind

@@ -111,7 +111,8 @@ def check_flags(flags: Flags) -> str:
         raise ArgumentError('a prompt is missing: python -m mvdream_fast.generate "a brown bulldog"')
     check_prompt(prompt)
     check_prompt(flags.negative_prompt, allow_empty=True)
-    ddim_timesteps(flags.steps)
+    if flags.model is None:  # another model may have timesteps of its own, which tell once it is open
+        ddim_timesteps(flags.steps)
     cli.check_at_least(flags, 1, "n_views", "threads")
     cli.check_from_to(flags, -90, 90, "elevation_deg")
     for name in ("guidance_scale", "azimuth_start_deg", "azimuth_span_deg"):
@@ -183,7 +184,7 @@ def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) 
         "device": str(pipe.device),
         "dtype": str(pipe.dtype)[6:],
         "threads": torch.get_num_threads(),
-        "timesteps": ddim_timesteps(flags.steps),
+        "timesteps": pipe.schedule.timesteps(flags.steps),
         "cameras": None if views.cameras is None else views.cameras.tolist(),
         "versions": {"mvdream_fast": __version__, "torch": torch.__version__},
     }

@@ -298,11 +298,12 @@ def optimise(
     pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, interrupt: "Interrupt"
 ) -> int:
     """Runs the loop and leaves everything in `folder`. Returns 0, or 130 / 143 when a signal stopped it."""
+    from mvdream_fast.core.files import read_json
     from mvdream_fast.distill.progress import Watcher
     from mvdream_fast.distill.report import write_report
     from mvdream_fast.text_to_3d import TextTo3D
 
-    about = json.loads((folder / "config.json").read_text())
+    about = read_json(folder / "config.json")
     viewer = open_viewer(flags, request, say)
     watcher = Watcher(folder, request.config, flags.preview_every, say, viewer)
     try:
@@ -314,7 +315,7 @@ def optimise(
             write_report(folder, about, watcher.log.read(), ["The run was stopped before its end."])
             return interrupt.exit_code
         say("writing the mesh, the turntable and the report")
-        export(asset, request, folder, about, watcher.log.read())
+        export(asset, request, folder, about, watcher.log.read(), say)
     except DivergedError as error:
         write_report(folder, about, watcher.log.read(), [f"The run did not finish: {error}."])
         raise
@@ -334,7 +335,9 @@ def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
     return viewer
 
 
-def export(asset: "GrownAsset", request: "Request", folder: Path, about: dict[str, Any], records: list[dict]) -> None:
+def export(
+    asset: "GrownAsset", request: "Request", folder: Path, about: dict[str, Any], records: list[dict], say: Say
+) -> None:
     """asset.safetensors, turntable, mesh in every format, report. Raises DivergedError where there is no surface."""
     from mvdream_fast.distill.report import write_report
     from mvdream_fast.scene.mesh.animation import has_video
@@ -344,10 +347,12 @@ def export(asset: "GrownAsset", request: "Request", folder: Path, about: dict[st
     asset.save(folder / "asset.safetensors")
     asset.turntable(*[folder / f"turntable.{ending}" for ending in ("webp", "mp4") if ending == "webp" or has_video()])
     mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, wanted.texture)
-    for ending in dict.fromkeys(("glb", *wanted.formats)):
-        save_mesh(mesh, folder / f"mesh.{ending}", wanted.up)
     texture = f", a texture of {wanted.texture} x {wanted.texture}" if wanted.texture else ""
     notes = [f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles{texture}"]
+    for ending in dict.fromkeys(("glb", *wanted.formats)):
+        save_mesh(mesh, folder / f"mesh.{ending}", wanted.up, notes.append)
+    for lost in notes[1:]:
+        say(lost)
     write_report(folder, about, records, notes, mesh)
 
 

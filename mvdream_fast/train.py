@@ -33,8 +33,8 @@ class Flags:
     """changes to the configuration, as unet.view_mixing=2d or unet.camera_in=text; with --init, those that leave its
     widths and depths as they are: new layers add nothing at first (a camera token takes some of the attention)"""
     init: cli.Model | None = None
-    """model to go on from, instead of a new one of --config: a folder, a name, the released MVDream .pt, or Stable
-    Diffusion 2.1's own .safetensors file (its new camera layers begin at zero)"""
+    """model to go on from, instead of a new one of --config: a folder, a finished run, a name, the released MVDream
+    .pt, or Stable Diffusion's own file or folder (its new camera layers begin at zero)"""
     vae: cli.Model | None = None
     """model folder whose autoencoder a new model takes: the output of --stage vae"""
     text: cli.Model | None = None

@@ -9,7 +9,7 @@ import torch
 from reference.random_model import random_model
 
 from mvdream_fast import doctor
-from mvdream_fast.checkpoints import open
+from mvdream_fast.checkpoints import places
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core import cli
 
@@ -90,7 +90,7 @@ def test_a_cpu_build_of_torch_is_named(monkeypatch):
 
 
 def test_the_embedded_model_present_absent_and_broken(monkeypatch, tmp_path):
-    monkeypatch.setattr(open, "EMBEDDED_FOLDER", tmp_path / "mini")
+    monkeypatch.setattr(places, "EMBEDDED_FOLDER", tmp_path / "mini")
     assert not doctor._embedded()["present"]
     save_model(random_model(), tmp_path / "mini")
     found = doctor._embedded()

@@ -198,7 +198,7 @@ def test_mistakes_are_one_sentence_and_a_code(place, capsys):
         (("--json", "nowhere/report.json"), 7, "is not a folder"),
         (("run", "--evaluator", "run"), 3, "holds no evaluator"),
         (("run", "--evaluator", "evaluator", "--data", "nowhere"), 5, "no train shards in nowhere"),
-        (("run", "--evaluator", "evaluator", "--prompts", "nowhere"), 5, "cannot read the prompts nowhere"),
+        (("run", "--evaluator", "evaluator", "--prompts", "nowhere"), 5, "cannot read nowhere: No such file"),
     )
     for arguments, code, text in cases:
         assert command(*arguments, "--quiet") == code, arguments

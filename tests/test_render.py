@@ -45,13 +45,13 @@ def gl_or_skip():
         pytest.skip(f"no OpenGL here: {error}")
 
 
-def coloured_cube() -> trimesh.Scene:
+def colored_cube() -> trimesh.Scene:
     """A cube with a colour for each side, as six geometries."""
     scene = trimesh.Scene()
     cube = trimesh.creation.box()
-    for side, colour in SIDES.items():
+    for side, color in SIDES.items():
         faces = cube.faces[np.abs(cube.face_normals - side).max(1) < 1e-6]
-        material = trimesh.visual.material.SimpleMaterial(diffuse=[*colour, 255])
+        material = trimesh.visual.material.SimpleMaterial(diffuse=[*color, 255])
         visual = trimesh.visual.TextureVisuals(uv=np.zeros((8, 2)), material=material)
         scene.add_geometry(trimesh.Trimesh(cube.vertices, faces, visual=visual, process=False))
     return scene
@@ -60,7 +60,7 @@ def coloured_cube() -> trimesh.Scene:
 @pytest.fixture(scope="module")
 def cube(tmp_path_factory) -> Mesh:
     path = tmp_path_factory.mktemp("cube") / "cube.glb"
-    coloured_cube().export(path)
+    colored_cube().export(path)
     return load_mesh(path).normalised()
 
 
@@ -93,7 +93,7 @@ def test_a_quarter_to_the_left_shows_front_and_left(renderer, cube):
 def test_edges_are_clean(renderer):
     """Supersampled alpha in between, the colour of the object right up to the edge, nothing outside."""
     ball = load_mesh(trimesh.creation.icosphere(subdivisions=3).export(file_type="ply"), "ply").normalised()
-    ball = ball.recoloured([0], (0.2, 0.6, 0.4), flat=True)
+    ball = ball.recolored([0], (0.2, 0.6, 0.4), flat=True)
     view = renderer.render(ball, *cameras(0), 64, lit=False)[0]
     alpha = view[..., 3]
     assert alpha[0].max() == alpha[-1].max() == alpha[:, 0].max() == alpha[:, -1].max() == 0
@@ -108,17 +108,17 @@ def test_edges_are_clean(renderer):
 
 def test_white_comes_out_white(renderer):
     ball = load_mesh(trimesh.creation.icosphere(subdivisions=3).export(file_type="ply"), "ply").normalised()
-    view = renderer.render(ball.recoloured([0], (0.96, 0.96, 0.95), flat=True), *cameras(0, elevation=15), 64)[0]
+    view = renderer.render(ball.recolored([0], (0.96, 0.96, 0.95), flat=True), *cameras(0, elevation=15), 64)[0]
     solid = view[view[..., 3] == 255][:, :3]
     assert np.median(solid) > 215
     assert np.percentile(solid, 5) > 115
 
 
-def square(y, opacity, colour) -> Part:
+def square(y, opacity, color) -> Part:
     corners = np.array([(-1, y, -1), (1, y, -1), (1, y, 1), (-1, y, 1)], np.float32)
     normals = np.tile(np.array([(0, -1, 0)], np.float32), (4, 1))
-    colours = np.tile(np.array([(*colour, opacity)], np.float32), (4, 1))
-    return Part(corners, normals, colours, np.array([(0, 1, 2), (0, 2, 3)], np.int32), blend=opacity < 1)
+    colors = np.tile(np.array([(*color, opacity)], np.float32), (4, 1))
+    return Part(corners, normals, colors, np.array([(0, 1, 2), (0, 2, 3)], np.int32), blend=opacity < 1)
 
 
 def test_glass_lets_the_rest_through(renderer):
@@ -159,7 +159,7 @@ def test_the_two_renderers_agree(cube, tmp_path):
     smooth = load_mesh(tmp_path / "torus.obj").normalised()
     p = smooth.parts[0]
     textured = Mesh((replace(p, texture=Texture(texture, p.positions[:, :2])),))
-    glass = replace(p, colours=p.colours * np.float32([1, 1, 1, 0.4]), blend=True)
+    glass = replace(p, colors=p.colors * np.float32([1, 1, 1, 0.4]), blend=True)
     glassy = Mesh((glass, square(0.0, 1.0, (0.1, 0.5, 0.9))))
     for mesh in (cube, smooth, textured, glassy.normalised()):
         pictures = [r.render(mesh, *cameras(20, 200, elevation=20), 64).astype(int) for r in (gl, NumpyRenderer())]
@@ -210,12 +210,12 @@ def test_paper_orbits(u):
     assert preset.fit == "box"
 
 
-def test_a_survey_sees_colours_parts_and_size(renderer, cube):
+def test_a_survey_sees_colors_parts_and_size(renderer, cube):
     look = survey(cube, renderer)
-    assert set(look.colours) >= {"red", "green", "blue", "yellow", "white"}
+    assert set(look.colors) >= {"red", "green", "blue", "yellow", "white"}
     assert len(look.part_shares) == 6
     assert sum(look.part_shares) == pytest.approx(1, abs=0.01)
-    by_name = dict(zip(look.part_colours, look.part_shares))
+    by_name = dict(zip(look.part_colors, look.part_shares))
     assert by_name["red"] == pytest.approx(by_name["blue"], abs=0.02)
     assert 0.15 < look.coverage < 0.5
     assert len(look.thumbnail) == 4 * 16 * 16 * 3
@@ -225,7 +225,7 @@ def test_a_survey_sees_colours_parts_and_size(renderer, cube):
 def meshes(tmp_path):
     folder = tmp_path / "meshes"
     folder.mkdir()
-    coloured_cube().export(folder / "cube.glb")
+    colored_cube().export(folder / "cube.glb")
     trimesh.creation.icosphere(subdivisions=2).export(folder / "red_ball.stl")
     trimesh.creation.cone(1, 2).export(folder / "cone.ply")
     trimesh.creation.torus(1, 0.4).export(folder / "ring.obj")
@@ -238,7 +238,7 @@ def meshes(tmp_path):
 def one_mesh(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
-    coloured_cube().export(folder / "cube.glb")
+    colored_cube().export(folder / "cube.glb")
     return folder
 
 

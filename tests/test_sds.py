@@ -154,10 +154,13 @@ def test_a_run_can_be_made_again_from_its_own_configuration(model, capsys):
     extra = ["--texture", "32", "--faces", "200", "--formats", "obj", "ply", "--up", "z"]
     assert command("a red car", "--model", model, "--steps", "3", "--seed", "2", *SETTLED, *extra) == 0
     first = latest()
-    assert {"mesh.glb", "mesh.obj", "mesh.ply"} <= {path.name for path in first.iterdir()}
+    made = {path.name for path in first.iterdir()}
+    assert made >= {"mesh.glb", "mesh.obj", "mesh.mtl", "mesh_texture.png", "mesh.ply"}
+    assert trimesh.load(first / "mesh.obj").visual.material.image.size == (32, 32)
     body = trimesh.load(first / "mesh.glb", force="mesh")
     assert body.visual.material.baseColorTexture.size == (32, 32)
-    capsys.readouterr()
+    assert "mesh.ply: PLY holds no texture" in capsys.readouterr().out
+    assert "mesh.ply: PLY holds no texture" in (first / "report.html").read_text()
     rest = ["--device", "cpu", "--threads", "1", "--dtype", "float32", "--quiet"]
     assert command("--config", str(first / "config.json"), *rest) == 0
     again = latest()
@@ -281,7 +284,8 @@ def test_a_resume_refuses_what_would_be_another_run(begun, capsys):
     """The issue's example, and every other flag that says what a run is; nothing is touched."""
     config = (begun / "config.json").read_bytes()
     for flags, told in (
-        (["--steps", "20", "--guidance-scale", "3"], "--steps 2 --guidance-scale 7.5, as the run was begun, got --steps 20 --guidance-scale 3.0"),
+        (["--steps", "20", "--guidance-scale", "3"],
+         "--steps 2 --guidance-scale 7.5, as the run was begun, got --steps 20 --guidance-scale 3.0"),
         (["--seed", "0"], "--seed 5, as the run was begun, got --seed 0"),  # the default, but asked for
         (["--seed", "random"], "got --seed random"),
         (["--preset", "fast"], "--preset mini, as the run was begun, got --preset fast"),

@@ -4,13 +4,13 @@ No torch here, so that a command can look at its target first. What is in the fo
 """
 
 import glob
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mvdream_fast.core import files
 from mvdream_fast.core.errors import ModelError, OutputError
 
 _MAX_JSON_BYTES = 1 << 20
@@ -101,12 +101,12 @@ def is_model_folder(folder: Path) -> bool:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; an empty one if there is no file. Raises ModelError for anything else."""
     try:
-        with path.open("rb") as file:
-            data = json.loads(file.read(_MAX_JSON_BYTES).decode("utf-8"))
+        path.stat()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    data = files.read_json(path, ModelError, _MAX_JSON_BYTES)
     if not isinstance(data, dict):
         raise ModelError(f"{path} must hold a JSON object")
     return data

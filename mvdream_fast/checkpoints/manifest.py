@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.models.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from mvdream_fast.models.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,14 +61,25 @@ def check_config(config: ModelConfig) -> None:
         for name, value in vars(section).items():
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int) and not isinstance(number, bool):
-                    _require(name == "skip_last" or 1 <= number <= _MAX_SIZE, name, number, f"from 1 to {_MAX_SIZE}")
+                    low = 0 if name in ("skip_last", "steps_offset", "pad_id") else 1
+                    _require(low <= number <= _MAX_SIZE, name, number, f"from {low} to {_MAX_SIZE}")
     _check_unet(config.unet)
     _check_vae(config.vae)
     _check_text(config.text)
-    schedule = config.schedule
-    _require(
-        0 < schedule.linear_start < schedule.linear_end < 1, "linear_end", schedule.linear_end, "over linear_start"
-    )
+    _check_schedule(config.schedule)
+
+
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    ends = schedule.linear_start, schedule.linear_end
+    _require(0 < ends[0] < ends[1] < 1, "linear_end", ends[1], "over linear_start")
+    betas = schedule.trained_betas
+    if betas is not None:
+        _require(len(betas) == schedule.n_timesteps, "trained_betas", f"{len(betas)} numbers", "one for each timestep")
+        _require(all(0 < beta <= 1 for beta in betas), "trained_betas", "others", "over 0 and at most 1")
+    last_is_noise = schedule.rescale_betas_zero_snr or (betas is not None and 1 in betas)
+    _require(not last_is_noise or schedule.prediction == "v", "prediction", schedule.prediction,
+             "v where the last timestep is all noise (rescale_betas_zero_snr, or a beta of 1)")  # fmt: skip
+    _require(schedule.steps_offset < schedule.n_timesteps, "steps_offset", schedule.steps_offset, "under n_timesteps")
 
 
 def _check_unet(unet: UNetConfig) -> None:
@@ -95,6 +106,7 @@ def _check_vae(vae: VAEConfig) -> None:
         divides = channels % vae.norm_num_groups == 0
         _require(divides, "norm_num_groups", vae.norm_num_groups, f"a divisor of {channels} channels")
     _require(0 < vae.scale_factor < 1e6, "scale_factor", vae.scale_factor, "a positive number")
+    _require(abs(vae.shift_factor) < 1e6, "shift_factor", vae.shift_factor, "a finite number")
 
 
 def _check_text(text: TextConfig) -> None:
@@ -102,6 +114,7 @@ def _check_text(text: TextConfig) -> None:
     _require(0 <= text.skip_last < text.n_layers, "skip_last", text.skip_last, f"from 0 to {text.n_layers - 1}")
     _require(text.width % text.n_heads == 0, "n_heads", text.n_heads, f"a divisor of the width {text.width}")
     _require(text.context_length >= 3, "context_length", text.context_length, "at least 3")
+    _require(text.pad_id < text.vocabulary_size, "pad_id", text.pad_id, f"under {text.vocabulary_size}, the rows")
 
 
 def _require(holds: bool, name: str, value: object, requirement: str) -> None:

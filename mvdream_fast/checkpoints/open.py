@@ -1,10 +1,11 @@
 """Models from and to files: the one door through which weights come in, and the only format that is written.
 
-Nothing here ever opens a network connection or unpickles code. Names are translated in layouts.py, checked in
-manifest.py.
+Nothing here ever opens a network connection or unpickles code. A model is found in places.py, its names are translated
+in layouts.py, its configuration is told in recognise.py and foreign_config.py, and all is checked in manifest.py.
 """
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,31 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from mvdream_fast.checkpoints import layouts
-from mvdream_fast.checkpoints.folder import is_model_folder, new_folder, read_json
+from mvdream_fast.checkpoints.folder import new_folder
+from mvdream_fast.checkpoints.foreign_config import Settings, check_settings, hints_of
 from mvdream_fast.checkpoints.layouts import PartLayout, Slot
 from mvdream_fast.checkpoints.manifest import PARTS, build, check_config, check_shapes, manifest, owner, printable
+from mvdream_fast.checkpoints.places import PUBLISHED, find_model, is_own, weights_of
+from mvdream_fast.checkpoints.recognise import recognise, stored_hints
 from mvdream_fast.checkpoints.tensor_file import TensorFile, open_tensors
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
 
-EMBEDDED = ("embedded", "mini")
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "weights" / "mini"
 ENCODER_ONLY = "vae.encoder"  # a part: the VAE without its decoder
-
-_PUBLISHED_FILES = {
-    "unet": ("unet", "diffusion_pytorch_model"),
-    "vae": ("vae", "diffusion_pytorch_model"),
-    "text": ("text_encoder", "model"),
-}
-_WHERE = (
-    "The released weights are on the Hugging Face hub, in the repository MVDream/MVDream: sd-v2.1-base-4view.pt "
-    "(5.22 GB) and sd-v1.5-4view.pt (4.27 GB); ashawkey/mvdream-sd2.1-diffusers mirrors the first in fp16. Fetch it "
-    "with `hf download MVDream/MVDream sd-v2.1-base-4view.pt --local-dir weights`, convert it once with `python -m "
-    "mvdream_fast.convert weights/sd-v2.1-base-4view.pt models/sd21-4view`; the model named embedded needs no download"
-)
 
 
 @dataclass
@@ -53,16 +44,20 @@ class Model:
 
 
 def load_model(
-    path_or_name: str | Path, dtype: torch.dtype | None = None, parts: Sequence[str] = PARTS, add_cameras: bool = False
+    path_or_name: "str | Path | Source",
+    dtype: torch.dtype | None = None,
+    parts: Sequence[str] = PARTS,
+    add_cameras: bool = False,
 ) -> Model:
     """A model from any of the known layouts, on the CPU, in evaluation mode, with every tensor checked.
 
     Args:
-        path_or_name: a released .pt file, a diffusers-layout folder, a folder of ours, or "embedded".
+        path_or_name: a released .pt file, a diffusers-layout folder, a folder or a finished run of ours, "embedded", or
+            a source that is open already.
         dtype: of the weights; None keeps the stored one (the widest, should a part mix them).
         parts: of "unet", "vae" (or "vae.encoder", without the decoder), "text" (with the tokenizer).
-        add_cameras: take Stable Diffusion's own file as well, to be trained: its new camera layers end in zeros, so
-            that it begins as the 2D model it was, whatever the camera.
+        add_cameras: take Stable Diffusion's own file or folder as well, to be trained: its new camera layers end in
+            zeros, so that it begins as the 2D model it was, whatever the camera.
 
     Raises:
         ModelError: if there is no such model, or any tensor is missing, unexpected, misshapen, or not finite.
@@ -71,7 +66,7 @@ def load_model(
     for part in parts:
         if part not in (*PARTS, ENCODER_ONLY):
             raise ArgumentError(f"a part must be one of {', '.join((*PARTS, ENCODER_ONLY))}, got {part!r}")
-    source = open_source(path_or_name, add_cameras)
+    source = path_or_name if isinstance(path_or_name, Source) else open_source(path_or_name, add_cameras)
     for part in parts:
         source.check(part.split(".")[0])
     model = Model(source.config)
@@ -106,11 +101,13 @@ class Source:
     layout_of: Callable[[str], PartLayout]
     vocabulary: list[str] | None = None
     new_cameras: bool = False  # the file has no camera layers
+    says_prediction: bool = True  # whether anything tells what the UNet predicts; else the configuration assumes noise
 
     def check(self, part: str) -> None:
         """Raises ModelError if a name, shape or dtype of the part is not as it must be; reads no data."""
-        file = self.files[part]
-        check_shapes(str(file.path), self.layout_of(part).expected, file.shapes, file.dtypes)
+        file, layout = self.files[part], self.layout_of(part)
+        found = {name: shape for name, shape in file.shapes.items() if name not in layout.unused}
+        check_shapes(str(file.path), layout.expected, found, file.dtypes)
 
     def tensors(self, part: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """A checked part's tensors under our names, views of the file where dtype allows. Raises ModelError."""
@@ -155,27 +152,10 @@ def open_source(path_or_name: str | Path, add_cameras: bool = False) -> Source:
     Raises:
         ModelError: if there is no model, or it is in no known layout.
     """
-    try:
-        path = EMBEDDED_FOLDER if str(path_or_name) in EMBEDDED else Path(path_or_name).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{printable(str(path_or_name))!r} is no path to a model: {error}") from error
-    if path == EMBEDDED_FOLDER and not is_model_folder(path):
-        raise ModelError(
-            f"the embedded model is not part of this installation: {path} holds no model; name another one"
-        )
-    if not exists:
-        raise ModelError(f"there is no model at {printable(str(path.absolute()), 400)}. {_WHERE}")
-    if not is_folder:
+    path = find_model(path_or_name)
+    if not path.is_dir():
         return _open_released(path, add_cameras)
-    if all((path / folder).is_dir() for folder, _ in _PUBLISHED_FILES.values()):
-        return _open_published(path)
-    if (path / "config.json").exists():
-        return _open_own(path)
-    raise ModelError(
-        f"{path} is not a model folder: it must hold config.json and the safetensors files that mvdream_fast.convert "
-        "writes, or the folders unet, vae and text_encoder; for a released .pt, give the file itself"
-    )
+    return _open_own(path) if is_own(path) else _open_published(path, add_cameras)
 
 
 def _open_own(folder: Path) -> Source:
@@ -183,40 +163,58 @@ def _open_own(folder: Path) -> Source:
     check_config(config)
     files = {part: open_tensors(folder / f"{part}.safetensors") for part in PARTS}
     lines = folder / "vocabulary.txt"
-    try:
-        vocabulary = lines.read_text(encoding="utf-8").splitlines() if lines.exists() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {lines}: {error}") from error
+    vocabulary = read_lines(lines, ModelError) if lines.exists() else None
     return Source(folder, "folder of mvdream_fast", config, files, lambda part: layouts.own(part, config), vocabulary)
 
 
 def _open_released(path: Path, add_cameras: bool) -> Source:
-    file = open_tensors(path).without(layouts.ignored)
-    betas = file.read("betas") if "betas" in file.shapes else None
-    config = layouts.recognise(str(path), file.shapes, layouts.Hints(schedule=layouts.schedule_of(str(path), betas)))
+    whole = open_tensors(path).unwrapped().renamed(_with_text_model)
+    hints, says_prediction = stored_hints(str(path), whole)
+    file = whole.without(layouts.ignored)
+    config = recognise(str(path), file.shapes, hints)
     vae, text = file.under(layouts.VAE), file.under(layouts.TEXT)
     rest = file.without(lambda name: name in vae.shapes or name in text.shapes)
     files = {"unet": rest, "vae": vae, "text": text}
-    new = add_cameras and not any(name.startswith(layouts.UNET + layouts.CAMERA) for name in rest.shapes)
+    plain = not any(name.startswith(layouts.UNET + layouts.CAMERA) for name in rest.shapes)
 
     def layout_of(part: str) -> PartLayout:
         layout = layouts.released(part, config, text.shapes)
-        return layout.without(layouts.CAMERA) if new and part == "unet" else layout
+        return layout.without(layouts.CAMERA) if plain and add_cameras and part == "unet" else layout
 
-    return Source(path, "released flat file", config, files, layout_of, new_cameras=new)
+    # MVDream's own files predict noise; of Stable Diffusion's there are both kinds, and nothing in them says which.
+    return Source(
+        path, "released flat file", config, files, layout_of, new_cameras=plain and add_cameras,
+        says_prediction=says_prediction or not plain,
+    )  # fmt: skip
 
 
-def _open_published(folder: Path) -> Source:
-    files = {}
-    for part, (name, stem) in _PUBLISHED_FILES.items():
-        candidates = [folder / name / f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
-        path = next((path for path in candidates if path.exists()), candidates[0])
-        files[part] = open_tensors(path).without(layouts.ignored)
+def _with_text_model(name: str) -> str:
+    """Some files of SD 1.5 leave this part of transformers' names out, as transformers 5 does."""
+    return re.sub(r"^cond_stage_model\.transformer\.(?!text_model\.)", layouts.TRANSFORMERS, name)
+
+
+def _open_published(folder: Path, add_cameras: bool) -> Source:
+    settings = Settings.read(folder)
+    opened = (open_tensors(weights_of(folder / name)).unwrapped() for name in PUBLISHED)
+    files = {part: file.without(layouts.ignored) for part, file in zip(PARTS, opened)}
+    camera = folder / layouts.CAMERA_FOLDER
+    if camera.is_dir():
+        prefixed = open_tensors(weights_of(camera)).renamed(lambda name: f"{layouts.CAMERA_FOLDER}.{name}")
+        files["unet"] = files["unet"].joined(prefixed)
     found = {part: file.shapes for part, file in files.items()}
-    names = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
-    hints = layouts.hints_of(str(folder), *(read_json(folder / name) for name in names))
-    config = layouts.recognise(str(folder), layouts.as_released(found), hints)
-    return Source(folder, "diffusers folder", config, files, lambda part: layouts.published(part, config, found[part]))
+    as_released = layouts.as_released(found)
+    config = recognise(str(folder), as_released, hints_of(settings))
+    check_settings(settings, config)
+    plain = layouts.UNET + layouts.CAMERA + "0.weight" not in as_released
+
+    def layout_of(part: str) -> PartLayout:
+        layout = layouts.published(part, config, found[part])
+        return layout.without(layouts.CAMERA) if plain and add_cameras and part == "unet" else layout
+
+    return Source(
+        folder, "diffusers folder", config, files, layout_of, new_cameras=plain and add_cameras,
+        says_prediction=bool(settings["scheduler"]) or not plain,
+    )  # fmt: skip
 
 
 def save_model(model: Model, folder: str | Path, overwrite: bool = False) -> None:

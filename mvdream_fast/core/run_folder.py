@@ -21,7 +21,7 @@ from mvdream_fast import __version__
 from mvdream_fast.core import machine
 from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
-from mvdream_fast.core.files import atomic_write, remove_stale, replace_file
+from mvdream_fast.core.files import atomic_write, read_json, read_lines, read_text, remove_stale, replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -167,10 +167,7 @@ def write_record(folder: Path, record: dict[str, Any], step: int, **where: Any) 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What config.json says of a run; None where there is none. Raises InputFileError."""
     path = folder / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise InputFileError(f"cannot read {path}: {error}") from error
+    record = read_json(path) if path.exists() else None
     if record is not None and not isinstance(record, dict):
         raise InputFileError(f"{path} must hold a JSON object, got a {type(record).__name__}")
     return record
@@ -186,7 +183,7 @@ def _before(old: dict, new: dict) -> dict:
 def latest_step(folder: Path) -> int:
     """The step of a folder's newest checkpoint by its name, 0 where there is none."""
     pointer = folder / LATEST
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+    name = read_text(pointer, ModelError).strip() if pointer.exists() else ""
     return int(name.partition(".")[0]) if re.fullmatch(r"\d+\.safetensors", name) else 0
 
 
@@ -223,7 +220,7 @@ def load_latest(folder: Path | str) -> tuple[int, dict[str, "torch.Tensor"], dic
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    name = read_text(pointer, ModelError).strip()
     if not re.fullmatch(r"\d+\.safetensors", name):
         raise ModelError(f"{pointer} must hold a checkpoint's file name, got {name[:80]!r}")
     return load_checkpoint(folder / name)
@@ -269,7 +266,7 @@ class JsonlLog:
     def read(self) -> list[dict[str, Any]]:
         """All whole records; a half-written last line is ignored."""
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        for line in read_lines(self.path) if self.path.exists() else []:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mvdream_fast.core.errors import UserError
 
-Drawn = TypeVar("Drawn")
+Item = TypeVar("Drawn")
 EACH = 2  # steps that a worker is ahead
 
 
-class Ahead(Generic[Drawn]):
+class Ahead(Generic[Item]):
     """Answers draw(step), or its error; where there are workers (forked) they have begun with the following steps.
 
     `draw` must not touch a GPU, which a forked process cannot, and returns tensors, or dataclasses, lists and tuples of
@@ -24,11 +24,11 @@ class Ahead(Generic[Drawn]):
     on, if that is given, are not drawn ahead.
     """
 
-    def __init__(self, draw: Callable[[int], Drawn], workers: int = 0, pin: bool = False, until: int | None = None):
+    def __init__(self, draw: Callable[[int], Item], workers: int = 0, pin: bool = False, until: int | None = None):
         self.draw, self.workers, self.pin, self.until = draw, workers, pin, until
         self._next, self._rest = -1, None
 
-    def __call__(self, step: int) -> Drawn:
+    def __call__(self, step: int) -> Item:
         if not self.workers:
             return self.draw(step)
         if step != self._next or self._rest is None:
@@ -47,7 +47,7 @@ class Ahead(Generic[Drawn]):
         """Lets the workers end. Those that live at the interpreter's exit are killed there, and DataLoader says so."""
         self._rest = None
 
-    def _begin(self, step: int) -> Iterator[Drawn]:
+    def _begin(self, step: int) -> Iterator[Item]:
         return iter(
             DataLoader(
                 _Steps(self.draw), sampler=_Range(step, self.until), batch_size=None, num_workers=self.workers,
@@ -57,10 +57,10 @@ class Ahead(Generic[Drawn]):
 
 
 class _Steps(Dataset):
-    def __init__(self, draw: Callable[[int], Drawn]):
+    def __init__(self, draw: Callable[[int], Item]):
         self.draw = draw
 
-    def __getitem__(self, step: int) -> "Drawn | UserError":
+    def __getitem__(self, step: int) -> "Item | UserError":
         try:
             return self.draw(step)
         except UserError as error:  # a DataLoader would raise it with the worker's traceback for a message

@@ -27,7 +27,7 @@ from mvdream_fast.data.shards import decode_views, list_shards
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
-GREY, WHITE, COLOUR = range(3)
+GREY, WHITE, COLOR = range(3)
 FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
 BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
 
@@ -50,11 +50,11 @@ class Record:
 class Batch:
     """B scenes of V views, views fastest.
 
-    pictures: [B*V, 3, Hp, Wp] in [-1, 1], or scaled latents [B*V, C, h, w] where `encoded`.
+    images: [B*V, 3, Hp, Wp] in [-1, 1], or scaled latents [B*V, C, h, w] where `encoded`.
     cameras: [B*V, 16] normalised, or None in 2D mode (then V = 1 and the batch has as many images).
     """
 
-    pictures: Tensor
+    images: Tensor
     cameras: Tensor | None
     captions: list[str]
     n_views: int
@@ -153,23 +153,23 @@ def _checked(meta: dict) -> dict:
     return {**meta, "key": str(meta["key"]), "caption": caption, "variants": variants}
 
 
-def composite(views: np.ndarray, colour: Tensor) -> Tensor:
+def composite(views: np.ndarray, color: Tensor) -> Tensor:
     """Straight-alpha RGBA [n, s, s, 4] uint8 over a colour [3] or [n, 3] in [0, 1]: [n, 3, s, s] in [-1, 1]."""
     rgba = torch.from_numpy(np.ascontiguousarray(views)).permute(0, 3, 1, 2).float() / 255
     alpha = rgba[:, 3:]
-    return (rgba[:, :3] * alpha + colour.expand(len(rgba), 3)[:, :, None, None] * (1 - alpha)) * 2 - 1
+    return (rgba[:, :3] * alpha + color.expand(len(rgba), 3)[:, :, None, None] * (1 - alpha)) * 2 - 1
 
 
 def background(kind: int, stream: Stream) -> Tensor:
     """A flat colour [3] in [0, 1] of a kind."""
-    if kind == COLOUR:
+    if kind == COLOR:
         return stream.uniform(3)
     return torch.full((3,), {GREY: 0.5, WHITE: 1.0}[kind])
 
 
 def draw_background(stream: Stream) -> int:
     u = stream.uniform(1).item()
-    return GREY if u < BACKGROUND_SHARES[GREY] else WHITE if u < 1 - BACKGROUND_SHARES[COLOUR] else COLOUR
+    return GREY if u < BACKGROUND_SHARES[GREY] else WHITE if u < 1 - BACKGROUND_SHARES[COLOR] else COLOR
 
 
 def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:
@@ -189,13 +189,13 @@ class ImageSource:
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """Multi-view: scenes of orthogonal views of an orbit. 2D: as many single views of as many orbits, no camera."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
-        colours = [background(draw_background(stream), stream) for _ in groups]
+        colors = [background(draw_background(stream), stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
         groups = ranks.part(groups)
         views = (self.shards.views(i)[which] for i, which in groups)
-        pictures = torch.cat([composite(rgba, colour) for rgba, colour in zip(views, ranks.part(colours))])
+        images = torch.cat([composite(rgba, color) for rgba, color in zip(views, ranks.part(colors))])
         cameras = _cameras(self.shards, groups) if multi_view else None
-        return Batch(pictures, cameras, ranks.part(captions), v, encoded=False)
+        return Batch(images, cameras, ranks.part(captions), v, encoded=False)
 
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single images for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
@@ -226,7 +226,8 @@ class LatentSource:
         self.shards, self.encode = shards, encode
         n_views = shards.records[0].n_views
         note, full = file.with_suffix(".key"), (len(shards), len(BACKGROUND_SHARES), n_views, *shape)
-        fresh = not note.exists() or note.read_text() != f"{key} {full}"
+        made_of = f"{key} {full}".encode()
+        fresh = not note.exists() or note.read_bytes() != made_of
         mode = "w+" if fresh else "r+"
         file.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
@@ -234,7 +235,7 @@ class LatentSource:
         self.latents = np.lib.format.open_memmap(file.with_suffix(".npy"), mode, np.float16, full)
         self.filled = np.lib.format.open_memmap(file.with_suffix(".filled.npy"), mode, np.uint8, full[:2])
         if fresh:
-            note.write_text(f"{key} {full}")
+            note.write_bytes(made_of)
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """As ImageSource.batch, but encoded."""
@@ -242,9 +243,9 @@ class LatentSource:
         kinds = [draw_background(stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
         groups = ranks.part(groups)
-        pictures = torch.cat([self._get(i, kind, which) for (i, which), kind in zip(groups, ranks.part(kinds))])
+        images = torch.cat([self._get(i, kind, which) for (i, which), kind in zip(groups, ranks.part(kinds))])
         cameras = _cameras(self.shards, groups) if multi_view else None
-        return Batch(pictures, cameras, ranks.part(captions), v, encoded=True)
+        return Batch(images, cameras, ranks.part(captions), v, encoded=True)
 
     def fill(self, workers: int = 0) -> None:
         """Encodes all orbits that are not yet there, from images that `workers` processes decode.
@@ -253,14 +254,14 @@ class LatentSource:
         """
         missing = np.flatnonzero(~self.filled.all(1)).tolist()
         groups = [missing[k : k + FILLED_AT_ONCE] for k in range(0, len(missing), FILLED_AT_ONCE)]
-        pictures = Ahead(lambda k: torch.cat([self._pictures(i) for i in groups[k]]), workers, until=len(groups))
+        images = Ahead(lambda k: torch.cat([self._images(i) for i in groups[k]]), workers, until=len(groups))
         for k, group in enumerate(groups):
             with torch.no_grad():
-                latents = self.encode(pictures(k)).cpu().numpy()
+                latents = self.encode(images(k)).cpu().numpy()
             self.latents[group] = latents.reshape(len(group), *self.latents.shape[1:])
             self.filled[group] = 1
 
-    def _pictures(self, i: int) -> Tensor:
+    def _images(self, i: int) -> Tensor:
         """Record i on each background, its views fastest."""
         kinds = range(len(BACKGROUND_SHARES))
         return torch.cat([composite(self.shards.views(i), self._background(i, kind)) for kind in kinds])

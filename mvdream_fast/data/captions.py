@@ -8,7 +8,7 @@ import unicodedata
 
 import numpy as np
 
-# What recolouring paints with (sRGB); the same words that colour_names finds.
+# What recolouring paints with (sRGB); the same words that color_names finds.
 TARGETS = {
     "red": (0.80, 0.09, 0.10),
     "green": (0.14, 0.58, 0.20),
@@ -24,62 +24,9 @@ TARGETS = {
 }
 NAMES = (*TARGETS, "beige")
 DULL, DULL_WEIGHT = ("black", "white", "gray"), 0.6
+MAX_LENGTH = 300  # of a caption; CLIP's text tower reads 75 tokens
 SHARE = 0.22  # a colour with less of the visible surface is not mentioned
 
-_RENAMED = {
-    "apple ibook": "laptop", "apple imac 1998": "computer", "apple imac 2004": "computer",
-    "apple iphone": "smartphone", "apples": "bowl with apples", "barnum": "party tent",
-    "bended coconut tree": "bent coconut tree",
-    "black table": "table", "bootie": "ankle boots", "cctv": "security camera", "chevrolet": "pickup truck",
-    "child hut": "playhouse", "children chair": "child chair", "children table": "child table",
-    "children game": "playground slide", "class seat": "school desk", "clear sofa": "sofa",
-    "clothes horse": "drying rack", "clothes washing machine": "washing machine", "concept sedan 01": "sedan",
-    "concept sedan 02": "sedan", "concept sedan 02 sport": "sports car", "cone": "traffic cone",
-    "contemporary living room": "living room set", "convertible sofa bz": "sofa bed", "cup cake": "cupcake",
-    "day bed": "daybed", "drawers cabinet": "drawer cabinet", "dryer machine": "tumble dryer",
-    "entry bell ring": "doorbell", "entry speech unit": "intercom", "female": "woman",
-    "flacon": "perfume bottle", "flipper": "pinball machine", "ford focus": "car", "frame chambord": "picture frame",
-    "frame hoi an": "picture frame", "gaz water heater": "gas water heater", "hashtray": "ashtray",
-    "holding female": "woman holding something", "holding male": "man holding something", "hood": "range hood",
-    "indoor bike": "exercise bike", "letters box": "mailbox", "lip stick": "lipstick",
-    "little bank": "small bench", "lying down boy": "boy lying down", "lying down female": "woman lying down",
-    "lying down male": "man lying down", "male": "man", "mannequin female": "female mannequin",
-    "mannequin male": "male mannequin", "mocassin": "moccasin", "mp3 base": "speaker dock",
-    "mp3 station": "speaker dock", "oil servers": "oil and vinegar bottles",
-    "opened convertible sofa bz": "open sofa bed", "osaka chair": "wooden chair", "penbox": "pen holder",
-    "peugeot 308 cc": "convertible car", "plate, glass and cutlery": "plate with cutlery",
-    "plate, glasses and cutlery": "plate with cutlery", "playstation": "game console", "pool lounge": "pool lounger",
-    "puff": "bean bag chair", "punching ball": "punching bag", "relax chair": "lounge chair",
-    "renault scenic": "car", "rigged fan": "fan", "ryokan chair": "floor chair", "seat leon": "car",
-    "short": "shorts", "socket": "sock", "sitting female": "sitting woman", "sitting male": "sitting man",
-    "smart car": "small car",
-    "spice tower": "spice rack", "stone grill device": "stone grill", "suit": "suit", "suv": "suv",
-    "table tennis": "table tennis table", "table tennis bat": "table tennis racket", "tape": "adhesive tape",
-    "teck chair": "teak chair", "text marker": "marker pen", "toilets unit": "toilet", "tool": "kitchen utensil",
-    "trunck": "trunk", "tv 16:9": "tv", "vw new beetle": "beetle car", "wall flat tv": "flat tv",
-    "white board": "whiteboard", "winchester armchair": "leather armchair", "winchester sofa": "leather sofa",
-    "woman shoes": "women's shoes", "wood bank": "wooden bench", "wood toy": "wooden toy",
-    "yamaha yzr r6": "motorbike", "arrow straight ahead": "arrow", "arrow turn right": "arrow",
-    "arrow turn right and ahead": "arrow",
-}  # fmt: skip
-_PATTERNS = (
-    (r"^bill \d+.*", "banknote"),
-    (r"^parking slot.*", "parking slot"),
-    (r"^induction cooker.*", "induction cooktop"),
-    (r"^(?:rounded|square|wall) (?:type \w )?(?:rj45 |antenna )?(?:plug|socket)$", "wall outlet"),
-    (r"^wall double socket$", "double wall outlet"),
-    (r"^(?:rounded |square |wall )?switch$", "light switch"),
-    (r"^(?:rounded |square |wall )?double switch$", "double light switch"),
-    (r"^(?:rounded |square |wall )?dimmer switch$", "dimmer switch"),
-    (r"^((?:double|triple|quadruple) (?:french |arched )?window).*", r"\1"),
-    (r"^sofa 2 seats$", "two-seat sofa"),
-    (r"^sofa 3 seats$", "three-seat sofa"),
-    (r"^air conditioning - internal unit$", "air conditioner"),
-    (r"^air conditioning - external unit$", "outdoor air conditioner"),
-)
-_BRANDS = re.compile(r"\b(?:yamaha|vw|apple(?! tree)|sony|ikea|nintendo|peterbilt)\b\s*", re.IGNORECASE)
-_IDLE_TAGS = {"blend swap", "scpts", "adjustable", "nitendo", "sony", "xbox", "ps", "ipad", "velux", "peterbilt",
-              "thonet", "haussmann"}  # fmt: skip
 _MASS = {"bread", "butter", "milk", "sugar", "bamboo", "tape", "soap", "sand"}
 _AN = re.compile(r"^(?:[aeio]|mp3|u(?!ni|ri|te|su|ro)|suv|led)", re.IGNORECASE)
 _A = re.compile(r"^(?:one|eu)", re.IGNORECASE)
@@ -90,22 +37,15 @@ _MATERIALS = (
 )  # fmt: skip
 
 
-def clean(text: str, limit: int = 300) -> str:
+def clean(text: str, limit: int = MAX_LENGTH) -> str:
     """A caption fit to print and to store: no control or invisible characters, single spaces, at most `limit` long."""
     text = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in str(text))
     return re.sub(r" +", " ", text).strip()[:limit].strip()
 
 
 def noun(name: str) -> str:
-    """A catalogue's (or file's) name as a caption says it: lower case, translations mended, no brands or numbers."""
-    text = clean(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()).lower()
-    if text in _RENAMED:
-        return _RENAMED[text]
-    for pattern, replacement in _PATTERNS:
-        if re.match(pattern, text):
-            return re.sub(pattern, replacement, text)
-    text = _BRANDS.sub("", text)
-    return re.sub(r" +", " ", re.sub(r"\b\d+\b", "", text)).strip() or "object"
+    """A file's name as a caption says it: its own words in lower case, without the numbers that copies end with."""
+    return re.sub(r"(?:^|\s+)[\d\s]+$", "", clean(name).lower()) or "object"
 
 
 def head_noun(phrase: str) -> str:
@@ -128,31 +68,25 @@ def with_article(phrase: str, countable: bool = True) -> str:
     return f"{'an' if _AN.match(phrase) and not _A.match(phrase) else 'a'} {phrase}"
 
 
-def caption(colours: tuple[str, ...], name: str, material: str | None = None) -> str:
+def caption(colors: tuple[str, ...], name: str, material: str | None = None) -> str:
     """ "a blue and white wooden chair"; words that the name holds already are not said twice."""
     words = name.split()
-    said = " and ".join(c for c in colours[:2] if c not in words)
+    said = " and ".join(c for c in colors[:2] if c not in words)
     stuff = material if material and material not in words and material.rstrip("en") not in words else None
     return with_article(" ".join(part for part in (said, stuff, name) if part), is_countable(name))
 
 
-def variants(colours: tuple[str, ...], name: str, material: str | None, tags: tuple[str, ...]) -> list[str]:
+def variants(colors: tuple[str, ...], name: str, material: str | None, tags: tuple[str, ...]) -> list[str]:
     """Other true captions of the same render, without repeats: name alone, one colour, material, category or tag."""
-    full = caption(colours, name)
+    full = caption(colors, name)
     options = [
         caption((), name),
-        caption(colours[:1], name),
-        caption(colours, name, material),
+        caption(colors[:1], name),
+        caption(colors, name, material),
         caption((), name, material),
     ]
     options += [f"{full}, {tag}" for tag in tags if tag not in name]
     return [text for text in dict.fromkeys(options) if text != full]
-
-
-def usable_tags(tags: tuple[str, ...], category: str) -> tuple[str, ...]:
-    """Tags and category in lower case, without the catalogue's placeholders and brands; at most three."""
-    words = [clean(t).lower() for t in (*tags, category)]
-    return tuple(dict.fromkeys(w for w in words if w and w not in _IDLE_TAGS and not w.isdigit()))[:3]
 
 
 def material_word(names_and_shares: list[tuple[str, float]]) -> str | None:
@@ -166,7 +100,7 @@ def material_word(names_and_shares: list[tuple[str, float]]) -> str | None:
     return best if best and totals[best] > 0.5 else None
 
 
-def colour_names(rgb: np.ndarray) -> np.ndarray:
+def color_names(rgb: np.ndarray) -> np.ndarray:
     """Index into NAMES for each sRGB colour in [0, 1]: [K, 3] -> [K] int64, by regions of HSV."""
     rgb = np.asarray(rgb, np.float32).reshape(-1, 3)
     value, low = rgb.max(1), rgb.min(1)
@@ -217,7 +151,7 @@ def _warm(value: np.ndarray, saturation: np.ndarray) -> np.ndarray:
 
 def shares(rgb: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
     """Colour name -> share of the given colours [K, 3] (weights [K]), largest first."""
-    counts = np.bincount(colour_names(rgb), weights, len(NAMES))
+    counts = np.bincount(color_names(rgb), weights, len(NAMES))
     total = max(float(counts.sum()), 1e-9)
     order = np.argsort(-counts, kind="stable")
     return {NAMES[i]: float(counts[i] / total) for i in order if counts[i] > 0}

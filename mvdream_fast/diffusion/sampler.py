@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule, ddim_timesteps
+from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
 from mvdream_fast.models.config import ScheduleConfig
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]  # latents [n or 2n, C, h, w], t scalar -> output, the latents' shape
 _PREDICTION = {"eps": "epsilon", "v": "v_prediction"}  # diffusers' words
+_OPTIONAL = ("trained_betas", "rescale_betas_zero_snr", "timestep_spacing", "steps_offset")  # of ScheduleConfig, too
 Callback = Callable[[int, int, Tensor], None]  # steps done, steps in all, latents [n, C, h, w]
 
 
@@ -50,12 +51,14 @@ def ddim_sample(
     """
     if eta and stream is None:
         raise ValueError(f"ddim_sample: stream must be given for eta > 0, got eta {eta}; pass a rng.Stream")
-    timesteps = ddim_timesteps(n_steps, convention, len(schedule.alphas_cumprod))
+    timesteps = schedule.timesteps(n_steps, convention)
     abar = schedule.alphas_cumprod.double().tolist()
+    following = _following(schedule, timesteps, n_steps, convention)
+    last = 1.0 if schedule.config.set_alpha_to_one else abar[0]
     schedule, latents = schedule.to(noise.device), noise
     for i, t in list(enumerate(timesteps))[skip:]:
         out = guided(model_fn, latents, torch.tensor(t, device=noise.device), guidance_scale)
-        abar_prev = abar[_previous(timesteps, i, n_steps, convention, len(abar))]
+        abar_prev = abar[following[i]] if following[i] >= 0 else last
         sigma = eta * ((1 - abar_prev) / (1 - abar[t]) * (1 - abar[t] / abar_prev)) ** 0.5
         x0, noise_pred = schedule.to_x0(latents, out, t), schedule.to_noise(latents, out, t)
         latents = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * noise_pred
@@ -66,11 +69,11 @@ def ddim_sample(
     return latents
 
 
-def _previous(timesteps: list[int], i: int, n_steps: int, convention: Convention, n_timesteps: int) -> int:
-    """The timestep that step i leads to; both conventions end on the least noisy one, 0."""
-    if convention == "ldm":
-        return timesteps[i + 1] if i + 1 < len(timesteps) else 0
-    return max(timesteps[i] - n_timesteps // n_steps, 0)
+def _following(schedule: NoiseSchedule, timesteps: list[int], n_steps: int, convention: Convention) -> list[int]:
+    """The timestep that each step leads to; a negative one is the end. diffusers subtracts one and the same stride."""
+    if convention == "ldm" and schedule.config.timestep_spacing == "leading":
+        return [*timesteps[1:], -1]
+    return [t - schedule.config.n_timesteps // n_steps for t in timesteps]
 
 
 @torch.no_grad()
@@ -116,13 +119,20 @@ def guided(model_fn: ModelFn, latents: Tensor, t: Tensor, guidance_scale: float)
 
 
 def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
-    """Keyword arguments that make any diffusers scheduler follow the model's noise schedule and prediction type."""
+    """Keyword arguments that make a diffusers scheduler follow the model's noise schedule and prediction type.
+
+    Any scheduler takes them, but for a model with zero terminal SNR, which needs one that knows
+    `rescale_betas_zero_snr`. Spacing and offset of the timesteps are among them where the model has its own.
+    """
+    usual = ScheduleConfig()
+    own = {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) != getattr(usual, name)}
     return {
         "num_train_timesteps": config.n_timesteps,
-        "beta_schedule": "scaled_linear",
+        "beta_schedule": config.beta_schedule,
         "beta_start": config.linear_start,
         "beta_end": config.linear_end,
         "prediction_type": _PREDICTION[config.prediction],
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in own.items()},
     }
 
 

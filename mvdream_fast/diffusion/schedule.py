@@ -6,7 +6,7 @@ that a command can refuse a number of steps at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mvdream_fast.core.errors import ArgumentError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Convention = Literal["ldm", "diffusers"]
+Spacing = Literal["leading", "linspace", "trailing"]
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,37 @@ class NoiseSchedule:
     alphas_cumprod: Tensor  # [T] float32
     alphas: Tensor  # [T] float32
     sigmas: Tensor  # [T] float32
-    prediction: Literal["eps", "v"] = "eps"
+    config: ScheduleConfig
+
+    @property
+    def prediction(self) -> Literal["eps", "v"]:
+        return self.config.prediction
 
     @staticmethod
     def from_config(config: ScheduleConfig, device: torch.device | str = "cpu") -> NoiseSchedule:
-        """Betas are the squares of evenly spaced numbers; computed in float64, kept in float32.
+        """The tables of a configuration, computed in float64 and kept in float32.
 
-        Source: LDM's make_beta_schedule("linear"); diffusers calls it "scaled_linear".
+        Source: LDM's make_beta_schedule("linear") is diffusers' "scaled_linear".
         """
         import torch
 
-        ends = (config.linear_start**0.5, config.linear_end**0.5)
-        betas = torch.linspace(*ends, config.n_timesteps, dtype=torch.float64) ** 2
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        alphas_cumprod = torch.cumprod(1 - torch.tensor(config.betas(), dtype=torch.float64), dim=0)
+        if config.rescale_betas_zero_snr:
+            # Shifted so that nothing is left at the last timestep, scaled so that the first keeps its value.
+            # Source: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023, algorithm 1.
+            root = alphas_cumprod.sqrt()
+            alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         tables = (alphas_cumprod, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
-        return NoiseSchedule(*(table.float().to(device) for table in tables), prediction=config.prediction)
+        return NoiseSchedule(*(table.float().to(device) for table in tables), config)
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
-        tables = (self.alphas_cumprod, self.alphas, self.sigmas)
-        return NoiseSchedule(*(table.to(device) for table in tables), prediction=self.prediction)
+        tables = ("alphas_cumprod", "alphas", "sigmas")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tables})
+
+    def timesteps(self, n_steps: int, convention: Convention = "ldm") -> list[int]:
+        """The timesteps that DDIM visits, highest first; see `ddim_timesteps`."""
+        config = self.config
+        return ddim_timesteps(n_steps, convention, config.n_timesteps, config.timestep_spacing, config.steps_offset)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """Returns: z_t, the shape of x0."""
@@ -93,12 +106,19 @@ class NoiseSchedule:
         return tuple(table.to(like.device)[t.reshape(-1)].reshape(shape) for table in (self.alphas, self.sigmas))
 
 
-def ddim_timesteps(n_steps: int, convention: Convention = "ldm", n_timesteps: int = 1000) -> list[int]:
-    """The timesteps that DDIM visits, highest first; the last is always 1.
+def ddim_timesteps(
+    n_steps: int,
+    convention: Convention = "ldm",
+    n_timesteps: int = 1000,
+    spacing: Spacing = "leading",
+    steps_offset: int = 1,
+) -> list[int]:
+    """The timesteps that DDIM visits, highest first.
 
-    "diffusers" (its "leading" spacing with an offset of 1) visits n_steps of them. "ldm" counts up in steps of
+    With leading spacing the last is `steps_offset`. "diffusers" visits n_steps of them. "ldm" counts up in steps of
     c = n_timesteps // n_steps to the end of the range, so it makes another number of steps where n_steps doesn't
-    divide n_timesteps: 30 gives 31. Both agree where it does.
+    divide n_timesteps: 30 gives 31. Both agree where it does. The other spacings are diffusers' in either convention,
+    and know no offset.
 
     Raises: ArgumentError, naming the nearest number of steps that works, if a timestep would be out of range.
     Source: LDM's make_ddim_timesteps; diffusers' DDIMScheduler.set_timesteps.
@@ -107,25 +127,41 @@ def ddim_timesteps(n_steps: int, convention: Convention = "ldm", n_timesteps: in
         raise ArgumentError(
             f"ddim_timesteps: convention must be ldm or diffusers, got {convention!r}; ldm is upstream's"
         )
-    if not _works(n_steps, convention, n_timesteps):
+    rest = (convention, n_timesteps, spacing, steps_offset)
+    if not _works(n_steps, *rest):
         raise ArgumentError(
             f"ddim_timesteps: {n_steps} steps ask for a timestep outside 0..{n_timesteps - 1}; "
-            f"the nearest number that works is {nearest_n_steps(n_steps, convention, n_timesteps)}"
+            f"the nearest number that works is {nearest_n_steps(n_steps, *rest)}"
         )
-    return list(reversed(_ascending(n_steps, convention, n_timesteps)))
+    return _ascending(n_steps, *rest)[::-1]
 
 
-def nearest_n_steps(n_steps: int, convention: Convention = "ldm", n_timesteps: int = 1000) -> int:
+def nearest_n_steps(
+    n_steps: int,
+    convention: Convention = "ldm",
+    n_timesteps: int = 1000,
+    spacing: Spacing = "leading",
+    steps_offset: int = 1,
+) -> int:
     """The number of steps nearest to `n_steps` that `ddim_timesteps` accepts; of two equally near, the larger."""
-    valid = (s for s in range(1, n_timesteps + 1) if _works(s, convention, n_timesteps))
-    return min(valid, key=lambda s: (abs(s - n_steps), -s))
+    rest = (convention, n_timesteps, spacing, steps_offset)
+    return min((s for s in range(1, n_timesteps + 1) if _works(s, *rest)), key=lambda s: (abs(s - n_steps), -s))
 
 
-def _works(n_steps: int, convention: Convention, n_timesteps: int) -> bool:
-    return 1 <= n_steps <= n_timesteps and _ascending(n_steps, convention, n_timesteps)[-1] < n_timesteps
+def _works(n_steps: int, convention: Convention, n_timesteps: int, spacing: Spacing, offset: int) -> bool:
+    inside = 1 <= n_steps <= n_timesteps
+    return inside and _ascending(n_steps, convention, n_timesteps, spacing, offset)[-1] < n_timesteps
 
 
-def _ascending(n_steps: int, convention: Convention, n_timesteps: int) -> range:
-    stride = n_timesteps // n_steps
-    end = n_timesteps if convention == "ldm" else n_steps * stride
-    return range(1, end + 1, stride)
+def _ascending(n_steps: int, convention: Convention, n_timesteps: int, spacing: Spacing, offset: int) -> list[int]:
+    if spacing == "leading":
+        stride = n_timesteps // n_steps
+        end = n_timesteps if convention == "ldm" else n_steps * stride
+        return list(range(offset, offset + end, stride))
+    import numpy as np  # its rounding of the ends and halves is part of diffusers' spacings
+
+    if spacing == "linspace":
+        spaced = np.linspace(0, n_timesteps - 1, n_steps)
+    else:
+        spaced = np.arange(n_timesteps, 0, -n_timesteps / n_steps)[::-1].round() - 1
+    return spaced.round().astype(int).tolist()

@@ -63,19 +63,24 @@ class Loop:
         for step in range(first, config.steps):
             if self.interrupt is not None and self.interrupt.requested is not None:
                 break
-            record = self._attempt(state, step, lambda step=step: state.step(step))
-            state.asset.records.append(record.plain())
-            if state.skipped >= MAX_SKIPPED:
-                self._recover(state, step)
-            if self.callback is not None:
-                self.callback(Progress(record, state.asset))
+            self._report(state, self._attempt(state, step, lambda step=step: state.step(step)))
             if self.checkpoints is not None and (step + 1) % self.checkpoint_every == 0:
                 self._save(state, step + 1)
         else:
             step = config.steps
+        self._report(state, state.settle())
         if self.checkpoints is not None and first < config.steps:
             self._save(state, step)
         return state.asset
+
+    def _report(self, state: RunState, record: Record | None) -> None:
+        if record is None:  # not known yet
+            return
+        state.asset.records.append(record.plain())
+        if state.skipped >= MAX_SKIPPED:
+            self._recover(state, record.step)
+        if self.callback is not None:
+            self.callback(Progress(record, state.asset))
 
     def _attempt(self, state: RunState, step: int, work: Callable[[], Any]) -> Any:
         """`work()`; where memory runs out, once more with half of the samples, and then an end with advice."""
@@ -121,6 +126,7 @@ class Loop:
         state.restarts, state.event = 1, f"{happened}: back to the values of step {saved[0]}"
 
     def _save(self, state: RunState, step: int) -> None:
+        self._report(state, state.settle())
         meta = {"config": _plain(state.config), "seed": state.seed, "prompt": state.asset.prompt}
         run_folder.save_checkpoint(self.checkpoints, step, state.state(), meta)
 

@@ -42,10 +42,11 @@ def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0) -> 
 
 
 def files_bytes(path: Path) -> int:
-    """Bytes of a model's weight files: of a file itself, or of all .safetensors files in a folder."""
+    """Bytes of a model's weight files: of a file itself, or of all .safetensors files in a folder, or else .bin."""
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    sizes = (sum(file.stat().st_size for file in path.rglob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    return next((size for size in sizes if size), 0)
 
 
 def available(device: str = "cpu") -> tuple[int | None, str]:

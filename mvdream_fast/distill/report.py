@@ -35,9 +35,9 @@ def write_report(
         config: the run's config.json. records: the lines of log.jsonl. notes: sentences to show on top. mesh: to turn.
     """
     previews = sorted((folder / "preview").glob("*.png"))
-    pictures = {f"step {int(path.stem)}": _file_uri(path) for path in thin(previews, 6)}
+    images = {f"step {int(path.stem)}": _file_uri(path) for path in thin(previews, 6)}
     page = _page(
-        config, records, notes, mesh, _file_uri(folder / "turntable.webp"), _file_uri(folder / "views.png"), pictures
+        config, records, notes, mesh, _file_uri(folder / "turntable.webp"), _file_uri(folder / "views.png"), images
     )
     path = folder / "report.html"
     atomic_write(path, page)
@@ -65,9 +65,9 @@ def _page(
     title = html.escape(config.get("prompt", ""))
     settings = config.get("sds", {})
     parts = [f"<h1>{title}</h1>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
-    parts += _section("The asset", _viewer(mesh), _picture(turntable, "turntable"))
-    parts += _section("Views sampled from the model", _picture(views, "views"))
-    parts += _section("How it grew", *(_picture(uri, step) for step, uri in previews.items()))
+    parts += _section("The asset", _viewer(mesh), _image(turntable, "turntable"))
+    parts += _section("Views sampled from the model", _image(views, "views"))
+    parts += _section("How it grew", *(_image(uri, step) for step, uri in previews.items()))
     parts += _section("Curves", _curves(records))
     parts += _section("Where the time went", _table(time_split(records), "part of a step", "share"))
     events = {f"step {r['step'] + 1}": r["event"] for r in records if r.get("event")}
@@ -124,7 +124,7 @@ def _file_uri(path: Path) -> str:
     return _data_uri(path.read_bytes(), f"image/{path.suffix[1:]}") if path.exists() else ""
 
 
-def _picture(uri: str, title: str) -> str:
+def _image(uri: str, title: str) -> str:
     return f'<img src="{uri}" alt="{html.escape(title)}" title="{html.escape(title)}">' if uri else ""
 
 

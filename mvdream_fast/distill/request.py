@@ -3,7 +3,6 @@ prompts over all. No torch here: a wrong setting is refused before anything is l
 """
 
 import dataclasses
-import json
 import secrets
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mvdream_fast.checkpoints.folder import read_json
+from mvdream_fast.checkpoints.places import stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.core.files import lines, parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.distill.recipes import (
     SETTINGS,
@@ -108,7 +108,7 @@ def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, s
         return "mini", "no --model given, so the small model that ships with the package draws"
     if model in ("embedded", "mini"):
         return "mini", "the model is the embedded one"
-    size = read_json(Path(model) / "config.json").get("vae", {}).get("image_size") if Path(model).is_dir() else None
+    size = stored_config(model).get("vae", {}).get("image_size")
     if isinstance(size, int):
         return preset_for(size), f"the model {model} draws {size} pixels a side"
     return "paper", f"the model is {model}"
@@ -170,7 +170,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputFileError: a file that cannot be read, is no TOML or JSON, or has a key or a value that cannot be.
     """
-    data = _parse(path, _read(path))
+    data = _parse(path, read_text(path, limit=MAX_FILE))
     file = _given(checked(SettingsFile, data, str(path), InputFileError), data)
     if "sds" in file:
         file["sds"] = typed(file["sds"], str(path), InputFileError, {name: f"sds.{name}" for name in SETTINGS})
@@ -183,22 +183,14 @@ def _given(whole: Any, data: dict[str, Any]) -> dict[str, Any]:
     return {name: _given(v, data[name]) if dataclasses.is_dataclass(v) else v for name, v in values.items()}
 
 
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE:
-            raise InputFileError(f"{path} has more than {MAX_FILE >> 20} MB; it is no file of settings or prompts")
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputFileError):
-            raise
-        raise InputFileError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
 def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputFileError(f"{path} is not {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from error
+    if path.suffix.lower() == ".toml":
+        try:
+            data = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputFileError(f"{path} is not TOML: {error}") from error
+    else:
+        data = parse_json(text, str(path))
     if not isinstance(data, dict):
         raise InputFileError(f"{path} must hold an object, got a {type(data).__name__}")
     return data
@@ -242,7 +234,7 @@ def read_prompts(path: Path, flags: dict[str, Any], file: dict[str, Any] | None)
         ArgumentError: a line that cannot be used, by its number; no run has been made then.
     """
     requests = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(lines(read_text(path, limit=MAX_FILE)), 1):
         if line.strip():
             try:
                 requests.append(resolve({**flags, **_line(line)}, file))
@@ -254,10 +246,7 @@ def read_prompts(path: Path, flags: dict[str, Any], file: dict[str, Any] | None)
 
 
 def _line(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"not JSON: {error}") from error
+    data = parse_json(text, "it", ArgumentError)
     data = {"prompt": data} if isinstance(data, str) else data
     if not isinstance(data, dict) or "prompt" not in data:
         raise ArgumentError(f"it must be a string or an object with a prompt, got {text.strip():.300}")

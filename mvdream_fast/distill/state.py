@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras, Rays, generate_rays
+from mvdream_fast.core import reads
 from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.rng import Stream
@@ -85,24 +86,42 @@ class RunState:
         self.halved = False
         self.event = ""
         self._clock = Clock()
+        self._unread: tuple[Record, reads.Later] | None = None
 
-    def step(self, step: int) -> Record:
-        """One update. A step with numbers that are not finite changes nothing but the counter."""
+    def step(self, step: int) -> Record | None:
+        """One update. A step with numbers that are not finite changes nothing but the counter.
+
+        Returns: what it reports. Where reads wait for the device that is known one step late: what the step before
+            reported, None if that has been told. `settle` tells the rest.
+        """
         clock = self._clock
         loss, t, rendered, finite = self._gradients(step, clock)
-        if finite:
+        if rendered is not None:
+            self.optimizer.found_inf = (~finite).float()  # torch's fused optimisers skip a step by it, unread
             self.optimizer.step()
-        self.skipped = 0 if finite else self.skipped + 1
         clock.part("optimiser")
         self.representation.after_step(step, Stream(self.seed, step, "occupancy"))
         clock.part("occupancy")
         self.guidance.after_step(step, Stream(self.seed, step, "guidance's own"))
-        opacity = math.nan if rendered is None else rendered.opacity.detach().mean().item()
-        self._watch(opacity)
-        event, self.event = self.event, ""
-        clock.part("rest")
+        opacity = torch.full_like(loss, math.nan) if rendered is None else rendered.opacity.detach().mean()
+        numbers = reads.Later(torch.stack([finite.double(), loss.double(), opacity.double()]))
         statistics = self.representation.statistics()
-        return Record(step, loss.item(), t, opacity, statistics, clock.take(), not finite, event)
+        before = self.settle()
+        clock.part("rest")
+        self._unread = Record(step, math.nan, t, math.nan, statistics, clock.take()), numbers
+        return before if reads.reads_wait(self.representation.device) else self.settle()
+
+    def settle(self) -> Record | None:
+        """What the last step reports, if `step` has not told yet; counts and mends what went wrong in it."""
+        if self._unread is None:
+            return None
+        (record, numbers), self._unread = self._unread, None
+        finite, record.loss, record.opacity = numbers.get()
+        record.skipped = not finite
+        self.skipped = self.skipped + 1 if record.skipped else 0
+        self._watch(record.opacity)
+        record.event, self.event = self.event, ""
+        return record
 
     def rehearse(self) -> None:
         """The work of a step at the last resolution, the largest, without an update: so that a run whose resolution
@@ -110,13 +129,14 @@ class RunState:
         self._gradients(self.config.asked(self.config.steps - 1), Clock())
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _gradients(self, step: int, clock: "Clock") -> tuple[Tensor, int, Rendered | None, bool]:
-        """Leaves the step's gradients in the parameters: (loss, timestep, what was rendered, all of it finite)."""
+    def _gradients(self, step: int, clock: "Clock") -> tuple[Tensor, int, Rendered | None, Tensor]:
+        """Leaves the step's gradients in the parameters: (loss, timestep, what was rendered, all of it finite [])."""
         asked = self.config.asked(step)
         cameras = self.guidance.views(asked, Stream(self.seed, asked, "cameras"))
         clock.part("rest")
-        if not (cameras.c2w.isfinite().all() and cameras.fovy.isfinite().all()):
-            return torch.tensor(math.nan), 0, None, False
+        if not _are_finite(cameras):
+            device = self.representation.device
+            return torch.tensor(math.nan, device=device), 0, None, torch.tensor(False, device=device)
         rays, rendered, rgb = self._render(cameras, step)
         clock.part("renderer")
         views = rgb.detach().requires_grad_()
@@ -124,11 +144,10 @@ class RunState:
         (d_views,) = torch.autograd.grad(loss, views)
         clock.part("vae")
         total = self.representation.regularizers(rendered, rays, step)
-        finite = bool(loss.isfinite() and d_views.isfinite().all() and total.isfinite())
-        if finite:
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward([rgb, total], [d_views, torch.ones_like(total)])
-            finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in parameters(self.optimizer))
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([rgb, total], [d_views, torch.ones_like(total)])
+        gradients = [p.grad for p in parameters(self.optimizer) if p.grad is not None]
+        finite = torch.stack([x.isfinite().all() for x in (loss, d_views, total, *gradients)]).all()
         clock.part("renderer")
         return loss.detach(), t, rendered, finite
 
@@ -171,7 +190,7 @@ class RunState:
         self.representation.save_memory(self.config.n_rays())
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs to go on with the same bytes."""
+        """Everything a resumed run needs to go on with the same bytes, once the last step is settled."""
         tensors = {f"asset.{name}": value for name, value in self.representation.state().items()}
         for i, parameter in enumerate(parameters(self.optimizer)):
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -197,6 +216,11 @@ class RunState:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _are_finite(cameras: Cameras) -> bool:
+    """Cameras are made on the CPU: to look at them waits for nobody."""
+    return bool(cameras.c2w.isfinite().all() and cameras.fovy.isfinite().all())
 
 
 class Clock:

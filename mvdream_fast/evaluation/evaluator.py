@@ -20,7 +20,7 @@ from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.checkpoints.manifest import check_shapes
 from mvdream_fast.checkpoints.tensor_file import open_tensors
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.core.files import replace_file
+from mvdream_fast.core.files import read_lines, replace_file
 from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.models.config import FORMAT_VERSION, TextConfig
 from mvdream_fast.models.functional import conv3x3
@@ -228,10 +228,7 @@ def load_evaluator(folder: Path = EMBEDDED_FOLDER) -> Evaluator:
     if about.pop("kind", None) != KIND or about.pop("format", None) != FORMAT_VERSION:
         raise ModelError(f"{folder} holds no evaluator: its {CONFIG} must say kind {KIND}, format {FORMAT_VERSION}")
     config = checked(EvaluatorConfig, about.pop("sizes", None), f"{folder / CONFIG}: sizes", ModelError)
-    try:
-        vocabulary = (folder / VOCABULARY).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {folder / VOCABULARY}: {error}") from error
+    vocabulary = read_lines(folder / VOCABULARY, ModelError)
     with torch.device("meta"):
         evaluator = Evaluator(config, vocabulary, about)
     file = open_tensors(folder / WEIGHTS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import Evaluator
 from mvdream_fast.evaluation.reference import (
@@ -62,11 +63,7 @@ class SamplingOptions:
 def read_prompts(path: Path | None = None) -> list[str]:
     """The prompts of a file, one a line, # for comments; by default the fixed list. Raises InputFileError."""
     source = path or files("mvdream_fast") / "weights" / "evaluator" / PROMPTS
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"cannot read the prompts {source}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    prompts = [line.strip() for line in read_lines(source) if line.strip() and not line.startswith("#")]
     for prompt in prompts:
         check_prompt(prompt)
     if len(set(prompts)) < max(2, len(prompts)):
@@ -135,7 +132,7 @@ def _views(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
     cameras = orbit_cameras(n_views, ELEVATION_DEG, 0.0, 360.0, DISTANCE, FOVY_DEG)
     masks = [ev.silhouettes(scene) for scene in views.flatten(0, 1)]
     scores["hull_support"] = _mean([ev.hull_support(mask, cameras) for mask in masks])
-    scores["colour_spread"] = _mean([ev.colour_spread(v, m) for v, m in zip(views.flatten(0, 1), masks)])
+    scores["colour_spread"] = _mean([ev.color_spread(v, m) for v, m in zip(views.flatten(0, 1), masks)])
     return scores | {"scenes": n_seeds * n, "scenes_with_front": n_seeds * int(fronts.sum())}
 
 
@@ -203,7 +200,7 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
         "shows_front": float(front.any()) if has_front else None,
         "azimuth_error_deg": float(error) if has_front else None,
         "turn_overlap": ev.neighbour_overlap(masks),
-        "turn_colour_spread": ev.colour_spread(rgb, masks),
+        "turn_colour_spread": ev.color_spread(rgb, masks),
         "predicted_deg": [round(x, 1) for x in headings.azimuth_deg.tolist()],
     }
 

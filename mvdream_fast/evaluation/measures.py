@@ -100,8 +100,8 @@ def silhouettes(images: Tensor) -> Tensor:
     The background is each image's median colour along its border. What has the background's colour is lost.
     """
     border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
-    colour = border.median(-1).values[..., None, None]
-    return (images - colour).abs().amax(1) > FOREGROUND
+    color = border.median(-1).values[..., None, None]
+    return (images - color).abs().amax(1) > FOREGROUND
 
 
 def hull_support(masks: Tensor, cameras: Cameras) -> float:
@@ -144,7 +144,7 @@ def _covered(points: Tensor, c2w: Tensor, fovy: float, mask: Tensor) -> Tensor:
     return on & mask[row.clamp(0, height - 1), column.clamp(0, width - 1)]
 
 
-def colour_spread(images: Tensor, masks: Tensor) -> float:
+def color_spread(images: Tensor, masks: Tensor) -> float:
     """RMS distance of the views' mean object colours from their mean: [V, 3, Hp, Wp] and bool [V, Hp, Wp].
 
     1, the worst, where fewer than two views show anything.

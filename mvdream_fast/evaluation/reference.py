@@ -18,10 +18,10 @@ from mvdream_fast.checkpoints.tensor_file import open_tensors
 from mvdream_fast.core.errors import InputFileError, ModelError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data import captions
 from mvdream_fast.data.batches import Record, Shards, composite
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, Evaluator
+from mvdream_fast.rendering.furniture import furniture_noun
 
 TENSORS, NUMBERS, PROMPTS = "reference.safetensors", "reference.json", "prompts.txt"
 N_CAPTIONS = 40
@@ -83,19 +83,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Orbit:
-    """A rendered orbit: pictures [V, 3, s, s] in [0, 1] on grey, silhouettes bool [V, s, s], azimuths [V]."""
+    """A rendered orbit: images [V, 3, s, s] in [0, 1] on grey, silhouettes bool [V, s, s], azimuths [V]."""
 
     record: Record
-    pictures: Tensor
+    images: Tensor
     masks: Tensor
     azimuth_deg: Tensor
 
     @staticmethod
     def read(shards: Shards, i: int) -> "Orbit":
         record, views = shards.records[i], shards.views(i)
-        pictures = composite(views, torch.full((3,), 0.5)) / 2 + 0.5
+        images = composite(views, torch.full((3,), 0.5)) / 2 + 0.5
         masks = torch.from_numpy(views[..., 3] > 127)
-        return Orbit(record, pictures, masks, torch.tensor(record.meta["azimuth_deg"]) % 360)
+        return Orbit(record, images, masks, torch.tensor(record.meta["azimuth_deg"]) % 360)
 
     @property
     def four(self) -> list[int]:
@@ -118,13 +118,13 @@ def measure(evaluator: Evaluator, train: Shards, held_out: Shards) -> Reference:
     objects = held_out_orbits(held_out)
     orbits = [Orbit.read(held_out, i) for picks in objects.values() for i in picks]
     n, n_orbits = len(objects), len(orbits) // len(objects)
-    features = torch.stack([evaluator.features(o.pictures[o.four]) for o in orbits]).unflatten(0, (n, n_orbits))
+    features = torch.stack([evaluator.features(o.images[o.four]) for o in orbits]).unflatten(0, (n, n_orbits))
     embeddings = evaluator.embed_features(features)  # [n, O, E]
     rest = ev.moments(features[:, 1:].flatten(0, 2) if n_orbits > 1 else features.flatten(0, 2))
     text = evaluator.embed_text(list(objects))
     fronts = {}
     for caption, group in zip(objects, _grouped(orbits, n_orbits)):
-        fronts[caption] = sum(ev.opposite_difference(o.pictures, o.masks) for o in group) / len(group)
+        fronts[caption] = sum(ev.opposite_difference(o.images, o.masks) for o in group) / len(group)
     scores = {
         **matching(embeddings.transpose(0, 1), text),
         "frechet": ev.frechet_distance(ev.moments(features[:, 0].flatten(0, 1)), rest),
@@ -170,7 +170,7 @@ def _sides(evaluator: Evaluator, orbits: list[Orbit]) -> dict[str, float]:
     """Azimuth errors, and how often the Janus score would accuse a real object; of objects with a front."""
     if not orbits:
         return {}
-    headings = [evaluator.headings(evaluator.features(o.pictures)) for o in orbits]
+    headings = [evaluator.headings(evaluator.features(o.images)) for o in orbits]
     errors = torch.cat([ev.angle_difference(h.azimuth_deg, o.azimuth_deg) for h, o in zip(headings, orbits)])
     fronts = [ev.reads_as_front(h.azimuth_deg, h.confidence) for h in headings]
     accused = [ev.is_janus(o.azimuth_deg, front) for o, front in zip(orbits, fronts)]
@@ -184,23 +184,23 @@ def _sides(evaluator: Evaluator, orbits: list[Orbit]) -> dict[str, float]:
 
 def _consistency(orbits: list[Orbit]) -> dict[str, float]:
     """Of four views, segmented as generated ones must be; and of the whole turn, with the renders' own silhouettes."""
-    hull, colour, overlap, turn = [], [], [], []
+    hull, color, overlap, turn = [], [], [], []
     for o in orbits:
-        views = o.pictures[o.four]
+        views = o.images[o.four]
         masks = ev.silhouettes(views)
         hull.append(ev.hull_support(masks, o.cameras(o.four)))
-        colour.append(ev.colour_spread(views, masks))
+        color.append(ev.color_spread(views, masks))
         overlap.append(ev.neighbour_overlap(o.masks))
-        turn.append(ev.colour_spread(o.pictures, o.masks))
+        turn.append(ev.color_spread(o.images, o.masks))
     names = ("hull_support", "colour_spread", "turn_overlap", "turn_colour_spread")
-    return {name: sum(x) / len(x) for name, x in zip(names, (hull, colour, overlap, turn))}
+    return {name: sum(x) / len(x) for name, x in zip(names, (hull, color, overlap, turn))}
 
 
 def _others(evaluator: Evaluator, train: Shards, n: int) -> tuple[Tensor, Tensor]:
     """Moments of four views of n training orbits: how far other real objects are."""
     picks = Stream(0, 0, "reference/others").permutation(len(train))[:n].tolist()
     orbits = [Orbit.read(train, i) for i in picks]
-    return ev.moments(torch.cat([evaluator.features(o.pictures[o.four]) for o in orbits]))
+    return ev.moments(torch.cat([evaluator.features(o.images[o.four]) for o in orbits]))
 
 
 def _diversity(evaluator: Evaluator, train: Shards, n_captions: int = 60, n_each: int = 4) -> float:
@@ -212,7 +212,7 @@ def _diversity(evaluator: Evaluator, train: Shards, n_captions: int = 60, n_each
     spreads = []
     for k in Stream(0, 0, "reference/diversity").permutation(len(several))[:n_captions].tolist():
         orbits = [Orbit.read(train, i) for i in several[k]]
-        spreads.append(ev.spread(evaluator.embed_views(torch.stack([o.pictures[o.four] for o in orbits]))))
+        spreads.append(ev.spread(evaluator.embed_views(torch.stack([o.images[o.four] for o in orbits]))))
     return sum(spreads) / len(spreads) if spreads else 0.0
 
 
@@ -224,5 +224,7 @@ def _fronts_of_nouns(train: Shards) -> dict[str, float]:
         if record.meta["id"] not in seen and not record.meta["painted"]:
             seen.add(record.meta["id"])
             orbit = Orbit.read(train, i)
-            values[captions.noun(record.meta["name"])].append(ev.opposite_difference(orbit.pictures, orbit.masks))
+            # Shards from before there was a noun in them were all worded as the furniture catalogue is.
+            noun = record.meta.get("noun") or furniture_noun(record.meta["name"])
+            values[noun].append(ev.opposite_difference(orbit.images, orbit.masks))
     return {noun: sum(x) / len(x) for noun, x in values.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.core.files import parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked
 
 FORMAT_VERSION = 1
@@ -42,7 +43,7 @@ class UNetConfig(Checked):
 
 @dataclass(frozen=True)
 class VAEConfig(Checked):
-    """diffusers' AutoencoderKL; `scale_factor` maps a posterior sample to the latents that the UNet sees.
+    """diffusers' AutoencoderKL; (sample - shift_factor) * scale_factor are the latents that the UNet sees.
 
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
     `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
@@ -54,6 +55,7 @@ class VAEConfig(Checked):
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
     scale_factor: float = 0.18215
+    shift_factor: float = 0.0
     image_size: int = 256
     patch_size: int = 1
     decoder_width: int | None = None
@@ -77,16 +79,35 @@ class TextConfig(Checked):
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     vocabulary: Literal["clip", "subset"] = "clip"  # subset: only the BPE rows that were seen in training, plus unknown
     vocabulary_size: int = 49408
+    pad_id: int = 0  # what fills a prompt up to its length, as in training: open_clip's 0, or the end token's 49407
 
 
 @dataclass(frozen=True)
 class ScheduleConfig(Checked):
-    """Noise schedule; `linear` in LDM's sense: evenly spaced square roots of beta."""
+    """Noise schedule, and the timesteps at which the model is sampled; the words are diffusers' where it has them.
+
+    `linear_start` and `linear_end` are the first and the last beta of a scaled_linear schedule (evenly spaced square
+    roots, LDM's "linear") or of a linear one; `trained_betas` [n_timesteps] stand in place of both.
+    """
 
     n_timesteps: int = 1000
     linear_start: float = 0.00085
     linear_end: float = 0.012
     prediction: Literal["eps", "v"] = "eps"
+    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+
+    def betas(self) -> list[float]:
+        """[n_timesteps], before any rescaling to zero terminal SNR."""
+        if self.trained_betas is not None:
+            return list(self.trained_betas)
+        power = 2 if self.beta_schedule == "scaled_linear" else 1
+        start, end = self.linear_start ** (1 / power), self.linear_end ** (1 / power)
+        return [(start + (end - start) * t / max(self.n_timesteps - 1, 1)) ** power for t in range(self.n_timesteps)]
 
 
 @dataclass(frozen=True)
@@ -109,10 +130,7 @@ class ModelConfig(Checked):
     @staticmethod
     def from_json(text: str, source: str = "config.json") -> "ModelConfig":
         """Raises ModelError that names the key when the text is no model configuration of this version."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{source} is not JSON: {error}") from error
+        data = parse_json(text, source, ModelError)
         if not isinstance(data, dict) or data.pop("kind", None) != "model":
             raise ModelError(f'{source} does not describe a model: it must be an object with "kind": "model"')
         if data.pop("format", None) != FORMAT_VERSION:
@@ -121,10 +139,7 @@ class ModelConfig(Checked):
 
     @staticmethod
     def load(path: Path) -> "ModelConfig":
-        try:
-            return ModelConfig.from_json(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"cannot read {path}: {error}") from error
+        return ModelConfig.from_json(read_text(path, ModelError), str(path))
 
 
 def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
@@ -151,7 +166,9 @@ SD21 = ModelConfig()
 SD15 = ModelConfig(
     name="sd15-4view",
     unet=UNetConfig(num_heads=8, num_head_channels=None, context_dim=768, use_linear_in_transformer=False),
-    text=TextConfig(width=768, n_layers=12, n_heads=12, mlp_width=3072, skip_last=0, activation="quick_gelu"),
+    text=TextConfig(
+        width=768, n_layers=12, n_heads=12, mlp_width=3072, skip_last=0, activation="quick_gelu", pad_id=49407
+    ),
 )
 MINI = ModelConfig(
     name="mini",

@@ -35,7 +35,8 @@ _WORD_ROW = "<word:{}>"  # an added word's line; no merge of CLIP crosses from p
 class Encoded:
     """Token ids of some prompts, and what of each prompt the model will not see."""
 
-    ids: "torch.Tensor"  # [B, L] int64: start, tokens, end, then padding with id 0
+    ids: "torch.Tensor"  # [B, L] int64: start, tokens, end, then padding with the model's pad_id
+    lengths: list[int]  # ids of each prompt before the padding
     cut: list[list[str]]  # words that do not fit, wholly or in part
     unknown: list[list[str]]  # words outside a subset vocabulary; each became one "unknown" row
 
@@ -95,14 +96,15 @@ class Tokenizer:
         import torch
 
         prompts = texts("encode", "prompts", prompts, "a prompt is a sentence")
-        ids = torch.zeros(len(prompts), self.config.context_length, dtype=torch.int64)
-        cut, unknown = [], []
+        ids = torch.full((len(prompts), self.config.context_length), self.config.pad_id, dtype=torch.int64)
+        lengths, cut, unknown = [], [], []
         for row, (prompt, ending) in enumerate(zip(prompts, endings or [""] * len(prompts), strict=True)):
             tokens, cut_words, unknown_words = self._encode_one(prompt, ending)
             ids[row, : len(tokens)] = torch.tensor(tokens)
+            lengths.append(len(tokens))
             cut.append(cut_words)
             unknown.append(unknown_words)
-        return Encoded(ids, cut, unknown)
+        return Encoded(ids, lengths, cut, unknown)
 
     def _encode_one(self, prompt: str, ending: str) -> tuple[list[int], list[str], list[str]]:
         room = self.config.context_length - 2

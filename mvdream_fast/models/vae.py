@@ -16,7 +16,7 @@ class VAE(nn.Module):
     """Images in [-1, 1] to scaled latents and back, in channels_last; differentiable both ways.
 
     Args:
-        config: sizes, and `scale_factor`: latents = scale_factor * posterior sample.
+        config: sizes, and what makes latents of a posterior sample, see `scaled`.
         decoder: False leaves the decoder out (59 % of the weights), for score distillation.
     """
 
@@ -106,10 +106,14 @@ class VAE(nn.Module):
         """
         mean, logvar = self.posterior(images)
         if noise is None:
-            return mean * self.config.scale_factor
+            return self.scaled(mean)
         if noise.shape != mean.shape:
             raise ValueError(f"VAE.encode: noise must be {tuple(mean.shape)}, got {tuple(noise.shape)}")
-        return (mean + torch.exp(0.5 * logvar) * noise) * self.config.scale_factor
+        return self.scaled(mean + torch.exp(0.5 * logvar) * noise)
+
+    def scaled(self, sample: Tensor) -> Tensor:
+        """The latents of a posterior sample, (sample - shift_factor) * scale_factor; the shape stays."""
+        return (sample - self.config.shift_factor) * self.config.scale_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, about [-1, 1] but not clamped, of scaled latents.
@@ -130,5 +134,6 @@ class VAE(nn.Module):
             raise ValueError(
                 f"VAE.decode: latents must be [B, {self.config.latent_channels}, h, w], got {tuple(latents.shape)}"
             )
-        z = (latents / self.config.scale_factor).contiguous(memory_format=torch.channels_last)
+        z = latents / self.config.scale_factor + self.config.shift_factor
+        z = z.contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.model.decoder(self.model.post_quant_conv(z)), self.config.patch_size)

@@ -55,16 +55,20 @@ def check_shaped(
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """Every tensor on the device of the first."""
-    first, *rest = [(name, x) for name, x in tensors.items() if x is not None]
+    (first, like), *rest = [(name, x) for name, x in tensors.items() if x is not None]
     for name, x in rest:
-        same, devices = x.device == first[1].device, f"{x.device} and {first[1].device}"
-        require(same, op, name, f"on the device of {first[0]}", devices, "move one", RuntimeError)
+        if getattr(x, "device", None) != like.device:
+            check_tensors(op, **{name: x})
+            raise RuntimeError(
+                f"{op}: {name} must be on the device of {first}, got {x.device} and {like.device}; move one"
+            )
 
 
 def check_like(op: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
     """`x` must sit on the device of `like` and have its dtype or float32 (parameters kept in full precision)."""
-    check_tensors(op, **{name: x})
-    check_same_device(op, **{other: like, name: x})
+    if getattr(x, "device", None) != like.device:
+        check_tensors(op, **{name: x})
+        raise RuntimeError(f"{op}: {name} must be on the device of {other}, got {x.device} and {like.device}; move one")
     if x.dtype != like.dtype and x.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be {like.dtype} (as {other}) or float32, got {x.dtype}; convert it first")
 
@@ -148,11 +152,6 @@ def vjp(
         else:  # torch.autograd.grad refuses to start from nothing
             gradients = map(torch.zeros_like, wanted)
     return [next(gradients) if x.requires_grad else None for x in inputs]
-
-
-def present(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """Gradients as a registered op may return them: nothing is an empty tensor."""
-    return [like.new_empty(0) if d is None else d for d in gradients]
 
 
 def run_kernels(op: str, name: str, x: Tensor, function: str, *arguments: Any) -> Any:

@@ -13,7 +13,11 @@ from mvdream_fast.ops._edges import (
 
 def pack_info(ray_indices: torch.Tensor, n_rays: int) -> torch.Tensor:
     """Start and count of each ray's samples, [R, 2] int64, from sorted ray_indices [S]."""
-    counts = torch.bincount(ray_indices, minlength=n_rays)
+    return packed_counts(torch.bincount(ray_indices, minlength=n_rays))
+
+
+def packed_counts(counts: torch.Tensor) -> torch.Tensor:
+    """Start and count of each ray's samples, [R, 2], from the counts [R]."""
     return torch.stack([counts.cumsum(0) - counts, counts], dim=-1)
 
 

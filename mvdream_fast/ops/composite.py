@@ -19,10 +19,11 @@ from mvdream_fast.ops._edges import (
     load_native,
     queue_of,
     runs_natively,
-    vjp,
     vmap_error,
 )
 from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
+from mvdream_fast.ops._registered import differentiable, register
+from mvdream_fast.ops.march_rays import Samples
 
 
 class Rendered(NamedTuple):
@@ -61,11 +62,27 @@ def composite(
     if torch.compiler.is_compiling():
         # The checks read values, which a graph cannot; the registered form trusts its caller.
         packed_info = pack_info(ray_indices, n_rays) if packed_info is None else packed_info
-        return Rendered(*torch.ops.mvdream_fast.composite(sigmas, rgb, t_starts, t_ends, packed_info, background))
+        run = torch.ops.mvdream_fast.composite
+        return Rendered(*run(sigmas, rgb, t_starts.detach(), t_ends.detach(), packed_info, background))
     packed_info = _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background)
+    return _composite(sigmas, rgb, t_starts, t_ends, packed_info, background)
+
+
+def composite_samples(
+    sigmas: torch.Tensor, rgb: torch.Tensor, samples: Samples, background: torch.Tensor | None = None
+) -> Rendered:
+    """`composite` of Samples, which are not checked again where `march_rays` or `prune_samples` made them."""
+    packed_info, distances = samples.packed_info, (samples.t_starts, samples.t_ends)
+    if torch.compiler.is_compiling():
+        return composite(sigmas, rgb, *distances, packed_info=packed_info, background=background)
+    _check(sigmas, rgb, *distances, None, packed_info, None, background, samples._is_ours)
+    return _composite(sigmas, rgb, *distances, packed_info, background)
+
+
+def _composite(sigmas, rgb, t_starts, t_ends, packed_info, background) -> Rendered:
     if not runs_natively(sigmas, rgb, t_starts, t_ends, background, devices=BACKENDS):
         return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
-    return Rendered(*_Composite.apply(sigmas, rgb, t_starts, t_ends, packed_info, background))
+    return Rendered(*_Composite.apply(sigmas, rgb, t_starts.detach(), t_ends.detach(), packed_info, background))
 
 
 def composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background=None) -> Rendered:
@@ -82,72 +99,43 @@ def composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background=None) -
     opacity = per_ray(weights)
     depth = per_ray(weights * t_mids)
     z_variance = per_ray(weights * (t_mids - depth[ray_indices]) ** 2)
-    colour = per_ray(weights[:, None] * rgb)
+    color = per_ray(weights[:, None] * rgb)
     if background is not None:
-        colour = colour + (1 - opacity)[:, None] * background
-    return Rendered(colour, opacity, depth, weights, z_variance)
+        color = color + (1 - opacity)[:, None] * background
+    return Rendered(color, opacity, depth, weights, z_variance)
 
 
-class _Composite(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sigmas, rgb, t_starts, t_ends, packed_info, background):
-        inputs = [x if x is None else x.contiguous() for x in (sigmas, rgb, t_starts, t_ends, packed_info, background)]
-        outputs = _forward(*inputs)
-        ctx.save_for_backward(*inputs, outputs[1], outputs[2])
-        ctx.set_materialize_grads(False)
-        return outputs
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        saved, needs_background = ctx.saved_tensors, ctx.needs_input_grad[5]
-        if torch.is_grad_enabled():  # second derivatives are asked for
-            d_sigmas, d_rgb, d_background = _backward_ref(*saved[:6], cotangents)
-        else:
-            d_sigmas, d_rgb, d_background = _backward(*saved, cotangents, needs_background)
-        return d_sigmas, d_rgb, None, None, None, d_background
-
-
-def _forward(sigmas, rgb, t_starts, t_ends, packed_info, background) -> tuple[torch.Tensor, ...]:
+def _forward(*inputs) -> tuple[torch.Tensor, ...]:
+    sigmas, rgb, t_starts, t_ends, packed_info, background = map(_contiguous, inputs)
     native, n_rays = load_native("composite", sigmas), packed_info.shape[0]
     packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, queue_of(sigmas))
-    shapes = ((n_rays, 3), (n_rays,), (n_rays,), tuple(sigmas.shape), (n_rays,))
-    outputs = tuple(sigmas.new_empty(shape) for shape in shapes)
+    outputs = _empty(sigmas, n_rays)
     native.composite_forward(
         packed, *map(address, (sigmas, rgb, background)), _stride(background), *map(address, outputs)
     )
     return outputs
 
 
-def _backward(
-    sigmas, rgb, t_starts, t_ends, packed_info, background, opacity, depth, cotangents, needs_background
-) -> tuple[torch.Tensor | None, ...]:
-    native, n_rays = load_native("composite", sigmas), packed_info.shape[0]
+def _backward(cotangents, kept, wanted, *inputs):
+    sigmas, rgb, t_starts, t_ends, packed_info, background = map(_contiguous, inputs)
+    native, n_rays, needs_background = load_native("composite", sigmas), packed_info.shape[0], wanted[5]
     packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, queue_of(sigmas))
-    cotangents = [x if x is None else x.contiguous() for x in cotangents]
+    cotangents, kept = [*map(_contiguous, cotangents)], [*map(_contiguous, kept)]
     d_sigmas, d_rgb = torch.empty_like(sigmas), torch.empty_like(rgb)
     d_background = sigmas.new_empty(n_rays, 3) if needs_background else None
     native.composite_backward(
-        *(packed, *map(address, (sigmas, rgb, background)), _stride(background), opacity.data_ptr(), depth.data_ptr()),
+        *(packed, *map(address, (sigmas, rgb, background)), _stride(background), *map(address, kept)),
         *([address(x) for x in cotangents], d_sigmas.data_ptr(), d_rgb.data_ptr(), address(d_background)),
     )
     if needs_background and background.ndim == 1:
         # A running sum goes ray after ray with any number of threads; torch.sum splits the rays among them.
         d_background = torch.cat([background.new_zeros(1, 3), d_background]).double().cumsum(0)[-1].float()
-    return d_sigmas, d_rgb, d_background
+    return d_sigmas, d_rgb, None, None, None, d_background
 
 
-def _backward_ref(sigmas, rgb, t_starts, t_ends, packed_info, background, cotangents) -> list[torch.Tensor | None]:
-    def run(sigmas, rgb, background=None):
-        return composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background)
-
-    inputs = [sigmas, rgb] if background is None else [sigmas, rgb, background]
-    return [*vjp(run, inputs, cotangents), None][:3]
-
-
-def _adjoint_ref(
-    sigmas, rgb, t_starts, t_ends, packed_info, background, opacity, depth, cotangents
-) -> list[torch.Tensor | None]:
+def _adjoint_ref(cotangents, kept, sigmas, rgb, t_starts, t_ends, packed_info, background):
     """The adjoint in closed form (csrc/composite.h), for where no graph can be kept."""
+    opacity, depth = kept
     d_rgb, d_opacity, d_depth, d_weights, d_variance = cotangents
     rays = rows_of(packed_info, sigmas.shape[0])
     t, delta = 0.5 * (t_starts + t_ends), t_ends - t_starts
@@ -164,68 +152,34 @@ def _adjoint_ref(
     d_background = (1 - opacity)[:, None] * d_rgb
     if background is None or background.ndim == 1:
         d_background = d_background.sum(0)
-    return [d_sigmas, (transmittance * alphas)[:, None] * d_rgb[rays], d_background]
+    return d_sigmas, (transmittance * alphas)[:, None] * d_rgb[rays], None, None, None, d_background
 
 
-@torch.library.custom_op("mvdream_fast::composite", mutates_args=())
-def _op(
-    sigmas: torch.Tensor,
-    rgb: torch.Tensor,
-    t_starts: torch.Tensor,
-    t_ends: torch.Tensor,
-    packed_info: torch.Tensor,
-    background: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = [x if x is None else x.contiguous() for x in (sigmas, rgb, t_starts, t_ends, packed_info, background)]
-    if _wide(sigmas, rgb, t_starts, t_ends, background):
-        return tuple(composite_ref(*inputs))
-    return _forward(*inputs)
+def _forward_any(*inputs) -> tuple[torch.Tensor, ...]:
+    return composite_ref(*inputs) if _wide(*inputs) else _forward(*inputs)
 
 
-@_op.register_fake
-def _(sigmas, rgb, t_starts, t_ends, packed_info, background):
-    n_rays = packed_info.shape[0]
+def _backward_any(cotangents, kept, wanted, *inputs):
+    return _adjoint_ref(cotangents, kept, *inputs) if _wide(*inputs) else _backward(cotangents, kept, wanted, *inputs)
+
+
+def _empty(sigmas: torch.Tensor, n_rays: int) -> tuple[torch.Tensor, ...]:
     return tuple(sigmas.new_empty(shape) for shape in ((n_rays, 3), (n_rays,), (n_rays,), sigmas.shape, (n_rays,)))
 
 
-@torch.library.custom_op("mvdream_fast::composite_backward", mutates_args=())
-def _op_backward(
-    sigmas: torch.Tensor,
-    rgb: torch.Tensor,
-    t_starts: torch.Tensor,
-    t_ends: torch.Tensor,
-    packed_info: torch.Tensor,
-    background: torch.Tensor | None,
-    opacity: torch.Tensor,
-    depth: torch.Tensor,
-    cotangents: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = [x if x is None else x.contiguous() for x in (sigmas, rgb, t_starts, t_ends, packed_info, background)]
-    if _wide(sigmas, rgb, t_starts, t_ends, background):
-        gradients = _adjoint_ref(*inputs, opacity, depth, cotangents)
-    else:
-        gradients = list(
-            _backward(*inputs, opacity.contiguous(), depth.contiguous(), cotangents, background is not None)
-        )
-    return gradients[0], gradients[1], sigmas.new_zeros(0) if background is None else gradients[2]
+_Composite = differentiable(_forward, _backward, keeps=(1, 2), n_outputs=5, twice=composite_ref)
+_registered = differentiable(_forward_any, _backward_any, keeps=(1, 2), n_outputs=5)
+register(
+    "composite(Tensor sigmas, Tensor rgb, Tensor t_starts, Tensor t_ends, Tensor packed_info, Tensor? background)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_registered,
+    cuda=_registered,
+    fake=lambda sigmas, rgb, t_starts, t_ends, packed_info, background: _empty(sigmas, packed_info.shape[0]),
+)
 
 
-@_op_backward.register_fake
-def _(sigmas, rgb, t_starts, t_ends, packed_info, background, opacity, depth, cotangents):
-    like = sigmas.new_zeros(0) if background is None else background
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (sigmas, rgb, like))
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1], output[2])
-
-
-def _op_gradients(ctx, *cotangents):
-    d_sigmas, d_rgb, d_background = torch.ops.mvdream_fast.composite_backward(*ctx.saved_tensors, list(cotangents))
-    return d_sigmas, d_rgb, None, None, None, d_background if ctx.needs_input_grad[5] else None
-
-
-_op.register_autograd(_op_gradients, setup_context=_setup)
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None else x.contiguous()
 
 
 def _stride(background: torch.Tensor | None) -> int:
@@ -233,10 +187,10 @@ def _stride(background: torch.Tensor | None) -> int:
 
 
 def _wide(*tensors: torch.Tensor | None) -> bool:
-    return any(x is not None and x.dtype != torch.float32 for x in tensors)
+    return any(x is not None and x.is_floating_point() and x.dtype != torch.float32 for x in tensors)
 
 
-def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background) -> torch.Tensor:
+def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background, is_ours=False):
     check_tensors("composite", sigmas=sigmas, rgb=rgb, t_starts=t_starts, t_ends=t_ends)
     if is_batched(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, background):
         raise vmap_error("composite")
@@ -245,7 +199,8 @@ def _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, back
     check_shaped(op, "rgb", rgb, (n_samples, 3))
     check_shaped(op, "t_starts", t_starts, (n_samples,))
     check_shaped(op, "t_ends", t_ends, (n_samples,))
-    packed_info = check_packing(op, n_samples, ray_indices, packed_info, n_rays)
+    if not is_ours:
+        packed_info = check_packing(op, n_samples, ray_indices, packed_info, n_rays)
     if background is not None:
         check_tensors(op, background=background)
         check_shaped(op, "background", background, (3,) if background.ndim == 1 else (packed_info.shape[0], 3))

@@ -6,7 +6,6 @@ Projections before and after it live in models/; attention to text is torch's ow
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvdream_fast.ops._edges import (
     by_name,
@@ -19,6 +18,7 @@ from mvdream_fast.ops._edges import (
     run_kernels,
     vmap_error,
 )
+from mvdream_fast.ops._registered import differentiable, register
 
 OP = "cross_view_attention"
 MAX_HEAD_DIM = 256
@@ -77,8 +77,7 @@ def cross_view_attention(
     if q.is_cuda and is_followed(q, k, v, camera_q, camera_k, camera_v):
         return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
     if q.is_cuda:
-        cameras = (camera_q, camera_k, camera_v)
-        return run_kernels(OP, "q", q, "forward", q, k, v, views, *cameras, scale, _allow_tf32(q))[0]
+        return _forward_kernels(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
     return _cpu(q, k, v, views, camera_q, camera_k, camera_v, scale)
 
 
@@ -140,7 +139,8 @@ def _check(
         raise ValueError(
             f"{OP}: n_views must divide the batch of {images} images, got {n_views}; see the batch's order"
         )
-    check_tensors(OP, k=k, v=v)
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        check_tensors(OP, k=k, v=v)
     if not (k.shape == shape == v.shape and k.dtype == q.dtype == v.dtype and k.device == q.device == v.device):
         for name, x in (("k", k), ("v", v)):
             _check_like(name, x, q, shape, "it is q's, as tokens attend in pairs")
@@ -183,16 +183,7 @@ def _scene_shape(q: Tensor, views: int) -> tuple[int, ...]:
     return images // views, views * tokens, heads, width
 
 
-def _cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    views: int,
-    camera_q: Tensor | None,
-    camera_k: Tensor | None,
-    camera_v: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> Tensor:
     """torch's attention on regrouped views, under torch's own autograd; views = 1 attends within a view."""
     shape, scenes = q.shape, _scene_shape(q, views)
     q, k, v = _scenes(q, scenes, camera_q), _scenes(k, scenes, camera_k), _scenes(v, scenes, camera_v)
@@ -214,18 +205,19 @@ def _forward_cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> tuple[T
     return out.transpose(1, 2).reshape(q.shape), lse.reshape(1, images // views, heads, views * tokens).contiguous()
 
 
-def _backward_cpu(d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale) -> tuple[Tensor | None, ...]:
-    cameras = (camera_q, camera_k, camera_v)
+def _backward_cpu(cotangents, kept, wanted, q, k, v, views, *cameras_and_scale):
+    *cameras, scale = cameras_and_scale
     if q.numel() == 0:
-        return *(q.new_empty(q.shape) for _ in range(3)), *(None if c is None else torch.zeros_like(c) for c in cameras)
-    scenes = _scene_shape(q, views)
+        d_cameras = (None if c is None else torch.zeros_like(c) for c in cameras)
+        return *(q.new_empty(q.shape) for _ in range(3)), None, *d_cameras
+    scenes, (out, lse) = _scene_shape(q, views), kept
     rows = [_unit_stride(_scenes(x, scenes, c)) for x, c in zip((q, k, v), cameras)]
-    d_out, out = _unit_stride(_scenes(d_out, scenes)), _scenes(out, scenes)
+    d_out, out = _unit_stride(_scenes(cotangents[0], scenes)), _scenes(out, scenes)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         d_out, *rows, out, lse[0], 0.0, False, scale=scale
     )
     grads = [g.transpose(1, 2).reshape(q.shape).contiguous() for g in grads]
-    return *grads, *(None if c is None else g.sum(1) for c, g in zip(cameras, grads))
+    return *grads, None, *(None if c is None else g.sum(1) for c, g in zip(cameras, grads))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -243,86 +235,20 @@ def _allow_tf32(q: Tensor) -> bool:
     return q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
-class _CrossViewAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, views, camera_q, camera_k, camera_v, scale):
-        ctx.flags = views, scale, _allow_tf32(q)
-        cameras = (camera_q, camera_k, camera_v)
-        out, lse = run_kernels(OP, "q", q, "forward", q, k, v, views, *cameras, scale, ctx.flags[2])
-        ctx.save_for_backward(q, k, v, camera_q, camera_k, camera_v, out, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        q, k, v, *cameras, out, lse = ctx.saved_tensors
-        views, scale, allow_tf32 = ctx.flags
-        arguments = (d_out, q, k, v, out, lse, views, *cameras, scale, allow_tf32)
-        grads = run_kernels(OP, "q", q, "backward", *arguments)
-        return *grads[:3], None, *grads[3:], None
+def _forward_kernels(q, *arguments) -> tuple[Tensor, Tensor]:
+    return run_kernels(OP, "q", q, "forward", q, *arguments, _allow_tf32(q))
 
 
-@torch.library.custom_op("mvdream_fast::cross_view_attention", mutates_args=())
-def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    views: int,
-    camera_q: Tensor | None,
-    camera_k: Tensor | None,
-    camera_v: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, views, camera_q, camera_k, camera_v, scale)
-    if q.is_cuda:
-        return run_kernels(OP, "q", q, "forward", *arguments, _allow_tf32(q))
-    return _forward_cpu(*arguments)
+def _backward_kernels(cotangents, kept, wanted, q, k, v, *arguments):
+    grads = run_kernels(OP, "q", q, "backward", *cotangents, q, k, v, *kept, *arguments, _allow_tf32(q))
+    return *grads[:3], None, *grads[3:]
 
 
-@torch.library.custom_op("mvdream_fast::cross_view_attention_backward", mutates_args=())
-def _op_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    views: int,
-    camera_q: Tensor | None,
-    camera_k: Tensor | None,
-    camera_v: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale)
-    if q.is_cuda:
-        grads = run_kernels(OP, "q", q, "backward", *arguments, _allow_tf32(q))
-    else:
-        grads = _backward_cpu(*arguments)
-    return *grads[:3], *(q.new_empty(0) if g is None else g for g in grads[3:])
-
-
-@_op.register_fake
-def _(q, k, v, views, camera_q, camera_k, camera_v, scale):
-    return q.new_empty(q.shape), _empty_lse(q, views)
-
-
-@_op_backward.register_fake
-def _(d_out, q, k, v, out, lse, views, camera_q, camera_k, camera_v, scale):
-    cameras = (q.new_empty(0 if c is None else c.shape) for c in (camera_q, camera_k, camera_v))
-    return *(q.new_empty(q.shape) for _ in range(3)), *cameras
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, views, camera_q, camera_k, camera_v, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, camera_q, camera_k, camera_v)
-    ctx.flags = views, scale
-
-
-def _autograd(ctx, d_out, d_lse):
-    q, k, v, out, lse, *cameras = ctx.saved_tensors
-    views, scale = ctx.flags
-    grads = torch.ops.mvdream_fast.cross_view_attention_backward(d_out, q, k, v, out, lse, views, *cameras, scale)
-    return *grads[:3], None, *(None if c is None else g for c, g in zip(cameras, grads[3:])), None
-
-
-_op.register_autograd(_autograd, setup_context=_setup)
+_CrossViewAttention = differentiable(_forward_kernels, _backward_kernels, keeps=(0, 1))
+register(
+    "cross_view_attention(Tensor q, Tensor k, Tensor v, SymInt views, Tensor? camera_q, Tensor? camera_k,"
+    " Tensor? camera_v, float scale) -> (Tensor, Tensor)",
+    cpu=differentiable(_forward_cpu, _backward_cpu, keeps=(0, 1)),
+    cuda=_CrossViewAttention,
+    fake=lambda q, k, v, views, *_: (q.new_empty(q.shape), _empty_lse(q, views)),
+)

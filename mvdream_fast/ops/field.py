@@ -21,12 +21,11 @@ from mvdream_fast.ops._edges import (
     check_shaped,
     check_tensors,
     load_native,
-    present,
     queue_of,
     require,
     runs_natively,
-    vjp,
 )
+from mvdream_fast.ops._registered import differentiable, register
 from mvdream_fast.ops.hash_encode import (
     HashGrid,
     check_positions_and_table,
@@ -89,7 +88,7 @@ def field(
         return _registered(positions, table, density_weights, feature_weights, spec)
     if not runs_natively(positions, table, *density_weights, *feature_weights, devices=BACKENDS):
         return field_ref(positions, table, density_weights, feature_weights, spec)
-    return _Field.apply(spec, len(density_weights), positions, table, *density_weights, *feature_weights)
+    return _Field.apply(positions, table, *density_weights, *feature_weights, spec, len(density_weights))
 
 
 def field_density(positions: Tensor, table: Tensor, density_weights: Sequence[Tensor], spec: FieldSpec) -> Tensor:
@@ -101,7 +100,7 @@ def field_density(positions: Tensor, table: Tensor, density_weights: Sequence[Te
         return _registered(positions, table, density_weights, [], spec)[0]
     if not runs_natively(positions, table, *density_weights, devices=BACKENDS):
         return field_density_ref(positions, table, density_weights, spec)
-    return _Field.apply(spec, len(density_weights), positions, table, *density_weights)[0]
+    return _Field.apply(positions, table, *density_weights, spec, len(density_weights))[0]
 
 
 @dataclass(frozen=True)
@@ -156,25 +155,9 @@ def _density_ref(features: Tensor, positions: Tensor, weights: Sequence[Tensor],
     return F.softplus(raw) if spec.density_activation == "softplus" else raw.exp()
 
 
-class _Field(torch.autograd.Function):
-    """Inputs after the spec: number of density matrices, positions, table, density matrices, then colour's, if any."""
-
-    @staticmethod
-    def forward(ctx, spec, n_density, *tensors):
-        ctx.spec, ctx.n_density = spec, n_density
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return _forward(spec, n_density, tensors)
-
-    @staticmethod
-    def backward(ctx, d_sigmas, d_rgb):
-        if torch.is_grad_enabled():
-            return None, None, *_backward_ref(ctx, d_sigmas, d_rgb)
-        wanted = ctx.needs_input_grad[2:]
-        return None, None, *_backward(ctx.spec, ctx.n_density, ctx.saved_tensors, (d_sigmas, d_rgb), wanted)
-
-
-def _forward(spec: FieldSpec, n_density: int, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _forward(*arguments) -> tuple[Tensor, Tensor | None]:
+    """arguments: positions, table, density's matrices, then colour's, if any, the spec, the number of density's."""
+    *tensors, spec, n_density = arguments
     positions, *parameters = [aligned(x) for x in tensors]
     sigmas = positions.new_empty(len(positions))
     rgb = positions.new_empty(len(positions), 3) if len(tensors) > 2 + n_density else None
@@ -186,14 +169,9 @@ def _forward(spec: FieldSpec, n_density: int, tensors: Sequence[Tensor]) -> tupl
     return sigmas, rgb
 
 
-def _backward(
-    spec: FieldSpec,
-    n_density: int,
-    tensors: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
+def _backward(cotangents, kept, wanted, *arguments) -> list[Tensor | None]:
     """Gradients of positions, table and matrices, in that order; None where unwanted."""
+    *tensors, spec, n_density = arguments
     positions, *parameters = [aligned(x) for x in tensors]
     d_sigmas, d_rgb = (d if d is None else d.contiguous() for d in cotangents)
     d_positions, d_table = (
@@ -205,7 +183,7 @@ def _backward(
     load_native("field", positions).field_backward(
         native_of(spec, n_density, parameters),
         *(address(positions), len(positions)),
-        *map(address, (d_sigmas, d_rgb, d_table, d_density, d_color, d_positions)),
+        *map(address, (d_sigmas, d_rgb if color else None, d_table, d_density, d_color, d_positions)),
         queue_of(positions),
     )
     return [d_positions, d_table, *_views(density, d_density), *_views(color, d_color)]
@@ -234,14 +212,10 @@ def _views(weights: Sequence[Tensor], flat: Tensor | None) -> list[Tensor | None
     return [piece.view(w.shape) for piece, w in zip(pieces, weights, strict=True)]
 
 
-def _backward_ref(ctx, d_sigmas: Tensor | None, d_rgb: Tensor | None) -> list[Tensor | None]:
-    def run(positions, table, *weights):
-        density, color = weights[: ctx.n_density], weights[ctx.n_density :]
-        if not color:
-            return field_density_ref(positions, table, density, ctx.spec), None
-        return field_ref(positions, table, density, color, ctx.spec)
-
-    return vjp(run, ctx.saved_tensors, (d_sigmas, d_rgb))
+def _laid_open(positions, table, density_weights, feature_weights, *flags):
+    """The registered form's arguments as `_forward` takes them."""
+    numbers, *rest = flags
+    return (positions, table, *density_weights, *feature_weights, _spec_of(tuple(numbers), *rest), len(density_weights))
 
 
 def _registered(positions, table, density_weights, feature_weights, spec) -> tuple[Tensor, Tensor]:
@@ -258,66 +232,32 @@ def _spec_of(numbers: tuple[float, ...], activation: str, color_sigmoid: bool) -
     return FieldSpec(HashGrid(*map(int, sizes), growth), radius, bias_scale, bias_std, activation, color_sigmoid)
 
 
-@torch.library.custom_op("mvdream_fast::field", mutates_args=())
-def _op(
-    positions: Tensor,
-    table: Tensor,
-    density_weights: list[Tensor],
-    feature_weights: list[Tensor],
-    numbers: list[float],
-    activation: str,
-    color_sigmoid: bool,
-) -> tuple[Tensor, Tensor]:
-    spec = _spec_of(tuple(numbers), activation, color_sigmoid)
-    tensors = (positions, table, *density_weights, *feature_weights)
-    return tuple(present(_forward(spec, len(density_weights), tensors), positions))
+def _twice(*arguments) -> tuple[Tensor, Tensor | None]:
+    positions, table, *weights, spec, n_density = arguments
+    density, color = weights[:n_density], weights[n_density:]
+    if not color:
+        return field_density_ref(positions, table, density, spec), None
+    return field_ref(positions, table, density, color, spec)
 
 
-@_op.register_fake
-def _(positions, table, density_weights, feature_weights, *_spec):
+def _fake(positions, table, density_weights, feature_weights, *_):
     n = positions.shape[0]
-    return positions.new_empty(n), positions.new_empty((n, 3) if feature_weights else 0)
+    return positions.new_empty(n), positions.new_empty((n, 3)) if feature_weights else None
 
 
-@torch.library.custom_op("mvdream_fast::field_backward", mutates_args=())
-def _op_backward(
-    cotangents: list[Tensor],
-    tensors: list[Tensor],
-    n_density: int,
-    wanted: list[bool],
-    numbers: list[float],
-    activation: str,
-    color_sigmoid: bool,
-) -> list[Tensor]:
-    spec = _spec_of(tuple(numbers), activation, color_sigmoid)
-    d_rgb = cotangents[1] if len(tensors) > 2 + n_density else None
-    gradients = _backward(spec, n_density, tensors, (cotangents[0], d_rgb), wanted)
-    # What is returned may not share memory, which the gradients of a network's matrices do.
-    return present([d.clone() if i > 1 and d is not None else d for i, d in enumerate(gradients)], tensors[0])
-
-
-@_op_backward.register_fake
-def _(cotangents, tensors, n_density, wanted, *_spec):
-    networks = [any(wanted[2 : 2 + n_density]), any(wanted[2 + n_density :])]
-    made = [*wanted[:2], *(networks[i >= n_density] for i in range(len(tensors) - 2))]
-    return present([x.new_empty(x.shape) if make else None for x, make in zip(tensors, made)], tensors[0])
-
-
-def _setup(ctx, inputs, output):
-    positions, table, density, features, *ctx.spec = inputs
-    ctx.n_density, ctx.n_features = len(density), len(features)
-    ctx.save_for_backward(positions, table, *density, *features)
-
-
-def _op_gradients(ctx, d_sigmas, d_rgb):
-    wanted = [x.requires_grad for x in ctx.saved_tensors]
-    tensors, n_density = list(ctx.saved_tensors), ctx.n_density
-    gradients = torch.ops.mvdream_fast.field_backward([d_sigmas, d_rgb], tensors, n_density, wanted, *ctx.spec)
-    gradients = [d if want else None for d, want in zip(gradients, wanted)]
-    return *gradients[:2], gradients[2 : 2 + n_density], gradients[2 + n_density :], *[None] * len(ctx.spec)
-
-
-_op.register_autograd(_op_gradients, setup_context=_setup)
+_Field = differentiable(_forward, _backward, n_outputs=2, twice=_twice)
+_in_graphs = differentiable(
+    lambda *arguments: _forward(*_laid_open(*arguments)),
+    lambda cotangents, kept, wanted, *arguments: _backward(cotangents, kept, wanted, *_laid_open(*arguments)),
+    n_outputs=2,
+)
+register(
+    "field(Tensor positions, Tensor table, Tensor[] density_weights, Tensor[] feature_weights, float[] numbers,"
+    " str activation, bool color_sigmoid) -> (Tensor, Tensor)",
+    cpu=_in_graphs,
+    cuda=_in_graphs,
+    fake=_fake,
+)
 
 
 def _check_spec(op: str, spec: FieldSpec) -> None:

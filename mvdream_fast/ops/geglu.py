@@ -6,7 +6,6 @@ Source: Shazeer 2020, "GLU Variants Improve Transformer", with the exact (erf) G
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvdream_fast.ops._edges import (
     address,
@@ -19,9 +18,9 @@ from mvdream_fast.ops._edges import (
     run_kernels,
     runs_natively,
     thread_count,
-    vjp,
     vmap_error,
 )
+from mvdream_fast.ops._registered import differentiable, register
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -50,8 +49,10 @@ def geglu(x: Tensor) -> Tensor:
     if is_batched(x):
         raise vmap_error("geglu")
     if x.is_cuda:
-        return _GEGLU.apply(x) if is_followed(x) else run_kernels("geglu", "x", x, "forward", x)
-    return _OnCpu.apply(x) if is_recorded(x) and _is_native(x) else _forward_cpu(x)
+        return _GEGLU.apply(x) if is_followed(x) else _forward_kernels(x)
+    if not _is_native(x):
+        return _cpu(x)
+    return _OnCpu.apply(x) if is_recorded(x) else _forward_native(x)
 
 
 def geglu_ref(x: Tensor) -> Tensor:
@@ -75,10 +76,13 @@ def _is_native(x: Tensor) -> bool:
     return runs_natively(x) and x.is_contiguous() and x.numel() > 0
 
 
-def _forward_cpu(x: Tensor) -> Tensor:
-    if not _is_native(x):
-        value, gate = x.to(_wide(x)).chunk(2, dim=-1)
-        return (value * F.gelu(gate)).to(x.dtype).contiguous()
+def _cpu(x: Tensor) -> Tensor:
+    """Under torch's own autograd."""
+    value, gate = x.to(_wide(x)).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(x.dtype).contiguous()
+
+
+def _forward_native(x: Tensor) -> Tensor:
     n_columns = x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], n_columns))
     sizes = (x.numel() // (2 * n_columns), n_columns)
@@ -86,59 +90,33 @@ def _forward_cpu(x: Tensor) -> Tensor:
     return y
 
 
-def _backward_cpu(d_y: Tensor, x: Tensor) -> Tensor:
+def _backward_cpu(cotangents, kept, wanted, x: Tensor) -> list[Tensor]:
+    (d_y,) = cotangents
     if _is_native(x) and runs_natively(d_y):
         n_columns, d_x, d_y = x.shape[-1] // 2, torch.empty_like(x), d_y.contiguous()
         sizes = (x.numel() // (2 * n_columns), n_columns)
         load_native("geglu").geglu_backward(address(d_y), address(x), *sizes, address(d_x), thread_count())
-        return d_x
+        return [d_x]
     value, gate = x.to(_wide(x)).chunk(2, dim=-1)
     cdf = 0.5 * (1 + torch.erf(gate / 2**0.5))
     pdf = torch.exp(-0.5 * gate.square()) / (2 * torch.pi) ** 0.5
     d_y = d_y.to(gate.dtype)
-    return torch.cat([d_y * gate * cdf, d_y * value * (cdf + gate * pdf)], dim=-1).to(x.dtype).contiguous()
+    return [torch.cat([d_y * gate * cdf, d_y * value * (cdf + gate * pdf)], dim=-1).to(x.dtype).contiguous()]
 
 
-class _GEGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return run_kernels("geglu", "x", x, "forward", x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return run_kernels("geglu", "x", x, "backward", d_y, x)
+def _forward_kernels(x: Tensor) -> Tensor:
+    return run_kernels("geglu", "x", x, "forward", x)
 
 
-class _OnCpu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _forward_cpu(x)
-
-    @staticmethod
-    def backward(ctx, d_y: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are asked for
-            return vjp(lambda x: (geglu_ref(x),), [x], [d_y])[0]
-        return _backward_cpu(d_y, x)
+def _backward_kernels(cotangents, kept, wanted, x: Tensor) -> list[Tensor]:
+    return [run_kernels("geglu", "x", x, "backward", *cotangents, x)]
 
 
-@torch.library.custom_op("mvdream_fast::geglu", mutates_args=())
-def _op(x: Tensor) -> Tensor:
-    return run_kernels("geglu", "x", x, "forward", x) if x.is_cuda else _forward_cpu(x)
-
-
-@torch.library.custom_op("mvdream_fast::geglu_backward", mutates_args=())
-def _op_backward(d_y: Tensor, x: Tensor) -> Tensor:
-    return run_kernels("geglu", "x", x, "backward", d_y, x) if x.is_cuda else _backward_cpu(d_y, x)
-
-
-_op.register_fake(lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
-_op_backward.register_fake(lambda d_y, x: x.new_empty(x.shape))
-_op.register_autograd(
-    lambda ctx, d_y: torch.ops.mvdream_fast.geglu_backward(d_y, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+_GEGLU = differentiable(_forward_kernels, _backward_kernels)
+_OnCpu = differentiable(_forward_native, _backward_cpu, twice=geglu_ref)
+register(
+    "geglu(Tensor x) -> Tensor",
+    cpu=differentiable(lambda x: _forward_native(x) if _is_native(x) else _cpu(x), _backward_cpu),
+    cuda=_GEGLU,
+    fake=lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
 )

@@ -6,7 +6,6 @@ The convolutions live in models/.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvdream_fast.ops._edges import (
     address,
@@ -20,9 +19,9 @@ from mvdream_fast.ops._edges import (
     run_kernels,
     runs_natively,
     thread_count,
-    vjp,
     vmap_error,
 )
+from mvdream_fast.ops._registered import differentiable, register
 
 
 def group_norm_silu(
@@ -66,7 +65,7 @@ def group_norm_silu(
     if x.is_cuda and is_followed(x, weight, bias, emb):
         return _GroupNormSiLU.apply(x, weight, bias, n_groups, eps, emb, silu)
     if x.is_cuda:
-        return _forward(_dense(x), weight, bias, n_groups, eps, emb, silu)[0]
+        return _forward_kernels(x, weight, bias, n_groups, eps, emb, silu)[0]
     if _is_native(x, weight, bias, emb):
         if is_recorded(x, weight, bias, emb):
             return _OnCpu.apply(x, weight, bias, n_groups, eps, emb, silu)
@@ -117,7 +116,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, e
             )
 
 
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool) -> Tensor:
+def _cpu(x, weight, bias, n_groups, eps, emb, silu) -> Tensor:
     """Under torch's own autograd."""
     wide = torch.promote_types(x.dtype, torch.float32)
     u = _add(x, emb, wide)
@@ -131,34 +130,24 @@ def _add(x: Tensor, emb: Tensor | None, wide: torch.dtype) -> Tensor:
     return x.to(wide) if emb is None else x.to(wide) + emb.to(wide)[:, :, None, None]
 
 
-def _forward_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cpu(x, weight, bias, n_groups, eps, emb, silu) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and 1/std [B*V, n_groups] that the backward needs."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], n_groups)
+    x, wide = _dense(x), torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
         return torch.empty_like(x), *(x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
     if _is_native(x, weight, bias, emb):
         return _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
+    sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], n_groups)
     u = _add(x, emb, wide)
     y, mean, rstd = torch.native_group_norm(u, weight.to(wide), bias.to(wide), *sizes, eps)
     return torch.empty_like(x).copy_(F.silu(y) if silu else y), mean, rstd
 
 
-def _backward_cpu(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    n_groups: int,
-    emb: Tensor | None,
-    silu: bool,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _backward_cpu(cotangents, kept, wanted, x, weight, bias, n_groups, eps, emb, silu):
+    x, d_y, (mean, rstd) = _dense(x), cotangents[0], kept
     if not x.numel():
-        return torch.empty_like(x), *(None if p is None else torch.zeros_like(p) for p in (weight, bias, emb))
+        d_weight, d_bias, d_emb = (None if p is None else torch.zeros_like(p) for p in (weight, bias, emb))
+        return torch.empty_like(x), d_weight, d_bias, None, None, d_emb
     if _is_native(x, weight, bias, emb) and runs_natively(d_y):
         return _backward_native(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd)
     images, channels, height, width = x.shape
@@ -169,20 +158,13 @@ def _backward_cpu(
         z = groups.reshape(x.shape) * weight.to(wide)[:, None, None] + bias.to(wide)[:, None, None]
         gate = torch.sigmoid(z)
         d_z = d_z * gate * (1 + z * (1 - gate))
+    sizes = (images, channels, height * width, n_groups)
     d_u, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-        d_z.contiguous(),
-        u.contiguous(),
-        mean,
-        rstd,
-        weight.to(wide),
-        images,
-        channels,
-        height * width,
-        n_groups,
-        [True] * 3,
+        d_z.contiguous(), u.contiguous(), mean, rstd, weight.to(wide), *sizes, [True] * 3
     )
     d_emb = None if emb is None else d_u.sum((2, 3)).to(emb.dtype)
-    return torch.empty_like(x).copy_(d_u), d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_emb
+    d_x = torch.empty_like(x).copy_(d_u)
+    return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, None, d_emb
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor, emb: Tensor | None) -> bool:
@@ -202,42 +184,20 @@ def _rows(emb: Tensor | None) -> Tensor | None:
     return emb if emb is None or emb.stride(1) == 1 else emb.contiguous()
 
 
-def _forward_native(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    n_groups: int,
-    eps: float,
-    emb: Tensor | None,
-    silu: bool,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-) -> Tensor:
+def _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean=None, rstd=None) -> Tensor:
     weight, bias, emb, y = weight.contiguous(), bias.contiguous(), _rows(emb), torch.empty_like(x)
     norm, n_threads = _native_norm(x, weight, bias, n_groups, emb, silu), thread_count()
     load_native("group_norm_silu").group_norm_silu_forward(norm, eps, *map(address, (y, mean, rstd)), n_threads)
     return y
 
 
-def _forward_and_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu) -> tuple[Tensor, Tensor, Tensor]:
     """_forward_cpu where the extension runs."""
-    mean, rstd = (x.new_empty((x.shape[0], n_groups)) for _ in range(2))
+    mean, rstd = x.new_empty((x.shape[0], n_groups)), x.new_empty((x.shape[0], n_groups))
     return _forward_native(x, weight, bias, n_groups, eps, emb, silu, mean, rstd), mean, rstd
 
 
-def _backward_native(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    n_groups: int,
-    emb: Tensor | None,
-    silu: bool,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _backward_native(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd):
     d_y = d_y.contiguous(memory_format=torch.channels_last)
     weight, bias, emb = weight.contiguous(), bias.contiguous(), _rows(emb)
     grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
@@ -245,7 +205,7 @@ def _backward_native(
     norm = _native_norm(x, weight, bias, n_groups, emb, silu)
     pointers = map(address, (d_y, mean, rstd, *grads, d_emb))
     load_native("group_norm_silu").group_norm_silu_backward(norm, *pointers, thread_count())
-    return *grads, d_emb
+    return *grads, None, None, d_emb
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -254,109 +214,27 @@ def _dense(x: Tensor) -> Tensor:
     return x if known else x.contiguous()
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if x.is_cuda:
-        return run_kernels("group_norm_silu", "x", x, "forward", x, weight, bias, n_groups, eps, emb, silu)
-    return _forward_cpu(x, weight, bias, n_groups, eps, emb, silu)
+def _forward_kernels(x, weight, bias, n_groups, eps, emb, silu) -> tuple[Tensor, Tensor, Tensor]:
+    return run_kernels("group_norm_silu", "x", x, "forward", _dense(x), weight, bias, n_groups, eps, emb, silu)
 
 
-def _backward(d_y: Tensor, x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if x.is_cuda:
-        return run_kernels("group_norm_silu", "x", x, "backward", d_y, x, *rest)
-    return _backward_cpu(d_y, x, *rest)
+def _backward_kernels(cotangents, kept, wanted, x, weight, bias, n_groups, eps, emb, silu):
+    arguments = (_dense(cotangents[0]), _dense(x), weight, bias, n_groups, emb, silu, *kept)
+    *grads, d_emb = run_kernels("group_norm_silu", "x", x, "backward", *arguments)
+    return *grads, None, None, d_emb
 
 
-class _GroupNormSiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, n_groups, eps, emb, silu):
-        x = _dense(x)
-        y, mean, rstd = _forward(x, weight, bias, n_groups, eps, emb, silu)
-        ctx.save_for_backward(x, weight, bias, emb, mean, rstd)
-        ctx.flags = n_groups, silu
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        x, weight, bias, emb, mean, rstd = ctx.saved_tensors
-        n_groups, silu = ctx.flags
-        grads = _backward(_dense(d_y), x, weight, bias, n_groups, emb, silu, mean, rstd)
-        return *grads[:3], None, None, grads[3], None
-
-
-class _OnCpu(torch.autograd.Function):
-    """Only for what the extension takes: `_is_native`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, n_groups, eps, emb, silu):
-        y, mean, rstd = _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
-        ctx.save_for_backward(x, weight, bias, emb, mean, rstd)
-        ctx.flags = n_groups, eps, silu
-        return y
-
-    @staticmethod
-    def backward(ctx, d_y):
-        x, weight, bias, emb, mean, rstd = ctx.saved_tensors
-        n_groups, eps, silu = ctx.flags
-        if torch.is_grad_enabled():  # second derivatives are asked for
-            tensors = [t for t in (x, weight, bias, emb) if t is not None]
-            grads = vjp(lambda x, w, b, e=None: (_cpu(x, w, b, n_groups, eps, e, silu),), tensors, [d_y])
-            grads += [None] * (4 - len(grads))
-        else:
-            grads = _backward_cpu(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd)
-        return *grads[:3], None, None, grads[3], None
-
-
-@torch.library.custom_op("mvdream_fast::group_norm_silu", mutates_args=())
-def _op(
-    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(_dense(x), weight, bias, n_groups, eps, emb, silu)
-
-
-@torch.library.custom_op("mvdream_fast::group_norm_silu_backward", mutates_args=())
-def _op_backward(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    n_groups: int,
-    emb: Tensor | None,
-    silu: bool,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (_dense(d_y), _dense(x), weight, bias, n_groups, emb, silu, mean, rstd)
-    *grads, d_emb = _backward(*arguments)
-    return *grads, x.new_empty(0) if d_emb is None else d_emb
-
-
-@_op.register_fake
-def _(x, weight, bias, n_groups, eps, emb, silu):
+def _fake(x, weight, bias, n_groups, eps, emb, silu):
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = (x.new_empty((x.shape[0], n_groups), dtype=wide) for _ in range(2))
-    return torch.empty_like(_dense(x)), mean, rstd
+    return torch.empty_like(_dense(x)), *(x.new_empty((x.shape[0], n_groups), dtype=wide) for _ in range(2))
 
 
-@_op_backward.register_fake
-def _(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd):
-    d_weight, d_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    return torch.empty_like(_dense(x)), d_weight, d_bias, x.new_empty(0) if emb is None else emb.new_empty(emb.shape)
-
-
-def _setup(ctx, inputs, output):
-    x, weight, bias, n_groups, _, emb, silu = inputs
-    ctx.save_for_backward(x, weight, bias, emb, *output[1:])
-    ctx.flags = n_groups, silu
-
-
-def _autograd(ctx, d_y, d_mean, d_rstd):
-    x, weight, bias, emb, mean, rstd = ctx.saved_tensors
-    n_groups, silu = ctx.flags
-    grads = torch.ops.mvdream_fast.group_norm_silu_backward(d_y, x, weight, bias, n_groups, emb, silu, mean, rstd)
-    return *grads[:3], None, None, None if emb is None else grads[3], None
-
-
-_op.register_autograd(_autograd, setup_context=_setup)
+_GroupNormSiLU = differentiable(_forward_kernels, _backward_kernels, keeps=(1, 2))
+_OnCpu = differentiable(_forward_and_statistics, _backward_cpu, keeps=(1, 2), twice=_cpu)  # of what is `_is_native`
+register(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, SymInt n_groups, float eps, Tensor? emb, bool silu)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=differentiable(_forward_cpu, _backward_cpu, keeps=(1, 2)),
+    cuda=_GroupNormSiLU,
+    fake=_fake,
+)

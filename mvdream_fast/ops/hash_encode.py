@@ -3,7 +3,6 @@
 No weights live here; `field.volume` owns the table, `ops.field` fuses the encoding with the networks behind it.
 """
 
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -20,13 +19,12 @@ from mvdream_fast.ops._edges import (
     check_shaped,
     is_batched,
     load_native,
-    present,
     queue_of,
     require,
     runs_natively,
-    vjp,
     vmap_error,
 )
+from mvdream_fast.ops._registered import differentiable, register
 
 PRIMES = (1, 2654435761, 805459861)
 
@@ -115,7 +113,7 @@ def hash_encode(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
         return torch.ops.mvdream_fast.hash_encode(positions, table, *astuple(grid))
     if not runs_natively(positions, table, devices=BACKENDS):
         return hash_encode_ref(positions, table, grid)
-    return _HashEncode.apply(grid, positions, table)
+    return _HashEncode.apply(positions, table, grid)
 
 
 def hash_encode_ref(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
@@ -149,21 +147,6 @@ def _index_ref(vertex: Tensor, level: Level) -> Tensor:
     return ((x * PRIMES[0] ^ y * PRIMES[1] ^ z * PRIMES[2]) & 0xFFFFFFFF) % level.size
 
 
-class _HashEncode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grid, positions, table):
-        ctx.grid = grid
-        ctx.save_for_backward(positions, table)
-        return _forward(positions, table, grid)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        positions, table = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, *vjp(lambda x, t: (hash_encode_ref(x, t, ctx.grid),), (positions, table), (d_out,))
-        return None, *_backward(d_out, positions, table, ctx.needs_input_grad[1:], ctx.grid)
-
-
 def _forward(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     positions, table = positions.contiguous(), aligned(table)
     out = positions.new_empty(len(positions), grid.width)
@@ -174,11 +157,9 @@ def _forward(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     return out
 
 
-def _backward(
-    d_out: Tensor, positions: Tensor, table: Tensor, wanted: Sequence[bool], grid: HashGrid
-) -> list[Tensor | None]:
+def _backward(cotangents, kept, wanted, positions, table, grid) -> list[Tensor | None]:
     """Gradients of positions and table, None where unwanted."""
-    positions, table, d_out = positions.contiguous(), aligned(table), d_out.contiguous()
+    positions, table, d_out = positions.contiguous(), aligned(table), cotangents[0].contiguous()
     d_positions, d_table = (torch.empty_like(x) if want else None for x, want in zip((positions, table), wanted))
     inputs, outputs = map(address, (table, positions)), map(address, (d_out, d_table, d_positions))
     load_native("hash_encode", positions).hash_encode_backward(
@@ -192,58 +173,18 @@ def _grid_of(*numbers: float) -> HashGrid:
     return HashGrid(*numbers)
 
 
-@torch.library.custom_op("mvdream_fast::hash_encode", mutates_args=())
-def _op(
-    positions: Tensor,
-    table: Tensor,
-    n_levels: int,
-    n_features: int,
-    log2_size: int,
-    base_resolution: int,
-    growth: float,
-) -> Tensor:
-    return _forward(positions, table, _grid_of(n_levels, n_features, log2_size, base_resolution, growth))
-
-
-@_op.register_fake
-def _(positions, table, n_levels, n_features, *_grid):
-    return positions.new_empty(positions.shape[0], n_levels * n_features)
-
-
-@torch.library.custom_op("mvdream_fast::hash_encode_backward", mutates_args=())
-def _op_backward(
-    d_out: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    wanted: list[bool],
-    n_levels: int,
-    n_features: int,
-    log2_size: int,
-    base_resolution: int,
-    growth: float,
-) -> list[Tensor]:
-    grid = _grid_of(n_levels, n_features, log2_size, base_resolution, growth)
-    return present(_backward(d_out, positions, table, wanted, grid), d_out)
-
-
-@_op_backward.register_fake
-def _(d_out, positions, table, wanted, *_grid):
-    shapes = (positions.shape, table.shape)
-    return present([d_out.new_empty(shape) if want else None for shape, want in zip(shapes, wanted)], d_out)
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.grid = inputs[2:]
-
-
-def _op_gradients(ctx, d_out):
-    wanted = list(ctx.needs_input_grad[:2])
-    gradients = torch.ops.mvdream_fast.hash_encode_backward(d_out, *ctx.saved_tensors, wanted, *ctx.grid)
-    return *(d if want else None for d, want in zip(gradients, wanted)), *[None] * len(ctx.grid)
-
-
-_op.register_autograd(_op_gradients, setup_context=_setup)
+_HashEncode = differentiable(_forward, _backward, twice=hash_encode_ref)
+_registered = differentiable(
+    lambda positions, table, *numbers: _forward(positions, table, _grid_of(*numbers)),
+    lambda *given: _backward(*given[:5], _grid_of(*given[5:])),
+)
+register(
+    "hash_encode(Tensor positions, Tensor table, SymInt n_levels, SymInt n_features, SymInt log2_size,"
+    " SymInt base_resolution, float growth) -> Tensor",
+    cpu=_registered,
+    cuda=_registered,
+    fake=lambda positions, table, n_levels, n_features, *_: positions.new_empty(len(positions), n_levels * n_features),
+)
 
 
 def require_no_nan(op: str, ok: bool) -> None:

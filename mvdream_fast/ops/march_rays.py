@@ -6,7 +6,7 @@ exact, so that every backend finds the same samples to the bit. Evaluating the f
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,14 +16,14 @@ from mvdream_fast.ops._edges import (
     address,
     check_same_device,
     check_shaped,
-    check_tensors,
     is_recorded,
     load_native,
     queue_of,
     require,
     runs_natively,
 )
-from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, rows_of
+from mvdream_fast.ops._packing import check_packing, exclusive_sum_packed, pack_info, packed_counts, rows_of
+from mvdream_fast.ops._registered import register
 
 _RAYS_PER_BLOCK = 2048
 _MOST_SAMPLES = 1 << 40  # 8 TB is a mistake, and torch's own words for it name no argument
@@ -34,12 +34,15 @@ class Samples:
     """Samples of all rays, packed ray after ray and nearest first.
 
     t_starts, t_ends: [S] float32. packed_info: [R, 2] int64, start and count of each ray. `ray_indices` is made of them
-    when first asked for, and kept: a training step without shading never needs its 8 bytes a sample.
+    when first asked for, and kept: a training step without shading never needs its 8 bytes a sample. What `march_rays`
+    and `prune_samples` made is trusted to be packed so; what a caller puts together is checked by every op that takes
+    it, which on a GPU waits for it.
     """
 
     t_starts: torch.Tensor
     t_ends: torch.Tensor
     packed_info: torch.Tensor
+    _is_ours: bool = field(default=False, init=False, repr=False, compare=False)
 
     @property
     def n_samples(self) -> int:
@@ -77,8 +80,21 @@ class Samples:
         up_to = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
         starts, counts = self.packed_info.unbind(-1)
         counts = up_to[starts + counts] - up_to[starts]
-        packed_info = torch.stack([counts.cumsum(0) - counts, counts], dim=-1)
-        return Samples(self.t_starts[keep], self.t_ends[keep], packed_info)
+        kept = Samples(self.t_starts[keep], self.t_ends[keep], packed_counts(counts))
+        return ours(kept) if self._is_ours else kept
+
+
+def ours(samples: Samples) -> Samples:
+    """Marks samples that this package made, by the rules, as not to be checked again."""
+    object.__setattr__(samples, "_is_ours", True)
+    return samples
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """The samples of consecutive blocks of rays as one."""
+    t_starts, t_ends = (torch.cat([getattr(part, name) for part in parts]) for name in ("t_starts", "t_ends"))
+    joined = Samples(t_starts, t_ends, packed_counts(torch.cat([part.packed_info[:, 1] for part in parts])))
+    return ours(joined) if all(part._is_ours for part in parts) else joined
 
 
 def positions_ref(samples: Samples, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
@@ -153,14 +169,12 @@ def march_rays_ref(
 
 def check_samples(op: str, samples: Samples, **rays: torch.Tensor) -> None:
     """What the extension reads by packed_info lies in the samples; `rays` are [R, 3] of as many as were marched."""
-    if not isinstance(samples, Samples):
-        raise TypeError(f"{op}: samples must be Samples, got {type(samples).__name__}; take them from march_rays")
-    check_tensors(op, t_starts=samples.t_starts, t_ends=samples.t_ends, packed_info=samples.packed_info)
-    n_samples = samples.t_starts.shape[0] if samples.t_starts.ndim else 0
-    for name in ("t_starts", "t_ends"):
-        check_shaped(op, name, getattr(samples, name), (n_samples,))
+    require(isinstance(samples, Samples), op, "samples", "Samples", type(samples).__name__, "march first", TypeError)
+    check_shaped(op, "t_starts", samples.t_starts, (None,))
+    check_shaped(op, "t_ends", samples.t_ends, (len(samples.t_starts),))
     check_same_device(op, t_starts=samples.t_starts, t_ends=samples.t_ends, packed_info=samples.packed_info, **rays)
-    check_packing(op, n_samples, None, samples.packed_info, None)
+    if not samples._is_ours:
+        check_packing(op, len(samples.t_starts), None, samples.packed_info, None)
     for name, ray in rays.items():
         check_shaped(op, name, ray, (samples.n_rays, 3))
 
@@ -273,7 +287,7 @@ def _empty_samples(op: str, counts: torch.Tensor) -> Samples:
     few = n_samples <= _MOST_SAMPLES
     require(few, op, "step_size", "long enough for 2^40 samples at most", f"{n_samples} samples", "take longer steps")
     t_starts, t_ends = (torch.empty(n_samples, dtype=torch.float32, device=counts.device) for _ in range(2))
-    return Samples(t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1))
+    return ours(Samples(t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1)))
 
 
 def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples) -> Samples:
@@ -284,51 +298,38 @@ def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near,
     return Samples(*torch.ops.mvdream_fast.march_rays(rays_o, rays_d, bits, *grid, *per_ray, *shared, max_samples))
 
 
-@torch.library.custom_op("mvdream_fast::march_rays", mutates_args=())
-def _op(
-    rays_o: torch.Tensor,
-    rays_d: torch.Tensor,
-    occupancy_bits: torch.Tensor,
-    aabb: list[float],
-    resolution: list[int],
-    step_size: float,
-    jitter: torch.Tensor | None,
-    nears: torch.Tensor | None,
-    fars: torch.Tensor | None,
-    near: float,
-    far: float,
-    max_samples: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _op(rays_o, rays_d, bits, aabb, resolution, step_size, jitter, nears, fars, near, far, max_samples):
     near, far = (shared if each is None else each for shared, each in ((near, nears), (far, fars)))
-    march = (rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
+    march = (rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples)
     box, shape = check_march("march_rays", *march)
-    samples = _march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
+    samples = _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
     return samples.t_starts, samples.t_ends, samples.packed_info
 
 
-@_op.register_fake
-def _(rays_o, *_):
-    return _unknown_samples(rays_o, rays_o.shape[0])
+register(
+    "march_rays(Tensor rays_o, Tensor rays_d, Tensor occupancy_bits, float[] aabb, SymInt[] resolution,"
+    " float step_size, Tensor? jitter, Tensor? nears, Tensor? fars, float near, float far, SymInt? max_samples)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_op,
+    cuda=_op,
+    fake=lambda rays_o, *_: _unknown_samples(rays_o, rays_o.shape[0]),
+)
 
 
-@torch.library.custom_op("mvdream_fast::prune_samples", mutates_args=())
-def _prune_op(
-    t_starts: torch.Tensor,
-    t_ends: torch.Tensor,
-    packed_info: torch.Tensor,
-    sigmas: torch.Tensor,
-    alpha_thre: float,
-    early_stop_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _prune_op(t_starts, t_ends, packed_info, sigmas, alpha_thre, early_stop_eps):
     samples = Samples(t_starts, t_ends, packed_info)
     check_samples("prune_samples", samples)
     kept = _prune(samples, sigmas, alpha_thre, early_stop_eps)
     return kept.t_starts, kept.t_ends, kept.packed_info
 
 
-@_prune_op.register_fake
-def _(t_starts, t_ends, packed_info, *_):
-    return _unknown_samples(t_starts, packed_info.shape[0])
+register(
+    "prune_samples(Tensor t_starts, Tensor t_ends, Tensor packed_info, Tensor sigmas, float alpha_thre,"
+    " float early_stop_eps) -> (Tensor, Tensor, Tensor)",
+    cpu=_prune_op,
+    cuda=_prune_op,
+    fake=lambda t_starts, t_ends, packed_info, *_: _unknown_samples(t_starts, packed_info.shape[0]),
+)
 
 
 def _unknown_samples(like: torch.Tensor, n_rays: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ import torch
 
 from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, thread_count
 from mvdream_fast.ops._packing import check_packing, rows_of
+from mvdream_fast.ops._registered import differentiable, register
 
 
 def packed_scan(
@@ -30,7 +31,7 @@ def checked_scan(values, packed_info, product=False, exclusive=False) -> torch.T
         return torch.ops.mvdream_fast.packed_scan(values, packed_info, product, exclusive)
     if values.is_cuda:
         return packed_scan_ref(values, packed_info, product, exclusive)
-    return _PackedScan.apply(values, packed_info.contiguous(), product, exclusive)
+    return _PackedScan.apply(values, packed_info, product, exclusive)
 
 
 def packed_scan_ref(values, packed_info, product=False, exclusive=False) -> torch.Tensor:
@@ -47,64 +48,32 @@ def packed_scan_ref(values, packed_info, product=False, exclusive=False) -> torc
     return (padded.cumprod(-1) if product else padded.cumsum(-1))[rows, columns + (not exclusive)]
 
 
-class _PackedScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, packed_info, product, exclusive):
-        ctx.product, ctx.exclusive = product, exclusive
-        ctx.save_for_backward(values, packed_info)
-        return _forward(values, packed_info, product, exclusive)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out):
-        return _backward(d_out, *ctx.saved_tensors, ctx.product, ctx.exclusive), None, None, None
-
-
 def _forward(values, packed_info, product, exclusive) -> torch.Tensor:
-    values, out = values.contiguous(), torch.empty(values.shape, dtype=values.dtype)
+    values, packed_info, out = values.contiguous(), packed_info.contiguous(), torch.empty_like(values)
     load_native("packed_scan").packed_scan(_args(values, packed_info, product, exclusive, False, out))
     return out
 
 
-def _backward(d_out, values, packed_info, product, exclusive) -> torch.Tensor:
-    native, values, d_out = load_native("packed_scan"), values.contiguous(), d_out.contiguous()
-    d_values = torch.empty_like(values)
+def _backward(cotangents, kept, wanted, values, packed_info, product, exclusive) -> list[torch.Tensor]:
+    native, values, d_out = load_native("packed_scan"), values.contiguous(), cotangents[0].contiguous()
+    packed_info, d_values = packed_info.contiguous(), torch.empty_like(values)
     if product:
         native.packed_product_backward(_args(values, packed_info, True, exclusive, False, d_values), d_out.data_ptr())
     else:
         native.packed_scan(_args(d_out, packed_info, False, exclusive, True, d_values))
-    return d_values
+    return [d_values]
 
 
-@torch.library.custom_op("mvdream_fast::packed_scan", mutates_args=(), device_types="cpu")
-def _op(values: torch.Tensor, packed_info: torch.Tensor, product: bool, exclusive: bool) -> torch.Tensor:
-    packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None)
-    return _forward(values, packed_info.contiguous(), product, exclusive)
+def _checked(values, packed_info, product, exclusive) -> torch.Tensor:
+    return _forward(values, check_packing("packed_scan", values.shape[0], None, packed_info, None), product, exclusive)
 
 
-@torch.library.custom_op("mvdream_fast::packed_scan_backward", mutates_args=(), device_types="cpu")
-def _op_backward(
-    d_out: torch.Tensor, values: torch.Tensor, packed_info: torch.Tensor, product: bool, exclusive: bool
-) -> torch.Tensor:
-    return _backward(d_out, values, packed_info.contiguous(), product, exclusive)
-
-
-@_op.register_fake
-@_op_backward.register_fake
-def _(values, *_):
-    return values.new_empty(values.shape)
-
-
-def _setup(ctx, inputs, output):
-    values, packed_info, *ctx.flags = inputs
-    ctx.save_for_backward(values, packed_info)
-
-
-def _op_gradients(ctx, d_out):
-    return torch.ops.mvdream_fast.packed_scan_backward(d_out, *ctx.saved_tensors, *ctx.flags), None, None, None
-
-
-_op.register_autograd(_op_gradients, setup_context=_setup)
+_PackedScan = differentiable(_forward, _backward)
+register(
+    "packed_scan(Tensor values, Tensor packed_info, bool product, bool exclusive) -> Tensor",
+    cpu=differentiable(_checked, _backward),
+    fake=lambda values, *_: values.new_empty(values.shape),
+)
 
 
 def _args(values, packed_info, product, exclusive, reverse, out):

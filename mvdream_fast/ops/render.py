@@ -15,7 +15,7 @@ from mvdream_fast.ops._edges import (
     require,
     thread_count,
 )
-from mvdream_fast.ops.composite import composite, composite_ref
+from mvdream_fast.ops.composite import composite_ref, composite_samples
 from mvdream_fast.ops.field import HashGridField, native_of
 from mvdream_fast.ops.march_rays import (
     Samples,
@@ -100,7 +100,7 @@ def render_ref(
 ) -> RenderedImage:
     """The same with the reference ops, some thousand rays at a time and every sample of them evaluated."""
     grid, bounds = (aabb, occupancy_bits, resolution, step_size), (near, far)
-    ops = (march_rays_ref, positions_ref, composite_ref)
+    ops = (march_rays_ref, positions_ref, _composite_samples_ref)
     return _in_blocks(*ops, rays_o, rays_d, field, grid, bounds, background, alpha_thre, early_stop_eps)
 
 
@@ -113,14 +113,17 @@ def _in_blocks(
         part = slice(i, i + _RAYS_PER_CHUNK // 4)
         samples = march(rays_o[part], rays_d[part], *grid, None, *(_bound(x, part) for x in bounds))
         positions = positions_of(samples, rays_o[part], rays_d[part])
-        sigmas, colours = (x.to(positions.dtype) for x in _evaluate(field, positions))
+        sigmas, colors = (x.to(positions.dtype) for x in _evaluate(field, positions))
         n_samples += samples.n_samples
         keep = visible_ref(samples, sigmas, alpha_thre, early_stop_eps)
         kept, behind = samples.select(keep), _rows(background, part)
-        row = (sigmas[keep], colours[keep], kept.t_starts, kept.t_ends)
-        out = composite(*row, packed_info=kept.packed_info, background=behind)
+        out = composite(sigmas[keep], colors[keep], kept, behind)
         rgb[part], opacity[part], depth[part] = out.rgb, out.opacity, out.depth
     return RenderedImage(rgb, opacity, depth, n_samples)
+
+
+def _composite_samples_ref(sigmas, rgb, samples, background):
+    return composite_ref(sigmas, rgb, samples.t_starts, samples.t_ends, samples.packed_info, background)
 
 
 def _render_cuda(
@@ -132,7 +135,7 @@ def _render_cuda(
     if known is not None:
         return _render_fused(rays_o, known, march, background, *thresholds)
     grid, bounds = (box, bits, shape, step_size), (near, far)
-    ops = (march_rays, Samples.positions, composite)
+    ops = (march_rays, Samples.positions, composite_samples)
     return _in_blocks(*ops, rays_o, rays_d, field, grid, bounds, background, *thresholds)
 
 

@@ -8,13 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._edges import (
-    check_float,
-    check_tensors,
-    is_batched,
-    run_kernels,
-    vmap_error,
-)
+from mvdream_fast.ops._edges import check_float, check_tensors, is_batched, run_kernels, vmap_error
+from mvdream_fast.ops._registered import register
 
 OP = "sds_target"
 STD_FLOOR = 1e-8
@@ -122,28 +117,18 @@ def _forward(z: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return sds_target_ref(z, *rest)
 
 
-@torch.library.custom_op("mvdream_fast::sds_target", mutates_args=())
-def _op(
-    z: Tensor,
-    z_t: Tensor,
-    noise_pred_cond: Tensor,
-    noise_pred_uncond: Tensor,
-    noise: Tensor | None,
-    alphas_cumprod_t: Tensor,
-    guidance_scale: float,
-    prediction: str,
-    rescale: float,
-    mode: str,
-    n_views: int,
-) -> tuple[Tensor, Tensor]:
-    tensors = (z, z_t, noise_pred_cond, noise_pred_uncond, noise, alphas_cumprod_t)
-    target, gradient = _forward(*tensors, guidance_scale, prediction, rescale, mode, n_views)
-    return target.contiguous(), gradient.contiguous()
+def _op(*arguments) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in _forward(*arguments))
 
 
-@_op.register_fake
-def _(z, *rest):
-    return z.new_empty(z.shape), z.new_empty(z.shape)
+register(
+    "sds_target(Tensor z, Tensor z_t, Tensor noise_pred_cond, Tensor noise_pred_uncond, Tensor? noise,"
+    " Tensor alphas_cumprod_t, float guidance_scale, str prediction, float rescale, str mode, SymInt n_views)"
+    " -> (Tensor, Tensor)",
+    cpu=_op,
+    cuda=_op,
+    fake=lambda z, *_: (z.new_empty(z.shape), z.new_empty(z.shape)),
+)
 
 
 def _to_x0(x_t: Tensor, out: Tensor, abar: Tensor, prediction: str) -> Tensor:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvdream_fast.ops._edges import (
     by_name,
@@ -21,6 +20,7 @@ from mvdream_fast.ops._edges import (
     run_kernels,
     vmap_error,
 )
+from mvdream_fast.ops._registered import differentiable, register
 
 OP = "time_camera_embedding"
 MAX_PERIOD = 10000.0
@@ -84,9 +84,7 @@ def time_camera_embedding(
         return _autocast(_TimeCameraEmbedding.apply(*arguments) if followed else _forward_kernels(*arguments)[0])
     if not torch.is_autocast_enabled("cpu"):
         return _forward_cpu(*arguments)[0]
-    with torch.autocast("cpu", enabled=False):
-        out = _forward_cpu(*arguments)[0]
-    return _autocast(out)
+    return _autocast(_without_autocast(*arguments)[0])
 
 
 def camera_embedding(camera: Tensor, camera_mlp: MLP) -> Tensor:
@@ -142,9 +140,7 @@ def _mlp(x: Tensor, mlp: MLP) -> Tensor:
     return F.linear(F.silu(F.linear(x, w0, b0)), w2, b2)
 
 
-def _forward_cpu(
-    t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _forward_cpu(t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias):
     """The projections, and what the backward needs: emb and the hidden layers of both MLPs before their SiLU."""
     hidden_t = F.linear(sinusoid(t, w0.shape[1], weight.dtype), w0, b0)
     emb = F.linear(F.silu(hidden_t), w2, b2)
@@ -179,112 +175,53 @@ def _d_silu(x: Tensor) -> Tensor:
     return gate * (1 + x * (1 - gate))
 
 
-def _forward_kernels(t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias):
-    weights = [None if x is None else x.contiguous() for x in (w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)]
-    arguments = (t, camera, camera_embedding, weights[:4], weights[4:8], *weights[8:], _allow_tf32(weight))
-    return run_kernels(OP, "projections_weight", weight, "forward", *arguments)
+def _forward_kernels(t, camera, camera_embedding, *weights):
+    weights = [None if x is None else x.contiguous() for x in weights]
+    arguments = (t, camera, camera_embedding, weights[:4], weights[4:8], *weights[8:], _allow_tf32(weights[8]))
+    return run_kernels(OP, "projections_weight", weights[8], "forward", *arguments)
 
 
-def _backward(d_out, emb, hidden_t, hidden_c, t, camera, camera_embedding, *weights, on_kernels: bool):
-    """Gradients in the order of the op's arguments; None where there is none."""
-    time_mlp, camera_mlp, weight = weights[:4], weights[4:8], weights[8]
-    arguments = (d_out, emb, hidden_t, hidden_c, t, camera, time_mlp, camera_mlp, weight)
-    if on_kernels:
-        grads = run_kernels(OP, "projections_weight", weight, "backward", *arguments, _allow_tf32(weight))
-    else:
-        grads = _backward_cpu(*arguments)
-    d_embedding = None if camera_embedding is None else grads["emb"].to(camera_embedding.dtype)
-    d_camera_mlp = grads.get("camera_mlp", (None,) * 4)
-    return None, grads.get("camera"), d_embedding, *grads["time_mlp"], *d_camera_mlp, grads["weight"], grads["bias"]
+def _backward_kernels(*arguments):
+    weight = arguments[-1]
+    return run_kernels(OP, "projections_weight", weight, "backward", *arguments, _allow_tf32(weight))
+
+
+def _pull(backward):
+    """The backward of the op's arguments around one that gives gradients by name."""
+
+    def pull(cotangents, kept, wanted, t, camera, camera_embedding, *weights):
+        grads = backward(*cotangents, *kept, t, camera, weights[:4], weights[4:8], weights[8])
+        d_embedding = None if camera_embedding is None else grads["emb"].to(camera_embedding.dtype)
+        d_camera_mlp = grads.get("camera_mlp", (None,) * 4)
+        return None, grads.get("camera"), d_embedding, *grads["time_mlp"], *d_camera_mlp, grads["weight"], grads["bias"]
+
+    return pull
+
+
+def _without_autocast(*arguments):
+    with torch.autocast("cpu", enabled=False):  # a graph's backend may leave the caller's on
+        return _forward_cpu(*arguments)
+
+
+def _fake(t, camera, camera_embedding, *weights):
+    n_images, (n_projections, hidden) = t.shape[0], weights[8].shape
+    outs = [weights[8].new_empty((n_images, n)) for n in (n_projections, hidden, hidden)]
+    return *outs, None if camera is None else weights[8].new_empty((n_images, hidden))
 
 
 def _allow_tf32(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
-class _TimeCameraEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        out, *saved = _forward_kernels(*arguments)
-        ctx.save_for_backward(*saved, *arguments)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        return _backward(d_out, *ctx.saved_tensors, on_kernels=True)
-
-
-@torch.library.custom_op("mvdream_fast::time_camera_embedding", mutates_args=())
-def _op(
-    t: Tensor,
-    camera: Tensor | None,
-    camera_embedding: Tensor | None,
-    w0: Tensor,
-    b0: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    c0: Tensor | None,
-    d0: Tensor | None,
-    c2: Tensor | None,
-    d2: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)
-    with torch.autocast(weight.device.type, enabled=False):  # a graph's backend may leave the caller's on
-        *outs, hidden_c = _forward_kernels(*arguments) if t.is_cuda else _forward_cpu(*arguments)
-    return *outs, weight.new_empty(0) if hidden_c is None else hidden_c
-
-
-@torch.library.custom_op("mvdream_fast::time_camera_embedding_backward", mutates_args=())
-def _op_backward(
-    d_out: Tensor,
-    emb: Tensor,
-    hidden_t: Tensor,
-    hidden_c: Tensor,
-    t: Tensor,
-    camera: Tensor | None,
-    camera_embedding: Tensor | None,
-    w0: Tensor,
-    b0: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    c0: Tensor | None,
-    d0: Tensor | None,
-    c2: Tensor | None,
-    d2: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-) -> list[Tensor]:
-    arguments = (t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias)
-    grads = _backward(d_out, emb, hidden_t, hidden_c, *arguments, on_kernels=t.is_cuda)
-    return [g.contiguous() for g in grads if g is not None]
-
-
-@_op.register_fake
-def _(t, camera, camera_embedding, w0, b0, w2, b2, c0, d0, c2, d2, weight, bias):
-    n_images, hidden = t.shape[0], weight.shape[1]
-    outs = [weight.new_empty((n_images, n)) for n in (weight.shape[0], hidden, hidden)]
-    return *outs, weight.new_empty(0 if camera is None else (n_images, hidden))
-
-
-@_op_backward.register_fake
-def _(d_out, emb, hidden_t, hidden_c, t, camera, camera_embedding, *weights):
-    return [x.new_empty(x.shape) for x in (camera, camera_embedding, *weights) if x is not None]
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:], *inputs)
-
-
-def _autograd(ctx, d_out, *_):
-    saved = ctx.saved_tensors
-    grads = iter(torch.ops.mvdream_fast.time_camera_embedding_backward(d_out, *saved))
-    return None, *(None if x is None else next(grads) for x in saved[4:])
-
-
-_op.register_autograd(_autograd, setup_context=_setup)
+_TimeCameraEmbedding = differentiable(_forward_kernels, _pull(_backward_kernels), keeps=(1, 2, 3))
+register(
+    "time_camera_embedding(Tensor t, Tensor? camera, Tensor? camera_embedding, Tensor w0, Tensor b0, Tensor w2,"
+    " Tensor b2, Tensor? c0, Tensor? d0, Tensor? c2, Tensor? d2, Tensor weight, Tensor bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=differentiable(_without_autocast, _pull(_backward_cpu), keeps=(1, 2, 3)),
+    cuda=_TimeCameraEmbedding,
+    fake=_fake,
+)
 
 
 def _autocast(out: Tensor) -> Tensor:

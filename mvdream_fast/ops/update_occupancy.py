@@ -3,6 +3,7 @@
 import torch
 
 from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, queue_of, require
+from mvdream_fast.ops._registered import register
 from mvdream_fast.ops.march_rays import pack_bits
 
 
@@ -31,6 +32,12 @@ def update_occupancy(
     return _checked(ema, values, cells, decay, threshold)
 
 
+def run_update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
+    """`update_occupancy` of cells that are known to lie in the grid: nothing is read, so nothing waits for a GPU."""
+    run = _update if ema.dtype == torch.float32 else update_occupancy_ref
+    return run(ema, values, cells, decay, threshold)
+
+
 def _checked(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
     op = "update_occupancy"
     check_shaped(op, "ema", ema, (None,))
@@ -41,8 +48,7 @@ def _checked(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.
         require(cells.dtype == torch.int64, op, "cells", "int64", cells.dtype, "convert with .long()", TypeError)
         within = cells.numel() == 0 or (int(cells.min()) >= 0 and int(cells.max()) < ema.shape[0])
         require(within, op, "cells", f"in [0, {ema.shape[0]})", "an index outside", "pass flat cell indices")
-    run = _update if ema.dtype == torch.float32 else update_occupancy_ref
-    return run(ema, values, cells, decay, threshold)
+    return run_update(ema, values, cells, decay, threshold)
 
 
 @torch.no_grad()
@@ -74,14 +80,14 @@ def _update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.T
     return new, bits
 
 
-@torch.library.custom_op("mvdream_fast::update_occupancy", mutates_args=())
-def _op(
-    ema: torch.Tensor, values: torch.Tensor, cells: torch.Tensor | None, decay: float, threshold: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _checked(ema, values, cells, decay, threshold)
-
-
-@_op.register_fake
-def _(ema, values, cells, decay, threshold):
+def _fake(ema, *_):
     n = ema.shape[0]
     return ema.new_empty(n), ema.new_empty((n + 7) // 8, dtype=torch.uint8)
+
+
+register(
+    "update_occupancy(Tensor ema, Tensor values, Tensor? cells, float decay, float threshold) -> (Tensor, Tensor)",
+    cpu=_checked,
+    cuda=_checked,
+    fake=_fake,
+)

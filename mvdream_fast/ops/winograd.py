@@ -15,9 +15,9 @@ from mvdream_fast.ops._edges import (
     load_native,
     runs_natively,
     thread_count,
-    vjp,
     vmap_error,
 )
+from mvdream_fast.ops._registered import differentiable
 
 OP = "winograd_conv3x3"
 TILE = 4  # pixels along a side of a tile's output
@@ -103,27 +103,18 @@ def _images(x: Tensor) -> object:
     return load_native(OP).Images(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
 
 
-class _Winograd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return _forward(x, weight, bias)
+def _backward(cotangents, kept, wanted, x: Tensor, weight: Tensor, bias: Tensor | None):
+    (d_y,) = cotangents
+    if not runs_natively(d_y):  # several cotangents at once, for one
+        sizes, ones, zeros = None if bias is None else [len(bias)], [1, 1], [0, 0]
+        return torch.ops.aten.convolution_backward(d_y, x, weight, sizes, ones, ones, ones, False, zeros, 1, wanted)
+    d_y = _last(d_y)
+    d_x = _d_x(d_y, weight) if wanted[0] else None
+    d_weight = _d_weight(d_y, x) if wanted[1] else None
+    return d_x, d_weight, d_y.sum((0, 2, 3)) if wanted[2] else None
 
-    @staticmethod
-    def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are asked for
-            inputs = [a for a in (x, weight, bias) if a is not None]
-            gradients = vjp(lambda *a: (winograd_conv3x3_ref(*a),), inputs, [d_y])
-            return *gradients, *[None] * (3 - len(inputs))
-        wanted = ctx.needs_input_grad
-        if not runs_natively(d_y):  # several cotangents at once, for one
-            sizes, ones, zeros = None if bias is None else [len(bias)], [1, 1], [0, 0]
-            return torch.ops.aten.convolution_backward(d_y, x, weight, sizes, ones, ones, ones, False, zeros, 1, wanted)
-        d_y = _last(d_y)
-        d_x = _d_x(d_y, weight) if wanted[0] else None
-        d_weight = _d_weight(d_y, x) if wanted[1] else None
-        return d_x, d_weight, d_y.sum((0, 2, 3)) if wanted[2] else None
+
+_Winograd = differentiable(_forward, _backward, twice=winograd_conv3x3_ref)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

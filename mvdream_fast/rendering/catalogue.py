@@ -3,21 +3,22 @@
 An Entry is a name, its credits and a way to load it; nothing here draws or words a caption.
 """
 
-import csv
 import hashlib
-import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
-from mvdream_fast.data.captions import clean
+from mvdream_fast.core.files import lines
+from mvdream_fast.data.captions import MAX_LENGTH, clean, noun
+from mvdream_fast.rendering.caption_files import read_captions
+from mvdream_fast.rendering.furniture import furniture_noun
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part
 from mvdream_fast.rendering.mesh_file import FOREIGN, FORMATS, WORLD_FROM_GLTF, load_mesh
 from mvdream_fast.rendering.reading import MAX_FILE_BYTES
@@ -46,6 +47,11 @@ class Entry:
     rotation: tuple[float, ...] | None = None  # 3x3, row-major, in the asset's own axes
     caption: str | None = None  # the user's own words, used as they are
 
+    @property
+    def noun(self) -> str:
+        """The name as a caption says it; only the furniture catalogue's names are translated."""
+        return furniture_noun(self.name) if self.member else noun(self.name)
+
     def load(self) -> Mesh:
         """Returns the mesh in the world frame, not yet normalised. Raises MeshError."""
         if not self.member:
@@ -67,23 +73,31 @@ def read_sweethome3d(folder: Path) -> list[Entry]:
     return sorted((entry for path in archives for entry in _read_library(path)), key=lambda entry: entry.id)
 
 
-def read_folder(folder: Path) -> list[Entry]:
-    """Every mesh file under `folder`, by id; captions from captions.csv or captions.json, else the file's name."""
+def read_folder(folder: Path, say: Callable[[str], None] = print) -> list[Entry]:
+    """Every mesh file under `folder`, by id; captions from captions.csv or captions.json, else the file's name.
+
+    `say` is told what of the captions is of no use. Hidden files are passed over, such as macOS's `._box.glb`.
+
+    Raises: InputFileError for a folder without meshes, and for captions that read_captions refuses.
+    """
     if not folder.is_dir():
         raise InputFileError(f"{folder} is not a folder of meshes; give one, or the word sweethome3d")
     suffixes = {f".{suffix}" for suffix in (*FORMATS, *FOREIGN)}  # foreign ones are named when they fail to load
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    paths = sorted(p for p in found if not p.name.startswith("."))  # macOS leaves a "._name" beside what it copies
-    if not paths:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    meshes = {p.relative_to(folder).as_posix(): p for p in paths}
+    # macOS leaves a "._name" beside what it copies, and a folder of them in its archives.
+    meshes = {name: p for name, p in meshes.items() if not re.search(r"(^|/)(\.|__MACOSX/)", name)}
+    if not meshes:
         raise InputFileError(f"no meshes in {folder}; the formats are {', '.join(FORMATS)}")
-    captions = _read_captions(folder)
+    captions = read_captions(folder, list(meshes), say)
+    long = [name for name, text in captions.items() if len(clean(text, len(text))) > MAX_LENGTH]
+    if long:
+        say(f"{len(long)} captions are cut to {MAX_LENGTH} characters, the first that of {long[0]}")
     entries = []
-    for path in paths:
-        relative = path.relative_to(folder).as_posix()
-        caption = captions.get(relative, captions.get(path.name, captions.get(path.stem)))
+    for relative, path in meshes.items():
         name = re.sub(r"[\s_\-]+", " ", path.stem).strip()
-        caption = None if caption is None else clean(caption)
-        entries.append(Entry(_safe_id(relative), clean(name), path, library=folder.name, caption=caption or None))
+        caption = clean(captions.get(relative, "")) or None
+        entries.append(Entry(_safe_id(relative), clean(name), path, library=folder.name, caption=caption))
     return _unique(entries)
 
 
@@ -91,20 +105,6 @@ def _safe_id(text: str) -> str:
     """Letters, digits and dashes, at most 64: it names shard members, which must fit a tar header."""
     plain = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "asset"
     return plain if len(plain) <= 64 else f"{plain[:55]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _read_captions(folder: Path) -> dict[str, str]:
-    """File name (or stem) -> caption; keys are only ever compared with files that were found, never opened."""
-    table: dict[str, str] = {}
-    try:
-        if (folder / "captions.csv").is_file():
-            with open(folder / "captions.csv", newline="", encoding="utf-8-sig") as file:
-                table |= {row[0].strip(): row[1] for row in csv.reader(file) if len(row) >= 2}
-        if (folder / "captions.json").is_file():
-            table |= dict(json.loads((folder / "captions.json").read_text(encoding="utf-8")))
-    except (ValueError, csv.Error, TypeError) as error:
-        raise InputFileError(f"unreadable captions in {folder} ({error}); two columns: file, caption") from None
-    return {str(key): str(value) for key, value in table.items()}
 
 
 def _read_library(path: Path) -> list[Entry]:
@@ -143,7 +143,7 @@ def parse_properties(text: str) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Java properties -> (plain keys, one dict per #N of the `key#N` ones, in order of N)."""
     head: dict[str, str] = {}
     rows: dict[int, dict[str, str]] = {}
-    for line in text.splitlines():
+    for line in lines(text):
         if line.startswith(("#", "!")) or "=" not in line:
             continue
         key, value = (_unescape(side.strip()) for side in line.split("=", 1))
@@ -183,11 +183,11 @@ def _untinted(part: Part) -> Part:
     """These libraries leave a dark or arbitrary diffuse beside a texture: only gray textures take its hue."""
     if part.texture is None:
         return part
-    mean, rgb = part.texture.pixels[..., :3].reshape(-1, 3).mean(0) / 255, to_srgb(part.colours[0, :3])
-    coloured = rgb.max() < 0.05 or mean.max() - mean.min() > 0.08
-    colours = part.colours.copy()
-    colours[:, :3] = 1 if coloured else to_linear(rgb / rgb.max())
-    return replace(part, colours=colours)
+    mean, rgb = part.texture.pixels[..., :3].reshape(-1, 3).mean(0) / 255, to_srgb(part.colors[0, :3])
+    colored = rgb.max() < 0.05 or mean.max() - mean.min() > 0.08
+    colors = part.colors.copy()
+    colors[:, :3] = 1 if colored else to_linear(rgb / rgb.max())
+    return replace(part, colors=colors)
 
 
 @lru_cache(maxsize=8)

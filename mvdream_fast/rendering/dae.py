@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
 from mvdream_fast.rendering import images
 from mvdream_fast.rendering.images import mirrored, with_alpha
 from mvdream_fast.rendering.mesh import HOLE, MeshError, Part, Texture
@@ -71,20 +71,20 @@ def _part(primitive, matrix: np.ndarray, node, reading: Reading) -> Part:
     reading.count_faces(len(corner) // 3)
     index, points = index[corner], points[corner] @ matrix[:, :3].T + matrix[:, 3]
     positions, rows = np.unique(points, axis=0, return_inverse=True)  # smooth where no normals are given
-    normals, colours = (_input(primitive, kind, index) for kind in ("NORMAL", "COLOR"))
+    normals, colors = (_input(primitive, kind, index) for kind in ("NORMAL", "COLOR"))
     if normals is not None:
         linear = matrix[:, :3]
         normals = normals @ np.linalg.pinv(linear)
     effect = _Effect(node, primitive, reading)
-    colour = np.tile(effect.colour, (len(index), 1))
-    if colours is not None:
-        colour[:, :3] *= to_linear(np.clip(colours[:, :3], 0, 1))
-        colour[:, 3] *= colours[:, 3] if colours.shape[1] > 3 else 1
+    color = np.tile(effect.color, (len(index), 1))
+    if colors is not None:
+        color[:, :3] *= to_linear(np.clip(colors[:, :3], 0, 1))
+        color[:, 3] *= colors[:, 3] if colors.shape[1] > 3 else 1
     uv = _input(primitive, "TEXCOORD", index, effect.texture_set)
     look = effect.look if uv is not None else effect.look | {"texture": None, "emission_texture": None}
-    blend = look.pop("blend", False) or bool(colour[:, 3].min() < 1)
+    blend = look.pop("blend", False) or bool(color[:, 3].min() < 1)
     uv = None if uv is None else uv[:, :2]
-    return part(positions, rows.reshape(-1, 3), normals, colour, uv, blend=blend, cutoff=HOLE, **look)
+    return part(positions, rows.reshape(-1, 3), normals, color, uv, blend=blend, cutoff=HOLE, **look)
 
 
 def _input(primitive, semantic: str, index: np.ndarray, number: str | None = None) -> np.ndarray | None:
@@ -111,7 +111,7 @@ class _Effect:
         material = node.target if node else None
         effect = material.effect if material else None
         if effect is None:
-            self.colour, self.look = np.array([*to_linear(np.array(UNSAID)), 1]), {}
+            self.color, self.look = np.array([*to_linear(np.array(UNSAID)), 1]), {}
             return
         base, diffuse = self._channel(effect.diffuse, UNSAID if effect.shadingtype != "constant" else (0, 0, 0))
         emission, glow = self._channel(effect.emission, (0, 0, 0))
@@ -119,7 +119,7 @@ class _Effect:
         if clear is not None:
             pixels = with_alpha(None if diffuse is None else self._pixels(effect.diffuse), clear)
             diffuse = self._place(effect.transparent if diffuse is None else effect.diffuse, pixels)
-        self.colour = np.array([*base, opacity])
+        self.color = np.array([*base, opacity])
         self.look = {
             "texture": diffuse,
             "emission": tuple(map(float, emission)),

@@ -144,7 +144,7 @@ def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[s
     settings = json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else None
+        found = json.loads((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).exists() else None
     except OSError as error:
         raise OutputError(f"{folder} cannot be used ({error.strerror}); name another with -o") from None
     except ValueError:
@@ -185,7 +185,7 @@ def _surveys(entries, folder, pool, report) -> tuple[dict[str, Survey], dict[str
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -259,7 +259,7 @@ def draw_asset(asset: AssetPlan, options: Options, renderer) -> Iterator[Sample]
     per_side = 4 if options.size <= 128 else 2
     for number, item in enumerate(asset.orbits):
         cameras = orbit(preset, np.asarray(item.camera))
-        drawn = mesh.recoloured(list(item.paint), item.target) if item.paint else mesh
+        drawn = mesh.recolored(list(item.paint), item.target) if item.paint else mesh
         views = renderer.render(drawn, cameras.c2w, cameras.fovy, options.size, per_side)
         meta = _words(asset, number, item) | {
             "size": options.size,
@@ -281,9 +281,10 @@ def _words(asset: AssetPlan, number: int, item) -> dict:
         "split": asset.split,
         "caption": item.caption,
         "variants": list(item.variants),
-        "colours": list(item.colours),
+        "colours": list(item.colors),
         "painted": bool(item.paint),
         "name": entry.name,
+        "noun": entry.noun,
         "category": entry.category,
         "tags": list(entry.tags),
         "creator": entry.creator,

@@ -25,9 +25,9 @@ def look(document: Document, primitive: dict, attribute: Callable, vertices: np.
         raise MeshError(f"alphaMode is {mode!r}, which glTF does not know")
     place = partial(_texture, document, attribute=attribute, vertices=vertices)
     texture = place(base)
-    colours = _colours(attribute("COLOR_0"), factor, len(vertices), vertices)
+    colors = _colors(attribute("COLOR_0"), factor, len(vertices), vertices)
     if mode == "OPAQUE":
-        colours[:, 3] = 1
+        colors[:, 3] = 1
         if texture is not None and texture.pixels[..., 3].min() < 255:
             pixels = texture.pixels.copy()
             pixels[..., 3] = 255
@@ -36,7 +36,7 @@ def look(document: Document, primitive: dict, attribute: Callable, vertices: np.
     strength = extensions.get("KHR_materials_emissive_strength", {}).get("emissiveStrength", 1.0)
     emission = np.zeros(3) if unlit else np.array(material.get("emissiveFactor", [0.0] * 3), float) * strength
     return {
-        "colours": colours,
+        "colors": colors,
         "texture": texture,
         "emission": tuple(float(x) for x in emission),
         "emission_texture": place(material.get("emissiveTexture")) if emission.any() else None,
@@ -57,7 +57,7 @@ def _base(material: dict, extensions: dict) -> tuple[np.ndarray, dict | None]:
     return np.array(rough.get("baseColorFactor", [1.0] * 4), float), rough.get("baseColorTexture")
 
 
-def _colours(given: np.ndarray | None, factor: np.ndarray, n: int, vertices: np.ndarray) -> np.ndarray:
+def _colors(given: np.ndarray | None, factor: np.ndarray, n: int, vertices: np.ndarray) -> np.ndarray:
     """Vertex colours times the factor, [n, 4] float32."""
     if given is None:
         return np.tile(factor, (n, 1)).astype(np.float32)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.rendering.mesh import MeshError, Texture
 
 MAX_TEXTURE_PIXELS = 8192 * 8192

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
 
 HOLE = 0.5  # alpha under this is a hole where a format names no limit of its own
@@ -33,7 +33,7 @@ class Part:
 
     positions: np.ndarray  # [N, 3] float32
     normals: np.ndarray  # [N, 3] float32, zero where the file's normals cancel
-    colours: np.ndarray  # [N, 4] float32: linear light and alpha
+    colors: np.ndarray  # [N, 4] float32: linear light and alpha
     faces: np.ndarray  # [M, 3] int32, counter-clockwise from outside
     texture: Texture | None = None
     emission: tuple[float, float, float] = (0.0, 0.0, 0.0)  # linear light that is added, whatever the light
@@ -51,7 +51,7 @@ class Part:
             return 1.0
         alpha = self.texture.pixels[..., 3] if self.texture is not None else np.full(1, 255)
         seen = alpha[alpha > 0]
-        return float(self.colours[:, 3].mean() * (seen.mean() / 255 if seen.size else 0))
+        return float(self.colors[:, 3].mean() * (seen.mean() / 255 if seen.size else 0))
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Mesh:
 
     def brightened(self, gain: float) -> "Mesh":
         """Untextured colours times `gain` in sRGB, held below 1 without changing their hue."""
-        return self._each(lambda p: p if p.texture is not None else _coloured(p, _gained(_shown(p), gain)))
+        return self._each(lambda p: p if p.texture is not None else _colored(p, _gained(_shown(p), gain)))
 
     def opaque(self) -> "Mesh":
         """The same mesh with every part solid and without emission; what is wholly clear in a texture stays a hole."""
         return self._each(_solid)
 
-    def recoloured(self, parts: list[int], target: np.ndarray, flat: bool = False) -> "Mesh":
+    def recolored(self, parts: list[int], target: np.ndarray, flat: bool = False) -> "Mesh":
         """Paints the listed parts in an sRGB colour; light and dark details of textures stay unless `flat`."""
         painted = list(self.parts)
         for i in parts:
@@ -109,24 +109,24 @@ def grey_where_nothing_is_said(n: int) -> np.ndarray:
 
 
 def _shown(part: Part) -> np.ndarray:
-    return to_srgb(part.colours[:, :3])
+    return to_srgb(part.colors[:, :3])
 
 
-def _coloured(part: Part, srgb: np.ndarray) -> Part:
-    colours = np.hstack([to_linear(srgb), part.colours[:, 3:]]).astype(np.float32)
-    return replace(part, colours=colours)
+def _colored(part: Part, srgb: np.ndarray) -> Part:
+    colors = np.hstack([to_linear(srgb), part.colors[:, 3:]]).astype(np.float32)
+    return replace(part, colors=colors)
 
 
-def _gained(colours: np.ndarray, gain: float) -> np.ndarray:
-    return colours * np.minimum(gain, 1 / np.maximum(colours.max(1, keepdims=True), 1e-3))
+def _gained(colors: np.ndarray, gain: float) -> np.ndarray:
+    return colors * np.minimum(gain, 1 / np.maximum(colors.max(1, keepdims=True), 1e-3))
 
 
 def _solid(part: Part) -> Part:
     part = replace(part, emission=(0.0, 0.0, 0.0), emission_texture=None)
     if not part.blend:
         return part
-    colours = np.hstack([part.colours[:, :3], np.ones_like(part.colours[:, 3:])])
-    return replace(part, colours=colours, blend=False, cutoff=HOLE)
+    colors = np.hstack([part.colors[:, :3], np.ones_like(part.colors[:, 3:])])
+    return replace(part, colors=colors, blend=False, cutoff=HOLE)
 
 
 def _paint(part: Part, target: np.ndarray, flat: bool) -> Part:
@@ -138,13 +138,13 @@ def _paint(part: Part, target: np.ndarray, flat: bool) -> Part:
         ratio = np.ones_like(light) if flat else np.clip(light / max(light.mean(), 1e-3), 0.6, 1.25)
         if part.texture is not None:
             part = _textured(part, np.full_like(part.texture.pixels[..., :3], 255))
-        return _coloured(part, np.clip(ratio[:, None] * target, 0, 1))
+        return _colored(part, np.clip(ratio[:, None] * target, 0, 1))
     light = (part.texture.pixels[..., :3].astype(np.float32) / 255) @ weights
     solid = part.texture.pixels[..., 3] > 127
     mean = light[solid].mean() if solid.any() else light.mean()
     ratio = np.clip(light / max(float(mean), 0.05), 0.55, 1.3)
     painted = _textured(part, np.clip(ratio[..., None] * target * 255, 0, 255))
-    return _coloured(painted, np.ones_like(part.colours[:, :3]))
+    return _colored(painted, np.ones_like(part.colors[:, :3]))
 
 
 def _textured(part: Part, rgb: np.ndarray) -> Part:

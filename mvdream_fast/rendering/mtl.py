@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
+from mvdream_fast.core.files import lines
 from mvdream_fast.rendering import images
 from mvdream_fast.rendering.mesh import HOLE, Texture
 from mvdream_fast.rendering.reading import Reading, text_of
@@ -30,7 +31,7 @@ class Material:
     transparency: float = 0.0  # Tr
     maps: dict[str, "Map"] = field(default_factory=dict)
 
-    def colour(self) -> np.ndarray:
+    def color(self) -> np.ndarray:
         """Linear light and opacity, [4]. A map multiplies Kd; one of zeros beside a map is an exporter's blank."""
         blank = 1.0 if "map_kd" in self.maps else UNSAID
         rgb = blank if self.diffuse is None or ("map_kd" in self.maps and not any(self.diffuse)) else self.diffuse
@@ -55,7 +56,7 @@ class Material:
             "texture": None if base is None else place.texture(base),
             "emission": tuple(map(float, to_linear(np.clip(emission, 0, 1)))),
             "emission_texture": None if glow is None else self.maps["map_ke"].texture(glow),
-            "blend": clear is not None or bool(self.colour()[3] < 1),
+            "blend": clear is not None or bool(self.color()[3] < 1),
             "cutoff": HOLE,
             "material": self.name,
         }
@@ -103,7 +104,7 @@ def read(content: bytes) -> dict[str, Material]:
     """The materials of a .mtl by name. Raises: ValueError for numbers that are none."""
     materials: dict[str, Material] = {}
     now = Material()
-    for line in text_of(content).replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
+    for line in lines(text_of(content).replace("\\\r\n", " ").replace("\\\n", " ")):
         key, rest = (*line.split(None, 1), "", "")[:2]
         key, rest = key.lower(), rest.strip()
         if key == "newmtl":

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
+from mvdream_fast.core.files import lines
 from mvdream_fast.rendering import mtl
 from mvdream_fast.rendering.mesh import MeshError, Part
 from mvdream_fast.rendering.polygons import part, triangulated
@@ -16,7 +17,7 @@ MAX_CORNERS = 6_000_000
 def read(content: bytes, reading: Reading) -> Iterator[Part]:
     """One part for each material, and for its faces with and without normals. Raises: MeshError, ValueError."""
     file = _Statements(text_of(content), reading)
-    positions, colours = _vertices(file.rows["v"])
+    positions, colors = _vertices(file.rows["v"])
     uvs = np.array([(*row, "0")[:2] for row in file.rows["vt"]], float).reshape(-1, 2)
     normals = np.array([row[:3] for row in file.rows["vn"]], float).reshape(-1, 3)
     tables = (positions, uvs, normals)
@@ -28,19 +29,19 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
                 raise MeshError(f"a face refers to vertex {column.max() + 1}, and there are {len(table)}")
         corners = corners[triangulated(positions[corners[:, 0]], counts)]
         reading.count_faces(len(corners) // 3)
-        yield _part(file, name, corners, tables, colours, reading)
+        yield _part(file, name, corners, tables, colors, reading)
 
 
-def _part(file: "_Statements", name: str | None, corners, tables, colours, reading: Reading) -> Part:
+def _part(file: "_Statements", name: str | None, corners, tables, colors, reading: Reading) -> Part:
     positions, uvs, normals = tables
     v, vt, vn = corners.T
     material = file.material(name)
-    colour = material.colour() if material else np.array([1.0] * 4)
+    color = material.color() if material else np.array([1.0] * 4)
     has_uv = len(vt) and vt.min() >= 0
-    if colours is not None:
-        corner_colours = colours[v] * colour
+    if colors is not None:
+        corner_colors = colors[v] * color
     else:
-        corner_colours = np.tile(colour, (len(v), 1)) if material else None
+        corner_colors = np.tile(color, (len(v), 1)) if material else None
     look = material.look(reading) if material else {}
     if not has_uv:
         look |= {"texture": None, "emission_texture": None}
@@ -48,7 +49,7 @@ def _part(file: "_Statements", name: str | None, corners, tables, colours, readi
         positions,
         v.reshape(-1, 3),
         normals[vn] if len(vn) and vn.min() >= 0 else None,
-        corner_colours,
+        corner_colors,
         uvs[vt] if has_uv else None,
         **look,
     )
@@ -62,7 +63,7 @@ class _Statements:
         self.rows: dict[str, list[list[str]]] = {"v": [], "vt": [], "vn": []}
         self.polygons: dict[tuple[str | None, bool], list] = {}  # (material, has normals) -> corners (v, vt, vn)
         name, n_corners = None, 0
-        for line in text.replace("\\\r\n", " ").replace("\\\n", " ").split("\n"):
+        for line in lines(text.replace("\\\r\n", " ").replace("\\\n", " ")):
             words = line.split("#", 1)[0].split() if "mtl" not in line else line.split()
             if not words:
                 continue
@@ -119,7 +120,7 @@ def _vertices(rows: list[list[str]]) -> tuple[np.ndarray, np.ndarray | None]:
     positions = np.array([row[:3] for row in rows], float).reshape(-1, 3)
     if max(widths, default=3) < 6:
         return positions, None
-    colours = np.array([row[-3:] if len(row) >= 6 else ["nan"] * 3 for row in rows], float)
-    colours = colours / 255 if np.nanmax(colours) > 1 else colours
-    linear = to_linear(np.clip(np.nan_to_num(colours, nan=1.0), 0, 1))
+    colors = np.array([row[-3:] if len(row) >= 6 else ["nan"] * 3 for row in rows], float)
+    colors = colors / 255 if np.nanmax(colors) > 1 else colors
+    linear = to_linear(np.clip(np.nan_to_num(colors, nan=1.0), 0, 1))
     return positions, np.hstack([linear, np.ones((len(rows), 1))])

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core import files
+from mvdream_fast.core.color import to_linear
 from mvdream_fast.rendering.mesh import MeshError, Part
 from mvdream_fast.rendering.polygons import part, triangulated
 from mvdream_fast.rendering.reading import Reading, text_of
@@ -12,7 +13,7 @@ from mvdream_fast.rendering.reading import Reading, text_of
 
 def read(content: bytes, reading: Reading) -> Iterator[Part]:
     """One part. Raises: MeshError, and ValueError for numbers that are none."""
-    lines = [line for line in (raw.split("#", 1)[0].strip() for raw in text_of(content).splitlines()) if line]
+    lines = [line for line in (raw.split("#", 1)[0].strip() for raw in files.lines(text_of(content))) if line]
     kind = lines[0].split()[0] if lines else ""
     if not kind.endswith("OFF") or set(kind[:-3]) - set("STCN"):
         raise MeshError("is no text OFF with three coordinates: it must begin with OFF, COFF, NOFF or STOFF")
@@ -31,13 +32,13 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
     reading.count_faces(len(corner) // 3)
     if "C" in kind:
         at = 6 if "N" in kind else 3
-        colours = _linear([row[at : at + 4] for row in vertices])[index[corner]]
+        colors = _linear([row[at : at + 4] for row in vertices])[index[corner]]
     else:
         given = [row[1 + n :] for row, n in zip(faces, counts)]
         owner = np.repeat(np.arange(n_faces), counts)[corner]
-        colours = _linear(given)[owner] if any(len(row) >= 3 for row in given) else None
-    blend = colours is not None and bool(colours[:, 3].min(initial=1) < 1)
-    yield part(positions, index[corner].reshape(-1, 3), colours=colours, blend=blend)
+        colors = _linear(given)[owner] if any(len(row) >= 3 for row in given) else None
+    blend = colors is not None and bool(colors[:, 3].min(initial=1) < 1)
+    yield part(positions, index[corner].reshape(-1, 3), colors=colors, blend=blend)
 
 
 def _linear(rows: list[list[str]]) -> np.ndarray:

@@ -124,7 +124,7 @@ class GLRenderer:
         columns = max(1, ATLAS // (size * samples))
         # Eight bits of colour times a small alpha would keep few of the colour's.
         dtype = "f2" if any(batch.look.blend for batch in batches) else "f1"
-        big, big_colour, small = self._target(columns * size, samples, dtype)
+        big, big_color, small = self._target(columns * size, samples, dtype)
         out = np.empty((len(c2w), size, size, 4), np.uint8)
         for start in range(0, len(c2w), columns * columns):
             chunk = range(start, min(start + columns * columns, len(c2w)))
@@ -133,7 +133,7 @@ class GLRenderer:
             self.context.clear(0.0, 0.0, 0.0, 0.0, depth=1.0)
             for slot, view in enumerate(chunk):
                 self._view(batches, c2w[view], float(fovy[view]), slot, columns, size * samples, lit)
-            atlas = self._resolve(big_colour, small, samples)
+            atlas = self._resolve(big_color, small, samples)
             for slot, view in enumerate(chunk):
                 y, x = slot // columns * size, slot % columns * size
                 out[view] = atlas[y : y + size, x : x + size][::-1]
@@ -180,10 +180,10 @@ class GLRenderer:
         key = (side, samples, dtype)
         if key not in self.targets:
             large = (side * samples, side * samples)
-            colour = self.context.texture(large, 4, dtype=dtype)
-            big = self.context.framebuffer([colour], self.context.depth_renderbuffer(large))
+            color = self.context.texture(large, 4, dtype=dtype)
+            big = self.context.framebuffer([color], self.context.depth_renderbuffer(large))
             small = self.context.framebuffer([self.context.texture((side, side), 4)])
-            self.targets[key] = big, colour, small
+            self.targets[key] = big, color, small
         return self.targets[key]
 
     def _upload(self, mesh: Mesh) -> list["_Batch"]:
@@ -223,7 +223,7 @@ class GLRenderer:
 def _rows(part: Part) -> np.ndarray:
     """The vertices as the shader takes them, [N, 14] float32."""
     uvs = [np.zeros((len(part.positions), 2)) if t is None else t.uv for t in (part.texture, part.emission_texture)]
-    return np.hstack([part.positions, part.normals, part.colours, *uvs]).astype("f4")
+    return np.hstack([part.positions, part.normals, part.colors, *uvs]).astype("f4")
 
 
 def _keep_one_thread() -> None:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.data import captions
 from mvdream_fast.rendering.catalogue import Entry
+from mvdream_fast.rendering.furniture import usable_tags
 from mvdream_fast.rendering.survey import MIN_COVERAGE, Survey, near_duplicates
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class OrbitPlan:
     camera: tuple[float, float, float, float]
     caption: str
     variants: tuple[str, ...]
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     paint: tuple[int, ...] = ()  # parts
     target: tuple[float, float, float] | None = None  # sRGB
 
@@ -65,8 +67,8 @@ def select(entries: list[Entry], surveys: dict[str, Survey]) -> Selection:
 
 def held_out_ids() -> set[str]:
     """The ids in held_out.txt: one asset a line, `id<TAB>name`, # for comments."""
-    text = (files("mvdream_fast.rendering") / "held_out.txt").read_text(encoding="utf-8")
-    return {line.split("\t")[0] for line in text.splitlines() if line and not line.startswith("#")}
+    rows = read_lines(files("mvdream_fast.rendering") / "held_out.txt")
+    return {line.split("\t")[0] for line in rows if line and not line.startswith("#")}
 
 
 def random_held_out(entries: list[Entry], share: float, seed: int) -> set[str]:
@@ -100,11 +102,11 @@ def _asset(
     stream = Stream(seed, 0, f"orbits/{entry.id}")
     cameras = stream.uniform(n_plain + n_painted, 4).tolist()
     words = _Words(entry, look, taken)
-    orbits = [words.orbit(tuple(c), captions.mentioned(look.colours)) for c in cameras[:n_plain]]
+    orbits = [words.orbit(tuple(c), captions.mentioned(look.colors)) for c in cameras[:n_plain]]
     if entry.caption is None:
         repaints = _repaints(look, stream, n_painted)
-        for camera, (paint, target, colours) in zip(cameras[n_plain:], repaints):
-            orbit = words.orbit(tuple(camera), colours)
+        for camera, (paint, target, colors) in zip(cameras[n_plain:], repaints):
+            orbit = words.orbit(tuple(camera), colors)
             if orbit:
                 orbits.append(replace(orbit, paint=paint, target=target))
     return AssetPlan(entry, split, tuple(o for o in orbits if o))
@@ -115,17 +117,17 @@ class _Words:
 
     def __init__(self, entry: Entry, look: Survey, taken: set[str]):
         self.entry, self.look, self.taken = entry, look, taken
-        self.tags = captions.usable_tags(entry.tags, entry.category)
-        self.noun = captions.noun(entry.name)
+        self.tags = usable_tags(entry.tags, entry.category)
+        self.noun = entry.noun
 
-    def orbit(self, camera, colours: tuple[str, ...]) -> OrbitPlan | None:
+    def orbit(self, camera, colors: tuple[str, ...]) -> OrbitPlan | None:
         if self.entry.caption is not None:
-            return OrbitPlan(camera, captions.clean(self.entry.caption) or self.noun, (), colours)
-        full = captions.caption(colours, self.noun)
-        others = captions.variants(colours, self.noun, self.look.material, self.tags)
+            return OrbitPlan(camera, captions.clean(self.entry.caption) or self.noun, (), colors)
+        full = captions.caption(colors, self.noun)
+        others = captions.variants(colors, self.noun, self.look.material, self.tags)
         if full in self.taken:
             return None
-        return OrbitPlan(camera, full, tuple(v for v in others if v not in self.taken), colours)
+        return OrbitPlan(camera, full, tuple(v for v in others if v not in self.taken), colors)
 
 
 Repaint = tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]
@@ -137,20 +139,20 @@ def _repaints(look: Survey, stream: "Stream", n: int) -> list[Repaint]:
     Panes of glass keep their colour, unless the asset is mostly glass.
     """
     names = list(captions.TARGETS)
-    shares = captions.salient(look.colours)
+    shares = captions.salient(look.colors)
     main = next(iter(shares), "")
     second = next((c for c, s in list(shares.items())[1:] if s > captions.SHARE), None)
     glassy = sum(look.part_shares[i] for i in look.glass) > 0.6
-    whole = tuple(i for i in range(len(look.part_colours)) if glassy or i not in look.glass)
-    main_parts = tuple(i for i in whole if look.part_colours[i] == main)
+    whole = tuple(i for i in range(len(look.part_colors)) if glassy or i not in look.glass)
+    main_parts = tuple(i for i in whole if look.part_colors[i] == main)
     main_share = sum(look.part_shares[i] for i in main_parts)
     order = [names[i] for i in stream.permutation(len(names)).tolist() if names[i] != main]
     jitter = stream.uniform(n, 4).numpy()
     out = []
     for k, target in enumerate(order[:n]):
         part_only = k % 2 == 1 and 0.35 < main_share < 0.9
-        colours = (target, second) if part_only and second and second != target else (target,)
-        out.append((main_parts if part_only else whole, _jittered(target, jitter[k]), colours))
+        colors = (target, second) if part_only and second and second != target else (target,)
+        out.append((main_parts if part_only else whole, _jittered(target, jitter[k]), colors))
     return out
 
 
@@ -168,9 +170,9 @@ def choose_held_out(entries: list[Entry], surveys: dict[str, Survey], seed: int 
     """
     from mvdream_fast.core.rng import Stream
 
-    words = {e.id: captions.noun(e.name) for e in entries}
+    words = {e.id: e.noun for e in entries}
     heads = {e.id: captions.head_noun(words[e.id]) for e in entries}
-    full = {e.id: captions.caption(captions.mentioned(surveys[e.id].colours), words[e.id]) for e in entries}
+    full = {e.id: captions.caption(captions.mentioned(surveys[e.id].colors), words[e.id]) for e in entries}
     left, repeats, kinds = (Counter(x) for x in (_all_words(words.values()), full.values(), heads.values()))
     quota = {c: max(1, round(n * k / len(entries))) for c, k in Counter(e.category for e in entries).items()}
     taken: Counter[str] = Counter()

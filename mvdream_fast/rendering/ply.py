@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
+from mvdream_fast.core.files import lines
 from mvdream_fast.rendering import images
 from mvdream_fast.rendering.mesh import HOLE, MeshError, Part, Texture
 from mvdream_fast.rendering.polygons import part, triangulated
@@ -18,7 +19,7 @@ TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4"
          "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
          "float32": "f4", "float64": "f8"}  # fmt: skip
 ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
-COLOURS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+COLORS = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
 COORDINATES = (("s", "t"), ("u", "v"), ("texture_u", "texture_v"))
 
 
@@ -50,14 +51,14 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
     reading.count_faces(len(corner) // 3)
     owner = np.repeat(np.arange(len(counts)), counts)[corner]  # the face of each corner
     v = index[corner]
-    normals, colours, uv = _attributes(vertex, face, v, corner, owner)
-    alpha = colours is not None and colours[:, 3].min() < 1
+    normals, colors, uv = _attributes(vertex, face, v, corner, owner)
+    alpha = colors is not None and colors[:, 3].min() < 1
     numbers = face["texnumber"][owner[::3]].astype(int) if "texnumber" in face else np.zeros(len(v) // 3, int)
     for number in np.unique(numbers):
         rows_of = np.repeat(numbers == number, 3)
-        chosen = [None if a is None else a[rows_of] for a in (normals, colours, uv)]
+        chosen = [None if a is None else a[rows_of] for a in (normals, colors, uv)]
         place = _texture(names, number, reading) if uv is not None else None
-        if place is not None and colours is None:
+        if place is not None and colors is None:
             chosen[1] = np.ones((rows_of.sum(), 4))
         yield part(positions, v[rows_of].reshape(-1, 3), *chosen, texture=place, blend=bool(alpha), cutoff=HOLE)
 
@@ -65,21 +66,21 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
 def _attributes(vertex: dict, face: dict, v: np.ndarray, corner: np.ndarray, owner: np.ndarray):
     """Normals, colours and coordinates of the corners, each None where the file has none."""
     normals = _matrix(vertex, ("nx", "ny", "nz"))
-    colours = _colours(vertex, v)
-    colours = _colours(face, owner) if colours is None else colours
+    colors = _colors(vertex, v)
+    colors = _colors(face, owner) if colors is None else colors
     uv = next((m[v] for m in (_matrix(vertex, pair) for pair in COORDINATES) if m is not None), None)
     if "texcoord" in face and len(face["texcoord"][0]) == 2 * (corner.max(initial=-1) + 1):
         uv = face["texcoord"][0].reshape(-1, 2)[corner]
-    return None if normals is None else normals[v], colours, uv
+    return None if normals is None else normals[v], colors, uv
 
 
 def _matrix(columns: dict, names: tuple[str, ...]) -> np.ndarray | None:
     return np.stack([columns[n] for n in names], 1).astype(float) if all(n in columns for n in names) else None
 
 
-def _colours(columns: dict, rows: np.ndarray) -> np.ndarray | None:
+def _colors(columns: dict, rows: np.ndarray) -> np.ndarray | None:
     """Linear light and alpha, [K, 4]; whole numbers reach to their type's largest."""
-    names = next((names for names in COLOURS if all(name in columns for name in names)), None)
+    names = next((names for names in COLORS if all(name in columns for name in names)), None)
     if names is None:
         return None
 
@@ -128,7 +129,7 @@ def _header(content: bytes) -> tuple[str, list[Element], list[str], bytes]:
         raise MeshError("is no PLY: it must begin with ply and have an end_header")
     rest = rest[2:] if rest[:2] == b"\r\n" else rest[1:]
     order, elements, names = None, [], []
-    for line in head.decode("utf-8", "replace").splitlines():
+    for line in lines(head.decode("utf-8", "replace")):
         words = line.split()
         if words[:1] == ["format"]:
             order = ORDERS.get(words[1])

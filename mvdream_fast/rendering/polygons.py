@@ -84,7 +84,7 @@ def part(
     positions: np.ndarray,
     faces: np.ndarray,
     normals: np.ndarray | None = None,
-    colours: np.ndarray | None = None,
+    colors: np.ndarray | None = None,
     uv: np.ndarray | None = None,
     **look,
 ) -> Part:
@@ -97,9 +97,9 @@ def part(
     positions = np.asarray(positions, np.float64)
     if normals is None:
         normals = _creased(positions, faces)
-    colours = grey_where_nothing_is_said(faces.size) if colours is None else colours
+    colors = grey_where_nothing_is_said(faces.size) if colors is None else colors
     uv = np.zeros((faces.size, 2)) if uv is None else uv
-    corners = np.hstack([positions[faces.reshape(-1)], unit(np.nan_to_num(normals)), colours, uv]).astype(np.float32)
+    corners = np.hstack([positions[faces.reshape(-1)], unit(np.nan_to_num(normals)), colors, uv]).astype(np.float32)
     rows = np.ascontiguousarray(corners + 0.0)  # -0 and 0 are the same
     rows = rows.view(np.dtype((np.void, rows.strides[0]))).reshape(-1)
     _, first, index = np.unique(rows, return_index=True, return_inverse=True)

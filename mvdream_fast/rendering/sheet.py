@@ -20,9 +20,9 @@ def write_sheet(folder: Path, split: str = "train") -> Path:
     cells = [_cell(sample) for sample in samples]
     cells += [np.zeros_like(cells[0])] * (-len(cells) % COLUMNS)
     rows = [np.hstack(cells[k : k + COLUMNS]) for k in range(0, len(cells), COLUMNS)]
-    picture = Image.fromarray(np.vstack(rows))
+    image = Image.fromarray(np.vstack(rows))
     path = folder / "sheet.png"
-    replace_file(path, lambda temporary: picture.save(temporary, "PNG"), picture.width * picture.height * 3)
+    replace_file(path, lambda temporary: image.save(temporary, "PNG"), image.width * image.height * 3)
     return path
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.color import to_linear, to_srgb
+from mvdream_fast.core.triangles import covered_pixels, cross
 from mvdream_fast.rendering.mesh import Mesh, Part, Texture
 
 # Ambient + up + headlight + key, raised by 10 % so that a white object comes out white.
@@ -16,7 +17,6 @@ AMBIENT, SKY, HEADLIGHT, KEY = 0.385, 0.165, 0.44, 0.275
 KEY_DIRECTION = np.array([-0.46, -0.62, 0.64], np.float32) / np.linalg.norm([-0.46, -0.62, 0.64])
 SOLID = 0.998  # alpha from which a blended fragment hides what is behind it
 LINEAR = to_linear(np.arange(256) / 255).astype(np.float32)  # of 8-bit sRGB
-PAIRS = 1 << 20  # (triangle, pixel) candidates looked at in one go
 
 
 def view_projection(c2w: np.ndarray, fovy: float) -> np.ndarray:
@@ -46,13 +46,13 @@ class NumpyRenderer:
         eye = c2w[:3, 3].astype(np.float32)
         parts = [_project(part, view_projection(c2w, fovy), side) for part in mesh.parts]
         depth = np.full(side * side, np.inf)
-        picture = np.zeros((side * side, 4), np.float32)  # premultiplied
+        image = np.zeros((side * side, 4), np.float32)  # premultiplied
         for part in parts:
-            _draw_solid(part, depth, picture, side, eye, lit)
+            _draw_solid(part, depth, image, side, eye, lit)
         glass = [part for part in parts if part.source.blend]
         for part in sorted(glass, key=lambda p: -np.linalg.norm(p.source.positions.mean(0) - eye)):
-            _draw_glass(part, depth, picture, side, eye, lit)
-        return _resolve(picture.reshape(size, samples, size, samples, 4))
+            _draw_glass(part, depth, image, side, eye, lit)
+        return _resolve(image.reshape(size, samples, size, samples, 4))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _project(part: Part, matrix: np.ndarray, side: int) -> _Projected:
     screen = np.stack([(ndc[:, 0] + 1) * side / 2, (1 - ndc[:, 1]) * side / 2, ndc[:, 2]], 1)
     if not part.double_sided:
         a, b, c = (screen[faces[:, i], :2] for i in range(3))
-        faces = faces[_cross(b - a, c - a) < 0]  # y goes down
+        faces = faces[cross(b - a, c - a) < 0]  # y goes down
     return _Projected(part, screen[faces], (1 / w[:, 0])[faces], faces)
 
 
@@ -87,42 +87,14 @@ class _Fragments:
 
 
 def _fragments(part: _Projected, side: int) -> Iterator[_Fragments]:
-    """All covered pixel centres of all triangles, in chunks of about PAIRS candidates, in the order of the faces."""
-    low = np.clip(np.ceil(part.corners[:, :, :2].min(1) - 0.5), 0, side).astype(np.int64)
-    high = np.clip(np.floor(part.corners[:, :, :2].max(1) - 0.5), -1, side - 1).astype(np.int64)
-    span = np.maximum(high - low + 1, 0)
-    counts = span.prod(1)
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(counts):
-        stop = max(start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + PAIRS, "right")))
-        chunk = np.arange(start, stop)[counts[start:stop] > 0]
-        if len(chunk):
-            yield _covered(part, chunk, low, span, counts, side)
-        start = stop
+    """All covered pixel centres of all triangles, in the order of the faces."""
+    for face, x, y, flat in covered_pixels(part.corners[:, :, :2], side):
+        weights = flat * part.inverse_w[face]
+        depth = (flat * part.corners[face, :, 2]).sum(1)
+        yield _Fragments(y * side + x, face, weights / weights.sum(1, keepdims=True), depth)
 
 
-def _covered(part: _Projected, chunk, low, span, counts, side) -> _Fragments:
-    n = counts[chunk]
-    face = np.repeat(chunk, n)
-    within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-    x, y = low[face, 0] + within % span[face, 0], low[face, 1] + within // span[face, 0]
-    a, b, c = (part.corners[face, i, :2] for i in range(3))
-    p = np.stack([x + 0.5, y + 0.5], 1)
-    area = _cross(b - a, c - a)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        flat = np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], 1) / area[:, None]
-    inside = (flat >= 0).all(1)
-    face, flat, pixel = face[inside], flat[inside], (y * side + x)[inside]
-    weights = flat * part.inverse_w[face]
-    return _Fragments(pixel, face, weights / weights.sum(1, keepdims=True), (flat * part.corners[face, :, 2]).sum(1))
-
-
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]
-
-
-def _draw_solid(part: _Projected, depth, picture, side, eye, lit) -> None:
+def _draw_solid(part: _Projected, depth, image, side, eye, lit) -> None:
     limit = SOLID if part.source.blend else part.source.cutoff
     for f in _fragments(part, side):
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
@@ -134,10 +106,10 @@ def _draw_solid(part: _Projected, depth, picture, side, eye, lit) -> None:
         winner[f.pixel] = np.arange(len(f.pixel))
         f = f.take(winner[winner >= 0])
         depth[f.pixel] = f.depth
-        picture[f.pixel, :3], picture[f.pixel, 3] = _shade(part, f, _base(part, f), eye, lit), 1.0
+        image[f.pixel, :3], image[f.pixel, 3] = _shade(part, f, _base(part, f), eye, lit), 1.0
 
 
-def _draw_glass(part: _Projected, depth, picture, side, eye, lit) -> None:
+def _draw_glass(part: _Projected, depth, image, side, eye, lit) -> None:
     """Blends every fragment in front of the solid parts, in the order of the faces, as the graphics card does."""
     for f in _fragments(part, side):
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
@@ -149,8 +121,8 @@ def _draw_glass(part: _Projected, depth, picture, side, eye, lit) -> None:
         rgb, alpha = _shade(part, f, base, eye, lit), base[:, 3:]
         for k in range(int(layer.max(initial=-1)) + 1):
             at = np.flatnonzero(layer == k)
-            colour = np.hstack([rgb[at] * alpha[at], alpha[at]])
-            picture[f.pixel[at]] = colour + (1 - alpha[at]) * picture[f.pixel[at]]
+            color = np.hstack([rgb[at] * alpha[at], alpha[at]])
+            image[f.pixel[at]] = color + (1 - alpha[at]) * image[f.pixel[at]]
 
 
 def _blend(part: _Projected, f: _Fragments, values: np.ndarray) -> np.ndarray:
@@ -182,7 +154,7 @@ def _texel(part: _Projected, f: _Fragments, texture: Texture) -> np.ndarray:
 
 def _base(part: _Projected, f: _Fragments) -> np.ndarray:
     """Base colour in linear light, and alpha: [K, 4]."""
-    base = _blend(part, f, part.source.colours)
+    base = _blend(part, f, part.source.colors)
     if part.source.texture is not None:
         base = base * _texel(part, f, part.source.texture)
     return np.clip(base, 0, 1).astype(np.float32)

@@ -21,9 +21,9 @@ class Survey:
     """What planning needs to know of one asset; plain values, so that it can be stored as JSON."""
 
     coverage: float  # mean share of the image that the silhouette fills
-    colours: dict[str, float]  # colour name -> share of the visible surface
+    colors: dict[str, float]  # colour name -> share of the visible surface
     part_shares: list[float]  # visible share of each part
-    part_colours: list[str]  # dominant colour name of each part, "" where it is not seen
+    part_colors: list[str]  # dominant colour name of each part, "" where it is not seen
     glass: list[int]  # parts that are less opaque than GLASS
     material: str | None
     thumbnail: list[int]  # four 16 x 16 views on grey, uint8, flattened
@@ -40,14 +40,14 @@ def survey(mesh: Mesh, renderer) -> Survey:
     rgb, owner = base[seen][:, :3] / 255, ids[seen]
     n_parts = len(mesh.parts)
     counts = np.bincount(owner[owner >= 0], minlength=n_parts)[:n_parts]
-    colours = [_dominant(rgb[owner == i]) if counts[i] else "" for i in range(n_parts)]
+    colors = [_dominant(rgb[owner == i]) if counts[i] else "" for i in range(n_parts)]
     part_shares = (counts / max(counts.sum(), 1)).round(4).tolist()
     names = [(part.material, share) for part, share in zip(mesh.parts, part_shares)]
     return Survey(
         coverage=float((base[..., 3] / 255).mean()),
-        colours={k: round(v, 4) for k, v in captions.shares(rgb).items()} if len(rgb) else {},
+        colors={k: round(v, 4) for k, v in captions.shares(rgb).items()} if len(rgb) else {},
         part_shares=part_shares,
-        part_colours=colours,
+        part_colors=colors,
         glass=[i for i, part in enumerate(mesh.parts) if part.opacity < GLASS],
         material=captions.material_word(names),
         thumbnail=_thumbnail(base[list(THUMBNAIL_VIEWS)]),
@@ -60,7 +60,7 @@ def _part_ids(mesh: Mesh, c2w, fovy, renderer) -> np.ndarray:
     painted = mesh
     for i in range(len(mesh.parts)):
         code = np.array([i % 32, i // 32 % 32, i // 1024 % 32], np.float32) * 8 + 4
-        painted = painted.recoloured([i], code / 255, flat=True)
+        painted = painted.recolored([i], code / 255, flat=True)
     image = renderer.render(painted.opaque(), c2w, fovy, SIZE, samples=1, lit=False)
     digits = image[..., :3].astype(np.int64) // 8
     return np.where(image[..., 3] > 0, digits @ np.array([1, 32, 1024]), -1)

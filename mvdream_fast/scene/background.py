@@ -47,22 +47,22 @@ class EnvironmentMap(nn.Module):
         x = spherical_harmonics(rays_d)
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
-        colour = torch.sigmoid(self.layers[-1](x))
+        color = torch.sigmoid(self.layers[-1](x))
         if not training or self.augment_prob == 0:
-            return colour
+            return color
         if stream is None:
             raise ValueError("EnvironmentMap: stream must be a Stream in training, got None; pass rng.Stream(...)")
         draw = stream.uniform(4, device=rays_d.device)
-        return colour * 0 + draw[1:] if float(draw[0]) < self.augment_prob else colour
+        return color * 0 + draw[1:] if float(draw[0]) < self.augment_prob else color
 
 
 class FixedBackground(nn.Module):
     """One colour behind everything, black unless told."""
 
-    def __init__(self, colour: tuple[float, float, float] = (0.0, 0.0, 0.0)):
+    def __init__(self, color: tuple[float, float, float] = (0.0, 0.0, 0.0)):
         super().__init__()
-        self.register_buffer("colour", torch.tensor(colour, dtype=torch.float32), persistent=False)
+        self.register_buffer("color", torch.tensor(color, dtype=torch.float32), persistent=False)
 
     def forward(self, rays_d: torch.Tensor, stream: Stream | None = None, training: bool = False) -> torch.Tensor:
         """rays_d [R, 3] -> [R, 3]."""
-        return self.colour.expand(rays_d.shape[0], 3)
+        return self.color.expand(rays_d.shape[0], 3)

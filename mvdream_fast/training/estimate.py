@@ -153,7 +153,7 @@ def _attention_flops() -> dict:
         images, tokens, heads, width = q
         return 4 * images * heads * tokens * views * tokens * width
 
-    def backward(d_out: tuple, q: tuple, k: tuple, v: tuple, out: tuple, lse: tuple, views: int, *_: object, **__):
+    def backward(d_out: list, kept: list, wanted: list, q: tuple, k: tuple, v: tuple, views: int, *_: object, **__):
         return forward(q, k, v, views) * 5 // 2
 
     ops = torch.ops.mvdream_fast

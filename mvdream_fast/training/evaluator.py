@@ -46,11 +46,11 @@ class EvaluatorOptions:
 class EvaluatorBatch:
     """B scenes of V views.
 
-    pictures [B, V, 3, Hp, Wp] in [0, 1]; azimuth_deg [B, V]; fronts bool [B], whether the object has one; captions
+    images [B, V, 3, Hp, Wp] in [0, 1]; azimuth_deg [B, V]; fronts bool [B], whether the object has one; captions
     B + more; also_true bool [B, B + more]: captions that are not the scene's own, but say nothing wrong about it.
     """
 
-    pictures: Tensor
+    images: Tensor
     azimuth_deg: Tensor
     fronts: Tensor
     captions: list[str]
@@ -75,8 +75,8 @@ class EvaluatorSource:
         others = [self._sibling(i, u) for i, u in zip(firsts, stream.uniform(len(firsts)).tolist())]
         picks = [*firsts, *others][:n_scenes]
         which = [view_group(self.shards.records[i].n_views, n_views, stream) for i in picks]
-        colours = backgrounds(stream, n_scenes)
-        pictures = torch.stack([composite(self.shards.views(i)[w], c) for i, w, c in zip(picks, which, colours)])
+        colors = backgrounds(stream, n_scenes)
+        images = torch.stack([composite(self.shards.views(i)[w], c) for i, w, c in zip(picks, which, colors)])
         azimuths = torch.tensor(
             [[self.shards.records[i].meta["azimuth_deg"][k] for k in w] for i, w in zip(picks, which)]
         )
@@ -86,11 +86,11 @@ class EvaluatorSource:
         true = torch.tensor([[text in self.true[i] for text in plain] for i in picks])
         own = torch.eye(n_scenes, len(captions), dtype=torch.bool)
         fronts = torch.tensor([self.has_front(self.siblings[i][0]) for i in picks])
-        return EvaluatorBatch(pictures / 2 + 0.5, azimuths, fronts, captions, true & ~own)
+        return EvaluatorBatch(images / 2 + 0.5, azimuths, fronts, captions, true & ~own)
 
     def _has_front(self, i: int) -> bool:
         orbit = Orbit.read(self.shards, i)
-        return opposite_difference(orbit.pictures, orbit.masks) >= HAS_FRONT
+        return opposite_difference(orbit.images, orbit.masks) >= HAS_FRONT
 
     def _sibling(self, i: int, u: float) -> int:
         """Another orbit of the same asset, if there is one."""
@@ -100,11 +100,11 @@ class EvaluatorSource:
 
 def backgrounds(stream: Stream, n: int) -> Tensor:
     """Flat colours [n, 3] in [0, 1]: half grey, as the diffusion model's data mostly is, some white, the rest any."""
-    u, colours = stream.uniform(n, 1), stream.uniform(n, 3)
-    return torch.where(u < 0.5, 0.5, torch.where(u < 0.65, 1.0, colours))
+    u, colors = stream.uniform(n, 1), stream.uniform(n, 3)
+    return torch.where(u < 0.5, 0.5, torch.where(u < 0.65, 1.0, colors))
 
 
-class Softener:
+class Degradation:
     """Makes renders look like what generated views and rendered volumes are: softer, noisier, off in size and light.
 
     A third of the images keeps the best few components of each patch, which is what a small autoencoder would; a
@@ -113,7 +113,7 @@ class Softener:
 
     def __init__(self, linear: Linear, size: int):
         if linear.patch != PATCH:
-            raise ValueError(f"Softener: linear must be of patches of {PATCH} pixels, got {linear.patch}")
+            raise ValueError(f"Degradation: linear must be of patches of {PATCH} pixels, got {linear.patch}")
         self.linear, self.size = linear, size
 
     def __call__(self, images: Tensor, stream: Stream) -> Tensor:
@@ -182,10 +182,10 @@ class EvaluatorTrainer(AveragedTrainer):
     """One optimisation of the evaluator. `workers` more processes draw the coming batches."""
 
     def __init__(
-        self, evaluator: Evaluator, source: EvaluatorSource, softener: Softener, options: EvaluatorOptions,
+        self, evaluator: Evaluator, source: EvaluatorSource, degradation: Degradation, options: EvaluatorOptions,
         workers: int = 0,
     ):  # fmt: skip
-        self.evaluator, self.source, self.softener = evaluator, source, softener
+        self.evaluator, self.source, self.degradation = evaluator, source, degradation
         matrices = [p for p in evaluator.parameters() if p.ndim > 1]
         others = [p for p in evaluator.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -200,8 +200,8 @@ class EvaluatorTrainer(AveragedTrainer):
         options = self.options
         stream = Stream(options.seed, step, "evaluator")
         batch = self.source.batch(stream, options.batch_size, options.n_views, options.more_captions)
-        pictures = self.softener(batch.pictures.flatten(0, 1), stream).unflatten(0, batch.pictures.shape[:2])
-        return replace(batch, pictures=pictures), self.evaluator.tokenizer.encode(batch.captions).ids
+        images = self.degradation(batch.images.flatten(0, 1), stream).unflatten(0, batch.images.shape[:2])
+        return replace(batch, images=images), self.evaluator.tokenizer.encode(batch.captions).ids
 
     def train_step(self) -> dict[str, float]:
         """One update; raises DivergedError before a weight is touched."""
@@ -213,10 +213,10 @@ class EvaluatorTrainer(AveragedTrainer):
     def losses(self, batch: EvaluatorBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Contrastive loss, of single views and, where there are several, of their mean alike; and azimuth loss."""
         evaluator, device = self.evaluator, self.evaluator.device
-        features = evaluator.features(batch.pictures.flatten(0, 1))
+        features = evaluator.features(batch.images.flatten(0, 1))
         text, also_true = evaluator.embed_ids(ids), batch.also_true.to(device)
-        scenes = features.unflatten(0, batch.pictures.shape[:2])
-        sets = [scenes] if batch.pictures.shape[1] == 1 else [scenes, *scenes.split(1, dim=1)]
+        scenes = features.unflatten(0, batch.images.shape[:2])
+        sets = [scenes] if batch.images.shape[1] == 1 else [scenes, *scenes.split(1, dim=1)]
         match = [contrastive(evaluator.embed_features(views), text, evaluator.scale, also_true) for views in sets]
         sides = evaluator.azimuth(scenes[batch.fronts]).flatten(0, 1)
         azimuth = azimuth_loss(sides, batch.azimuth_deg[batch.fronts].flatten().to(device))

@@ -20,6 +20,7 @@ from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
 from mvdream_fast.checkpoints.open import Model, load_model, save_model
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
+from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
@@ -28,8 +29,9 @@ from mvdream_fast.evaluation.reference import measure
 from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
-from mvdream_fast.training.evaluator import PATCH, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer, Softener
+from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.loop import Loop, LoopOptions, sheet
+from mvdream_fast.training.prediction import pretrained
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
     Linear,
@@ -148,10 +150,7 @@ def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
         kept = run_folder.load_latest(folder / "checkpoints")[2].get("vocabulary")
         if kept:
             return kept
-    try:
-        extra = args.vocabulary.read_text(encoding="utf-8").splitlines() if args.vocabulary else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"cannot read {args.vocabulary}: {error}") from error
+    extra = read_lines(args.vocabulary) if args.vocabulary else []
     return build_subset_vocabulary([*captions, *extra])
 
 
@@ -160,7 +159,7 @@ def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
     if (args.init is None) == (args.vae is None):
         raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
     if args.init:
-        return adjusted(load_model(args.init, torch.float32, add_cameras=True), args.settings, args.seed)
+        return adjusted(pretrained(args.init, args.settings), args.settings, args.seed)
     model = new_model(args.config, _vocabulary(args, folder, captions), args.seed, args.settings)
     trained = load_model(args.vae, torch.float32, ("vae",))
     made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
@@ -323,8 +322,8 @@ def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shar
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
-    softener = Softener(Linear.fit(fit, PATCH), config.image_size)
-    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), softener, options, _workers(args, device))
+    degradation = Degradation(Linear.fit(fit, PATCH), config.image_size)
+    trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), degradation, options, _workers(args, device))
 
     def report() -> dict[str, float]:
         with trainer.averaged():

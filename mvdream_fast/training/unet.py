@@ -68,7 +68,7 @@ class Parts:
     tokenizer: Tokenizer
 
 
-class Denoiser(nn.Module):
+class TextAndUNet(nn.Module):
     """UNet and text tower as the one module that several processes share."""
 
     def __init__(self, unet: nn.Module, text: nn.Module):
@@ -79,14 +79,14 @@ class Denoiser(nn.Module):
         return self.unet(latents, t, self.text(ids), cameras, n_views)
 
 
-class Drawn(NamedTuple):
+class Inputs(NamedTuple):
     """A batch with all that is random about its loss, on the CPU. B scenes of V views, views fastest.
 
-    pictures, cameras, n_views, encoded: as in Batch; t [B*V] timesteps; noise [B*V, C, h, w]; posterior: the same for
-    the autoencoder, or None where the pictures are encoded; ids [B, L] of the captions that were not dropped.
+    images, cameras, n_views, encoded: as in Batch; t [B*V] timesteps; noise [B*V, C, h, w]; posterior: the same for
+    the autoencoder, or None where the images are encoded; ids [B, L] of the captions that were not dropped.
     """
 
-    pictures: Tensor
+    images: Tensor
     cameras: Tensor | None
     n_views: int
     encoded: bool
@@ -114,7 +114,7 @@ class Trainer:
         self.schedule = NoiseSchedule.from_config(parts.config.schedule, self.device)
         parts.vae.requires_grad_(False).eval()
         parts.text.requires_grad_(options.train_text)
-        self.denoiser = Denoiser(parts.unet, parts.text)
+        self.denoiser = TextAndUNet(parts.unet, parts.text)
         self.model = _sharded(self.denoiser, ranks) if shard else processes.replicated(self.denoiser, ranks)
         self.shown = [p for p in self.denoiser.parameters() if p.requires_grad]
         trained = self.model if shard else self.denoiser
@@ -142,7 +142,7 @@ class Trainer:
         norm = self._update()
         return {"loss": total, "grad_norm": norm, "multi_view": float(drawn.cameras is not None)}
 
-    def draw(self, step: int) -> list[Drawn]:
+    def draw(self, step: int) -> list[Inputs]:
         """What an update learns from, of each micro-batch; a function of the step alone that needs no GPU."""
         options, out, multi_view = self.options, [], self._multi_view(step)
         share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
@@ -151,7 +151,7 @@ class Trainer:
             stream = Stream(options.seed, step, f"{purpose}/batch")
             batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
             stream = Stream(options.seed, step, purpose)
-            out.append(self._drawn(batch, stream, options.caption_dropout, None, self.ranks))
+            out.append(self._inputs(batch, stream, options.caption_dropout, None, self.ranks))
         return out
 
     def _multi_view(self, step: int) -> bool:
@@ -181,11 +181,11 @@ class Trainer:
 
         `batch` is the share of `ranks`: what is random is drawn for all of them, so it is what one process would draw.
         """
-        return self._loss(self._drawn(batch, stream, dropout, t, ranks))
+        return self._loss(self._inputs(batch, stream, dropout, t, ranks))
 
-    def _drawn(self, batch: Batch, stream: Stream, dropout: float, t: Tensor | None, ranks: Ranks) -> Drawn:
+    def _inputs(self, batch: Batch, stream: Stream, dropout: float, t: Tensor | None, ranks: Ranks) -> Inputs:
         n, v, config = ranks.world * len(batch.captions), batch.n_views, self.parts.config
-        shape, posterior = batch.pictures.shape[1:], None
+        shape, posterior = batch.images.shape[1:], None
         if not batch.encoded:
             sides = (side // config.vae.downsampling for side in shape[1:])
             shape = (config.vae.latent_channels, *sides)
@@ -196,26 +196,26 @@ class Trainer:
         drop = ranks.part((stream.uniform(n) < dropout).tolist())
         captions = ["" if gone else caption for gone, caption in zip(drop, batch.captions)]
         ids = self.parts.tokenizer.encode(captions).ids
-        return Drawn(batch.pictures, batch.cameras, v, batch.encoded, t, noise, posterior, ids)
+        return Inputs(batch.images, batch.cameras, v, batch.encoded, t, noise, posterior, ids)
 
-    def _loss(self, drawn: Drawn) -> Tensor:
-        latents, t, noise = self.latents(drawn), self._there(drawn.t), self._there(drawn.noise)
-        cameras = drawn.cameras if drawn.cameras is None else self._there(drawn.cameras)
+    def _loss(self, drawn: Inputs) -> Tensor:
+        latents, t, noise = self.latents(drawn), self._to_device(drawn.t), self._to_device(drawn.noise)
+        cameras = drawn.cameras if drawn.cameras is None else self._to_device(drawn.cameras)
         # Validation runs on the first process alone, so it must not meet the others in a shared model.
         model = self.model if torch.is_grad_enabled() else self.denoiser
         with self._autocast():
             noisy = self.schedule.add_noise(latents, noise, t)
-            out = model(noisy, t, self._there(drawn.ids), cameras, drawn.n_views)
+            out = model(noisy, t, self._to_device(drawn.ids), cameras, drawn.n_views)
         error = (out.float() - self.schedule.target(latents, noise, t)).square().flatten(1).mean(1)
         return (error * self._weights(t)).mean()
 
     @torch.no_grad()
-    def latents(self, drawn: Drawn) -> Tensor:
+    def latents(self, drawn: Inputs) -> Tensor:
         """The latents [B*V, C, h, w]: as cached, or a sample of the VAE's posterior."""
-        pictures = self._there(drawn.pictures)
-        return pictures if drawn.encoded else self.parts.vae.encode(pictures, self._there(drawn.posterior))
+        images = self._to_device(drawn.images)
+        return images if drawn.encoded else self.parts.vae.encode(images, self._to_device(drawn.posterior))
 
-    def _there(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
     def context(self, captions: list[str]) -> Tensor:
@@ -343,7 +343,7 @@ def restore_moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str
         optimizer.state[p] = state
 
 
-def _sharded(denoiser: Denoiser, ranks: Ranks) -> nn.Module:
+def _sharded(denoiser: TextAndUNet, ranks: Ranks) -> nn.Module:
     """A copy of the model spread over all processes. The others than the first keep nothing of the original."""
     model = copy.deepcopy(denoiser)
     unet, text = model.unet, model.text

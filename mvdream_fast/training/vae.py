@@ -56,7 +56,7 @@ class VAETrainer(AveragedTrainer):
         self.ahead = Ahead(self.draw, workers, pin=self.device.type == "cuda")
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """The pictures [n, 3, Hp, Wp] of an update, and the posterior's noise, [n, C, h, w]; on the CPU."""
+        """The images [n, 3, Hp, Wp] of an update, and the posterior's noise, [n, C, h, w]; on the CPU."""
         options, vae = self.options, self.config.vae
         stream = Stream(options.seed, step, "vae")
         images = self.source.images(stream, options.batch_size)
@@ -68,8 +68,7 @@ class VAETrainer(AveragedTrainer):
         options = self.options
         images, noise = (tensor.to(self.device, non_blocking=True) for tensor in self.ahead(self.step))
         mean, logvar = self.vae.posterior(images)
-        scale = self.vae.config.scale_factor
-        out = self.vae.decode((mean + torch.exp(0.5 * logvar) * noise) * scale)
+        out = self.vae.decode(self.vae.scaled(mean + torch.exp(0.5 * logvar) * noise))
         mse = F.mse_loss(out, images)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
         loss = mse + options.l1 * F.l1_loss(out, images) + options.edges * edge_loss(out, images) + options.kl * kl

@@ -26,7 +26,6 @@ from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.diffusion.sampler import ddim_sample
-from mvdream_fast.diffusion.schedule import ddim_timesteps
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import SDSConfig, resolve_config
 from mvdream_fast.distill.state import RunState
@@ -217,7 +216,7 @@ def translate(
     Source: Meng et al. 2022, "SDEdit".
     """
     z = pipeline.vae.encode(images.to(pipeline.device) * 2 - 1)
-    timesteps = ddim_timesteps(N_STEPS, n_timesteps=len(pipeline.schedule.alphas_cumprod))
+    timesteps = pipeline.schedule.timesteps(N_STEPS)
     skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
     noised = pipeline.schedule.add_noise(z, stream.normal(*z.shape, device=z.device), timesteps[skip])
     text = pipeline.encode_prompt([prompt], suffix="", warn=lambda _: None)
@@ -232,7 +231,7 @@ class MixedSource:
     """
 
     def __init__(self, photos: PhotoSource, views: Tensor, c2w: Tensor):
-        self.photos, self.pictures = photos, views
+        self.photos, self.images = photos, views
         self.cameras = torch.stack([normalize_camera(group) for group in c2w])  # [G, V, 16]
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
@@ -242,5 +241,5 @@ class MixedSource:
         n_groups, v = self.cameras.shape[:2]
         rows = ranks.part(draw(n_groups, max(1, n_scenes * n_views // v), stream))
         captions = [self.photos.caption] * len(rows)
-        pictures, cameras = self.pictures[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1)
-        return Batch(pictures, cameras, captions, v, self.photos.encoded)
+        images, cameras = self.images[rows].flatten(0, 1), self.cameras[rows].flatten(0, 1)
+        return Batch(images, cameras, captions, v, self.photos.encoded)

@@ -6,7 +6,6 @@ The optimisation is dreambooth.py's, the three-stage way dreambooth3d.py's.
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import shlex
 import sys
@@ -23,6 +22,7 @@ from mvdream_fast.checkpoints.manifest import owner
 from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_folder
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
+from mvdream_fast.core.files import read_json
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Source, composite
 from mvdream_fast.distill import memory
@@ -90,7 +90,7 @@ def run_flags(flags: "Flags") -> int:
 def _begin(given: dict[str, Any]) -> int:
     config = _configuration(given["model"], given["dry_run"])
     plan = make_plan(given, config)
-    paths = list_photos(given["instance_data_dir"])
+    paths = list_photos(given["instance_data_dir"], print)
     size = plan.settings["resolution"]
     photos = np.stack([load_photo(path, size, given["fit"]) for path in paths])
     device = machine.choose_device(given["device"])
@@ -263,13 +263,13 @@ def read_run(folder: Path, names: set[str]) -> dict[str, Any]:
     """The settings of a run folder, which must have these names. Raises InputFileError."""
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data["kind"] != "dreambooth":
             raise ValueError(f"it describes a {data['kind']}")
         if set(data["settings"]) != names:
             raise ValueError(f"{', '.join(sorted(set(data['settings']) ^ names))} missing or unknown")
         return dict(data["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputFileError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path} is not the configuration of a dreambooth run: {error}") from error
 
 
@@ -307,7 +307,7 @@ def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
     for words, what in ((encoded.cut[0], "cut off"), (encoded.unknown[0], "not known to the model")):
         if words:
             print(f"of the prompt, {', '.join(map(repr, words))} {'are' if len(words) > 1 else 'is'} {what}")
-    n_tokens = int((encoded.ids[1] != 0).sum()) - 2
+    n_tokens = encoded.lengths[1] - 2
     if n_tokens > 1:
         print(f"{token!r} is {n_tokens} tokens of CLIP's vocabulary; a rare word of one, such as sks, is clearer")
 
@@ -319,13 +319,13 @@ def photo_source(plan: Plan, photos: np.ndarray, parts: Parts) -> PhotoSource:
 
 
 @torch.no_grad()
-def encoded(parts: Parts, pictures: Tensor) -> Tensor:
-    """Latents of pictures [n, 3, Hp, Wp] in [-1, 1]: the posterior's means, one picture at a time.
+def encoded(parts: Parts, images: Tensor) -> Tensor:
+    """Latents of images [n, 3, Hp, Wp] in [-1, 1]: the posterior's means, one image at a time.
 
     Not samples: training caches the means too, and a small autoencoder's posterior is wide enough to tell.
     """
     device = next(parts.vae.parameters()).device
-    return torch.cat([parts.vae.encode(picture[None].to(device)).cpu() for picture in pictures])
+    return torch.cat([parts.vae.encode(image[None].to(device)).cpu() for image in images])
 
 
 def tune(

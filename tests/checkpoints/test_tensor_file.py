@@ -213,7 +213,9 @@ def test_file_of_the_first_zip_format(tmp_path):
     [
         ([torch.zeros(1)], "flat dictionary of tensors, got a list"),
         (torch.zeros(3), "flat dictionary of tensors, got a Tensor"),
-        ({"state_dict": {"a": torch.zeros(1)}}, "state_dict is a dict with the keys a"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "input_blocks.0.0.weight is missing"),
+        ({"state_dict": {"a": [1.0]}}, "state_dict is a dict with the keys a"),
+        ({"model": {"a": torch.zeros(1)}, "ema": {"a": torch.zeros(1)}}, "one set of weights, got .* keys model, ema"),
         ({1: torch.zeros(1)}, "flat dictionary of tensors, got a dict with the keys 1"),
         ({}, "input_blocks.0.0.weight is missing"),
         (OrderedDict(a=torch.zeros(1)), "input_blocks.0.0.weight is missing"),

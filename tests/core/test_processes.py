@@ -118,7 +118,7 @@ def test_ranks_split_a_batch_and_read_nothing_of_each_other(data, tmp_path, kind
 
     everything, parts = set(), [set(), set()]
     whole, halves = draw(ALONE, everything), [draw(Ranks(rank, 2), parts[rank]) for rank in range(2)]
-    assert torch.equal(torch.cat([h.pictures for h in halves]), whole.pictures)
+    assert torch.equal(torch.cat([h.images for h in halves]), whole.images)
     assert halves[0].captions + halves[1].captions == whole.captions
     if multi_view:
         assert torch.equal(torch.cat([h.cameras for h in halves]), whole.cameras)

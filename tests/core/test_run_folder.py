@@ -177,7 +177,7 @@ def test_the_record_says_what_was_done_where_and_what_changed(tmp_path):
     assert [entry["machine"]["device"] for entry in last["resumed"]] == ["cuda", "cpu"]
     assert [entry.get("before") for entry in last["resumed"]] == [{"sds": {"steps": 5}}, None]
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputFileError, match="cannot read .*config.json"):
+    with pytest.raises(InputFileError, match="config.json is not JSON"):
         run_folder.write_record(tmp_path, {}, 0)
 
 
@@ -236,6 +236,7 @@ def test_checkpoints_round_trip_and_old_ones_go(tmp_path):
     assert run_folder.load_latest(tmp_path) is None
     for step in (10, 20, 30):
         run_folder.save_checkpoint(tmp_path, step, state(step), {"config": {"seed": 1}}, keep=2)
+    (tmp_path / run_folder.LATEST).write_bytes("000030.safetensors\r\n".encode("utf-8-sig"))  # as an editor saves it
     step, tensors, meta = run_folder.load_latest(tmp_path)
     assert (step, meta["config"]) == (30, {"seed": 1})
     assert all(torch.equal(tensors[name], value) for name, value in state(30).items())
@@ -254,7 +255,7 @@ def test_a_damaged_checkpoint_is_named_with_the_previous_one(tmp_path):
 @pytest.mark.parametrize("content", ["", "../../etc/passwd", "000010.pt", "\x00" * 9])
 def test_a_damaged_pointer_is_never_a_path(tmp_path, content):
     (tmp_path / run_folder.LATEST).write_text(content)
-    with pytest.raises(ModelError, match="must hold a checkpoint's file name"):
+    with pytest.raises(ModelError, match=r"LATEST(: it is no text| must hold a checkpoint's file name)"):
         run_folder.load_latest(tmp_path)
 
 

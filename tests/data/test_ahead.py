@@ -108,14 +108,14 @@ def test_the_evaluator_learns_the_same(shards):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_filled_cache_has_what_is_encoded_on_demand(folder, workers):
     asked = latents(folder, Encoder(), "asked")
-    wanted = [asked.batch(Stream(0, i, "x"), 2, 4, i % 2 == 0).pictures for i in range(12)]
+    wanted = [asked.batch(Stream(0, i, "x"), 2, 4, i % 2 == 0).images for i in range(12)]
     encoder = Encoder()
     filled = latents(folder, encoder, "filled")
     filled.batch(Stream(0, 0, "x"), 2, 4, True)  # one is there already
     filled.fill(workers)
     calls = encoder.calls
     for i, pictures in enumerate(wanted):
-        torch.testing.assert_close(filled.batch(Stream(0, i, "x"), 2, 4, i % 2 == 0).pictures, pictures)
+        torch.testing.assert_close(filled.batch(Stream(0, i, "x"), 2, 4, i % 2 == 0).images, pictures)
     assert encoder.calls == calls
     assert len(ImageSource(Shards(folder)).shards) == len(filled.filled)
     assert filled.filled.all()

@@ -45,10 +45,10 @@ def folder(tmp_path):
 def test_multi_view_batches_hold_orthogonal_views_of_one_orbit(folder):
     shards = Shards(folder)
     batch = ImageSource(shards).batch(Stream(0, 3, "x"), 2, 4, multi_view=True)
-    assert batch.pictures.shape == (8, 3, SIZE, SIZE)
+    assert batch.images.shape == (8, 3, SIZE, SIZE)
     assert batch.cameras.shape == (8, 16)
     assert batch.n_views == 4
-    pixels = ((batch.pictures[:, :, 0, 0] + 1) / 2 * 255).round().long()  # opaque: the background can't show
+    pixels = ((batch.images[:, :, 0, 0] + 1) / 2 * 255).round().long()  # opaque: the background can't show
     for scene, caption in enumerate(batch.captions):
         rows = pixels[4 * scene : 4 * scene + 4]
         assert len(set(rows[:, 0].tolist())) == 1
@@ -64,15 +64,15 @@ def test_2d_batches_hold_single_views_of_different_orbits(folder):
     assert batch.cameras is None
     assert batch.n_views == 1
     assert len(set(batch.captions)) == 3
-    assert ImageSource(Shards(folder)).batch(Stream(0, 3, "x"), 2, 4, False).pictures.shape[0] == 8
+    assert ImageSource(Shards(folder)).batch(Stream(0, 3, "x"), 2, 4, False).images.shape[0] == 8
 
 
 def test_a_batch_is_a_function_of_its_key(folder):
     one, two = (ImageSource(Shards(folder)).batch(Stream(5, 7, "x"), 2, 4, True) for _ in range(2))
-    assert torch.equal(one.pictures, two.pictures)
+    assert torch.equal(one.images, two.images)
     assert one.captions == two.captions
     other = ImageSource(Shards(folder)).batch(Stream(5, 8, "x"), 2, 4, True)
-    assert one.captions != other.captions or not torch.equal(one.pictures, other.pictures)
+    assert one.captions != other.captions or not torch.equal(one.images, other.images)
 
 
 def test_backgrounds_show_through_alpha():
@@ -86,7 +86,7 @@ def test_backgrounds_show_through_alpha():
 
 def test_the_share_of_each_background():
     kinds = [batches.draw_background(Stream(0, i, "b")) for i in range(2000)]
-    shares = [kinds.count(k) / 2000 for k in (batches.GREY, batches.WHITE, batches.COLOUR)]
+    shares = [kinds.count(k) / 2000 for k in (batches.GREY, batches.WHITE, batches.COLOR)]
     assert np.allclose(shares, batches.BACKGROUND_SHARES, atol=0.03)
 
 
@@ -177,10 +177,10 @@ def test_latents_are_encoded_once_and_survive_a_restart(folder):
     for i, batch in enumerate(first):
         repeat = again.batch(Stream(0, i, "x"), 2, 4, i % 2 == 0)
         assert batch.encoded
-        assert torch.equal(batch.pictures, repeat.pictures)
+        assert torch.equal(batch.images, repeat.images)
         assert batch.captions == repeat.captions
     assert encoder.calls == calls
     plain = ImageSource(Shards(folder)).batch(Stream(0, 0, "x"), 2, 4, True)
-    assert torch.allclose(first[0].pictures, torch.nn.functional.avg_pool2d(plain.pictures, 8), atol=1e-3)
+    assert torch.allclose(first[0].images, torch.nn.functional.avg_pool2d(plain.images, 8), atol=1e-3)
     latents(folder, encoder, "another autoencoder").batch(Stream(0, 0, "x"), 2, 4, True)
     assert encoder.calls > calls

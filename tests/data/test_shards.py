@@ -141,10 +141,12 @@ def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
     assert len(list(read_shard(tmp_path / "train-00000.tar"))) == 1
 
 
-def look(colours, n_parts=2, seed=0, coverage=0.3) -> survey.Survey:
+def look(colors, n_parts=2, seed=0, coverage=0.3) -> survey.Survey:
     thumbnail = np.random.default_rng(seed).integers(0, 256, 3072).tolist()
-    names = list(colours)
-    return survey.Survey(coverage, colours, [1 / n_parts] * n_parts, (names * n_parts)[:n_parts], [], None, thumbnail)
+    names = list(colors)
+    return survey.Survey(
+        coverage, colors, [1 / n_parts] * n_parts, (names * n_parts)[:n_parts], [], None, thumbnail, []
+    )
 
 
 def catalogue(tmp_path):
@@ -190,23 +192,23 @@ def test_plans_repeat_by_seed_and_asset(tmp_path):
     assert planning.plan(entries, surveys, set(), 4, 2, 3) != whole
 
 
-def test_painted_orbits_are_called_by_their_colour(tmp_path):
+def test_painted_orbits_are_called_by_their_color(tmp_path):
     entries, surveys = catalogue(tmp_path)
     orbits = planning.plan(entries[:1], surveys, set(), 0, 1, 8)[0].orbits
     assert orbits[0].caption == "a red and white chair"
     assert orbits[0].target is None
     for orbit in orbits[1:]:
-        assert orbit.colours[0] != "red"
-        assert orbit.caption.split()[1] == orbit.colours[0]
+        assert orbit.colors[0] != "red"
+        assert orbit.caption.split()[1] == orbit.colors[0]
         assert orbit.target is not None
     parts_only = [o for o in orbits[1:] if len(o.paint) == 1]
-    assert {o.colours[1:] for o in parts_only} <= {("white",), ()}
+    assert {o.colors[1:] for o in parts_only} <= {("white",), ()}
     assert parts_only
 
 
-def test_glass_keeps_its_colour_unless_all_is_glass():
-    window = survey.Survey(0.3, {"white": 0.8, "blue": 0.2}, [0.8, 0.2], ["white", "blue"], [1], None, [])
-    tumbler = survey.Survey(0.3, {"blue": 1.0}, [1.0], ["blue"], [0], None, [])
+def test_glass_keeps_its_color_unless_all_is_glass():
+    window = survey.Survey(0.3, {"white": 0.8, "blue": 0.2}, [0.8, 0.2], ["white", "blue"], [1], None, [], [])
+    tumbler = survey.Survey(0.3, {"blue": 1.0}, [1.0], ["blue"], [0], None, [], [])
     from mvdream_fast.core.rng import Stream
 
     assert all(paint == (0,) for paint, _, _ in planning._repaints(window, Stream(0, 0, "x"), 4))

@@ -88,6 +88,54 @@ def test_ldm_convention_leads_each_step_to_the_next_timestep():
     torch.testing.assert_close(out, schedule.add_noise(x0, true_noise, 0), atol=1e-5, rtol=0)
 
 
+SETTINGS = [
+    {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    {"rescale_betas_zero_snr": True, "timestep_spacing": "linspace", "set_alpha_to_one": True},
+    {"timestep_spacing": "trailing", "steps_offset": 0},
+    {"timestep_spacing": "linspace"},
+    {"steps_offset": 0, "set_alpha_to_one": True},
+    {"set_alpha_to_one": True},
+    {"beta_schedule": "linear", "timestep_spacing": "linspace"},
+    {"trained_betas": tuple(0.001 + 0.00002 * t for t in range(1000))},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("n_steps", [5, 20, 47])
+def test_a_model_s_own_sampling_is_diffusers(settings, n_steps):
+    ours = ScheduleConfig(prediction="v", **settings)
+    more = {"steps_offset": ours.steps_offset, "set_alpha_to_one": ours.set_alpha_to_one}
+    scheduler = diffusers.DDIMScheduler(**diffusers_settings(ours) | more, clip_sample=False)
+    schedule = NoiseSchedule.from_config(ours)
+    check_scheduler(scheduler, schedule)
+    theirs = scheduler_sample(model_fn, noise(), scheduler, n_steps, 3.0)
+    out = ddim_sample(model_fn, noise(), schedule, n_steps, 3.0, "diffusers")
+    torch.testing.assert_close(out, theirs, atol=2e-4 * theirs.abs().max().item(), rtol=0)
+
+
+def test_what_any_scheduler_is_told_of_a_model():
+    plain = {
+        "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+        "prediction_type": "epsilon",
+    }  # fmt: skip
+    assert diffusers_settings(ScheduleConfig()) == plain
+    own = ScheduleConfig(3, prediction="v", trained_betas=(0.1, 0.2, 0.3), timestep_spacing="trailing", steps_offset=0)
+    assert diffusers_settings(own) == plain | {
+        "num_train_timesteps": 3, "prediction_type": "v_prediction", "trained_betas": [0.1, 0.2, 0.3],
+        "timestep_spacing": "trailing", "steps_offset": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_model_of_zero_terminal_snr_in_other_schedulers(name):
+    config = ScheduleConfig(prediction="v", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    schedule = NoiseSchedule.from_config(config)
+    x0, model = oracle_of_constant(schedule, "v")
+    scheduler = getattr(diffusers, name)(**diffusers_settings(config))
+    check_scheduler(scheduler, schedule)
+    torch.testing.assert_close(scheduler_sample(model, noise(), scheduler, 20, 1.0), x0, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("scale", [7.5, 0.0, -1.0, 0.5])
 def test_guidance_puts_uncond_first_in_one_batch(scale):
     calls = []

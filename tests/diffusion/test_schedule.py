@@ -49,6 +49,42 @@ def test_alphas_cumprod_are_diffusers_scaled_linear():
     torch.testing.assert_close(ours, diffusers_scheduler().alphas_cumprod, atol=0, rtol=2e-5)
 
 
+SCHEDULES = [
+    {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    {"trained_betas": [0.1, 0.3, 0.2, 0.05], "num_train_timesteps": 4},
+    {"rescale_betas_zero_snr": True},
+    {"rescale_betas_zero_snr": True, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+]
+
+
+def of_diffusers(settings: dict) -> ScheduleConfig:
+    """Our configuration of a scheduler's settings, written out."""
+    names = {"num_train_timesteps": "n_timesteps", "beta_start": "linear_start", "beta_end": "linear_end"}
+    values = {names.get(name, name): tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
+    return ScheduleConfig(prediction="v", **values)
+
+
+@pytest.mark.parametrize("settings", SCHEDULES, ids=str)
+def test_other_schedules_are_diffusers(settings):
+    ours = NoiseSchedule.from_config(of_diffusers(settings))
+    theirs = diffusers_scheduler("v_prediction", **settings).alphas_cumprod
+    # A thousand products in float32, and where they are rescaled the cancellation next to zero.
+    torch.testing.assert_close(ours.alphas_cumprod, theirs, atol=3e-8, rtol=3e-5)
+
+
+def test_zero_terminal_snr_worked_by_hand():
+    """Betas 0.5, 0.5: the roots 0.70711 and 0.5 become 0.70711 and 0; of betas 0.19 twice, 0.9 and 0.81 too."""
+    for beta in (0.5, 0.19):
+        config = ScheduleConfig(2, prediction="v", trained_betas=(beta, beta), rescale_betas_zero_snr=True)
+        schedule = NoiseSchedule.from_config(config)
+        assert schedule.alphas_cumprod.tolist() == pytest.approx([1 - beta, 0.0], abs=1e-7)
+        assert (schedule.alphas[-1].item(), schedule.sigmas[-1].item()) == (0.0, 1.0)
+        x0, noise = torch.full((1, 1), 2.0), torch.full((1, 1), 3.0)
+        z, v = schedule.add_noise(x0, noise, 1), schedule.target(x0, noise, 1)
+        assert (z.item(), v.item()) == (3.0, -2.0)  # all noise; v is minus the image
+        assert (schedule.to_x0(z, v, 1).item(), schedule.to_noise(z, v, 1).item()) == (2.0, 3.0)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("t", [0, 1, 500, 999, torch.tensor(3), torch.tensor([1, 500, 999])])
 def test_conversions_undo_each_other(prediction, t):
@@ -167,6 +203,30 @@ def test_nearest_is_valid_and_no_valid_one_is_nearer(n_steps, convention):
     distance = abs(best - n_steps)
     for nearer in range(n_steps - distance + 1, n_steps + distance):
         assert nearest_n_steps(nearer, convention) != nearer
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_every_spacing_is_diffusers(spacing, offset):
+    reference = diffusers_scheduler(timestep_spacing=spacing, steps_offset=offset)
+    for n_steps in [*range(1, 60), 99, 100, 101, 250, 333, 499, 500, 501, 998, 999, 1000]:
+        reference.set_timesteps(n_steps)
+        theirs = reference.timesteps.tolist()
+        if theirs[0] > 999:
+            with pytest.raises(ArgumentError, match=f"{n_steps} steps ask for a timestep outside"):
+                ddim_timesteps(n_steps, "diffusers", 1000, spacing, offset)
+            continue
+        assert ddim_timesteps(n_steps, "diffusers", 1000, spacing, offset) == theirs
+        if spacing != "leading":
+            assert ddim_timesteps(n_steps, "ldm", 1000, spacing, offset) == theirs
+
+
+def test_spacings_worked_by_hand():
+    assert ddim_timesteps(5, spacing="linspace") == [999, 749, 500, 250, 0]
+    assert ddim_timesteps(5, spacing="trailing") == [999, 799, 599, 399, 199]
+    assert ddim_timesteps(5, steps_offset=0) == [800, 600, 400, 200, 0]
+    config = ScheduleConfig(timestep_spacing="trailing")
+    assert NoiseSchedule.from_config(config).timesteps(2) == [999, 499]
 
 
 def test_unknown_convention():

@@ -98,7 +98,7 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, name, content, message)
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputFileError, match="No such file"):
         request.read_settings(tmp_path / "nowhere.toml")
-    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "b.toml").write_bytes(b"\xe9")
     with pytest.raises(InputFileError, match="cannot read"):
         request.read_settings(tmp_path / "b.toml")
     written(tmp_path, {"kind": "sds", "prompt": "x", "sds": {"steps": 3}}, "config.json")
@@ -159,10 +159,34 @@ def test_a_file_of_prompts(tmp_path):
     assert {first.config.guidance.guidance_scale, second.config.guidance.guidance_scale} == {3.0}
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_files_of_other_encodings_and_line_rules(tmp_path, encoding):
+    path = tmp_path / "prompts.jsonl"
+    text = '"a cup"\r\n\r\n{"prompt": "a blue cup", "negative_prompt": "a\u2028b"}\r"ein grüner Stuhl"'
+    path.write_bytes(text.encode(encoding))
+    found = request.read_prompts(path, {}, None)
+    assert [r.prompt for r in found] == ["a cup", "a blue cup", "ein grüner Stuhl"]
+    assert found[1].config.negative_prompt == "a\u2028b"
+    for name, content in (("RUN.TOML", 'prompt = "ein grüner Stuhl"\r\nseed = 3\r\n'),
+                          ("run.json", '{"prompt": "ein grüner Stuhl",\r\n "seed": 3}')):  # fmt: skip
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        assert request.read_settings(tmp_path / name) == {"prompt": "ein grüner Stuhl", "seed": 3}
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(InputFileError, match=f"{name}: line 1 is not UTF-8"):
+            request.read_settings(tmp_path / name)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029"])
+def test_a_separator_within_a_line_is_no_line_end(tmp_path, separator):
+    line = json.dumps(f"a{separator}cup", ensure_ascii=False)
+    first, second = request.read_prompts(written(tmp_path, f'{line}\n"a chair"\n', "p.jsonl"), {}, None)
+    assert (first.prompt, second.prompt) == (f"a{separator}cup", "a chair")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: it is not JSON"),
         ("3", "line 2: it must be a string or an object"),
         ('{"seed": 3}', "line 2: it must be a string or an object"),
         ('{"prompt": "x", "model": "y"}', r"line 2: unknown key\(s\) model in Line; known: prompt, seed, "),

@@ -25,10 +25,10 @@ from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.training import loop
 from mvdream_fast.training.evaluator import (
     PATCH,
+    Degradation,
     EvaluatorOptions,
     EvaluatorSource,
     EvaluatorTrainer,
-    Softener,
     azimuth_loss,
     backgrounds,
     contrastive,
@@ -53,10 +53,10 @@ def render(i: int, orbit: int, split: str = "train", size: int = 16) -> Sample:
     sample = make_sample(20 * i + orbit, size, split)
     sample.views[:8, ..., 2] = 0 if i % 2 else 255
     azimuth = [22.5 * k + 5.625 for k in range(16)]
-    colour = "blue" if orbit % 2 else "red"
+    color = "blue" if orbit % 2 else "red"
     sample.meta.update(
         id=f"thing{i}", key=f"thing{i}-o{orbit}", name=f"thing{i}", painted=orbit % 2 == 1, azimuth_deg=azimuth,
-        elevation_deg=15.0, caption=f"a {colour} thing{i}", variants=[f"a thing{i}"], colours=[colour],
+        elevation_deg=15.0, caption=f"a {color} thing{i}", variants=[f"a thing{i}"], colors=[color],
     )  # fmt: skip
     return sample
 
@@ -69,9 +69,9 @@ def shards(tmp_path_factory) -> Shards:
 
 
 def trainer(shards: Shards, **options) -> EvaluatorTrainer:
-    softener = Softener(Linear.fit(ImageSource(shards).images(Stream(0, 0, "fit"), 8), PATCH), SMALL.image_size)
+    degradation = Degradation(Linear.fit(ImageSource(shards).images(Stream(0, 0, "fit"), 8), PATCH), SMALL.image_size)
     settings = EvaluatorOptions(**{"steps": 4, "batch_size": 4, "more_captions": 3, "warmup": 1} | options)
-    return EvaluatorTrainer(small(), EvaluatorSource(shards), softener, settings)
+    return EvaluatorTrainer(small(), EvaluatorSource(shards), degradation, settings)
 
 
 def test_embeddings_have_unit_length_and_views_are_averaged():
@@ -182,17 +182,17 @@ def test_the_azimuth_loss_shares_between_bins():
     assert loss == pytest.approx([near, far, 0.75 * near + 0.25 * far, 0.75 * near + 0.25 * far, near])
 
 
-def test_batches_pair_the_colours_of_an_asset(shards):
+def test_batches_pair_the_colors_of_an_asset(shards):
     source = EvaluatorSource(shards)
     batch = source.batch(Stream(0, 1, "x"), 6, 2, 5)
     again = source.batch(Stream(0, 1, "x"), 6, 2, 5)
-    assert torch.equal(batch.pictures, again.pictures)
+    assert torch.equal(batch.images, again.images)
     assert batch.captions == again.captions
-    assert batch.pictures.shape == (6, 2, 3, 16, 16)
-    assert batch.pictures.min() >= 0
-    assert batch.pictures.max() <= 1
+    assert batch.images.shape == (6, 2, 3, 16, 16)
+    assert batch.images.min() >= 0
+    assert batch.images.max() <= 1
     assert len(batch.captions) == 11
-    values = (batch.pictures[:, 0, 0, 0, 0] * 255).round().long()  # asset and orbit, see render
+    values = (batch.images[:, 0, 0, 0, 0] * 255).round().long()  # asset and orbit, see render
     for k in range(3):
         assert values[k] // 20 == values[k + 3] // 20
         assert values[k] != values[k + 3]
@@ -204,7 +204,7 @@ def test_batches_pair_the_colours_of_an_asset(shards):
 def test_other_true_captions_are_no_negatives(shards):
     batch = EvaluatorSource(shards).batch(Stream(0, 2, "x"), 6, 1, 9)
     for i, j in ((i, j) for i in range(6) for j in range(15)):
-        value = int((batch.pictures[i, 0, 0, 0, 0] * 255).round())
+        value = int((batch.images[i, 0, 0, 0, 0] * 255).round())
         words = batch.captions[j].removesuffix(", 3d asset").split()
         true = words[-1] == f"thing{value // 20}" and words[1:-1] in ([], ["blue" if value % 20 % 2 else "red"])
         assert batch.also_true[i, j] == (true and i != j)
@@ -213,22 +213,22 @@ def test_other_true_captions_are_no_negatives(shards):
 
 def test_softened_pictures_stay_pictures(shards):
     linear = Linear.fit(ImageSource(shards).images(Stream(0, 0, "fit"), 8), PATCH)
-    softener, images = Softener(linear, 16), Stream(0, 0, "images").uniform(5, 3, 16, 16)
-    out = softener(images, Stream(0, 0, "soft"))
-    assert torch.equal(out, softener(images, Stream(0, 0, "soft")))
+    degradation, images = Degradation(linear, 16), Stream(0, 0, "images").uniform(5, 3, 16, 16)
+    out = degradation(images, Stream(0, 0, "soft"))
+    assert torch.equal(out, degradation(images, Stream(0, 0, "soft")))
     assert out.shape == images.shape
-    assert Softener(linear, 8)(images, Stream(0, 0, "soft")).shape == (5, 3, 8, 8)
+    assert Degradation(linear, 8)(images, Stream(0, 0, "soft")).shape == (5, 3, 8, 8)
     assert out.min() >= 0
     assert out.max() <= 1
     assert (out - images).abs().mean() > 0.01
-    torch.testing.assert_close(softener._patched(images, 3 * PATCH**2), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(degradation._patched(images, 3 * PATCH**2), images, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="patches of 8"):
-        Softener(dataclasses.replace(linear, patch=4), 16)
+        Degradation(dataclasses.replace(linear, patch=4), 16)
 
 
 def test_backgrounds_are_mostly_grey():
-    colours = backgrounds(Stream(0, 0, "x"), 1000)
-    grey, white = ((colours == value).all(1).float().mean().item() for value in (0.5, 1.0))
+    colors = backgrounds(Stream(0, 0, "x"), 1000)
+    grey, white = ((colors == value).all(1).float().mean().item() for value in (0.5, 1.0))
     assert grey == pytest.approx(0.5, abs=0.06)
     assert white == pytest.approx(0.15, abs=0.04)
 

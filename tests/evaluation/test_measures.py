@@ -125,14 +125,14 @@ def test_silhouettes_that_disagree_are_found():
         ev.hull_support(masks[:3], CAMERAS)
 
 
-def test_colour_spread():
+def test_color_spread():
     images = torch.zeros(3, 3, 4, 4)
     images[1, 0, :2] = 1.0
     images[2, :, 3, 3] = 1.0  # not in the silhouette
     masks = torch.zeros(3, 4, 4, dtype=torch.bool)
     masks[:2, :2] = True
-    assert ev.colour_spread(images, masks) == pytest.approx(0.5)  # black and red: each half a red away from the mean
-    assert ev.colour_spread(images[:1], masks[:1]) == 1
+    assert ev.color_spread(images, masks) == pytest.approx(0.5)  # black and red: each half a red away from the mean
+    assert ev.color_spread(images[:1], masks[:1]) == 1
 
 
 def test_neighbour_overlap_goes_round():

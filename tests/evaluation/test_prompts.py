@@ -24,6 +24,13 @@ def test_the_package_has_the_same_list():
     assert read_prompts() == read_prompts(BENCHMARKS / "prompts.txt")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_of_another_encoding(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("# Möbel\r\na chair\r\nein grüner Stuhl\r\n".encode(encoding))
+    assert read_prompts(path) == ["a chair", "ein grüner Stuhl"]
+
+
 def test_what_counts_as_new():
     captions = ["a red and white chair", "a green horse, animals"]
     assert is_new("a green chair", captions)
@@ -43,5 +50,5 @@ def test_lists_that_cannot_be_used(tmp_path, content, error):
     path.write_bytes(content)
     with pytest.raises(error):
         read_prompts(path)
-    with pytest.raises(InputFileError, match="cannot read the prompts"):
+    with pytest.raises(InputFileError, match="cannot read .*none.txt: No such file"):
         read_prompts(tmp_path / "none.txt")

@@ -15,6 +15,16 @@ def test_round_trip(name):
     assert config.ModelConfig.from_json(model.to_json()) == model
 
 
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "config.json"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_bytes(config.SD21.to_json().encode(encoding))
+        assert config.ModelConfig.load(path) == config.SD21
+    path.write_bytes(b'{"name": "\xe9"}')
+    with pytest.raises(ModelError, match=r"config\.json: line 1 is not UTF-8"):
+        config.ModelConfig.load(path)
+
+
 def edited(**changes):
     data = json.loads(config.SD21.to_json())
     for path, value in changes.items():
@@ -33,7 +43,7 @@ def edited(**changes):
         ("[]", 'must be an object with "kind": "model"'),
         (edited(kind="run"), 'must be an object with "kind": "model"'),
         (edited(format=99), 'must have "format": 1'),
-        (edited(colour="red"), "unknown key.* colour in ModelConfig"),
+        (edited(color="red"), "unknown key.* colour in ModelConfig"),
         (edited(unet__depth=3), "unknown key.* depth in UNetConfig"),
         (edited(unet__model_channels="320"), r"^config.json: unet.model_channels must be an integer, got '320'$"),
         (edited(unet__model_channels=True), "unet.model_channels must be an integer, got True"),
@@ -78,3 +88,17 @@ def test_settings_replace_single_values():
 def test_settings_that_are_none(setting, message):
     with pytest.raises(ArgumentError, match=message):
         config.with_settings(config.MINI, [setting])
+
+
+def test_a_schedule_of_its_own_goes_through_a_file():
+    schedule = config.ScheduleConfig(3, prediction="v", trained_betas=(0.1, 0.2, 1.0), timestep_spacing="trailing")
+    model = dataclasses.replace(config.SD21, schedule=schedule)
+    assert config.ModelConfig.from_json(model.to_json()) == model
+    assert schedule.betas() == [0.1, 0.2, 1.0]
+
+
+def test_betas_worked_by_hand():
+    squares = config.ScheduleConfig(3, 0.01, 0.25).betas()  # roots 0.1, 0.3, 0.5
+    assert squares == pytest.approx([0.01, 0.09, 0.25])
+    assert config.ScheduleConfig(3, 0.1, 0.2, beta_schedule="linear").betas() == pytest.approx([0.1, 0.15, 0.2])
+    assert config.ScheduleConfig(1).betas() == pytest.approx([0.00085])

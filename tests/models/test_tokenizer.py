@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
-from mvdream_fast.models.config import SD21, TextConfig
+from mvdream_fast.models.config import SD15, SD21, TextConfig
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary, check_prompt
 
 START, END = 49406, 49407
@@ -223,3 +223,13 @@ def test_wrong_vocabularies(lines, sentence):
 def test_clip_rows_must_fit_the_configuration():
     with pytest.raises(ModelError, match="has 49408 rows, but the configuration says 49409"):
         Tokenizer(dataclasses.replace(SD21.text, vocabulary_size=49409))
+
+
+def test_a_prompt_is_filled_up_with_the_models_own_id(clip):
+    """open_clip fills up with 0, and says no more than the ids; transformers' CLIPTokenizer with the end token."""
+    ended = Tokenizer(dataclasses.replace(SD21.text, pad_id=END))
+    for tokenizer, pad in ((clip, 0), (ended, END)):
+        encoded = tokenizer.encode(["a brown bulldog", ""])
+        assert encoded.ids.tolist() == [[START, 320, 2866, 15611, END, *[pad] * 72], [START, END, *[pad] * 75]]
+        assert encoded.lengths == [5, 2]
+    assert SD15.text.pad_id == END

@@ -124,3 +124,19 @@ def test_wrong_shapes(vae):
         vae.encode(torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 1, 1))
     with pytest.raises(ValueError, match=r"VAE.decode: latents must be \[B, 4, h, w\]"):
         vae.decode(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_shift_is_taken_off_before_the_scale():
+    """diffusers' order: latents = (sample - shift) * scale, and back."""
+    config = VAEConfig(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False, image_size=16
+    )
+    plain, shifted = VAE(config), VAE(replace(config, shift_factor=0.5, scale_factor=0.25))
+    shifted.load_state_dict(plain.state_dict())
+    images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        sample = plain.encode(images, noise) / config.scale_factor
+        latents = shifted.encode(images, noise)
+        torch.testing.assert_close(latents, (sample - 0.5) * 0.25)
+        torch.testing.assert_close(shifted.decode(latents), plain.decode(sample * config.scale_factor))
+    assert torch.equal(shifted.scaled(torch.tensor([0.5, 1.5])), torch.tensor([0.0, 0.25]))

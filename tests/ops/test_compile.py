@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import torch.compiler.config
 from tolerances import PARITY
 
 from mvdream_fast import ops
@@ -18,6 +19,13 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++, and there is none here"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_of_an_earlier_run():
+    """Torch keeps compiled graphs on disk by what is in them, not by what our ops' gradients are today."""
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
 
 
 def normal(*shape):

@@ -174,7 +174,7 @@ def test_activations_far_from_zero():
         assert sigmas[~expected.float().isfinite()].isinf().all()
 
 
-def test_colours_far_from_zero():
+def test_colors_far_from_zero():
     grid = HashGrid(n_levels=1, n_features=1, base_resolution=2)
     spec = FieldSpec(grid)
     density = [torch.zeros(16, 1), torch.zeros(1, 16)]
@@ -246,7 +246,7 @@ def test_second_derivatives_of_the_native_op():
         close_to_largest("second_derivatives", a, b)
 
 
-def test_densities_have_no_gradient_in_the_colours_weights():
+def test_densities_have_no_gradient_in_the_colors_weights():
     spec = FieldSpec(GRID)
     (positions, table, density, features), (d, _) = inputs(spec, n_points=20)
     frozen = [positions.detach(), table.detach(), [w.detach() for w in density], features]

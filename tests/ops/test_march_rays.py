@@ -1,12 +1,16 @@
 """march_rays and prune_samples: parity with the reference, hand-worked lattices, and what must hold for any grid."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from reference.waits import Waits
 
+from mvdream_fast.ops.composite import composite, composite_samples
 from mvdream_fast.ops.march_rays import (
     Samples,
+    join_samples,
     march_rays,
     march_rays_ref,
     pack_bits,
@@ -408,3 +412,49 @@ def test_positions_are_of_the_rays_that_were_marched():
         Samples(samples.t_starts, samples.t_ends[:3], samples.packed_info).positions(rays, rays)
     wide = Samples(samples.t_starts.double(), samples.t_ends.double(), samples.packed_info)
     torch.testing.assert_close(wide.positions(rays, rays), samples.positions(rays, rays).double(), atol=1e-6, rtol=0)
+
+
+def test_samples_of_our_own_are_not_read_again():
+    rays, bits = random_rays(50), pack_bits(random_grid(8, 0.5))
+    with Waits(host=("march_rays.py:check_march",)) as waits:
+        marched = march_rays(*rays, BOX, bits, 8, 0.05)
+        positions = marched.positions(*rays)
+        kept = prune_samples(marched, positions.norm(dim=-1))
+        joined = join_samples([kept, kept])
+        out = composite_samples(torch.ones(joined.n_samples), torch.rand(joined.n_samples, 3), joined)
+    assert waits.at == {"march_rays.py:_empty_samples": 2}  # how many were marched, and how many are left
+    assert joined.n_rays == 100
+    assert torch.equal(out.rgb[:50].sum(-1) > 0, out.rgb[50:].sum(-1) > 0)
+
+
+def test_samples_that_somebody_put_together_are_checked_in_full():
+    rays, bits = random_rays(50), pack_bits(random_grid(8, 0.5))
+    marched = march_rays(*rays, BOX, bits, 8, 0.05)
+    moved = dataclasses.replace(marched, packed_info=marched.packed_info + torch.tensor([1, 0]))
+    n = marched.n_samples
+    halves = join_samples([marched, moved]), marched.select(torch.ones(n, dtype=torch.bool))
+    assert not halves[0]._is_ours
+    assert halves[1]._is_ours
+    for look in (
+        lambda: moved.positions(*rays),
+        lambda: prune_samples(moved, torch.ones(n)),
+        lambda: composite_samples(torch.ones(n), torch.ones(n, 3), moved),
+        lambda: composite(torch.ones(n), torch.ones(n, 3), moved.t_starts, moved.t_ends, packed_info=moved.packed_info),
+        lambda: moved.select(torch.arange(n) < n // 2).positions(*rays),
+    ):
+        with pytest.raises((ValueError, IndexError)):
+            look()
+
+
+def test_values_beside_samples_of_our_own_must_still_fit():
+    rays, bits = random_rays(5), pack_bits(random_grid(8, 0.5))
+    marched = march_rays(*rays, BOX, bits, 8, 0.05)
+    n = marched.n_samples
+    with pytest.raises(ValueError, match=rf"prune_samples: sigmas must be of shape \[{n}\], got \[{n - 1}\]"):
+        prune_samples(marched, torch.ones(n - 1))
+    with pytest.raises(ValueError, match=rf"composite: t_starts must be of shape \[{n - 1}\], got \[{n}\]"):
+        composite_samples(torch.ones(n - 1), torch.ones(n - 1, 3), marched)
+    with pytest.raises(ValueError, match=rf"composite: rgb must be of shape \[{n}, 3\], got \[{n}, 2\]"):
+        composite_samples(torch.ones(n), torch.ones(n, 2), marched)
+    with pytest.raises(ValueError, match=r"composite: background must be of shape \[5, 3\], got \[4, 3\]"):
+        composite_samples(torch.ones(n), torch.ones(n, 3), marched, torch.ones(4, 3))

@@ -153,12 +153,12 @@ def test_same_bits_for_any_number_of_threads():
 
 
 def test_strided_inputs_and_another_default_dtype():
-    (rays_o, rays_d), bits, colour = rays_around(60), grid(), torch.tensor([0.2])
-    wanted = render(rays_o, rays_d, exact, BOX, bits, 32, STEP, colour.repeat(60, 3))
+    (rays_o, rays_d), bits, color = rays_around(60), grid(), torch.tensor([0.2])
+    wanted = render(rays_o, rays_d, exact, BOX, bits, 32, STEP, color.repeat(60, 3))
     wide = torch.stack([rays_o, rays_d], dim=-1)
     torch.set_default_dtype(torch.float64)
     try:
-        got = render(wide[..., 0], wide[..., 1], exact, BOX, bits, 32, STEP, colour.expand(60, 3))
+        got = render(wide[..., 0], wide[..., 1], exact, BOX, bits, 32, STEP, color.expand(60, 3))
     finally:
         torch.set_default_dtype(torch.float32)
     for name in ("rgb", "opacity", "depth"):

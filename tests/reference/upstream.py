@@ -10,6 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# scheduler_config.json of the ports; Stable Diffusion 2.1's says the same in other words.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler", "_diffusers_version": "0.19.3", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "clip_sample": False, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0, "set_alpha_to_one": False, "steps_offset": 1, "thresholding": False,
+    "timestep_spacing": "leading", "trained_betas": None,
+}  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -253,9 +261,8 @@ def write_published(
     configs = {
         "unet": {"_class_name": "MultiViewUNetModel", "num_heads": -1, "num_head_channels": 64},
         "text_encoder": {"hidden_act": "gelu", "num_attention_heads": 1},
-        "scheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-                      "num_train_timesteps": 1000, "prediction_type": "epsilon"},
-    }  # fmt: skip
+        "scheduler": SCHEDULER,
+    }
     for name, config in configs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         file = "scheduler_config.json" if name == "scheduler" else "config.json"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gltf_builder import corners, encoded, picture, quarters
 
-from mvdream_fast.core.colour import to_srgb
+from mvdream_fast.core.color import to_srgb
 from mvdream_fast.rendering.mesh import Mesh, MeshError
 from mvdream_fast.rendering.mesh_file import load_mesh
 
@@ -64,7 +64,7 @@ def load(content: bytes) -> Mesh:
     return load_mesh(content, "dae", {"four.png": encoded(FOUR)})
 
 
-def colour(text: str) -> str:
+def color(text: str) -> str:
     return f"<diffuse><color>{text}</color></diffuse>"
 
 
@@ -75,15 +75,15 @@ def share(number: float) -> str:
 TEXTURE = '<diffuse><texture texture="samp" texcoord="UV"/></diffuse>'
 
 
-def test_diffuse_colours_are_srgb():
-    part = load(dae(colour("0.2 0.4 0.6 1"))).parts[0]
-    np.testing.assert_allclose(to_srgb(part.colours[:, :3]), [(0.2, 0.4, 0.6)] * 4, atol=1e-6)
+def test_diffuse_colors_are_srgb():
+    part = load(dae(color("0.2 0.4 0.6 1"))).parts[0]
+    np.testing.assert_allclose(to_srgb(part.colors[:, :3]), [(0.2, 0.4, 0.6)] * 4, atol=1e-6)
     assert (part.material, part.blend) == ("paint", False)
 
 
 @pytest.mark.parametrize("primitives", [POLYLIST, TRIANGLES, POLYGONS])
 def test_primitives(primitives):
-    found = corners(load(dae(colour("1 1 1 1"), primitives)))
+    found = corners(load(dae(color("1 1 1 1"), primitives)))
     area = np.cross(found[:, 1] - found[:, 0], found[:, 2] - found[:, 0])[:, 2] / 2
     np.testing.assert_allclose(area, [2, 2])
 
@@ -91,15 +91,15 @@ def test_primitives(primitives):
 @pytest.mark.parametrize(("axis", "point"), [("Y_UP", (-1, -1, 0)), ("Z_UP", (-1, 0, 1)), ("X_UP", (1, -1, 0))])
 def test_up_axes(axis, point):
     """(-1, -1, 0) of the file as right, up and backwards."""
-    np.testing.assert_allclose(corners(load(dae(colour("1 1 1 1"), axis=axis)))[0, 0], point, atol=1e-6)
+    np.testing.assert_allclose(corners(load(dae(color("1 1 1 1"), axis=axis)))[0, 0], point, atol=1e-6)
 
 
 def test_node_trees():
     node = "<translate>10 0 0</translate><rotate>0 1 0 90</rotate><scale>1 3 1</scale>"
-    found = corners(load(dae(colour("1 1 1 1"), node=node))).reshape(-1, 3)
+    found = corners(load(dae(color("1 1 1 1"), node=node))).reshape(-1, 3)
     np.testing.assert_allclose([found.min(0), found.max(0)], [(10, -3, -1), (10, 3, 1)], atol=1e-5)
     matrix = "<matrix>0 -1 0 5  2 0 0 6  0 0 1 7  0 0 0 1</matrix>"  # row-major, unlike glTF's
-    found = corners(load(dae(colour("1 1 1 1"), node=matrix))).reshape(-1, 3)
+    found = corners(load(dae(color("1 1 1 1"), node=matrix))).reshape(-1, 3)
     np.testing.assert_allclose([found.min(0), found.max(0)], [(4, 4, 7), (6, 8, 7)], atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_node_trees():
     ],
 )
 def test_four_ways_to_say_how_clear(renderer, effect, opacity):
-    mesh = load(dae(colour("1 0 0 1") + effect))
+    mesh = load(dae(color("1 0 0 1") + effect))
     assert mesh.parts[0].opacity == pytest.approx(opacity, abs=1e-5)
     assert quarters(renderer, mesh)[0] == (255, 0, 0, round(opacity * 255 + 1e-3))
 
@@ -141,24 +141,24 @@ def test_wrap_modes(renderer, wrap, expected):
 def test_opacity_of_a_texture(renderer):
     """RGB_ZERO: what is light in the image is clear. Red lets 1 - 0.2127 be seen, white nothing."""
     clear = '<transparent opaque="RGB_ZERO"><texture texture="samp" texcoord="UV"/></transparent>'
-    found = quarters(renderer, load(dae(colour("1 1 0 1") + clear)))
+    found = quarters(renderer, load(dae(color("1 1 0 1") + clear)))
     assert found[3] == (0, 0, 0, 0)
     assert found[0] == (255, 255, 0, 201)
 
 
 def test_emission_and_constant_shaders(renderer):
     glow = "<emission><color>0.2 0.4 0 1</color></emission>"
-    assert quarters(renderer, load(dae(glow + colour("0 0 0 1"))))[0] == (51, 102, 0, 255)
+    assert quarters(renderer, load(dae(glow + color("0 0 0 1"))))[0] == (51, 102, 0, 255)
     assert quarters(renderer, load(dae(glow, shader="constant")), lit=True)[0] == (51, 102, 0, 255)
 
 
-def test_vertex_colours_are_srgb(renderer):
+def test_vertex_colors_are_srgb(renderer):
     inputs = INPUTS + '<input semantic="COLOR" source="#c" offset="0"/>'
-    mesh = load(dae(colour("1 1 1 1"), f'<triangles count="2" material="m">{inputs}<p>0 1 2 0 2 3</p></triangles>'))
+    mesh = load(dae(color("1 1 1 1"), f'<triangles count="2" material="m">{inputs}<p>0 1 2 0 2 3</p></triangles>'))
     part = mesh.parts[0]
     order = np.lexsort([part.positions[:, 0], part.positions[:, 2]])
     expected = [(1, 0, 0), (0, 1, 0), (0.5, 0.5, 0.5), (0, 0, 1)]
-    np.testing.assert_allclose(to_srgb(part.colours[order, :3]), expected, atol=1e-6)
+    np.testing.assert_allclose(to_srgb(part.colors[order, :3]), expected, atol=1e-6)
     assert picture(renderer, mesh)[16, 16, 3] == 255
 
 
@@ -168,7 +168,7 @@ def test_what_is_missing_is_said():
     assert set(mesh.notes) == {
         "points and lines have no surface and are not drawn", "the texture four.png is not there and is not drawn"
     }  # fmt: skip
-    np.testing.assert_allclose(to_srgb(mesh.parts[0].colours[0, :3]), 0.8, atol=1e-6)
+    np.testing.assert_allclose(to_srgb(mesh.parts[0].colors[0, :3]), 0.8, atol=1e-6)
 
 
 def test_skins_and_morphs_are_shown_unmoved():
@@ -195,7 +195,7 @@ def test_skins_and_morphs_are_shown_unmoved():
         (skin, 0.5, "a skin is shown in its bind shape"),
         (targets, 1, "a morphed geometry is shown as it is without its targets"),
     ):
-        text = dae(colour("1 1 1 1")).decode().replace("<library_visual_scenes>", library)
+        text = dae(color("1 1 1 1")).decode().replace("<library_visual_scenes>", library)
         text = text.replace('instance_geometry url="#g"', 'instance_controller url="#k"')
         mesh = load(text.replace("</instance_geometry>", "</instance_controller>").encode())
         found = corners(mesh).reshape(-1, 3)

@@ -281,9 +281,9 @@ def test_morph_targets_with_their_default_weights():
     assert box(builder.load()) == [[-1, -1, 0], [1, 5, 0]]
 
 
-def test_morphed_colours():
+def test_morphed_colors():
     builder = Builder()
     square = builder.square(COLOR_0=[(0.5, 0, 0)] * 4)
     builder.show(square | {"targets": [{"COLOR_0": builder.accessor([(0.25, 0.5, -1)] * 4)}]})
     builder.tree["meshes"][0]["weights"] = [1]
-    np.testing.assert_allclose(builder.load().parts[0].colours, [(0.75, 0.5, 0, 1)] * 4)
+    np.testing.assert_allclose(builder.load().parts[0].colors, [(0.75, 0.5, 0, 1)] * 4)

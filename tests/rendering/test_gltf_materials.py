@@ -30,7 +30,7 @@ def test_no_material_is_white(renderer):
     assert quarters(renderer, builder.show(builder.square()).load()) == [WHITE] * 4
 
 
-def test_the_base_colour_factor_is_linear(renderer):
+def test_the_base_color_factor_is_linear(renderer):
     factor = [LINEAR[128], LINEAR[64], LINEAR[192], 1]
     assert shown(renderer, {"pbrMetallicRoughness": {"baseColorFactor": factor}}) == (128, 64, 192, 255)
     # 0.214 in linear light is mid grey: sRGB 0.5
@@ -44,7 +44,7 @@ def test_a_texture_is_srgb_and_comes_back_as_it_is(renderer):
 
 
 @pytest.mark.parametrize(
-    ("colour", "dtype", "more"),
+    ("color", "dtype", "more"),
     [
         ([0.5] * 3, "f4", {}),
         ([0.5] * 4, "f4", {}),
@@ -54,16 +54,16 @@ def test_a_texture_is_srgb_and_comes_back_as_it_is(renderer):
         ([32768] * 3 + [65535], "u2", {"normalized": True}),
     ],
 )
-def test_vertex_colours_are_linear_whatever_their_type(renderer, colour, dtype, more):
+def test_vertex_colors_are_linear_whatever_their_type(renderer, color, dtype, more):
     """0.5 of linear light is 188: also with a material, whose alphaMode OPAQUE ignores alpha."""
     builder = Builder()
-    colour = np.array(colour) / more.get("scale", 1)
+    color = np.array(color) / more.get("scale", 1)
     flags = {k: v for k, v in more.items() if k == "normalized"}
-    given = builder.accessor([colour] * 4, dtype, **flags)
+    given = builder.accessor([color] * 4, dtype, **flags)
     assert shown(renderer, {}, builder, COLOR_0=given) == (188, 188, 188, 255)
 
 
-def test_factor_colour_and_texture_are_multiplied_in_linear_light(renderer):
+def test_factor_color_and_texture_are_multiplied_in_linear_light(renderer):
     """0.5 x 0.5 x 0.21586 = 0.053965, which is 65.7 of 255; without the texture 0.25, which is 137."""
     builder = Builder()
     rough = {"baseColorFactor": [0.5, 0.5, 0.5, 1]}
@@ -73,7 +73,7 @@ def test_factor_colour_and_texture_are_multiplied_in_linear_light(renderer):
     assert shown(renderer, {"pbrMetallicRoughness": rough}, builder, COLOR_0=[[0.5] * 3] * 4) == (66, 66, 66, 255)
 
 
-def test_vertex_colours_are_interpolated_in_linear_light(renderer):
+def test_vertex_colors_are_interpolated_in_linear_light(renderer):
     """Black on the left, white on the right: the middle is half the light, 188."""
     builder = Builder()
     square = builder.square(COLOR_0=[[x] * 3 for x in (0, 1, 1, 0)])
@@ -180,8 +180,8 @@ def test_alpha_modes(renderer, mode, alpha):
     builder = Builder()
     rough = {"baseColorFactor": [1, 0, 0, 0.5], "baseColorTexture": builder.texture(flat(255, 255, 255, 102))}
     square = builder.square(COLOR_0=[[1.0] * 4] * 4) | {"material": builder.material(rough, **mode)}
-    colour = quarters(renderer, builder.show(square).load())[0]
-    assert colour == ((255, 0, 0, alpha) if alpha else (0, 0, 0, 0))
+    color = quarters(renderer, builder.show(square).load())[0]
+    assert color == ((255, 0, 0, alpha) if alpha else (0, 0, 0, 0))
 
 
 def test_blended_leaves_hide_what_is_behind_them(renderer):
@@ -241,7 +241,7 @@ def test_unlit_materials_are_not_shaded(renderer):
     np.testing.assert_allclose(lit, (127, 63, 190, 255), atol=1)
 
 
-def test_the_diffuse_colour_of_specular_glossiness(renderer):
+def test_the_diffuse_color_of_specular_glossiness(renderer):
     builder = Builder()
     gloss = {"diffuseFactor": [0.5, 1, 0, 1], "diffuseTexture": builder.texture(flat(255, 128, 255))}
     extensions = {"KHR_materials_pbrSpecularGlossiness": gloss}

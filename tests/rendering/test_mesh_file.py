@@ -11,13 +11,13 @@ import pytest
 import trimesh
 from PIL import Image
 
-from mvdream_fast.core.colour import to_linear, to_srgb
+from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.rendering import polygons, reading
 from mvdream_fast.rendering.catalogue import parse_properties, read_folder, read_sweethome3d
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part, Texture
 from mvdream_fast.rendering.mesh_file import load_mesh
-from mvdream_fast.scene.mesh.export import mesh_bytes
+from mvdream_fast.scene.mesh.export import mesh_files
 from mvdream_fast.scene.mesh.mesh import Mesh as SceneMesh
 
 
@@ -62,13 +62,13 @@ def one_part(positions, **more) -> Mesh:
     n = len(positions)
     faces = np.arange(n, dtype=np.int32).reshape(-1, 3)
     zeros = np.zeros((n, 3), np.float32)
-    colours = np.tile(np.float32([*to_linear(np.full(3, 0.5)), 1]), (n, 1))
-    return Mesh((Part(np.asarray(positions, np.float32), zeros, colours, faces, **more),))
+    colors = np.tile(np.float32([*to_linear(np.full(3, 0.5)), 1]), (n, 1))
+    return Mesh((Part(np.asarray(positions, np.float32), zeros, colors, faces, **more),))
 
 
 def shown(part: Part) -> np.ndarray:
     """The colours of a part as sRGB, [N, 3]."""
-    return to_srgb(part.colours[:, :3])
+    return to_srgb(part.colors[:, :3])
 
 
 def test_normalised_to_the_ball_and_to_the_box():
@@ -233,18 +233,18 @@ def test_painting_keeps_light_and_dark():
     texture = np.full((2, 2, 4), 255, np.uint8)
     texture[0, :, :3], texture[1, :, :3] = 100, 80
     mesh = one_part([(0, 0, 0), (1, 0, 0), (0, 1, 0)], texture=Texture(texture, np.zeros((3, 2), np.float32)))
-    painted = mesh.recoloured([0], (0.8, 0.1, 0.1)).parts[0]
+    painted = mesh.recolored([0], (0.8, 0.1, 0.1)).parts[0]
     assert painted.texture.pixels[0, 0, 0] > painted.texture.pixels[1, 0, 0] > 150
     np.testing.assert_allclose(painted.texture.pixels[..., 0].mean() / 255, 0.8, atol=0.02)
     np.testing.assert_array_equal(mesh.parts[0].texture.pixels, texture)
-    flat = mesh.recoloured([0], (0.8, 0.1, 0.1), flat=True).parts[0]
+    flat = mesh.recolored([0], (0.8, 0.1, 0.1), flat=True).parts[0]
     assert (flat.texture.pixels[..., :3] == 255).all()
 
 
 def test_brightening_holds_the_hue():
     mesh = one_part([(0, 0, 0), (1, 0, 0), (0, 1, 0)])
     part = mesh.parts[0]
-    part.colours[:, :3] = to_linear(np.array([(0.5, 0.5, 0.5), (1, 0.5, 0), (0.9, 0.45, 0)]))
+    part.colors[:, :3] = to_linear(np.array([(0.5, 0.5, 0.5), (1, 0.5, 0), (0.9, 0.45, 0)]))
     bright = shown(mesh.brightened(1.2).parts[0])
     np.testing.assert_allclose(bright, [(0.6, 0.6, 0.6), (1, 0.5, 0), (1, 0.5, 0)], atol=1e-6)
 
@@ -311,14 +311,6 @@ def test_ids_are_short_and_unique(tmp_path):
     assert all(len(i) <= 64 for i in ids)
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "{", '"text"'])
-def test_unreadable_captions(tmp_path, content):
-    arrow().export(tmp_path / "a.stl")
-    (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(InputFileError, match="unreadable captions"):
-        read_folder(tmp_path)
-
-
 def test_a_folder_without_meshes(tmp_path):
     with pytest.raises(InputFileError, match="no meshes in .*glb, gltf, obj"):
         read_folder(tmp_path)
@@ -340,10 +332,10 @@ OFF_SQUARE = "4 {faces} 0\n-1 -1 0{0}\n1 -1 0{1}\n# a comment\n1 1 0{2}\n-1 1 0{
         ("CNOFF\n" + OFF_SQUARE.format(*[" 0 0 1 0 255 0 255"] * 4, faces=1) + "4 0 1 2 3\n", [(0, 255, 0, 255)] * 4),
     ],
 )  # fmt: skip
-def test_colours_of_off_files(text, expected):
+def test_colors_of_off_files(text, expected):
     (part,) = load_mesh(text.encode(), "off").parts
     around = np.argsort(np.arctan2(part.positions[:, 2], part.positions[:, 0]))
-    rgba = np.hstack([shown(part), part.colours[:, 3:]])[around]
+    rgba = np.hstack([shown(part), part.colors[:, 3:]])[around]
     np.testing.assert_array_equal(np.round(rgba * 255), expected)
     assert len(part.faces) == 2
 
@@ -362,16 +354,14 @@ def test_damaged_off_files(text, message):
         load_mesh(text.encode(), "off")
 
 
-def test_colours_of_3mf_are_said_to_be_left_out():
+def test_colors_of_3mf_are_said_to_be_left_out():
     plain = trimesh.creation.box().export(file_type="3mf")
     assert load_mesh(plain, "3mf").notes == ()
-    coloured = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(plain)) as old, zipfile.ZipFile(coloured, "w") as new:
+    colored = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(plain)) as old, zipfile.ZipFile(colored, "w") as new:
         for name in old.namelist():
             new.writestr(name, old.read(name).replace(b"<object ", b'<object pid="1" pindex="0" '))
-    assert load_mesh(coloured.getvalue(), "3mf").notes == (
-        "the colours of a 3MF file are not drawn; convert it to GLB",
-    )
+    assert load_mesh(colored.getvalue(), "3mf").notes == ("the colours of a 3MF file are not drawn; convert it to GLB",)
 
 
 def our_mesh(**more) -> SceneMesh:
@@ -385,23 +375,41 @@ OURS = [(255, 0, 0), (10, 128, 240), (204, 204, 204), (3, 60, 7)]
 
 
 @pytest.mark.parametrize("kind", ["glb", "ply", "obj"])
-def test_our_own_meshes_come_back_with_their_colours(kind):
+def test_our_own_meshes_come_back_with_their_colors(kind):
     mesh = our_mesh()
-    (part,) = load_mesh(mesh_bytes(mesh, kind), kind).parts
+    (part,) = load_mesh(mesh_files(mesh, f"a.{kind}")[f"a.{kind}"], kind).parts
     at = [int(np.abs(part.positions - corner).sum(1).argmin()) for corner in mesh.vertices]
     np.testing.assert_allclose(part.positions[at], mesh.vertices, atol=1e-6)
     np.testing.assert_allclose(shown(part)[at] * 255, OURS, atol=0.01)
 
 
-def test_our_own_texture_comes_back():
+@pytest.mark.parametrize("kind", ["glb", "obj"])
+def test_our_own_texture_comes_back(kind):
     texture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     uvs = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], np.float32)
-    (part,) = load_mesh(mesh_bytes(our_mesh(texture=texture, uvs=uvs), "glb"), "glb").parts
+    files = mesh_files(our_mesh(texture=texture, uvs=uvs), f"a.{kind}")
+    (part,) = load_mesh(files[f"a.{kind}"], kind, files).parts
     np.testing.assert_array_equal(part.texture.pixels[..., :3], texture)
-    np.testing.assert_allclose(part.texture.uv, np.stack([uvs[:, 0], 1 - uvs[:, 1]], 1), atol=1e-6)
-    np.testing.assert_array_equal(part.colours, np.ones((4, 4)))
+    at = [int(np.abs(part.positions - corner).sum(1).argmin()) for corner in our_mesh().vertices]
+    np.testing.assert_allclose(part.texture.uv[at], np.stack([uvs[:, 0], 1 - uvs[:, 1]], 1), atol=1e-6)
+    np.testing.assert_array_equal(part.colors, np.ones((4, 4)))
 
 
-def test_a_mesh_without_any_colour_is_light_gray():
+@pytest.mark.parametrize("kind", ["obj", "off"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_every_kind(kind, end):
+    """And a separator that is none: in a comment it ends nothing."""
+    text = {
+        "obj": "# a\u2028f 9 9 9\nmtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl red\nf 1 2 3\n",
+        "off": "OFF\n# a\u2028b\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n",
+    }
+    material = "newmtl red\n# a\u2028Kd 0 0 1\nKd 1 0 0\n".replace("\n", end).encode()
+    (part,) = load_mesh(text[kind].replace("\n", end).encode(), kind, {"a.mtl": material}).parts
+    assert len(part.faces) == 1
+    if kind == "obj":
+        np.testing.assert_allclose(shown(part)[:, :3], np.broadcast_to((1, 0, 0), (3, 3)), atol=1e-6)
+
+
+def test_a_mesh_without_any_color_is_light_gray():
     mesh = load_mesh(trimesh.creation.box().export(file_type="stl"), "stl")
     np.testing.assert_allclose(shown(mesh.parts[0]), 0.8, atol=1e-6)

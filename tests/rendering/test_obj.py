@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gltf_builder import corners, encoded, quarters
 
-from mvdream_fast.core.colour import to_srgb
+from mvdream_fast.core.color import to_srgb
 from mvdream_fast.rendering.mesh import Mesh, MeshError
 from mvdream_fast.rendering.mesh_file import load_mesh
 from mvdream_fast.rendering.polygons import triangulated
@@ -26,11 +26,11 @@ def with_mtl(mtl: str, face: str = FACE, vertices: str = SQUARE, **files) -> Mes
     return load(text, a_dot_mtl=f"newmtl paint\n{mtl}\n", **{"four_dot_png": encoded(FOUR)} | files)
 
 
-def colours(mesh: Mesh) -> np.ndarray:
+def colors(mesh: Mesh) -> np.ndarray:
     """sRGB of 255 of each vertex, in the order of x and y."""
     (part,) = mesh.parts
     order = np.lexsort([part.positions[:, 0], part.positions[:, 2]])
-    return np.round(to_srgb(part.colours[order, :3]) * 255).astype(int)
+    return np.round(to_srgb(part.colors[order, :3]) * 255).astype(int)
 
 
 # Geometry
@@ -89,23 +89,23 @@ def test_polygons_of_several_kinds():
 
 
 def test_a_face_without_any_material_is_light_grey():
-    assert (colours(load(SQUARE + FACE)) == 204).all()
+    assert (colors(load(SQUARE + FACE)) == 204).all()
 
 
-def test_vertex_colours_are_srgb_in_ones_or_in_bytes():
+def test_vertex_colors_are_srgb_in_ones_or_in_bytes():
     rows = [(0, 0.5, 1), (1, 0, 0), (0, 1, 0), (0.2, 0.4, 0.6)]
     expected = [[0, 128, 255], [255, 0, 0], [51, 102, 153], [0, 255, 0]]
     for scale, w in ((1, ""), (255, ""), (1, "1 ")):
         lines = (f"v {p} {w}{' '.join(str(c * scale) for c in row)}" for p, row in zip(
             ("-1 -1 0", "1 -1 0", "1 1 0", "-1 1 0"), rows))  # fmt: skip
-        found = colours(load("\n".join(lines) + "\nf 1 2 3 4\n"))
+        found = colors(load("\n".join(lines) + "\nf 1 2 3 4\n"))
         np.testing.assert_allclose(found, expected, atol=1)
 
 
-def test_vertex_colours_stay_beside_a_material():
-    coloured = "v -1 -1 0 1 0 0\nv 1 -1 0 1 0 0\nv 1 1 0 1 0 0\nv -1 1 0 1 0 0\n"
-    mesh = with_mtl("Kd 1 1 1", "f 1 2 3 4\n", coloured)
-    assert (colours(mesh) == (255, 0, 0)).all()
+def test_vertex_colors_stay_beside_a_material():
+    colored = "v -1 -1 0 1 0 0\nv 1 -1 0 1 0 0\nv 1 1 0 1 0 0\nv -1 1 0 1 0 0\n"
+    mesh = with_mtl("Kd 1 1 1", "f 1 2 3 4\n", colored)
+    assert (colors(mesh) == (255, 0, 0)).all()
     assert mesh.parts[0].material == "paint"
 
 
@@ -125,8 +125,8 @@ def test_a_position_may_have_a_weight():
         ("Kd 0 0 0", (0, 0, 0)),
     ],
 )
-def test_diffuse_colours_are_srgb(mtl, expected):
-    assert (np.abs(colours(with_mtl(mtl)) - expected) <= 1).all()
+def test_diffuse_colors_are_srgb(mtl, expected):
+    assert (np.abs(colors(with_mtl(mtl)) - expected) <= 1).all()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_several_libraries(lines):
         a_dot_mtl="newmtl one\nKd 1 0 0\n", b_dot_mtl="newmtl two\nKd 0 0 1\n",
     )  # fmt: skip
     assert [part.material for part in mesh.parts] == ["one", "two"]
-    np.testing.assert_allclose([part.colours[0] for part in mesh.parts], [(1, 0, 0, 1), (0, 0, 1, 1)])
+    np.testing.assert_allclose([part.colors[0] for part in mesh.parts], [(1, 0, 0, 1), (0, 0, 1, 1)])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
@@ -223,7 +223,7 @@ def test_text_in_other_encodings(encoding):
         f"mtllib a.mtl\n{SQUARE}usemtl grün\n{FACE}".encode(encoding),
         a_dot_mtl="newmtl grün\nKd 0 1 0\n".encode(encoding),
     )
-    np.testing.assert_allclose(mesh.parts[0].colours[0], (0, 1, 0, 1))
+    np.testing.assert_allclose(mesh.parts[0].colors[0], (0, 1, 0, 1))
 
 
 def test_what_is_missing_is_said():

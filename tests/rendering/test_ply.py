@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gltf_builder import corners, encoded, quarters
 
-from mvdream_fast.core.colour import to_srgb
+from mvdream_fast.core.color import to_srgb
 from mvdream_fast.rendering.mesh import Mesh, MeshError
 from mvdream_fast.rendering.mesh_file import load_mesh
 
@@ -47,11 +47,11 @@ def load(content: bytes, **files) -> Mesh:
     return load_mesh(content, "ply", {k.replace("_dot_", "."): v for k, v in files.items()})
 
 
-def colours(mesh: Mesh) -> np.ndarray:
+def colors(mesh: Mesh) -> np.ndarray:
     """sRGB and alpha of 255 of each vertex, in the order of x and y."""
     (part,) = mesh.parts
     order = np.lexsort([part.positions[:, 0], part.positions[:, 2]])
-    rgba = np.hstack([to_srgb(part.colours[order, :3]), part.colours[order, 3:]])
+    rgba = np.hstack([to_srgb(part.colors[order, :3]), part.colors[order, 3:]])
     return np.round(rgba * 255).astype(int)
 
 
@@ -77,21 +77,21 @@ def test_polygons_of_mixed_length(form, names):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("names", ["red green blue alpha", "r g b a", "diffuse_red diffuse_green diffuse_blue alpha"])
-def test_vertex_colours_of_bytes_are_srgb(form, names):
+def test_vertex_colors_of_bytes_are_srgb(form, names):
     given = [(255, 0, 0, 255), (0, 128, 0, 255), (1, 2, 3, 255), (255, 255, 255, 255)]
     rows = [(*p, *c) for p, c in zip(SQUARE, given)]
     mesh = load(ply(form, ("vertex", XYZ + [f"uchar {n}" for n in names.split()], rows), FACES))
-    np.testing.assert_array_equal(colours(mesh), [given[0], given[1], given[3], given[2]])
+    np.testing.assert_array_equal(colors(mesh), [given[0], given[1], given[3], given[2]])
     assert not mesh.parts[0].blend
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_colours_of_floats_and_shorts(form):
+def test_colors_of_floats_and_shorts(form):
     floats = [(*p, 0.5, 0.25, 1.0) for p in SQUARE]
-    assert (colours(load(ply(form, ("vertex", [*XYZ, "float red", "float green", "float blue"], floats), FACES)))
+    assert (colors(load(ply(form, ("vertex", [*XYZ, "float red", "float green", "float blue"], floats), FACES)))
             == (128, 64, 255, 255)).all()  # fmt: skip
     shorts = [(*p, 65535, 32896, 0) for p in SQUARE]
-    assert (colours(load(ply(form, ("vertex", [*XYZ, "ushort red", "ushort green", "ushort blue"], shorts), FACES)))
+    assert (colors(load(ply(form, ("vertex", [*XYZ, "ushort red", "ushort green", "ushort blue"], shorts), FACES)))
             == (255, 128, 0, 255)).all()  # fmt: skip
 
 
@@ -103,15 +103,15 @@ def test_alpha_is_opacity(renderer):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_colours_of_faces(form, renderer):
+def test_colors_of_faces(form, renderer):
     kinds = ["list uchar int vertex_indices", "uchar red", "uchar green", "uchar blue"]
     faces = ("face", kinds, [((0, 1, 2), *RED), ((0, 2, 3), *BLUE)])
     found = quarters(renderer, load(ply(form, ("vertex", XYZ, SQUARE), faces)))
     assert (found[0], found[3]) == ((*BLUE, 255), (*RED, 255))
 
 
-def test_no_colours_are_light_grey():
-    assert (colours(load(ply("ascii", ("vertex", XYZ, SQUARE), FACES))) == (204, 204, 204, 255)).all()
+def test_no_colors_are_light_grey():
+    assert (colors(load(ply("ascii", ("vertex", XYZ, SQUARE), FACES))) == (204, 204, 204, 255)).all()
 
 
 @pytest.mark.parametrize("names", ["s t", "u v", "texture_u texture_v"])

@@ -54,11 +54,11 @@ def product() -> Builder:
     return builder.show(box | {"material": unlit(builder, base)})
 
 
-def bytes_of_colour() -> Builder:
+def bytes_of_color() -> Builder:
     """Normalised bytes of linear light, alpha ignored: 188, 255, 137."""
     builder = Builder()
-    colours = builder.accessor([(128, 255, 64, 0)] * 24, "u1", normalized=True)
-    return builder.show(cube(builder, (1, 0.8, 1), COLOR_0=colours) | {"material": unlit(builder, {})})
+    colors = builder.accessor([(128, 255, 64, 0)] * 24, "u1", normalized=True)
+    return builder.show(cube(builder, (1, 0.8, 1), COLOR_0=colors) | {"material": unlit(builder, {})})
 
 
 def second_set() -> Builder:
@@ -107,7 +107,7 @@ def mirrored_pair() -> Builder:
 GLTF = {
     factor: (128, 64, 192),
     product: (66, 137, 0),
-    bytes_of_colour: (188, 255, 137),
+    bytes_of_color: (188, 255, 137),
     second_set: (20, 200, 120),
     gloss: (255, 64, 64),
     morphed_skin: (0, 192, 192),
@@ -170,11 +170,11 @@ def test_companions_of_macos_are_passed_over(khronos_like, tmp_path):
 # What a second run looks at again
 
 
-def write_obj(folder, colour: str, name: str = "box") -> None:
+def write_obj(folder, color: str, name: str = "box") -> None:
     lines = [f"v {x} {y} {z}" for x, y, z in CORNERS.tolist()]
     lines += ["vt 0 0"] + ["f " + " ".join(f"{i + 1}/1" for i in side) for side in SIDES]
     (folder / f"{name}.obj").write_text("\n".join([f"mtllib {name}.mtl", "usemtl m", *lines, ""]))
-    (folder / f"{name}.mtl").write_text(f"newmtl m\n{colour}\n")
+    (folder / f"{name}.mtl").write_text(f"newmtl m\n{color}\n")
 
 
 @pytest.fixture

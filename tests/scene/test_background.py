@@ -43,21 +43,21 @@ def test_environment_map_parameters_and_range():
     assert torch.equal(out, background(directions(100).float(), Stream(0, 0, "x"), training=False))
 
 
-def test_random_colours_half_of_the_time():
+def test_random_colors_half_of_the_time():
     background, d = EnvironmentMap(), directions(8).float()
-    learned, colours = background(d), []
+    learned, colors = background(d), []
     for step in range(400):
         out = background(d, Stream(0, step, "background"), training=True)
         if not torch.equal(out, learned):
             assert torch.equal(out, out[:1].expand(8, 3))
-            colours.append(out[0])
+            colors.append(out[0])
     # 200 expected, deviation 10.
-    assert 150 < len(colours) < 250
-    spread = torch.stack(colours)
+    assert 150 < len(colors) < 250
+    spread = torch.stack(colors)
     assert bool((spread.mean(0) - 0.5).abs().max() < 0.1)
 
 
-def test_random_colours_leave_a_zero_gradient():
+def test_random_colors_leave_a_zero_gradient():
     background = EnvironmentMap(augment_prob=1.0)
     background(directions(8).float(), Stream(0, 0, "background"), training=True).sum().backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) == 0 for p in background.parameters())

@@ -117,11 +117,11 @@ def test_accumulated_gradients_are_those_of_one_large_batch(data):
     source = trainer.source
     halves = [source.batch(Stream(0, i, "half"), 2, 4, True) for i in range(2)]
     whole = Batch(
-        torch.cat([b.pictures for b in halves]), torch.cat([b.cameras for b in halves]),
+        torch.cat([b.images for b in halves]), torch.cat([b.cameras for b in halves]),
         halves[0].captions + halves[1].captions, 4, False,
     )  # fmt: skip
     fixed = torch.tensor([100, 300, 500, 700])
-    latents = torch.cat([trainer.parts.vae.encode(b.pictures) for b in halves])
+    latents = torch.cat([trainer.parts.vae.encode(b.images) for b in halves])
     noise = Stream(0, 0, "noise").normal(*latents.shape)
 
     class Fixed:
@@ -140,7 +140,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(data):
             return torch.ones(n)
 
     def gradients(batch, part, t):
-        encoded = dataclasses.replace(batch, pictures=latents[part], encoded=True)
+        encoded = dataclasses.replace(batch, images=latents[part], encoded=True)
         trainer.optimizer.zero_grad()
         trainer.loss(encoded, Fixed(part), 0.0, t).backward()
         return [p.grad.clone() for p in trainer.parameters if p.grad is not None]

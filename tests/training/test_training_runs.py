@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from reference import upstream
-from safetensors.torch import save_file
+from reference import stable_diffusion, upstream
 from test_batches import make_sample
 from test_train import TINY, data, flags, pictures, tiny
 
@@ -60,23 +59,25 @@ def test_both_stages_make_a_model_that_loads(data, vae_model, tmp_path):
     more = {"dtype": "bf16", "gradient_checkpointing": True, "accumulate": 2}
     main(flags(data, tmp_path, vae=str(vae_model), cache_latents=True, resume=True, steps=3, **more))
     assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() == "000003.safetensors"
+    assert load_model(tmp_path, parts=()).config == first.config
 
 
-@pytest.mark.parametrize("kind", ["released", "stable diffusion"])
-def test_training_goes_on_from_published_files(data, tmp_path, kind):
-    """Narrow files in the released layout, at the size of the data; a multi-view step teaches the new camera layers."""
-    tensors = upstream.flat(upstream.NARROW21)
+@pytest.mark.parametrize("kind", ["released", "stable diffusion", "stable diffusion folder"])
+def test_training_goes_on_from_published_files(data, tmp_path, kind, capsys):
+    """Narrow files, at the size of the data; a multi-view step teaches the new camera layers."""
     if kind == "released":
-        torch.save(tensors, tmp_path / "model.pt")
+        torch.save(upstream.flat(upstream.NARROW21), tmp_path / "model.pt")
+    elif kind == "stable diffusion":
+        stable_diffusion.write_flat(tmp_path / "model.pt")
     else:
-        tensors = {name: x for name, x in tensors.items() if "camera_embed" not in name}
-        save_file(tensors, tmp_path / "model.pt")
+        stable_diffusion.write_folder(tmp_path / "model.pt")
     more = {"init": str(tmp_path / "model.pt"), "settings": ("vae.image_size=16",), "freeze_text": True}
     main(flags(data, tmp_path / "out", n_views=2, steps=1, multi_view_share=1.0, **more))
     model = load_model(tmp_path / "out" / "model")
     assert model.config.unet.camera_in == "time"
     assert model.config.vae.image_size == 16
     assert model.unet.camera_embed[2].weight.any()
+    assert ("does not say what its UNet predicts" in capsys.readouterr().out) == (kind == "stable diffusion")
     with pytest.raises(ArgumentError, match=r"--set must leave the widths and depths of --init as they are, got vae.l"):
         main(flags(data, tmp_path / "no", **more | {"settings": ("vae.layers_per_block=1",)}))
 
@@ -129,7 +130,7 @@ def test_output_folders(data, vae_model, tmp_path):
     main(flags(data, tmp_path, vae=str(vae_model), steps=1))
     with pytest.raises(OutputError, match="holds a training run already"):
         main(flags(data, tmp_path, vae=str(vae_model)))
-    with pytest.raises(ArgumentError, match="--resume goes on with --stage unet, as the run was begun, got --stage vae"):
+    with pytest.raises(ArgumentError, match="goes on with --stage unet, as the run was begun, got --stage vae"):
         main(flags(data, tmp_path, stage="vae", resume=True))
     (tmp_path / "config.json").unlink()  # a run from before there was a record
     with pytest.raises(ModelError, match="is of train-unet, not of train-vae"):
@@ -210,3 +211,7 @@ def test_sigterm_saves_and_says_143(data, vae_model, tmp_path):
     assert process.wait(timeout=120) == 143
     assert (tmp_path / "checkpoints" / "LATEST").exists()
     assert (tmp_path / "model" / "config.json").exists()
+    with pytest.raises(
+        ModelError, match=r"is a run that is not finished \(step \d+ of 1000000\): go on with it by --res"
+    ):
+        load_model(tmp_path)

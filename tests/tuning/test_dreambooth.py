@@ -129,7 +129,7 @@ def test_one_step_is_the_whole_formula(base, weight, monkeypatch):
 
     stream, schedule = Stream(0, 0, "train/0"), one.schedule
     batch = one.source.batch(Stream(0, 0, "train/0/batch"), 2, 1, False)
-    z = one.parts.vae.encode(batch.pictures, stream.normal(2, 4, 8, 8))
+    z = one.parts.vae.encode(batch.images, stream.normal(2, 4, 8, 8))
     t = spread_timesteps(stream, 2, 1000)
     noise = stream.normal(*z.shape)
     a, s = schedule.alphas[t][:, None, None, None], schedule.sigmas[t][:, None, None, None]
@@ -243,10 +243,10 @@ def test_photos_are_encoded_once_to_the_means(base):
     assert batch.encoded
     with torch.no_grad():
         wanted = base.vae.encode(torch.stack([torch.ones(3, 16, 16), torch.zeros(3, 16, 16)]))
-    torch.testing.assert_close(source.pictures, wanted)
+    torch.testing.assert_close(source.images, wanted)
     one = DreamBoothTrainer(parts, source, DreamBoothOptions(batch_size=2))
     drawn = one.draw(0)[0]
-    assert torch.equal(one.latents(drawn), drawn.pictures)
+    assert torch.equal(one.latents(drawn), drawn.images)
 
 
 # Low-rank adapters

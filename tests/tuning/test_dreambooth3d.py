@@ -82,12 +82,12 @@ def test_mixed_batches():
     pseudo = views()
     source = MixedSource(PhotoSource(torch.zeros(3, 3, 16, 16), "a sks chair"), pseudo.images, pseudo.c2w)
     flat = source.batch(Stream(0, 0, "x"), 4, 1, False)
-    assert (flat.cameras, flat.n_views, len(flat.pictures)) == (None, 1, 4)
+    assert (flat.cameras, flat.n_views, len(flat.images)) == (None, 1, 4)
     deep = source.batch(Stream(0, 0, "x"), 4, 1, True)
-    assert (deep.n_views, len(deep.pictures), deep.captions) == (4, 4, ["a sks chair"])
-    group = next(g for g in range(2) if torch.equal(deep.pictures, pseudo.images[g]))
+    assert (deep.n_views, len(deep.images), deep.captions) == (4, 4, ["a sks chair"])
+    group = next(g for g in range(2) if torch.equal(deep.images, pseudo.images[g]))
     assert torch.equal(deep.cameras, normalize_camera(pseudo.c2w[group]))
-    assert len(source.batch(Stream(0, 0, "x"), 8, 1, True).pictures) == 8
+    assert len(source.batch(Stream(0, 0, "x"), 8, 1, True).images) == 8
 
 
 class Flat(Stateless):

@@ -11,18 +11,19 @@ from PIL import Image
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import composite
+from mvdream_fast.tuning import photos as module
 from mvdream_fast.tuning.photos import MAX_PHOTOS, PhotoSource, draw, list_photos, load_photo
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def stripes(*colours, side=20) -> np.ndarray:
+def stripes(*colors, side=20) -> np.ndarray:
     """Squares of colours side by side, [side, n * side, 3]."""
-    return np.concatenate([np.full((side, side, 3), colour, np.uint8) for colour in colours], axis=1)
+    return np.concatenate([np.full((side, side, 3), color, np.uint8) for color in colors], axis=1)
 
 
-def near(pixel, colour, by=12) -> bool:
-    return bool((np.abs(pixel.astype(int) - colour) <= by).all())
+def near(pixel, color, by=12) -> bool:
+    return bool((np.abs(pixel.astype(int) - color) <= by).all())
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp"])
@@ -64,6 +65,108 @@ def test_fit_can_be_chosen(tmp_path):
     rgba[0, 0, 3] = 0
     Image.fromarray(rgba).save(tmp_path / "b.png")
     assert (load_photo(tmp_path / "b.png", 10, "crop")[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("alphas", "left"),
+    [
+        ([], RED),  # solid all over: the square in the middle, all of it
+        ([254], RED),
+        ([0] * 3, RED),  # 3 of 400 pixels
+        ([128] * 400, RED),  # soft all over, as a sheet of glass
+        ([0] * 4, None),  # one in a hundred: a cut-out, which is padded
+        ([127] * 4, None),
+    ],
+)
+def test_what_makes_a_cut_out(tmp_path, alphas, left):
+    rgba = np.full((10, 40, 4), 255, np.uint8)
+    rgba[..., :3] = RED
+    rgba.reshape(-1, 4)[: len(alphas), 3] = alphas
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    photo = load_photo(tmp_path / "a.png", 40)
+    if left is None:
+        assert (photo[:14, :, 3] == 0).all()
+    else:
+        assert near(photo[2, 2, :3], left)
+        assert photo[2, 2, 3] >= 128
+
+
+@pytest.mark.parametrize("fit", ["auto", "crop", "pad"])
+@pytest.mark.parametrize("alpha", [0, 25])
+def test_a_photo_that_shows_nothing_is_refused(tmp_path, fit, alpha):
+    rgba = np.full((8, 8, 4), alpha, np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    with pytest.raises(InputFileError, match=r"a\.png shows nothing: its square is transparent all over; leave it out"):
+        load_photo(tmp_path / "a.png", 8, fit)
+
+
+def test_a_subject_beside_the_square_is_refused_too(tmp_path):
+    rgba = np.zeros((10, 30, 4), np.uint8)
+    rgba[:, :5] = 255
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert load_photo(tmp_path / "a.png", 30)[15, 2, 3] == 255
+    with pytest.raises(InputFileError, match="shows nothing"):
+        load_photo(tmp_path / "a.png", 30, "crop")
+
+
+def save_heic(path, pixels) -> None:
+    import pillow_heif
+
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(path, quality=95)
+
+
+@pytest.mark.parametrize("name", ["a.heic", "IMG_0001.HEIC", "a.heif", "a.jpg"])
+def test_a_phone_s_heic_under_any_name(tmp_path, name):
+    save_heic(tmp_path / name, stripes(RED, GREEN, BLUE, side=64))
+    assert list_photos(tmp_path) == [tmp_path / name]
+    photo = load_photo(tmp_path / name, 8)
+    assert photo.shape == (8, 8, 4)
+    assert near(photo[4, 4, :3], GREEN, 40)
+    assert near(load_photo(tmp_path / name, 9, "pad")[4, 1, :3], RED, 40)
+
+
+def test_heic_without_its_reader_is_told(tmp_path, monkeypatch):
+    save_heic(tmp_path / "a.heic", stripes(RED, side=64))
+    monkeypatch.setattr(module, "_has_heif", lambda: False)
+    with pytest.raises(InputFileError, match=r"among 1 entries: 1 HEIC, which needs pillow-heif; pip install 'mvdream"):
+        list_photos(tmp_path)
+    Image.fromarray(stripes(RED)).save(tmp_path / "b.png")
+    said = []
+    assert list_photos(tmp_path, said.append) == [tmp_path / "b.png"]
+    assert said == [
+        f"1 of the 2 entries of {tmp_path} are passed over: 1 HEIC, which needs pillow-heif; "
+        "pip install 'mvdream_fast[heic]', or save as JPEG (a.heic)"
+    ]
+    (tmp_path / "a.heic").rename(tmp_path / "c.jpg")
+    with pytest.raises(InputFileError, match=r"c\.jpg is HEIC, which needs pillow-heif; pip install"):
+        load_photo(tmp_path / "c.jpg", 8)
+
+
+def test_a_broken_heic_is_named(tmp_path):
+    save_heic(tmp_path / "a.heic", stripes(RED, side=64))
+    (tmp_path / "a.heic").write_bytes((tmp_path / "a.heic").read_bytes()[:200])
+    with pytest.raises(InputFileError, match=r"a\.heic cannot be read as PNG, JPEG, WebP or HEIC"):
+        load_photo(tmp_path / "a.heic", 8)
+
+
+def test_what_is_passed_over_is_told_by_reason(tmp_path):
+    for name in ("b.PNG", "a.jpg", "d.jfif", "._a.jpg", ".DS_Store", "notes.txt", "1.gif", "2.tiff", "3.mov"):
+        (tmp_path / name).touch()
+    (tmp_path / "more").mkdir()
+    said = []
+    assert [path.name for path in list_photos(tmp_path, said.append)] == ["a.jpg", "b.PNG", "d.jfif"]
+    assert said == [
+        f"7 of the 10 entries of {tmp_path} are passed over: 2 hidden (.DS_Store, ._a.jpg); "
+        "4 no PNG, JPEG, WebP or HEIC (1.gif, 2.tiff, 3.mov, ...); 1 a folder, not looked into (more)"
+    ]
+    for name in ("b.PNG", "a.jpg", "d.jfif"):
+        (tmp_path / name).unlink()
+    with pytest.raises(InputFileError, match=r"got none among 7 entries: 2 hidden"):
+        list_photos(tmp_path)
+    said.clear()
+    Image.fromarray(stripes(RED)).save(tmp_path / "more" / "a.png")
+    list_photos(tmp_path / "more", said.append)
+    assert said == []
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
@@ -114,7 +217,7 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path, size, monkeypatch):
 def test_a_broken_photo_is_named(tmp_path, name, cut):
     Image.fromarray(stripes(RED, GREEN)).save(tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:cut])
-    with pytest.raises(InputFileError, match=f"{name} cannot be read as PNG, JPEG or WebP"):
+    with pytest.raises(InputFileError, match=f"{name} cannot be read as PNG, JPEG, WebP or HEIC"):
         load_photo(tmp_path / name, 8)
 
 
@@ -126,7 +229,7 @@ def test_another_format_under_a_photos_name(tmp_path):
 
 
 def test_what_a_folder_holds(tmp_path):
-    with pytest.raises(InputFileError, match="must hold PNG, JPEG or WebP photos, got none among 0 entries"):
+    with pytest.raises(InputFileError, match="must hold PNG, JPEG, WebP or HEIC photos, got none among 0 entries$"):
         list_photos(tmp_path)
     for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
         (tmp_path / name).touch()
@@ -161,6 +264,6 @@ def test_batches_show_every_photo_equally():
     assert batch.cameras is None
     assert batch.n_views == 1
     assert batch.captions == ["a sks chair"] * 4
-    assert set(batch.pictures[:, 0, 0, 0].tolist()) == {0.0, 1.0, 2.0}
+    assert set(batch.images[:, 0, 0, 0].tolist()) == {0.0, 1.0, 2.0}
     with pytest.raises(ValueError, match="multi_view must be False"):
         PhotoSource(pictures, "x").batch(Stream(0, 0, "x"), 1, 4, True)

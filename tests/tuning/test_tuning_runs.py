@@ -53,7 +53,7 @@ def test_generate_and_sds_take_the_tuned_model(whole, dtype, monkeypatch):
     from mvdream_fast.scene.asset import Asset
 
     monkeypatch.setattr(Asset, "turntable", lambda self, path, *_, **__: None)
-    made = ["--model", str(whole / "model"), "--device", "cpu", "--threads", "1", "--dtype", dtype]
+    made = ["--model", str(whole), "--device", "cpu", "--threads", "1", "--dtype", dtype]
     cli.run(generate.main, generate.Flags, prog="generate", argv=[PROMPT, *made, "--steps", "1", "-o", "views"])
     assert Path("views/views.png").exists()
     small = ["--preset", "mini", "--steps", "2", "--render-size", "8", "--mesh-resolution", "24"]
@@ -147,9 +147,9 @@ def bad_photos(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "more", "code", "message"),
     [
-        ("empty", (), 5, "must hold PNG, JPEG or WebP photos, got none"),
+        ("empty", (), 5, "must hold PNG, JPEG, WebP or HEIC photos, got none"),
         ("many", (), 5, "must hold 1 to 50 photos, got 51"),
-        ("broken", (), 5, "a.png cannot be read as PNG, JPEG or WebP"),
+        ("broken", (), 5, "a.png cannot be read as PNG, JPEG, WebP or HEIC"),
         ("file.png", (), 5, "must be a folder of photos, got a file"),
         ("nowhere", (), 5, "cannot read the folder of photos nowhere"),
         ("good", ("--instance_prompt", "a photo of a chair"), 2, "must hold the token 'sks'"),

@@ -50,7 +50,7 @@ def _mp4(frames: np.ndarray, fps: int) -> bytes:
         stream.height, stream.width = (size - size % 2 for size in frames.shape[1:3])
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(frame[: stream.height, : stream.width], format="rgb24")
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_ndarray(frame[: stream.height, : stream.width], format="rgb24")
+            container.mux(stream.encode(image))
         container.mux(stream.encode())
     return out.getvalue()

@@ -3,14 +3,16 @@
 glTF is Y-up with the front at +Z, and its vertex colours are linear; the world is z-up with the front at -Y, sRGB.
 """
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
 from mvdream_fast.core.errors import ArgumentError
-from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.files import write_together
 from mvdream_fast.scene.mesh.mesh import Mesh
 
 Y_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)  # (x, y, z) -> (x, z, -y)
@@ -90,22 +92,66 @@ def _add_material(tree: dict) -> None:
             primitive["material"] = 0
 
 
-def mesh_bytes(mesh: Mesh, file_type: Literal["glb", "obj", "ply"], up: Literal["y", "z"] = "y") -> bytes:
-    """The mesh in one of three formats. GLB is always Y-up; OBJ and PLY take `up` and carry sRGB colours."""
-    if file_type == "glb":
-        return glb_bytes(mesh)
-    if file_type not in ("obj", "ply"):
+def mesh_files(mesh: Mesh, name: str, up: Literal["y", "z"] = "y") -> dict[str, bytes]:
+    """The mesh in the format of the name's ending, as files by name: the one of that name, then those that it names.
+
+    GLB is one file, always Y-up. OBJ and PLY take `up`, and carry sRGB colours and the mesh's normals. An OBJ with a
+    texture is three files. PLY has no place for one: its colours at the vertices are left, and a comment that says so.
+
+    Raises: ArgumentError for another ending.
+    """
+    file_type = name.rpartition(".")[2].lower()
+    if file_type not in ("glb", "obj", "ply"):
         raise ArgumentError(f"a mesh can be written as .glb, .obj or .ply, got .{file_type}")
+    if file_type == "glb":
+        return {name: glb_bytes(mesh)}
+    return _obj(mesh, name, up) if file_type == "obj" else {name: _ply(mesh, up)}
+
+
+def _obj(mesh: Mesh, name: str, up: str) -> dict[str, bytes]:
+    """The OBJ, and where it has a texture a PNG and an MTL. Their names hold no spaces, which would end them."""
+    from PIL import Image
+    from trimesh.exchange.obj import export_obj
+    from trimesh.visual import TextureVisuals
+    from trimesh.visual.material import SimpleMaterial
+
+    body, stem = _body(mesh, up), re.sub(r"\s", "_", name.rpartition(".")[0])
+    if mesh.texture is not None:
+        matt = {"diffuse": [255] * 4, "ambient": [0, 0, 0, 255], "specular": [0, 0, 0, 255], "glossiness": 0.0}
+        material = SimpleMaterial(Image.fromarray(mesh.texture), name=f"{stem}_texture", **matt)
+        body.visual = TextureVisuals(uv=mesh.uvs, material=material)
+    text, beside = export_obj(
+        body, include_normals=mesh.normals is not None, return_texture=True, mtl_name=f"{stem}.mtl", header=None
+    )
+    return {name: text.encode(), **beside}
+
+
+def _ply(mesh: Mesh, up: str) -> bytes:
+    data = _body(mesh, up).export(file_type="ply", vertex_normal=mesh.normals is not None)
+    if mesh.texture is None:
+        return data
+    note = b"comment PLY holds no texture: these are its colours at the vertices\n"
+    return data.replace(b"element vertex", note + b"element vertex", 1)
+
+
+def _body(mesh: Mesh, up: str):
+    """A trimesh mesh with the vertices' colours as bytes."""
     import trimesh
 
-    vertices = mesh.vertices @ Y_UP.T if up == "y" else mesh.vertices
+    turn = Y_UP if up == "y" else np.eye(3, dtype=np.float32)
+    normals = None if mesh.normals is None else mesh.normals @ turn.T
     colors = (mesh.colors * 255).round().astype(np.uint8)
-    body = trimesh.Trimesh(vertices, mesh.faces, process=False, vertex_colors=colors)
-    data = body.export(file_type=file_type)
-    return data.encode() if isinstance(data, str) else data
+    return trimesh.Trimesh(
+        mesh.vertices @ turn.T, mesh.faces, process=False, vertex_colors=colors, vertex_normals=normals
+    )
 
 
-def save_mesh(mesh: Mesh, path: Path | str, up: Literal["y", "z"] = "y") -> None:
-    """Writes the mesh in the format of the file's ending, whole or not at all. Raises ArgumentError, OutputError."""
+def save_mesh(mesh: Mesh, path: Path | str, up: Literal["y", "z"] = "y", say: Callable[[str], None] = print) -> None:
+    """Writes the mesh in the format of the file's ending, with the files beside it that it names, all or nothing.
+
+    `say` is told what the format cannot hold. Raises ArgumentError, OutputError.
+    """
     path = Path(path)
-    atomic_write(path, mesh_bytes(mesh, path.suffix.lstrip(".").lower(), up))
+    write_together({path.with_name(name): data for name, data in mesh_files(mesh, path.name, up).items()})
+    if mesh.texture is not None and path.suffix.lower() == ".ply":
+        say(f"{path.name}: PLY holds no texture, only its colours at the vertices; GLB and OBJ hold it")

@@ -8,10 +8,10 @@ import dataclasses
 import numpy as np
 import torch
 
+from mvdream_fast.core.triangles import covered_pixels
 from mvdream_fast.scene.mesh.mesh import CHUNK, ColorFn, Mesh
 
 PADDING = 2  # texels between charts; the rest of the sheet repeats the nearest chart's border
-TRIANGLES_PER_BLOCK = 4096
 
 
 def bake_texture(mesh: Mesh, color_fn: ColorFn, size: int) -> Mesh:
@@ -67,35 +67,11 @@ def texel_positions(
     positions = np.zeros((size, size, 3), dtype=np.float32)
     covered = np.zeros((size, size), dtype=bool)
     corners = uvs.astype(np.float64) * size  # in texels; texel (i, j) from the lower left has its centre at +0.5
-    for start in range(0, len(faces), TRIANGLES_PER_BLOCK):
-        block = faces[start : start + TRIANGLES_PER_BLOCK]
-        face, x, y, weights = _inside(corners[block], size)
+    for face, x, y, weights in covered_pixels(corners[faces], size, tolerance=1e-9):
         rows, columns = size - 1 - y, x
-        positions[rows, columns] = (weights[:, :, None] * vertices[block[face]]).sum(axis=1)
+        positions[rows, columns] = (weights[:, :, None] * vertices[faces[face]]).sum(axis=1)
         covered[rows, columns] = True
     return positions, covered
-
-
-def _inside(triangles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Texels whose centres lie in triangles [m, 3, 2]: the triangle, x and y of each, and its barycentric weights."""
-    low = np.clip(np.ceil(triangles.min(axis=1) - 0.5), 0, size - 1).astype(np.int64)  # [m, 2]
-    high = np.clip(np.floor(triangles.max(axis=1) - 0.5), -1, size - 1).astype(np.int64)
-    extent = np.maximum(high - low + 1, 0)
-    count = extent.prod(axis=1)
-    face = np.repeat(np.arange(len(triangles)), count)
-    nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    x, y = low[face, 0] + nth % extent[face, 0], low[face, 1] + nth // extent[face, 0]
-    a, b, c = (triangles[face, k] for k in range(3))
-    p = np.stack([x + 0.5, y + 0.5], axis=1)
-    area = _cross(b - a, c - a)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weights = np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], axis=1) / area[:, None]
-    keep = (weights >= -1e-9).all(axis=1)  # NaN, of a triangle without area, is not kept
-    return face[keep], x[keep], y[keep], weights[keep]
-
-
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
 
 def _spread(sheet: np.ndarray, covered: np.ndarray) -> np.ndarray:

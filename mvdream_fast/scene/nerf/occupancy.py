@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mvdream_fast.core import reads
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops.march_rays import unpack_bits
-from mvdream_fast.ops.update_occupancy import update_occupancy
+from mvdream_fast.ops.update_occupancy import run_update
 
 
 def default_step_size(radius: float, n_samples_per_ray: int = 512) -> float:
@@ -19,7 +20,7 @@ class OccupancyGrid(nn.Module):
     """Moving maximum of density times step in resolution^3 cells of [-radius, radius]^3, and its bits.
 
     Every cell counts as occupied until the first update. Buffers: `ema` [G^3] float32 and `bits` [ceil(G^3 / 8)] uint8,
-    x slowest; both go into the checkpoint.
+    x slowest; both go into the checkpoint. `fraction` and `mean` are read once for each state of them.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class OccupancyGrid(nn.Module):
         n_cells = resolution**3
         self.register_buffer("ema", torch.zeros(n_cells))
         self.register_buffer("bits", torch.full(((n_cells + 7) // 8,), 255, dtype=torch.uint8))
+        self._sent: tuple[tuple, reads.Later] | None = None
 
     @property
     def aabb(self) -> tuple[float, ...]:
@@ -53,13 +55,27 @@ class OccupancyGrid(nn.Module):
     @property
     def fraction(self) -> float:
         """Share of occupied cells, in [0, 1]."""
-        return self.occupied.float().mean().item()
+        return self._read()[0]
 
     @property
     def mean(self) -> float:
         """Mean of the moving maximum over the cells that are not marked unseen (0 if all are)."""
+        return self._read()[1]
+
+    def _read(self) -> list[float]:
+        """`fraction` and `mean`: on their way since the last update, or asked for now if the grid was changed since."""
+        if self._sent is None or self._sent[0] != self._state():
+            self._send()
+        return self._sent[1].get()
+
+    def _send(self) -> None:
         seen = self.ema >= 0
-        return self.ema[seen].double().mean().item() if bool(seen.any()) else 0.0
+        mean = torch.where(seen, self.ema, 0).double().sum() / seen.sum().clamp(min=1)
+        self._sent = self._state(), reads.Later(torch.stack([self.occupied.float().mean().double(), mean]))
+
+    def _state(self) -> tuple:
+        """What differs once a buffer has been written to, by whomever."""
+        return tuple((id(x), object() if x.is_inference() else x._version) for x in (self.ema, self.bits))
 
     def fill(self) -> None:
         """Count every cell as occupied again, as at the start; the way out of a grid that emptied itself."""
@@ -77,19 +93,22 @@ class OccupancyGrid(nn.Module):
             return False
         cells = None if step < self.warmup_steps else self._draw_cells(stream)
         sigmas = sigma_fn(self._points(cells, stream)).float()
-        self._store(*update_occupancy(self.ema, sigmas * self.step_size, cells, self.decay, self.threshold))
+        self._store(*run_update(self.ema, sigmas * self.step_size, cells, self.decay, self.threshold))
         return True
 
     def _store(self, ema: torch.Tensor, bits: torch.Tensor) -> None:
         self.ema.copy_(ema)
         self.bits.copy_(bits)
+        self._send()
 
     def _draw_cells(self, stream: Stream) -> torch.Tensor:
-        quarter = self.ema.shape[0] // 4
-        drawn = stream.integers(0, self.ema.shape[0], quarter, device=self.ema.device)
+        device, quarter = self.ema.device, self.ema.shape[0] // 4
+        drawn = stream.integers(0, self.ema.shape[0], quarter, device=device)
+        if reads.reads_wait(device):
+            return torch.cat([drawn, draw_occupied(self.occupied, stream.uniform(quarter, device=device))])
         occupied = torch.nonzero(self.occupied)[:, 0]
         if occupied.shape[0] > quarter:
-            occupied = occupied[stream.integers(0, occupied.shape[0], quarter, device=self.ema.device)]
+            occupied = occupied[stream.integers(0, occupied.shape[0], quarter, device=device)]
         return torch.cat([drawn, occupied])
 
     def _points(self, cells: torch.Tensor | None, stream: Stream) -> torch.Tensor:
@@ -98,3 +117,17 @@ class OccupancyGrid(nn.Module):
         corner = torch.stack([cells // (g * g), cells // g % g, cells % g], dim=-1)
         unit = (corner + stream.uniform(cells.shape[0], 3, device=device)) / g
         return (2 * unit - 1) * self.radius
+
+
+def draw_occupied(occupied: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """A cell for each of `uniform` [n] in [0, 1), without reading how many there are: [n] int64.
+
+    Of more than n occupied cells (occupied [G^3] bool) n drawn with repetition; of fewer each, again and again; of none
+    any.
+    """
+    up_to = occupied.cumsum(0)
+    n_occupied, n = up_to[-1], uniform.shape[0]
+    drawn = (uniform.double() * n_occupied).long()
+    in_turn = torch.arange(n, device=occupied.device) % n_occupied.clamp(min=1)
+    ranks = torch.where(n_occupied > n, drawn, in_turn)
+    return torch.searchsorted(up_to, ranks + 1).clamp(max=occupied.shape[0] - 1)

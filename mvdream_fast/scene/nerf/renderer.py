@@ -4,15 +4,17 @@ Training marches with jitter, prunes without gradient, and evaluates the field w
 evaluation renders in chunks without gradient. The field, its losses and its optimiser are the caller's.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from mvdream_fast.core import reads
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.ops.composite import composite
-from mvdream_fast.ops.march_rays import Samples, march_rays, prune_samples
+from mvdream_fast.ops.composite import composite_samples
+from mvdream_fast.ops.march_rays import Samples, join_samples, march_rays, prune_samples
 from mvdream_fast.ops.render import render
 from mvdream_fast.scene.base import Rendered
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid, default_step_size
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
 
 NORMALS = ("none", "analytic", "finite_difference")
-_RAYS_PER_PRUNE = 8192
+_RAYS_PER_PRUNE = 8192  # on a CPU; where reads wait, which a block does twice, as many as a quarter of memory holds
+_BYTES_PER_SAMPLE = 64  # of a marched sample before pruning: distances, position, density, and the kernels' own
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,7 @@ class Renderer(nn.Module):
         if shading is not ALBEDO:
             rgb = self._shade(rgb, normals, positions, samples, lights, shading)
         background = self.background(rays.rays_d, stream, True)
-        out = composite(
-            sigmas, rgb, samples.t_starts, samples.t_ends, packed_info=samples.packed_info, background=background
-        )
+        out = composite_samples(sigmas, rgb, samples, background)
         return VolumeRendered(
             *(out.rgb, out.opacity, out.depth, samples.n_samples, out.z_variance, out.weights),
             *(samples, positions.detach(), normals, n_marched, step_scale),
@@ -154,9 +155,9 @@ class Renderer(nn.Module):
     def _march_and_prune(self, rays: "Rays", jitter: torch.Tensor, scale: int) -> tuple[Samples, int]:
         """In blocks of rays, so that the samples before pruning are never all in memory."""
         grid, alpha_thre = self.occupancy, self._alpha_thre()
-        parts, n_marched = [], 0
-        for i in range(0, max(rays.rays_o.shape[0], 1), _RAYS_PER_PRUNE):
-            rays_o, rays_d, part = (x[i : i + _RAYS_PER_PRUNE] for x in (rays.rays_o, rays.rays_d, jitter))
+        parts, n_marched, size = [], 0, self._rays_per_prune(rays.rays_o.device)
+        for i in range(0, max(rays.rays_o.shape[0], 1), size):
+            rays_o, rays_d, part = (x[i : i + size] for x in (rays.rays_o, rays.rays_d, jitter))
             marched = march_rays(
                 *(rays_o, rays_d, grid.aabb, grid.bits, grid.resolution, self.step_size * scale),
                 *(part, self.near, self.far),
@@ -164,7 +165,14 @@ class Renderer(nn.Module):
             n_marched += marched.n_samples
             sigmas = self.density(marched.positions(rays_o, rays_d))
             parts.append(prune_samples(marched, sigmas, alpha_thre, self.early_stop_eps))
-        return _concatenate(parts), n_marched
+        return join_samples(parts), n_marched
+
+    def _rays_per_prune(self, device: torch.device) -> int:
+        if not reads.reads_wait(device):
+            return _RAYS_PER_PRUNE
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 32
+        most = math.ceil(2 * 3**0.5 * self.occupancy.radius / self.step_size)  # samples along the box's diagonal
+        return max(_RAYS_PER_PRUNE, memory // 4 // (most * _BYTES_PER_SAMPLE))
 
     def _alpha_thre(self) -> float:
         return min(self.alpha_thre, self.occupancy.mean)
@@ -181,10 +189,3 @@ class Renderer(nn.Module):
             normals, lights = torch.zeros_like(positions), torch.zeros(3, device=positions.device)
         lights = lights.expand(samples.n_rays, 3)[samples.ray_indices]
         return shade(rgb, normals, positions.detach(), lights, shading)
-
-
-def _concatenate(parts: list[Samples]) -> Samples:
-    """Blocks of consecutive rays as one."""
-    counts = torch.cat([part.packed_info[:, 1] for part in parts])
-    t_starts, t_ends = (torch.cat([getattr(part, name) for part in parts]) for name in ("t_starts", "t_ends"))
-    return Samples(t_starts, t_ends, torch.stack([counts.cumsum(0) - counts, counts], dim=-1))

@@ -10,7 +10,7 @@ import torch
 import trimesh
 from reference.studio import fresh_asset
 
-from mvdream_fast.core.colour import to_linear
+from mvdream_fast.core.color import to_linear
 from mvdream_fast.core.errors import ArgumentError, DivergedError, OutputError
 from mvdream_fast.distill.recipes import mini
 from mvdream_fast.rendering import mesh as parts
@@ -115,7 +115,7 @@ def test_threshold_is_found_from_the_silhouette():
     assert np.linalg.norm(mesh.vertices, axis=1).mean() == pytest.approx(0.4, abs=0.02)
 
 
-def test_glb_axes_colours_and_material():
+def test_glb_axes_colors_and_material():
     data = export.glb_bytes(ball_mesh())
     length = struct.unpack("<I", data[12:16])[0]
     tree = json.loads(data[20 : 20 + length])
@@ -135,10 +135,8 @@ def test_glb_axes_colours_and_material():
     assert (rgb[clear, 2] == (y > 0)[clear]).all()  # up is +Y
 
 
-def test_linear_colours_match_the_standard():
-    np.testing.assert_allclose(
-        to_linear(np.array([0, 0.02, 0.5, 1])), [0, 0.0015479876, 0.2140411, 1], atol=1e-7
-    )
+def test_linear_colors_match_the_standard():
+    np.testing.assert_allclose(to_linear(np.array([0, 0.02, 0.5, 1])), [0, 0.0015479876, 0.2140411, 1], atol=1e-7)
 
 
 @pytest.mark.parametrize(("ending", "up"), [("ply", "z"), ("ply", "y"), ("obj", "z"), ("obj", "y")])

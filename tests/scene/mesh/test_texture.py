@@ -1,5 +1,6 @@
 """Baking: texels show the point of the surface that they lie on, seams are padded, and the GLB carries all of it."""
 
+import dataclasses
 import io
 import json
 import struct
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
 
+from mvdream_fast.core.errors import OutputError
+from mvdream_fast.rendering import mesh_file
 from mvdream_fast.scene.mesh import export, texture
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh
 
@@ -109,7 +113,96 @@ def test_glb_carries_texture_uvs_normals_and_a_matt_material(baked):
     np.testing.assert_allclose(body.visual.uv, baked.uvs, atol=1e-6)
 
 
-def test_other_formats_keep_vertex_colours(baked, tmp_path):
-    export.save_mesh(baked, tmp_path / "a.ply", "z")
+def test_a_ply_keeps_vertex_colors_and_normals_and_says_what_it_cannot_hold(baked, tmp_path):
+    said = []
+    export.save_mesh(baked, tmp_path / "a.ply", "z", said.append)
+    assert said == ["a.ply: PLY holds no texture, only its colours at the vertices; GLB and OBJ hold it"]
     body = trimesh.load(tmp_path / "a.ply", process=False)
     assert np.abs(body.visual.vertex_colors[:, :3] / 255 - (baked.vertices + 1) / 2).max() < 0.01
+    np.testing.assert_allclose(body.vertex_normals, baked.normals, atol=1e-5)
+    head = (tmp_path / "a.ply").read_bytes().split(b"end_header")[0].decode()
+    assert "comment PLY holds no texture" in head
+    plain = dataclasses.replace(baked, texture=None, uvs=None)
+    export.save_mesh(plain, tmp_path / "b.ply", "z", said.append)
+    assert len(said) == 1
+    assert b"no texture" not in (tmp_path / "b.ply").read_bytes()
+
+
+QUAD = Mesh(  # stands upright, with its front to -Y; the sheet is red over blue, green over white
+    vertices=np.array([[0, 0, 0], [1, 0, 0], [1, 0, 2], [0, 0, 2]], np.float32),
+    faces=np.array([[0, 1, 2], [0, 2, 3]], np.int32),
+    colors=np.full((4, 3), 0.5, np.float32),
+    normals=np.tile(np.array([[0, -1, 0]], np.float32), (4, 1)),
+    uvs=np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32),
+    texture=np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8),
+)
+
+
+@pytest.mark.parametrize(
+    ("up", "rows"),
+    [
+        ("z", ["v 0 0 0", "v 1 0 0", "v 1 0 2", "v 0 0 2", "vn 0 -1 0"]),
+        ("y", ["v 0 0 0", "v 1 0 0", "v 1 2 0", "v 0 2 0", "vn 0 0 1"]),
+    ],
+)
+def test_an_obj_by_hand(up, rows):
+    files = export.mesh_files(QUAD, "my chair.obj", up)
+    assert list(files) == ["my chair.obj", "my_chair_texture.png", "my_chair.mtl"]
+    found = [
+        " ".join(f"{float(x):g}" if x[-1:].isdigit() and "/" not in x else x for x in line.split())
+        for line in files["my chair.obj"].decode().replace("-0.00000000", "0.0").splitlines()
+    ]
+    want = [
+        "mtllib my_chair.mtl",
+        "usemtl my_chair_texture",
+        *rows,
+        *rows[4:] * 3,
+        "vt 0 0",
+        "vt 1 0",
+        "vt 1 1",
+        "vt 0 1",
+    ]
+    assert [line for line in found if line] == [*want, "f 1/1/1 2/2/2 3/3/3", "f 1/1/1 3/3/3 4/4/4"]
+    material = files["my_chair.mtl"].decode().split("\n")
+    assert material[0] == "newmtl my_chair_texture"
+    assert {"Kd 1.00000000 1.00000000 1.00000000", "Ks 0.00000000 0.00000000 0.00000000"} <= set(material)
+    assert material[-1] == "map_Kd my_chair_texture.png"
+    with Image.open(io.BytesIO(files["my_chair_texture.png"])) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), QUAD.texture)
+
+
+def test_an_obj_comes_back_with_texture_and_normals(baked, tmp_path):
+    """Through a reader of its own rules, and through the renderers' reader."""
+    export.save_mesh(baked, tmp_path / "a.obj")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mtl", "a.obj", "a_texture.png"]
+    body = trimesh.load(tmp_path / "a.obj", process=False, maintain_order=True)
+    np.testing.assert_array_equal(np.asarray(body.visual.material.image.convert("RGB")), baked.texture)
+    (part,) = mesh_file.load_mesh(tmp_path / "a.obj").parts
+    uvs = part.texture.uv * (1, -1) + (0, 1)  # from the lower left, as ours
+    order = np.lexsort(np.round(uvs, 5).T), np.lexsort(np.round(baked.uvs, 5).T)
+    np.testing.assert_allclose(uvs[order[0]], baked.uvs[order[1]], atol=1e-5)
+    np.testing.assert_allclose(part.positions[order[0]], baked.vertices[order[1]], atol=1e-5)
+    np.testing.assert_allclose(part.normals[order[0]], baked.normals[order[1]], atol=1e-4)
+    np.testing.assert_array_equal(part.texture.pixels[..., :3], baked.texture)
+
+
+def test_an_obj_is_written_whole_or_not_at_all(tmp_path):
+    export.save_mesh(QUAD, tmp_path / "a.obj")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = dataclasses.replace(QUAD, texture=255 - QUAD.texture, vertices=QUAD.vertices * 2)
+    (tmp_path / "a.mtl").unlink()
+    (tmp_path / "a.mtl").mkdir()
+    with pytest.raises(OutputError, match=r"a\.mtl: it is not a regular file"):
+        export.save_mesh(other, tmp_path / "a.obj")
+    (tmp_path / "a.mtl").rmdir()
+    (tmp_path / "a.mtl").write_bytes(before["a.mtl"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_a_texture_an_obj_is_one_file(tmp_path):
+    plain = dataclasses.replace(QUAD, texture=None, uvs=None)
+    text = export.mesh_files(plain, "a.obj", "z")["a.obj"].decode()
+    assert list(export.mesh_files(plain, "a.obj")) == ["a.obj"]
+    assert "vn 0.00000000 -1.00000000 0.00000000" in text
+    assert "f 1//1 2//2 3//3" in text
+    assert "mtllib" not in text

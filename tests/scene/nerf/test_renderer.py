@@ -28,10 +28,10 @@ class Ball(torch.nn.Module):
     def __init__(self, sharpness=10.0):
         super().__init__()
         self.sharpness = torch.nn.Parameter(torch.tensor(sharpness))
-        self.colour = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
+        self.color = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
 
     def forward(self, positions):
-        return self.density(positions), torch.sigmoid(self.colour).expand(positions.shape[0], 3)
+        return self.density(positions), torch.sigmoid(self.color).expand(positions.shape[0], 3)
 
     def density(self, positions):
         return torch.nn.functional.softplus(self.sharpness * (1 - positions.norm(dim=-1) / 0.5))
@@ -144,7 +144,7 @@ def test_nothing_in_sight_is_background_with_zero_gradients():
     assert out.n_samples == 0
     torch.testing.assert_close(out.rgb, renderer.background(rays.rays_d))
     (out.rgb.sum() + out.z_variance.sum()).backward()
-    assert float(renderer.volume.colour.grad.abs().max()) == 0
+    assert float(renderer.volume.color.grad.abs().max()) == 0
     evaluated = renderer(rays)
     torch.testing.assert_close(evaluated.rgb, out.rgb)
     empty = SimpleNamespace(rays_o=torch.zeros(0, 3), rays_d=torch.zeros(0, 3))

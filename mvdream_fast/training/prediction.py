@@ -1,0 +1,56 @@
+"""The model that a training goes on from, and what its UNet predicts where nothing says so: that is measured."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from mvdream_fast.checkpoints.open import Model, load_model, open_source
+from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.rng import Stream
+
+EPS, V = 0.7, 0.4  # the cosine of output and input: noise is predicted above the one, v below the other
+
+
+def pretrained(path: str, settings: Sequence[str]) -> Model:
+    """A whole model in float32, Stable Diffusion's own with new camera layers.
+
+    Stable Diffusion 2's flat files come in two kinds, SD 2.1-base predicts noise and SD 2.1 for 768 pixels v, and are
+    otherwise alike. What is found is printed; `settings` (of --set) go before it.
+
+    Raises:
+        ModelError: if there is no such model, or it does not say and the UNet's output leaves it open.
+    """
+    source = open_source(path, add_cameras=True)
+    model = load_model(source, torch.float32)
+    if source.says_prediction or any(setting.startswith("schedule.prediction=") for setting in settings):
+        return model
+    found = likeness(model)
+    if V < found < EPS:
+        raise ModelError(
+            f"{path} does not say whether its UNet predicts noise or v, and its output leaves it open (at the last "
+            f"timestep its cosine with the noise is {found:.2f}); add --set schedule.prediction=eps or =v"
+        )
+    prediction, word = ("eps", "noise") if found >= EPS else ("v", "v")
+    print(
+        f"{path} does not say what its UNet predicts; it is {word}, by its output at the last timestep (cosine with "
+        f"the noise {found:.2f}); --set schedule.prediction=... goes before this",
+        flush=True,
+    )
+    model.config = replace(model.config, schedule=replace(model.config.schedule, prediction=prediction))
+    return model
+
+
+@torch.no_grad()
+def likeness(model: Model) -> float:
+    """The cosine of the UNet's output and its input, pure noise at the last timestep without a text.
+
+    There hardly anything is left of an image (a share of 0.068 in Stable Diffusion's schedule): what predicts noise
+    returns its input, and what predicts v, alpha * noise - sigma * image, gives the mean image.
+    """
+    size, config = model.config.latent_size, model.config
+    noise = Stream(0, 0, "prediction").normal(1, config.unet.in_channels, size, size)
+    text = model.text(model.tokenizer.encode("").ids)
+    out = model.unet(noise, torch.tensor(config.schedule.n_timesteps - 1), text)
+    return F.cosine_similarity(out.flatten(), noise.flatten(), dim=0).item()

@@ -1,0 +1,63 @@
+"""What a UNet predicts is measured where nothing says so: models that are known to be of the one kind and the other."""
+
+import pytest
+import torch
+from reference import stable_diffusion
+from torch import Tensor, nn
+
+from mvdream_fast.checkpoints.open import Model, load_model
+from mvdream_fast.core.errors import ModelError
+from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.training import prediction
+from mvdream_fast.training.prediction import EPS, V, likeness, pretrained
+
+
+class AsNoise(nn.Module):
+    """The same denoiser, with the noise that its v stands for as its output."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.unet, self.schedule = model.unet, NoiseSchedule.from_config(model.config.schedule)
+
+    def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.schedule.to_noise(z, self.unet(z, t, text), t)
+
+
+def test_a_trained_model_in_both_predictions():
+    """The embedded model predicts v; a trained model's noise at the last timestep is nearly its input."""
+    model = load_model("embedded", torch.float32)
+    assert model.config.schedule.prediction == "v"
+    assert likeness(model) < V
+    model.unet = AsNoise(model)
+    assert likeness(model) > 0.99 > EPS
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory) -> str:
+    return str(stable_diffusion.write_flat(tmp_path_factory.mktemp("sd") / "v2-1.safetensors"))
+
+
+@pytest.mark.parametrize(("cosine", "kind"), [(0.999, "eps"), (EPS, "eps"), (V, "v"), (0.1, "v"), (-0.5, "v")])
+def test_a_flat_file_is_taken_for_what_its_output_says(flat, cosine, kind, monkeypatch, capsys):
+    monkeypatch.setattr(prediction, "likeness", lambda model: cosine)
+    assert pretrained(flat, ()).config.schedule.prediction == kind
+    said = capsys.readouterr().out
+    assert f"{flat} does not say what its UNet predicts; it is {'noise' if kind == 'eps' else 'v'}, by" in said
+    assert f"{cosine:.2f}" in said
+
+
+def test_an_output_that_leaves_it_open_is_asked_about(flat, monkeypatch):
+    monkeypatch.setattr(prediction, "likeness", lambda model: 0.55)
+    with pytest.raises(ModelError, match=r"predicts noise or v, .* noise is 0.55\); add --set schedule.prediction=eps"):
+        pretrained(flat, ())
+
+
+def test_what_is_said_is_not_measured(flat, tmp_path, monkeypatch, capsys):
+    def measured(_: Model) -> float:
+        raise AssertionError("nothing was to be measured")
+
+    monkeypatch.setattr(prediction, "likeness", measured)
+    pretrained(flat, ("vae.image_size=16", "schedule.prediction=v"))
+    stable_diffusion.write_folder(tmp_path / "folder", prediction_type="v_prediction")
+    assert pretrained(str(tmp_path / "folder"), ()).config.schedule.prediction == "v"
+    assert capsys.readouterr().out == ""
