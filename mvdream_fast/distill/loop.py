@@ -146,8 +146,10 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     if config.method == "reconstruct":
         views = pipeline(prompt, config.cameras.n_views, negative_prompt=config.negative_prompt, seed=seed, warn=silent)
         return Reconstruction(views.tensor, middle_cameras(config.cameras))
-    sides = [prompt] if config.mode == "3d" else [f"{prompt}, {words}" for words in VIEW_WORDS]
-    text = pipeline.encode_prompt(sides, config.negative_prompt, suffix=config.suffix, warn=silent).to(pipeline.dtype)
+    sides = [""] if config.mode == "3d" else [f", {words}" for words in VIEW_WORDS]
+    endings = [side + config.suffix for side in sides]  # as endings, they stay where the prompt is too long
+    prompts = [prompt] * len(endings)
+    text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=silent).to(pipeline.dtype)
     model = pipeline.model
     own = text if config.mode == "3d" else None
     score = ScoreDistillation(model.unet, model.vae, pipeline.schedule, own, config.guidance)

@@ -155,7 +155,7 @@ class Sides(Stub):
     """Its text states say which prompt they are of."""
 
     def encode_prompt(self, prompt, negative_prompt, suffix, warn):
-        self.prompts = prompts = [prompt] if isinstance(prompt, str) else prompt
+        self.asked, prompts = list(zip(prompt, suffix, strict=True)), prompt
         states = torch.arange(1.0, 1 + len(prompts))[:, None, None].expand(-1, 2, 4)
         return TextCond(states, -states.new_ones(len(prompts), 2, 4))
 
@@ -170,7 +170,7 @@ def test_the_single_view_prior_is_asked_without_cameras_and_told_each_side():
 
     pipeline.model.unet = Noting()
     guidance = new_guidance(pipeline, "a car", replaced(TINY, mode="2d"), 0)
-    assert pipeline.prompts == [f"a car, {words}" for words in VIEW_WORDS]
+    assert pipeline.asked == [("a car", f", {words}") for words in VIEW_WORDS]  # as endings: they are never cut
     cameras = orbit_cameras(4, elevation_deg=20.0)
     rgb = torch.rand(4, 3, 8, 8, requires_grad=True)
     loss, _ = guidance.score(rgb, cameras, 0, Stream(0, 0, "guidance"))
