@@ -10,6 +10,7 @@ from pathlib import Path
 from mvdream_fast.checkpoints.folder import is_model_folder, read_json
 from mvdream_fast.checkpoints.manifest import PARTS, printable
 from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.files import read_text
 from mvdream_fast.core.run_folder import LATEST
 
 EMBEDDED = ("embedded", "mini")
@@ -102,7 +103,7 @@ def _snapshot(repository: Path) -> Path:
     """The main revision of a repository in the hub's cache, or the only one that is there."""
     names = sorted(path.name for path in (repository / "snapshots").iterdir() if path.is_dir())
     reference = repository / "refs" / "main"
-    main = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else None
+    main = read_text(reference, ModelError).strip() if reference.is_file() else None
     chosen = main if main in names else names[0] if len(names) == 1 else None
     if chosen is None:
         raise ModelError(f"{repository} must hold the snapshot of one revision, got {len(names)}; name the snapshot")
@@ -129,13 +130,13 @@ def _progress(run: Path, kind: str | None) -> tuple[int, int]:
 
     folder = run / "checkpoints"
     try:
-        name = Path((folder / LATEST).read_text(encoding="utf-8").strip()).name
+        name = Path(read_text(folder / LATEST, ModelError).strip()).name
         with safe_open(folder / name, framework="np") as file:
             meta = json.loads(file.metadata()["meta"])
         if kind is None and meta["kind"] == "dreambooth":
             return 0, 0
         return int(meta["step"]), int(meta["options"]["steps"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+    except (OSError, ModelError, SafetensorError, KeyError, ValueError, TypeError):
         return 0, 0
 
 

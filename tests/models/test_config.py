@@ -43,7 +43,7 @@ def edited(**changes):
         ("[]", 'must be an object with "kind": "model"'),
         (edited(kind="run"), 'must be an object with "kind": "model"'),
         (edited(format=99), 'must have "format": 1'),
-        (edited(color="red"), "unknown key.* colour in ModelConfig"),
+        (edited(color="red"), "unknown key.* color in ModelConfig"),
         (edited(unet__depth=3), "unknown key.* depth in UNetConfig"),
         (edited(unet__model_channels="320"), r"^config.json: unet.model_channels must be an integer, got '320'$"),
         (edited(unet__model_channels=True), "unet.model_channels must be an integer, got True"),
