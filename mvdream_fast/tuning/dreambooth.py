@@ -1,8 +1,8 @@
 """DreamBooth's optimisation: a few photos of one subject in 2D mode, and a pull back to the weights it started from.
 
 The loss is L_LDM + lambda * ||theta - theta_0||_1 / N, where theta are the UNet's weights (all N of them, the camera
-embedding's too; a text tower that is tuned along is not held back). Photos are photos.py's, runs are
-runs.py's.
+embedding's too; a text tower that is tuned along is not held back). Photos are photos.py's, one tuning is
+tune.py's.
 """
 
 import math

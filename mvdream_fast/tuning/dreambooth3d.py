@@ -35,7 +35,7 @@ from mvdream_fast.scene.asset import Asset
 from mvdream_fast.training.loop import sheet
 from mvdream_fast.tuning.dreambooth import DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource, draw
-from mvdream_fast.tuning.runs import Plan, encoded, latest, load_parts, photo_source, png, tune
+from mvdream_fast.tuning.tune import Plan, encoded, latest, load_parts, photo_source, png, tune
 
 N_STEPS = 50  # of DDIM, over the whole schedule
 PROGRESS_S = 10.0

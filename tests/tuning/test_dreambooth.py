@@ -24,7 +24,7 @@ from mvdream_fast.models.tokenizer import CLIP_ROWS, Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.training import estimate
 from mvdream_fast.training.unet import Parts, spread_timesteps
-from mvdream_fast.tuning import runs
+from mvdream_fast.tuning import tune
 from mvdream_fast.tuning.dreambooth import (
     AdapterPreservation,
     DreamBoothOptions,
@@ -235,10 +235,10 @@ def test_accumulation_and_checkpointing(base):
 def test_photos_are_encoded_once_to_the_means(base):
     model = copy.deepcopy(base)
     parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
-    plan = runs.Plan({"instance_prompt": "a red car"}, model.config)
+    plan = tune.Plan({"instance_prompt": "a red car"}, model.config)
     photos = np.full((2, 16, 16, 4), 255, np.uint8)
     photos[1, ..., 3] = 0  # transparent: grey
-    source = runs.photo_source(plan, photos, parts)
+    source = tune.photo_source(plan, photos, parts)
     batch = source.batch(Stream(0, 0, "x"), 2, 1, False)
     assert batch.encoded
     with torch.no_grad():
@@ -304,14 +304,14 @@ def test_the_token_gets_a_row_of_its_own(base):
     model = copy.deepcopy(base)
     rows = base.text.model.embeddings.token_embedding.weight
     assert model.tokenizer.encode("a sks chair").unknown == [["sks"]]
-    runs.add_token(model, "sks")
+    tune.add_token(model, "sks")
     assert model.tokenizer.encode("a sks chair").unknown == [[]]
     assert model.config.text.vocabulary_size == len(rows) + 1 == len(model.tokenizer.vocabulary)
     grown = model.text.model.embeddings.token_embedding.weight
     assert torch.equal(grown[:-1], rows)
     torch.testing.assert_close(grown[-1], rows[4:].mean(0))
     assert model.tokenizer.encode("a sks chair").ids[0, 2] == len(rows)
-    runs.add_token(model, "SKS")  # a tuned model is tuned again
+    tune.add_token(model, "SKS")  # a tuned model is tuned again
     assert len(model.tokenizer.vocabulary) == len(rows) + 1
 
 
@@ -322,6 +322,6 @@ def test_clips_own_table_has_the_token():
     with torch.device("meta"):
         text = TextEncoder(config)
     model = Model(config_of, text=text, tokenizer=Tokenizer(config))
-    runs.add_token(model, "sks")
+    tune.add_token(model, "sks")
     assert model.config.text.vocabulary_size == CLIP_ROWS
     assert model.tokenizer.encode("sks").ids[0, :4].tolist() == [49406, 48136, 49407, 0]  # one token, a rare one
