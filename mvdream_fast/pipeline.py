@@ -246,16 +246,9 @@ class MVDreamPipeline:
         """
         guided, text = guidance_scale != 1, text.to(self.dtype)
         if camera is None:
-            ask = Denoiser(self.unet, text.repeat(n_views), 1, guided)
-        else:
-            camera = array("denoiser", "camera", camera, "numbers [V, 16]")
-            ask, camera = Denoiser(self.unet, text, n_views, guided), camera.to(self.device).repeat(len(text.cond), 1)
-
-        def denoise(latents: Tensor, t: Tensor) -> Tensor:
-            # Both halves are the same latents: given once, what comes before the first text attention is done once.
-            return ask(latents[: len(latents) // ask.n_prompts], t, camera)
-
-        return denoise
+            return Denoiser(self.unet, text.repeat(n_views), 1, guided).for_sampler()
+        camera = array("denoiser", "camera", camera, "numbers [V, 16]").to(self.device).repeat(len(text.cond), 1)
+        return Denoiser(self.unet, text, n_views, guided).for_sampler(camera)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

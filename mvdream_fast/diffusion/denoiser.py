@@ -3,6 +3,7 @@
 The order of the two halves is decided here and nowhere else: the negative prompt first, [uncond; cond].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,3 +48,10 @@ class Denoiser:
         camera = camera if camera is None else camera.to(self.dtype)
         out = self.unet(latents.to(self.dtype), t, self._context, camera, self.n_views, self.n_prompts)
         return out.to(latents.dtype)
+
+    def for_sampler(self, camera: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of (latents, t) for the samplers, whose latents are [2*B*V, C, h, w] where `guided`.
+
+        Both halves are the same latents: given once, what comes before the first text attention is done once.
+        """
+        return lambda latents, t: self(latents[: len(latents) // self.n_prompts], t, camera)

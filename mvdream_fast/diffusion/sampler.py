@@ -1,7 +1,7 @@
 """From noise to latents: DDIM as a plain function, and the loop that lets a diffusers scheduler do it instead.
 
 A `model_fn(latents, t)` hides the UNet, its text and its cameras. With guidance it gets [uncond; cond] in one batch,
-the unconditional half first (SDS has the opposite order); with a guidance scale of 1 the conditional half alone.
+the unconditional half first, as `Denoiser` answers; with a guidance scale of 1 the conditional half alone.
 """
 
 import copy

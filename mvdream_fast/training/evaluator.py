@@ -18,7 +18,7 @@ from mvdream_fast.data.batches import SUFFIX, Shards, composite, view_group
 from mvdream_fast.evaluation.evaluator import Evaluator
 from mvdream_fast.evaluation.measures import opposite_difference
 from mvdream_fast.evaluation.reference import HAS_FRONT, Orbit
-from mvdream_fast.training.averaged import AveragedTrainer
+from mvdream_fast.training.update import BaseTrainer
 from mvdream_fast.training.vae import Linear
 
 PATCH = 8  # of the embedded autoencoder; Linear softens by its patches
@@ -178,7 +178,7 @@ def azimuth_loss(logits: Tensor, azimuth_deg: Tensor) -> Tensor:
     return -((1 - share) * near + share * far).mean()
 
 
-class EvaluatorTrainer(AveragedTrainer):
+class EvaluatorTrainer(BaseTrainer):
     """One optimisation of the evaluator. `workers` more processes draw the coming batches."""
 
     def __init__(
@@ -207,7 +207,7 @@ class EvaluatorTrainer(AveragedTrainer):
         """One update; raises DivergedError before a weight is touched."""
         match, azimuth = self.losses(*self.ahead(self.step))
         loss = match + self.options.azimuth * azimuth
-        norm = self.update(loss)
+        norm = self.descend(loss)
         return {"loss": loss.item(), "match": match.item(), "azimuth": azimuth.item(), "grad_norm": norm}
 
     def losses(self, batch: EvaluatorBatch, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,8 @@ Where batches come from is data/batches.py; the loop around the steps is loop.py
 """
 
 import copy
-import dataclasses
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,18 +14,20 @@ from torch import Tensor, nn
 
 from mvdream_fast.camera import get_camera
 from mvdream_fast.core import processes
-from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.batches import Batch, Source
+from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.training.learning_rate import rate
+from mvdream_fast.training.update import BaseTrainer
 
 VALIDATION_BATCHES = 4
+MODES = {"multi_view": True, "2d": False}
 SHEET_STEPS = 20
 SHEET_SEED = 7
 
@@ -96,36 +95,37 @@ class Inputs(NamedTuple):
     ids: Tensor
 
 
-class Trainer:
-    """One optimisation of UNet and text tower. `step` is the number of updates done so far.
+class Trainer(BaseTrainer):
+    """One optimisation of UNet and text tower. Everything random is keyed by (seed, step, purpose).
 
-    Everything random is keyed by (seed, step, purpose), so the state is weights, EMA, Adam's moments and the step.
     Several processes (`ranks`) take equal shares of each batch; with `shard` they also share the weights' memory, and
     `parts` is then a copy for samples and validation, which the first process alone holds. `workers` more processes
     draw the coming batches.
     """
 
+    kind = "train-unet"  # of its checkpoints
+
     def __init__(
         self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False,
         workers: int = 0,
     ):  # fmt: skip
-        self.parts, self.source, self.options, self.ranks, self.step = parts, source, options, ranks, 0
-        self.device = next(parts.unet.parameters()).device
-        self.schedule = NoiseSchedule.from_config(parts.config.schedule, self.device)
+        self.parts, self.source = parts, source
         parts.vae.requires_grad_(False).eval()
         parts.text.requires_grad_(options.train_text)
-        self.denoiser = TextAndUNet(parts.unet, parts.text)
-        self.model = _sharded(self.denoiser, ranks) if shard else processes.replicated(self.denoiser, ranks)
-        self.shown = [p for p in self.denoiser.parameters() if p.requires_grad]
-        trained = self.model if shard else self.denoiser
-        self.named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named.values())
-        self._averaged = False
-        self.ema = [p.detach().float().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True
+        self.module = TextAndUNet(parts.unet, parts.text)
+        self.model = _sharded(self.module, ranks) if shard else processes.replicated(self.module, ranks)
+        trained = self.model if shard else self.module
+        optimizer = torch.optim.AdamW(
+            [p for p in trained.parameters() if p.requires_grad], lr=options.lr, weight_decay=options.weight_decay,
+            fused=True,
+        )  # fmt: skip
+        about = {
+            "kind": self.kind, "config": json.loads(parts.config.to_json()), "vocabulary": parts.tokenizer.vocabulary
+        }  # fmt: skip
+        super().__init__(
+            trained, optimizer, options, about, options.autocast == "fp16", ranks, self.module if shard else None
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.autocast == "fp16")
+        self.schedule = NoiseSchedule.from_config(parts.config.schedule, self.device)
         self.ahead = Ahead(self.draw, workers, pin=self.device.type == "cuda")
 
     def train_step(self) -> dict[str, float]:
@@ -137,9 +137,8 @@ class Trainer:
                 self.scaler.scale(loss / options.accumulate).backward()
             total += loss.item() / options.accumulate
         total = self.ranks.mean(total)
-        if not math.isfinite(total):
-            raise DivergedError(f"the loss is {total} at step {self.step}; resume with a smaller learning rate")
-        norm = self._update()
+        self.check_finite(total)
+        norm = self.update()
         return {"loss": total, "grad_norm": norm, "multi_view": float(drawn.cameras is not None)}
 
     def draw(self, step: int) -> list[Inputs]:
@@ -158,21 +157,9 @@ class Trainer:
         """The mode is drawn per step, as published, so that every process of a step runs the same graph."""
         return Stream(self.options.seed, step, "mode").uniform(1).item() < self.options.multi_view_share
 
-    def _update(self) -> float:
+    def lr_share(self) -> float:
         options = self.options
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * rate(self.step, options.warmup, options.steps, options.decay)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        # The average warms up, so that a short run isn't the random start's average.
-        decay = min(options.ema, self.step / (self.step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, [p.float() for p in self.parameters], 1 - decay)
-        return processes.number(norm)
+        return rate(self.step, options.warmup, options.steps, options.decay)
 
     def loss(
         self, batch: Batch, stream: Stream, dropout: float, t: Tensor | None = None, ranks: Ranks = ALONE
@@ -202,7 +189,7 @@ class Trainer:
         latents, t, noise = self.latents(drawn), self._to_device(drawn.t), self._to_device(drawn.noise)
         cameras = drawn.cameras if drawn.cameras is None else self._to_device(drawn.cameras)
         # Validation runs on the first process alone, so it must not meet the others in a shared model.
-        model = self.model if torch.is_grad_enabled() else self.denoiser
+        model = self.model if torch.is_grad_enabled() else self.module
         with self._autocast():
             noisy = self.schedule.add_noise(latents, noise, t)
             out = model(noisy, t, self._to_device(drawn.ids), cameras, drawn.n_views)
@@ -236,29 +223,13 @@ class Trainer:
         dtype = kinds.get(self.options.autocast)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, `parts` holds the EMA weights (on the first process); outside it is as before, bit for bit.
-
-        All processes enter together; what the first does inside may enter again.
-        """
-        if self._averaged:
-            yield
-            return
-        average = [processes.whole(a, self.ranks) for a in self.ema]
-        self._averaged = True
-        try:
-            with exchanged(self.shown, average) if self.ranks.first else nullcontext():
-                yield
-        finally:
-            self._averaged = False
-
     @torch.no_grad()
-    def validate(self, source: Source) -> dict[str, float]:
-        """The averaged weights' loss in each mode: fixed batches, noise, and steps spread over the whole schedule."""
+    def validate(self, source: Source, modes: Mapping[str, bool] = MODES) -> dict[str, float]:
+        """The averaged weights' loss in each mode (its name, and whether it is multi-view): fixed batches, fixed noise,
+        and steps spread over the whole schedule."""
         losses, o, n_timesteps = {}, self.options, self.parts.config.schedule.n_timesteps
         with self.averaged():
-            for name, multi_view in (("multi_view", True), ("2d", False)):
+            for name, multi_view in modes.items():
                 total = 0.0
                 for i in range(VALIDATION_BATCHES):
                     batch = source.batch(Stream(0, i, f"validation/{name}/batch"), o.batch_size, o.n_views, multi_view)
@@ -274,52 +245,15 @@ class Trainer:
         config, b, v = self.parts.config, len(prompts), n_views
         size = config.latent_size
         noise = Stream(seed, 0, "sheet").normal(b * v, config.unet.in_channels, size, size, device=self.device)
-        camera = get_camera(v).to(self.device).repeat(2 * b, 1)
+        camera = get_camera(v).to(self.device).repeat(b, 1)
         with self.averaged():
-            context = self.context([""] * b + prompts)
-
-            def model(latents: Tensor, t: Tensor) -> Tensor:
-                n = len(latents)  # both halves, or the prompts' alone where the guidance scale is 1
-                return self.parts.unet(latents, t, context[-n // v :], camera[:n], v)
-
+            uncond, cond = self.context([""] * b + prompts).chunk(2)
             with self._autocast():
-                latents = ddim_sample(model, noise, self.schedule, SHEET_STEPS, guidance_scale)
+                denoiser = Denoiser(self.parts.unet, TextCond(cond, uncond), v, guided=guidance_scale != 1)
+                model_fn = denoiser.for_sampler(camera)
+                latents = ddim_sample(model_fn, noise, self.schedule, SHEET_STEPS, guidance_scale)
         images = torch.cat([self.parts.vae.decode(group.float()) for group in latents.split(16)])
         return (images.clamp(-1, 1) / 2 + 0.5).unflatten(0, (b, v))
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name; whole tensors, whoever holds them. All processes call it."""
-        tensors = {}
-        for (name, p), average in zip(self.named.items(), self.ema):
-            moments = self.optimizer.state.get(p, {})
-            tensors |= {f"model.{name}": p.detach(), f"ema.{name}": average}
-            tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
-        return {name: processes.whole(tensor, self.ranks) for name, tensor in tensors.items()}
-
-    def meta(self) -> dict:
-        return {
-            "kind": "train-unet",
-            "config": json.loads(self.parts.config.to_json()),
-            "options": dataclasses.asdict(self.options),
-            "vocabulary": self.parts.tokenizer.vocabulary,
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def restore(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Takes over a checkpoint's state. Raises ModelError when it is of another configuration."""
-        check_same_model(meta, self.meta())
-        names = {f"{kind}.{name}" for kind in ("model", "ema") for name in self.named}
-        missing = sorted(names - set(tensors))
-        if missing:
-            raise ModelError(f"the checkpoint has no {missing[0]}; it was trained with other options")
-        with torch.no_grad():
-            for (name, p), average in zip(self.named.items(), self.ema):
-                p.copy_(processes.placed(tensors[f"model.{name}"], p))
-                average.copy_(processes.placed(tensors[f"ema.{name}"], average))
-                restore_moments(self.optimizer, p, name, tensors)
-        if meta.get("scaler"):
-            self.scaler.load_state_dict(meta["scaler"])
-        self.step = step
 
 
 def spread_timesteps(stream: Stream, n: int, n_timesteps: int, shift: float = 1.0) -> Tensor:
@@ -334,54 +268,14 @@ def spread_timesteps(stream: Stream, n: int, n_timesteps: int, shift: float = 1.
     return (shift * u / (1 + (shift - 1) * u) * n_timesteps).long().clamp(max=n_timesteps - 1)
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, name: str, tensors: dict[str, Tensor]) -> None:
-    """Adam's moments of a weight, in the weight's memory layout, as AdamW itself makes them."""
-    if f"adam.step.{name}" in tensors:
-        state = {"step": tensors[f"adam.step.{name}"].to(p.device)}
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = torch.empty_like(p).copy_(processes.placed(tensors[f"adam.{key}.{name}"], p))
-        optimizer.state[p] = state
-
-
-def _sharded(denoiser: TextAndUNet, ranks: Ranks) -> nn.Module:
+def _sharded(module: TextAndUNet, ranks: Ranks) -> nn.Module:
     """A copy of the model spread over all processes. The others than the first keep nothing of the original."""
-    model = copy.deepcopy(denoiser)
+    model = copy.deepcopy(module)
     unet, text = model.unet, model.text
     # Units are called as modules and own all that they read: a ResBlock's convolutions, but not its norms.
     units = [conv for block in unet._res_blocks for conv in (block.in_layers[2], block.out_layers[3])]
     units += [transformer.transformer_blocks[0] for transformer in unet._transformers]
     units += list(text.model.encoder.layers)
     if not ranks.first:
-        denoiser.to("meta")
+        module.to("meta")
     return processes.sharded(model, units, ranks)
-
-
-@contextmanager
-def exchanged(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold `values`; outside they are as before, bit for bit."""
-    kept = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, values)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)
-
-
-def check_same_model(found: dict, wanted: dict) -> None:
-    """Raises ModelError naming what differs between a checkpoint's meta and the run's."""
-    if found.get("kind") != wanted["kind"]:
-        raise ModelError(
-            f"the checkpoint is of {found.get('kind')}, not of {wanted['kind']}; name another folder with -o"
-        )
-    for part, value in wanted["config"].items():
-        other = found["config"].get(part)
-        if other != value:
-            keys = [k for k in value if other.get(k) != value[k]] if isinstance(value, dict) and other else [part]
-            raise ModelError(
-                f"the checkpoint is of another configuration: {part}.{keys[0]} differs; "
-                "resume with the flags it was started with, or name another folder with -o"
-            )
-    if found.get("vocabulary") != wanted.get("vocabulary"):
-        raise ModelError("the checkpoint has another vocabulary; resume with the shards it was started with")

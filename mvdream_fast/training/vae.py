@@ -16,7 +16,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.vae import LOGVAR_RANGE
-from mvdream_fast.training.averaged import AveragedTrainer
+from mvdream_fast.training.update import BaseTrainer
 
 if TYPE_CHECKING:
     from mvdream_fast.data.batches import ImageSource
@@ -39,7 +39,7 @@ class VAEOptions:
     seed: int = 0
 
 
-class VAETrainer(AveragedTrainer):
+class VAETrainer(BaseTrainer):
     """One optimisation of the autoencoder. `workers` more processes draw the coming batches."""
 
     def __init__(
@@ -72,7 +72,7 @@ class VAETrainer(AveragedTrainer):
         mse = F.mse_loss(out, images)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
         loss = mse + options.l1 * F.l1_loss(out, images) + options.edges * edge_loss(out, images) + options.kl * kl
-        norm = self.update(loss)
+        norm = self.descend(loss)
         return {"loss": loss.item(), "psnr": psnr(mse.item()), "kl": kl.item(), "grad_norm": norm}
 
 

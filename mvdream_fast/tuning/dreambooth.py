@@ -5,19 +5,16 @@ embedding's too; a text tower that is tuned along is not held back). Photos are 
 tune.py's.
 """
 
-import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mvdream_fast.core.errors import ModelError
 from mvdream_fast.data.batches import Source
 from mvdream_fast.models.lora import adapted, change
 from mvdream_fast.training.learning_rate import rate
-from mvdream_fast.training.unet import Parts, Trainer, TrainOptions, check_same_model, restore_moments
+from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class DreamBoothOptions(TrainOptions):
     lr: float = 2e-6
     warmup: int = 0
     weight_decay: float = 0.0
-    ema: float = 0.0
+    ema: float = 0.0  # a few hundred steps have nothing to average, and it is a copy of the weights
     multi_view_share: float = 0.0
     caption_dropout: float = 0.0
     train_text: bool = False
@@ -103,9 +100,10 @@ class DreamBoothTrainer(Trainer):
     theta_0 is what the UNet holds when this is made; `restore` and `begin_from` then set theta.
     """
 
+    kind = "dreambooth"
+
     def __init__(self, parts: Parts, source: Source, options: DreamBoothOptions):
         super().__init__(parts, source, options)
-        self.ema: list[Tensor] = []  # a few hundred steps have nothing to average, and it is a copy of the weights
         for group in self.optimizer.param_groups:
             group.update(betas=options.betas, eps=options.adam_eps)
         self.distance = 0.0
@@ -122,51 +120,11 @@ class DreamBoothTrainer(Trainer):
         whole = record["loss"] + self.options.preservation * self.distance
         return {**record, "loss": whole, "denoising": record["loss"], "distance": self.distance}
 
-    def _update(self) -> float:
-        options = self.options
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * lr_share(options, self.step)
-        self.scaler.unscale_(self.optimizer)
+    def add_gradients(self) -> None:
         self.distance = self.preservation.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, options.clip).item()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return norm if math.isfinite(norm) else 0.0  # with fp16, a step that the scaler left out
 
-    def averaged(self):
-        return nullcontext()
-
-    def state(self) -> dict[str, Tensor]:
-        """The trained weights and Adam's moments, by name."""
-        tensors = {}
-        for name, p in self.named.items():
-            tensors[f"model.{name}"] = p.detach()
-            tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
-        return tensors
-
-    def meta(self) -> dict:
-        return {**super().meta(), "kind": "dreambooth"}
-
-    def restore(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Takes over a checkpoint's state. Raises ModelError when it is of another configuration."""
-        self.begin_from(tensors, meta)
-        for name, p in self.named.items():
-            restore_moments(self.optimizer, p, name, tensors)
-        if meta.get("scaler"):
-            self.scaler.load_state_dict(meta["scaler"])
-        self.step = step
-
-    @torch.no_grad()
-    def begin_from(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Takes over a checkpoint's weights alone. Raises ModelError when it is of another configuration."""
-        check_same_model(meta, self.meta())
-        missing = sorted(name for name in self.named if f"model.{name}" not in tensors)
-        if missing:
-            raise ModelError(f"the checkpoint has no {missing[0]}; it was trained with other options")
-        for name, p in self.named.items():
-            p.copy_(tensors[f"model.{name}"])
+    def lr_share(self) -> float:
+        return lr_share(self.options, self.step)
 
 
 def lr_share(options: DreamBoothOptions, step: int) -> float:

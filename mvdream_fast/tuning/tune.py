@@ -18,7 +18,6 @@ from mvdream_fast.checkpoints.manifest import owner
 from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_folder
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Source, composite
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.lora import add_adapters, merged_state
@@ -29,7 +28,6 @@ from mvdream_fast.tuning.dreambooth import DreamBoothOptions, DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource
 
 GREY = 0.5  # the background that models are mostly trained on
-VALIDATION_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def tune(
         views = trainer.sample([prompt], 4, settings["guidance_scale"]).cpu()
         (folder / "samples").mkdir(exist_ok=True)
         run_folder.atomic_write(folder / "samples" / f"{trainer.step:06d}.png", png(sheet(views)))
-        return {"val_photos": validate(trainer)}
+        return trainer.validate(source, {"photos": False})
 
     every = {"checkpoint_steps": settings["checkpointing_steps"], "report_steps": settings["validation_steps"]}
     loop = Loop(trainer, folder, LoopOptions(steps or options.steps, 0.0, 0.0, **every), report)
@@ -150,19 +148,6 @@ def tune(
     if not code:
         export(plan, parts, model or folder / "model")
     return code
-
-
-@torch.no_grad()
-def validate(trainer: DreamBoothTrainer) -> float:
-    """The denoising loss on the first photos at steps spread over the schedule, with fixed noise."""
-    total, o, n_timesteps = 0.0, trainer.options, trainer.parts.config.schedule.n_timesteps
-    for i in range(VALIDATION_DRAWS):
-        stream = Stream(0, i, "validation/photos")
-        batch = trainer.source.batch(stream, o.batch_size, 1, False)
-        n = len(batch.captions)
-        t = (torch.arange(n) * VALIDATION_DRAWS + i + 0.5) / (n * VALIDATION_DRAWS) * n_timesteps
-        total += trainer.loss(batch, stream, 0.0, t.long()).item()
-    return total / VALIDATION_DRAWS
 
 
 def export(plan: Plan, parts: Parts, folder: Path) -> None:
