@@ -29,7 +29,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, Shards, composite
 from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.evaluation import measures as ev
-from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, Evaluator, load_evaluator
+from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.judging import read_prompts
 from mvdream_fast.evaluation.reference import DISTANCE, ELEVATION_DEG, FOVY_DEG
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--evaluator", type=Path, default=EMBEDDED_FOLDER, help="folder of the evaluator")
+    parser.add_argument("--evaluator", type=Path, default=EVALUATOR_FOLDER, help="folder of the evaluator")
     parser.add_argument("--prompts", type=Path, help="the other prompts (default: the evaluator's fixed list)")
     parser.add_argument("--out", type=Path, default=Path("dreambooth_demo"))
     parser.add_argument("--lambdas", type=float, nargs="+", default=[0, 1, 3000], help="of the first object's tunings")

@@ -133,12 +133,12 @@ def kind_of(target: str) -> str:
 
 
 def _judge(flags: Flags) -> "Judge":
-    from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, load_evaluator
+    from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, load_evaluator
     from mvdream_fast.evaluation.judging import Judge, read_prompts
     from mvdream_fast.evaluation.reference import Reference, measure
 
     prompts = read_prompts(flags.prompts)
-    folder = flags.evaluator or EMBEDDED_FOLDER
+    folder = flags.evaluator or EVALUATOR_FOLDER
     evaluator = load_evaluator(folder)
     if flags.data is None:
         return Judge(evaluator, Reference.load(folder), prompts)

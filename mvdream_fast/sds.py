@@ -129,7 +129,7 @@ def main(flags: Flags) -> None:
     memory.check_start()
     cli.set_threads(flags.threads)
     start = time.perf_counter()
-    fits(requests, flags)
+    refuse_what_does_not_fit(requests, flags)
     folder = new_folder(flags, requests[0])
     pipeline = load_pipeline(requests[0].model, flags)
     if len(requests) > 1:
@@ -143,7 +143,7 @@ def go_on(request: "Request", folder: Path, flags: Flags, say: Say) -> None:
     """The rest of a run."""
     cli.set_threads(flags.threads)
     start = time.perf_counter()
-    fits([request], flags)
+    refuse_what_does_not_fit([request], flags)
     write_record(request, folder, flags)
     make(load_pipeline(request.model, flags), request, folder, flags, say, start)
 
@@ -193,7 +193,7 @@ def resumed(flags: Flags, folder: Path) -> "Request":
     return dataclasses.replace(run, export=replaced, why="as the run was started")
 
 
-def fits(requests: list["Request"], flags: Flags) -> None:
+def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
     """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
     from mvdream_fast.checkpoints.open import open_source
     from mvdream_fast.distill import memory

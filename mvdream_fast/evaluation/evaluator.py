@@ -27,7 +27,7 @@ from mvdream_fast.models.functional import conv3x3
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.ops import group_norm_silu
 
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "weights" / "evaluator"
+EVALUATOR_FOLDER = Path(__file__).parents[1] / "weights" / "evaluator"
 KIND = "evaluator"
 WEIGHTS, VOCABULARY, CONFIG = "evaluator.safetensors", "vocabulary.txt", "config.json"
 MAX_SCALE = 100.0  # of the similarities in the loss. Source: CLIP (Radford et al. 2021)
@@ -219,7 +219,7 @@ def save_evaluator(evaluator: Evaluator, folder: Path) -> None:
     atomic_write(folder / CONFIG, json.dumps(about, indent=2) + "\n")
 
 
-def load_evaluator(folder: Path = EMBEDDED_FOLDER) -> Evaluator:
+def load_evaluator(folder: Path = EVALUATOR_FOLDER) -> Evaluator:
     """Reads what `save_evaluator` wrote, in float32 on the CPU, with every tensor checked; by default the one shipped.
 
     Raises: ModelError if anything is missing, unreadable, misshapen or not finite.

@@ -20,7 +20,7 @@ from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Record, Shards, composite
 from mvdream_fast.evaluation import measures as ev
-from mvdream_fast.evaluation.evaluator import EMBEDDED_FOLDER, Evaluator
+from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator
 from mvdream_fast.rendering.furniture import furniture_noun
 
 TENSORS, NUMBERS, PROMPTS = "reference.safetensors", "reference.json", "prompts.txt"
@@ -64,7 +64,7 @@ class Reference:
         atomic_write(folder / NUMBERS, json.dumps(numbers, indent=1) + "\n")
 
     @staticmethod
-    def load(folder: Path = EMBEDDED_FOLDER) -> "Reference":
+    def load(folder: Path = EVALUATOR_FOLDER) -> "Reference":
         """Reads what `save` wrote. Raises ModelError for anything else."""
         file, numbers = open_tensors(folder / TENSORS), read_json(folder / NUMBERS)
         try:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mvdream_fast.camera_sampling import CameraSampling
+
 
 @dataclass(frozen=True)
 class OrbitPreset:
@@ -21,9 +23,10 @@ class OrbitPreset:
     distance: tuple[float, float]  # factor range; see `orbit`
 
 
+_MINI = CameraSampling.mini()
 PRESETS = {
     # The unit ball stays in the image: distance = factor / sin(fov / 2).
-    "embedded": OrbitPreset(16, True, (0, 30), (30, 50), "sphere", (1.0, 1.05)),
+    "embedded": OrbitPreset(16, True, _MINI.elevation_range_deg, _MINI.fovy_range_deg, "sphere", _MINI.distance_range),
     # Source: MVDream (arXiv 2308.16512), data rendering: distance = 0.5 x NDC focal length x U[0.9, 1.1].
     "paper": OrbitPreset(32, False, (0, 30), (15, 60), "box", (0.9, 1.1)),
 }

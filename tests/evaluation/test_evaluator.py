@@ -13,7 +13,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.data.shards import Sample, write_shard
 from mvdream_fast.evaluation.evaluator import (
-    EMBEDDED_FOLDER,
+    EVALUATOR_FOLDER,
     Evaluator,
     EvaluatorConfig,
     load_evaluator,
@@ -266,7 +266,7 @@ def test_the_shipped_evaluator():
     assert evaluator.about["held_out"] == reference.scores
     assert reference.scores["top1"] > 0.4  # of 40 captions; chance is 0.025
     assert len(reference.captions) == 40
-    assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) < 6 << 20
+    assert sum(path.stat().st_size for path in EVALUATOR_FOLDER.iterdir()) < 6 << 20
     assert not any(evaluator.tokenizer.encode(read_prompts()).unknown)
     with torch.no_grad():
         red, blue, again = evaluator.embed_text(["a red car", "a blue bed", "a red car"])
