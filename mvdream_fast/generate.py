@@ -191,15 +191,14 @@ def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) 
 
 
 def _files(views: "Views", config: dict[str, Any]) -> dict[str, bytes]:
-    import io
+    from mvdream_fast.core.images import png_bytes
 
-    def png(image: Any) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return buffer.getvalue()
-
-    files = {f"view_{i}.png": png(image) for i, image in enumerate(views.images)}
-    return {**files, "views.png": png(views.sheet()), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    files = {f"view_{i}.png": png_bytes(image) for i, image in enumerate(views.images)}
+    return {
+        **files,
+        "views.png": png_bytes(views.sheet()),
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
 
 
 def _fill(folder: Path, files: dict[str, bytes]) -> None:

@@ -17,6 +17,7 @@ from mvdream_fast.camera import Cameras, get_camera, normalize_camera
 from mvdream_fast.checkpoints.open import Model, load_model
 from mvdream_fast.core.arguments import array, finite, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
+from mvdream_fast.core.images import to_image
 from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
@@ -49,9 +50,7 @@ class Views:
 
     @property
     def images(self) -> list["PIL.Image.Image"]:
-        from PIL import Image
-
-        return [Image.fromarray(view.numpy()) for view in _to_bytes(self.tensor)]
+        return [to_image(view) for view in self.tensor]
 
     def sheet(self, n_columns: int = 4) -> "PIL.Image.Image":
         """All views in one image, row by row; empty places are white."""
@@ -334,8 +333,3 @@ def _complaints(encoded: Encoded, length: int) -> list[str]:
 
 def _python_warning(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=4)
-
-
-def _to_bytes(images: Tensor) -> Tensor:
-    """[n, 3, Hp, Wp] in [0, 1] to uint8 [n, Hp, Wp, 3]."""
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

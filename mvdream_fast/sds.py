@@ -114,7 +114,7 @@ HOW = ("text", "config", "prompts_file", "output", "root", "resume", "preview_ev
 
 
 def main(flags: Flags) -> None:
-    from mvdream_fast.distill import memory
+    from mvdream_fast.core import memory
 
     say: Say = (lambda _: None) if flags.quiet else (lambda line: print(line, flush=True))
     check_flags(flags)
@@ -196,13 +196,13 @@ def resumed(flags: Flags, folder: Path) -> "Request":
 def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
     """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
     from mvdream_fast.checkpoints.open import open_source
-    from mvdream_fast.distill import memory
+    from mvdream_fast.distill import run_memory
 
     device = machine.choose_device(flags.device)
     source = open_source(requests[0].model)
-    weights = memory.files_bytes(source.path)
+    weights = run_memory.files_bytes(source.path)
     for config in {request.config: None for request in requests}:
-        memory.check(memory.estimate(source.config, config, weights), config, str(device))
+        run_memory.check(run_memory.estimate(source.config, config, weights), config, str(device))
 
 
 def new_folder(flags: Flags, request: "Request") -> Path:
@@ -281,17 +281,14 @@ def first_line(pipeline: "MVDreamPipeline", request: "Request") -> str:
 
 def sample_views(pipeline: "MVDreamPipeline", request: "Request", folder: Path) -> None:
     """views.png: four views as the model draws them, so that a bad prompt is seen before the long part."""
-    import io
-
     from mvdream_fast.core.files import atomic_write
+    from mvdream_fast.core.images import png_bytes
 
     views = pipeline(
         request.prompt, seed=request.seed, n_steps=25, negative_prompt=request.config.negative_prompt,
         mode=request.config.mode, warn=lambda _: None,
     )  # fmt: skip
-    out = io.BytesIO()
-    views.sheet().save(out, "PNG")
-    atomic_write(folder / "views.png", out.getvalue())
+    atomic_write(folder / "views.png", png_bytes(views.sheet()))
 
 
 def optimise(

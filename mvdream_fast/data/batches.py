@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mvdream_fast.camera import normalize_camera
 from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.core.images import GREY
 from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
@@ -27,7 +28,7 @@ from mvdream_fast.data.shards import decode_views, list_shards
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
-GREY, WHITE, COLOR = range(3)
+_GREY, _WHITE, _COLOR = range(3)
 FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
 BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
 
@@ -162,14 +163,14 @@ def composite(views: np.ndarray, color: Tensor) -> Tensor:
 
 def background(kind: int, stream: Stream) -> Tensor:
     """A flat colour [3] in [0, 1] of a kind."""
-    if kind == COLOR:
+    if kind == _COLOR:
         return stream.uniform(3)
-    return torch.full((3,), {GREY: 0.5, WHITE: 1.0}[kind])
+    return torch.full((3,), {_GREY: GREY, _WHITE: 1.0}[kind])
 
 
 def draw_background(stream: Stream) -> int:
     u = stream.uniform(1).item()
-    return GREY if u < BACKGROUND_SHARES[GREY] else WHITE if u < 1 - BACKGROUND_SHARES[COLOR] else COLOR
+    return _GREY if u < BACKGROUND_SHARES[_GREY] else _WHITE if u < 1 - BACKGROUND_SHARES[_COLOR] else _COLOR
 
 
 def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:

@@ -12,7 +12,7 @@ from mvdream_fast.camera import middle_cameras
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors
-from mvdream_fast.distill import memory
+from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
@@ -90,8 +90,8 @@ class Loop:
                     return work()
             except MemoryError as error:
                 if last:
-                    parts = memory.estimate(self.model, state.config)
-                    raise OutOfMemoryError(f"step {step}: {error}; {memory.advice(parts, state.config)}") from error
+                    parts = run_memory.estimate(self.model, state.config)
+                    raise OutOfMemoryError(f"step {step}: {error}; {run_memory.advice(parts, state.config)}") from error
             state.halve()  # outside of the handler: the error's traceback holds the step's tensors
         raise AssertionError
 

@@ -1,6 +1,5 @@
 """What a text-to-3D run shows while it goes on: log.jsonl, previews, progress lines, and the live page if any."""
 
-import io
 import sys
 import time
 from collections.abc import Callable
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.machine import resident_memory
 from mvdream_fast.distill.loop import Progress
 from mvdream_fast.distill.recipes import SDSConfig
@@ -83,8 +82,4 @@ def save_preview(asset: Asset, path: Path, size: int = 64) -> None:
     views = asset.render(size=size)
     depth = views.depth / views.depth.amax().clamp(min=1e-6)
     rows = [views.rgb, views.opacity[:, None].expand(-1, 3, -1, -1), depth[:, None].expand(-1, 3, -1, -1)]
-    sheet = torch.cat([torch.cat([*row], dim=2) for row in rows], dim=1)
-    out = io.BytesIO()
-    pixels = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(out, "PNG")
-    atomic_write(path, out.getvalue())
+    atomic_write(path, png_bytes(sheet(torch.stack(rows))))

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mvdream_fast.core.errors import ArgumentError, DivergedError
+from mvdream_fast.core.images import to_bytes
 from mvdream_fast.scene.asset import Asset
 
 HOST = "127.0.0.1"
@@ -83,7 +84,7 @@ class Viewer:
         import trimesh
 
         mesh = asset.mesh(RESOLUTION)
-        colors = (mesh.colors * 255).round().astype("uint8")
+        colors = to_bytes(mesh.colors)
         body = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False, vertex_colors=colors)
         self._server.scene.add_mesh_trimesh("/asset", body)
         self._server.flush()

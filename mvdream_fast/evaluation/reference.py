@@ -17,6 +17,7 @@ from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.checkpoints.tensor_file import open_tensors
 from mvdream_fast.core.errors import InputFileError, ModelError
 from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Record, Shards, composite
 from mvdream_fast.evaluation import measures as ev
@@ -93,7 +94,7 @@ class Orbit:
     @staticmethod
     def read(shards: Shards, i: int) -> "Orbit":
         record, views = shards.records[i], shards.views(i)
-        images = composite(views, torch.full((3,), 0.5)) / 2 + 0.5
+        images = composite(views, torch.full((3,), GREY)) / 2 + 0.5
         masks = torch.from_numpy(views[..., 3] > 127)
         return Orbit(record, images, masks, torch.tensor(record.meta["azimuth_deg"]) % 360)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mvdream_fast.core.color import to_linear
+from mvdream_fast.core.images import to_bytes
 from mvdream_fast.rendering import images
 from mvdream_fast.rendering.images import mirrored, with_alpha
 from mvdream_fast.rendering.mesh import HOLE, MeshError, Part, Texture
@@ -148,7 +149,7 @@ class _Effect:
                 return 1.0, None
             amount = pixels[..., 3] / 255 if mode.startswith("A") else (pixels[..., :3] / 255) @ LUMINANCE
             alpha = amount * share if mode.endswith("ONE") else 1 - amount * share
-            return 1.0, np.round(alpha.clip(0, 1) * 255).astype(np.uint8)
+            return 1.0, to_bytes(alpha)
         rgba = np.array([*effect.transparent, 1.0][:4], float) if "transparent" in said else np.ones(4)
         amount = rgba[3] if mode.startswith("A") else rgba[:3] @ LUMINANCE
         return float(np.clip(amount * share if mode.endswith("ONE") else 1 - amount * share, 0, 1)), None

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from mvdream_fast.core.color import to_linear, to_srgb
+from mvdream_fast.core.images import to_bytes
 from mvdream_fast.rendering.mesh import MeshError, Texture
 
 MAX_TEXTURE_PIXELS = 8192 * 8192
@@ -64,7 +65,7 @@ def _shrunk(pixels: np.ndarray) -> np.ndarray:
         for i, table in enumerate(tables)
     ]
     small = np.dstack([*map(to_srgb, planes[:3]), planes[3]])
-    return np.round(small.clip(0, 1) * 255).astype(np.uint8)
+    return to_bytes(small)
 
 
 def with_alpha(base: np.ndarray | None, alpha: np.ndarray) -> np.ndarray:

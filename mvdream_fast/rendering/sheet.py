@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.images import png_bytes
 from mvdream_fast.data.shards import Sample, list_shards, read_shard
 
 COLUMNS, ROWS, CELL = 4, 15, 64
@@ -14,15 +16,13 @@ def write_sheet(folder: Path, split: str = "train") -> Path:
     """Writes `sheet.png` into a folder of shards: up to 60 objects, evenly spread. Returns its path."""
     from PIL import Image
 
-    from mvdream_fast.core.files import replace_file
-
     samples = _some(list_shards(folder, split), COLUMNS * ROWS)
     cells = [_cell(sample) for sample in samples]
     cells += [np.zeros_like(cells[0])] * (-len(cells) % COLUMNS)
     rows = [np.hstack(cells[k : k + COLUMNS]) for k in range(0, len(cells), COLUMNS)]
     image = Image.fromarray(np.vstack(rows))
     path = folder / "sheet.png"
-    replace_file(path, lambda temporary: image.save(temporary, "PNG"), image.width * image.height * 3)
+    atomic_write(path, png_bytes(image))
     return path
 
 

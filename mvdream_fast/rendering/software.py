@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvdream_fast.core.color import to_linear, to_srgb
+from mvdream_fast.core.images import to_bytes
 from mvdream_fast.core.triangles import covered_pixels, cross
 from mvdream_fast.rendering.mesh import Mesh, Part, Texture
 
@@ -194,4 +195,4 @@ def _resolve(samples: np.ndarray) -> np.ndarray:
     """[s, n, s, n, 4] premultiplied -> [s, s, 4] uint8 straight alpha."""
     mean = samples.mean((1, 3))
     rgb = mean[..., :3] / np.maximum(mean[..., 3:], 1e-6)
-    return np.round(np.clip(np.concatenate([rgb, mean[..., 3:]], -1), 0, 1) * 255).astype(np.uint8)
+    return to_bytes(np.concatenate([rgb, mean[..., 3:]], -1))

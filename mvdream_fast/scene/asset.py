@@ -12,6 +12,7 @@ from mvdream_fast.camera import Cameras, check_cameras, evaluation_cameras, gene
 from mvdream_fast.core.arguments import user_path, whole
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.images import to_bytes
 from mvdream_fast.core.machine import choose_device
 from mvdream_fast.scene.base import Representation
 from mvdream_fast.scene.kinds import config_from_dict, new_representation
@@ -88,10 +89,10 @@ class Asset:
         n_frames = whole("Asset.frames", "n_frames", n_frames, "120 is the default")
         cameras = self.orbit(n_frames, elevation_deg)
         frames = [
-            (self.render(Cameras(c[None], f[None]), size).rgb[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+            to_bytes(self.render(Cameras(c[None], f[None]), size).rgb[0].movedim(0, -1))
             for c, f in zip(cameras.c2w, cameras.fovy, strict=True)
         ]
-        return np.stack([frame.cpu().numpy() for frame in frames])
+        return np.stack(frames)
 
     def turntable(self, *paths: Path | str, n_frames: int = 120, size: int = 128, elevation_deg: float = 15.0) -> None:
         """Writes an animation of one turn, 30 frames a second, as WebP (or MP4 with the `video` extra)."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.batches import SUFFIX, Shards, composite, view_group
@@ -101,7 +102,7 @@ class EvaluatorSource:
 def backgrounds(stream: Stream, n: int) -> Tensor:
     """Flat colours [n, 3] in [0, 1]: half grey, as the diffusion model's data mostly is, some white, the rest any."""
     u, colors = stream.uniform(n, 1), stream.uniform(n, 3)
-    return torch.where(u < 0.5, 0.5, torch.where(u < 0.65, 1.0, colors))
+    return torch.where(u < 0.5, GREY, torch.where(u < 0.65, 1.0, colors))
 
 
 class Degradation:

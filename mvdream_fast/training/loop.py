@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mvdream_fast.core import run_folder
+from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.processes import ALONE, Ranks
 
 Report = Callable[[], dict[str, float]]  # validates, draws sheets; the figures for the log
@@ -105,9 +105,7 @@ class Loop:
         print(f"step {self.trainer.step}: " + " ".join(f"{k} {x:.4g}" for k, x in record.items()), flush=True)
 
 
-def sheet(images: Tensor) -> "object":
-    """A PIL image with one row for each prompt of [B, V, 3, Hp, Wp] in [0, 1]."""
-    from PIL import Image
-
-    rows = torch.cat([torch.cat(list(row), dim=2) for row in images], dim=1)
-    return Image.fromarray((rows.permute(1, 2, 0) * 255).round().byte().numpy())
+def save_samples(folder: Path, step: int, images: Tensor) -> None:
+    """Writes samples/STEP.png, with one row for each prompt of [B, V, 3, Hp, Wp] in [0, 1]."""
+    (folder / "samples").mkdir(exist_ok=True)
+    run_folder.atomic_write(folder / "samples" / f"{step:06d}.png", png_bytes(sheet(images)))

@@ -6,7 +6,6 @@ The optimisations themselves are unet.py and vae.py.
 import copy
 import dataclasses
 import hashlib
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
-from mvdream_fast.training.loop import Loop, LoopOptions, sheet
+from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.prediction import pretrained
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
@@ -251,7 +250,7 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
     def report() -> dict[str, float]:
         with trainer.averaged():
             both = torch.cat([check[:8], vae.decode(vae.encode(check[:8])).clamp(-1, 1)]).unflatten(0, (2, 8))
-            _write_sheet(folder, trainer.step, (both / 2 + 0.5).cpu())
+            save_samples(folder, trainer.step, both / 2 + 0.5)
             return {"psnr_held_out": reconstruction(vae, check), "psnr_linear_bound": bound}
 
     loop = Loop(trainer, folder, _loop_options(args), report)
@@ -295,7 +294,7 @@ def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | 
             if not ranks.first:
                 return {}
             images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
-            _write_sheet(folder, trainer.step, images.cpu())
+            save_samples(folder, trainer.step, images)
             (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
             _export(model, folder / "model")
             return trainer.validate(validation)
@@ -391,13 +390,6 @@ def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:
     for source, n in ((shards, SHEET_PROMPTS - n_new), (held_out, n_new)):
         out += [source.records[int((k + 0.5) * len(source) / n)].meta["caption"] for k in range(n)]
     return out
-
-
-def _write_sheet(folder: Path, step: int, images: Tensor) -> None:
-    out = io.BytesIO()
-    sheet(images).save(out, "PNG")
-    (folder / "samples").mkdir(exist_ok=True)
-    run_folder.atomic_write(folder / "samples" / f"{step:06d}.png", out.getvalue())
 
 
 def _export(model: Model, folder: Path) -> None:

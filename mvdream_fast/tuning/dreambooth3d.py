@@ -22,6 +22,7 @@ from torch import Tensor
 from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
@@ -32,10 +33,9 @@ from mvdream_fast.distill.state import RunState
 from mvdream_fast.guidance.reconstruction import Anchored
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
-from mvdream_fast.training.loop import sheet
 from mvdream_fast.tuning.dreambooth import DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource, draw
-from mvdream_fast.tuning.tune import Plan, encoded, latest, load_parts, photo_source, png, tune
+from mvdream_fast.tuning.tune import Plan, encoded, latest, load_parts, photo_source, tune
 
 N_STEPS = 50  # of DDIM, over the whole schedule
 PROGRESS_S = 10.0
@@ -111,7 +111,7 @@ class Stages:
             )
             views.append(PseudoViews(images.cpu(), cameras.c2w, cameras.fovy))
         folder = self.folder / "4-pseudo"
-        run_folder.atomic_write(folder / "views.png", png(sheet(torch.stack([view.images for view in views]))))
+        run_folder.atomic_write(folder / "views.png", png_bytes(sheet(torch.stack([view.images for view in views]))))
         PseudoViews(*(torch.stack(rows) for rows in zip(*views))).save(folder / "views.safetensors")
         return 0
 

@@ -19,13 +19,13 @@ from mvdream_fast.checkpoints.open import open_source
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.core.files import read_json
-from mvdream_fast.distill import memory
+from mvdream_fast.core.images import png_bytes
 from mvdream_fast.distill.recipes import preset_for, resolve_config
 from mvdream_fast.models.config import NAMED, ModelConfig
-from mvdream_fast.training import estimate
+from mvdream_fast.training import step_estimate
 from mvdream_fast.tuning.dreambooth3d import run_stages
 from mvdream_fast.tuning.photos import list_photos, load_photo
-from mvdream_fast.tuning.tune import Plan, load_parts, photo_source, png, tune
+from mvdream_fast.tuning.tune import Plan, load_parts, photo_source, tune
 
 RECIPES = {
     "paper": {"max_train_steps": 600, "learning_rate": 2e-6, "lambda_preserve": 1.0, "partial_steps": 150},
@@ -55,9 +55,9 @@ def _begin(given: dict[str, Any]) -> int:
     step = announce(plan, len(photos), device)
     if given["dry_run"]:
         return 0
-    estimate.check_memory(step, memory.available(str(device)), _advice(plan.settings))
+    step_estimate.check_memory(step, str(device), _advice(plan.settings))
     output, prompt = given["output"], plan.settings["instance_prompt"]
-    estimate.check_disk(output or run_folder.OUTPUTS, disk_bytes(step, plan), "checkpoints and the tuned model")
+    step_estimate.check_disk(output or run_folder.OUTPUTS, disk_bytes(step, plan), "checkpoints and the tuned model")
     folder = run_folder.new_folder(output, run_folder.OUTPUTS, prompt, plan.settings["seed"])
     with run_folder.locked(folder):
         write_run(folder, plan.settings, photos, device)
@@ -87,7 +87,7 @@ def _resume(given: dict[str, Any], named: Collection[str]) -> int:
     step = announce(plan, len(photos), device)
     if given["dry_run"]:
         return 0
-    estimate.check_memory(step, memory.available(str(device)), _advice(settings))
+    step_estimate.check_memory(step, str(device), _advice(settings))
     with run_folder.locked(folder):
         _write_record(folder, settings, device)
         return _go(plan, photos, folder, device)
@@ -155,14 +155,14 @@ def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
     return Plan(settings, config)
 
 
-def announce(plan: Plan, n_photos: int, device: torch.device) -> estimate.Estimate:
+def announce(plan: Plan, n_photos: int, device: torch.device) -> step_estimate.Estimate:
     """Says what will be done and what a step of it takes; nothing is allocated for it."""
     s, half = plan.settings, plan.settings["mixed_precision"] != "no"
-    step = estimate.estimate_step(
+    step = step_estimate.estimate_step(
         plan.config, s["train_batch_size"], s["resolution"], accumulate=s["gradient_accumulation_steps"], half=half,
         checkpointing=s["gradient_checkpointing"], lora_rank=s["lora_rank"], train_text=s["train_text_encoder"],
     )  # fmt: skip
-    rate = estimate.measured_rate(device, half and device.type == "cuda")
+    rate = step_estimate.measured_rate(device, half and device.type == "cuda")
     seconds = step.flops / rate
     print(
         f"{s['model']} ({plan.config.name}, {step.trained / 1e6:.1f} M weights to tune) on {device}; "
@@ -188,7 +188,7 @@ def _advice(settings: dict[str, Any]) -> str:
     return f"try {' or '.join(ways)}" if ways else "take a machine with more memory"
 
 
-def disk_bytes(step: estimate.Estimate, plan: Plan) -> int:
+def disk_bytes(step: step_estimate.Estimate, plan: Plan) -> int:
     """Two checkpoints of weights and moments, a third while it is written, and the model; for every stage."""
     weights = step.memory["UNet weights"] + step.memory["text tower and autoencoder"]
     n_tunings = 3 if plan.settings["stages"] == "dreambooth3d" else 1
@@ -201,7 +201,7 @@ def write_run(folder: Path, settings: dict[str, Any], photos: np.ndarray, device
 
     (folder / "photos").mkdir()
     for i, photo in enumerate(photos):
-        run_folder.atomic_write(folder / "photos" / f"{i:02d}.png", png(Image.fromarray(photo)))
+        run_folder.atomic_write(folder / "photos" / f"{i:02d}.png", png_bytes(Image.fromarray(photo)))
     run_folder.atomic_write(
         folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.dreambooth", *sys.argv[1:]]) + "\n"
     )

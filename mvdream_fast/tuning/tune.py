@@ -4,7 +4,6 @@ The optimisation is dreambooth.py's; flags and folders are runs.py's.
 """
 
 import dataclasses
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,15 @@ from mvdream_fast.checkpoints.manifest import owner
 from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_folder
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.images import GREY
 from mvdream_fast.data.batches import Source, composite
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.lora import add_adapters, merged_state
 from mvdream_fast.models.tokenizer import SPECIAL_ROWS
-from mvdream_fast.training.loop import Loop, LoopOptions, sheet
+from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.unet import Parts
 from mvdream_fast.tuning.dreambooth import DreamBoothOptions, DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource
-
-GREY = 0.5  # the background that models are mostly trained on
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,7 @@ def tune(
     prompt = settings["validation_prompt"] or settings["instance_prompt"]
 
     def report() -> dict[str, float]:
-        views = trainer.sample([prompt], 4, settings["guidance_scale"]).cpu()
-        (folder / "samples").mkdir(exist_ok=True)
-        run_folder.atomic_write(folder / "samples" / f"{trainer.step:06d}.png", png(sheet(views)))
+        save_samples(folder, trainer.step, trainer.sample([prompt], 4, settings["guidance_scale"]))
         return trainer.validate(source, {"photos": False})
 
     every = {"checkpoint_steps": settings["checkpointing_steps"], "report_steps": settings["validation_steps"]}
@@ -160,13 +156,6 @@ def export(plan: Plan, parts: Parts, folder: Path) -> None:
 
     vocabulary = parts.tokenizer.vocabulary
     write_folder(folder, parts.config, ((part, lambda part=part: state(part)) for part in modules), vocabulary, True)
-
-
-def png(image: Any) -> bytes:
-    """A PIL image as a file's content."""
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
 
 
 def latest(folder: Path) -> tuple[int, dict[str, Tensor], dict]:

@@ -57,7 +57,7 @@ def test_the_average_warms_up():
 def test_inside_averaged_the_average_shows_and_after_it_the_weights():
     one = trainer()
     down(one, 0.5)
-    with pytest.raises(KeyError), one.averaged():
+    with pytest.raises(KeyError), one.averaged():  # noqa: PT012 (what is raised is the point)
         assert one.parameters[0].item() == pytest.approx(0.5 + 0.5 / 11)
         with one.averaged():
             assert one.parameters[0].item() == pytest.approx(0.5 + 0.5 / 11)

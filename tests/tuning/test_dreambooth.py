@@ -22,7 +22,7 @@ from mvdream_fast.models.config import TextConfig
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import CLIP_ROWS, Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
-from mvdream_fast.training import estimate
+from mvdream_fast.training import step_estimate
 from mvdream_fast.training.unet import Parts, spread_timesteps
 from mvdream_fast.tuning import tune
 from mvdream_fast.tuning.dreambooth import (
@@ -35,7 +35,7 @@ from mvdream_fast.tuning.dreambooth import (
 from mvdream_fast.tuning.photos import PhotoSource
 
 PROMPT = "a photo of a sks chair"
-ESTIMATE = functools.cache(estimate.estimate_step)  # the same for every run here, and a second of work
+ESTIMATE = functools.cache(step_estimate.estimate_step)  # the same for every run here, and a second of work
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(estimate, "estimate_step", ESTIMATE)
+    monkeypatch.setattr(step_estimate, "estimate_step", ESTIMATE)
 
 
 def trainer(base: Model, lora_rank: int = 0, **options) -> DreamBoothTrainer:

@@ -13,6 +13,7 @@ import numpy as np
 from mvdream_fast.core.color import to_linear
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.files import write_together
+from mvdream_fast.core.images import to_bytes
 from mvdream_fast.scene.mesh.mesh import Mesh
 
 Y_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)  # (x, y, z) -> (x, z, -y)
@@ -140,7 +141,7 @@ def _body(mesh: Mesh, up: str):
 
     turn = Y_UP if up == "y" else np.eye(3, dtype=np.float32)
     normals = None if mesh.normals is None else mesh.normals @ turn.T
-    colors = (mesh.colors * 255).round().astype(np.uint8)
+    colors = to_bytes(mesh.colors)
     return trimesh.Trimesh(
         mesh.vertices @ turn.T, mesh.faces, process=False, vertex_colors=colors, vertex_normals=normals
     )

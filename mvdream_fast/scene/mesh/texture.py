@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from mvdream_fast.core.images import to_bytes
 from mvdream_fast.core.triangles import covered_pixels
 from mvdream_fast.scene.mesh.mesh import CHUNK, ColorFn, Mesh
 
@@ -25,9 +26,9 @@ def bake_texture(mesh: Mesh, color_fn: ColorFn, size: int) -> Mesh:
     positions, covered = texel_positions(vertices, faces, uvs, size)
     with torch.no_grad():
         points = torch.from_numpy(positions[covered])
-        colors = torch.cat([color_fn(chunk) for chunk in points.split(CHUNK)]).clamp(0, 1)
+        colors = torch.cat([color_fn(chunk) for chunk in points.split(CHUNK)])
     sheet = np.zeros((size, size, 3), dtype=np.uint8)
-    sheet[covered] = (colors.float().cpu().numpy() * 255).round().astype(np.uint8)
+    sheet[covered] = to_bytes(colors)
     return dataclasses.replace(
         mesh,
         vertices=vertices,

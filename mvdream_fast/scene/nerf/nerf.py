@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mvdream_fast.camera import evaluation_cameras, generate_rays
 from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.images import GREY
 from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
@@ -23,7 +24,7 @@ from mvdream_fast.scene.shading import ALBEDO
 if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
 
-FLAT_COLORS = {"grey": 0.5, "white": 1.0}
+FLAT_COLORS = {"grey": GREY, "white": 1.0}
 SILHOUETTE_VIEWS, SILHOUETTE_SIZE = 8, 96  # renders that a mesh's threshold is found with
 
 

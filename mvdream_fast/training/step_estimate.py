@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvdream_fast.checkpoints.manifest import build
-from mvdream_fast.core.errors import OutOfMemoryError, OutputError
-from mvdream_fast.distill.memory import PROGRAM
+from mvdream_fast.core import memory
+from mvdream_fast.core.errors import OutputError
 from mvdream_fast.models.blocks import MultiViewTransformer, ResBlock
 from mvdream_fast.models.config import ModelConfig, TextConfig
 from mvdream_fast.models.lora import add_adapters
 
 FLOAT = 4  # bytes of a float32
 TEXT_ACTIVATIONS = 34  # numbers that a transformer layer keeps for each token and channel, about
-PART = "the program"
 PROBE = 1024  # side of the matrix product that tells a machine's speed
 
 
@@ -35,10 +34,6 @@ class Estimate:
     @property
     def total(self) -> int:
         return sum(self.memory.values())
-
-    def largest(self, n: int = 2) -> list[str]:
-        parts = sorted((item for item in self.memory.items() if item[0] != PART), key=lambda item: -item[1])[:n]
-        return [f"{name} {size / 2**30:.1f} GB" for name, size in parts]
 
 
 def estimate_step(
@@ -73,8 +68,8 @@ def estimate_step(
     flops += (6 if train_text else 2) * text * tokens
     frozen = text + sum(p.numel() for p in vae.parameters())
     copies = 1 if preserve and not lora_rank else 0
-    memory = {
-        PART: PROGRAM,
+    parts = {
+        memory.PROGRAM: memory.PROGRAM_BYTES,
         "UNet weights": FLOAT * n_weights,
         "text tower and autoencoder": FLOAT * frozen,
         "gradients": FLOAT * trained,
@@ -83,8 +78,8 @@ def estimate_step(
         "activations": activations,
     }
     if half:
-        memory["weights in half precision"] = 2 * n_weights  # autocast keeps its casts for the length of a step
-    return Estimate(accumulate * flops, memory, trained)
+        parts["weights in half precision"] = 2 * n_weights  # autocast keeps its casts for the length of a step
+    return Estimate(accumulate * flops, parts, trained)
 
 
 def text_weights(text: TextConfig) -> int:
@@ -171,18 +166,10 @@ def measured_rate(device: torch.device, half: bool = False) -> float:
     return 2 * PROBE**3 / best
 
 
-def check_memory(estimate: Estimate, free: tuple[int | None, str], advice: str) -> None:
-    """Raises OutOfMemoryError where a step will not fit: needed, what there is, the two largest parts, what to do.
-
-    Args: free is what `memory.available` says.
-    """
-    have, limit = free
-    need = estimate.total - PROGRAM  # that much is taken already
-    if have is not None and need > have:
-        raise OutOfMemoryError(
-            f"a step needs about {need / 2**30:.1f} GB and {have / 2**30:.1f} GB is {limit}; the largest parts "
-            f"are {' and '.join(estimate.largest())}; {advice}"
-        )
+def check_memory(estimate: Estimate, device: str, advice: str) -> None:
+    """Raises OutOfMemoryError where a step will not fit: needed, what there is, the two largest parts, what to do."""
+    need = estimate.total - memory.PROGRAM_BYTES  # that much is taken already
+    memory.check("a step", need, device, memory.advice(estimate.memory, advice))
 
 
 def check_disk(folder: Path, n_bytes: int, what: str) -> None:

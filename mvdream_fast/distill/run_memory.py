@@ -1,0 +1,64 @@
+"""How much memory a text-to-3D run takes, estimated before anything is allocated.
+
+The estimate is a few multiplications with measured factors, meant to be within a third above the truth; it refuses
+runs that the operating system would only kill. What is done where memory runs out all the same is loop.py's.
+"""
+
+from pathlib import Path
+
+from mvdream_fast.core import memory
+from mvdream_fast.core.machine import resident_memory
+from mvdream_fast.distill.recipes import SDSConfig
+from mvdream_fast.models.config import ModelConfig
+
+WEIGHTS = "the model's weights"
+UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
+VAE_FACTOR = 26  # feature maps of the first level that the encoder's backward pass keeps
+
+Parts = dict[str, int]
+FLAGS = {
+    WEIGHTS: "--dtype float16 on a GPU, or --model embedded",
+    "the UNet": "--n-views 4",
+    "the VAE's encoder": "--n-views 4",
+    "the renderer's samples": "--render-size 64",
+    "the volume and its optimiser": "--preset mini",
+}
+
+
+def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0) -> Parts:
+    """Bytes by part at the largest stage of a run; `weights` is the size of the model's files, in the dtype used."""
+    parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **config.representation.memory(config.n_rays())}
+    if model is not None and config.method == "sds":
+        images = max(config.n_groups) * config.cameras.n_views
+        level = 4 * images * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
+        parts["the UNet"] = 2 * level * UNET_FACTOR
+        side = model.vae.image_size // model.vae.patch_size
+        parts["the VAE's encoder"] = 4 * images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
+    return parts
+
+
+def files_bytes(path: Path) -> int:
+    """Bytes of a model's weight files: of a file itself, or of all .safetensors files in a folder, or else .bin."""
+    if path.is_file():
+        return path.stat().st_size
+    sizes = (sum(file.stat().st_size for file in path.rglob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    return next((size for size in sizes if size), 0)
+
+
+def check(parts: Parts, config: SDSConfig, device: str = "cpu") -> None:
+    """Raises OutOfMemoryError where the parts do not fit into what is available beside what is already in use."""
+    # What has been loaded is in use already, and so is no longer part of what is available.
+    on_gpu = device.startswith("cuda")
+    loaded = (memory.PROGRAM, WEIGHTS) if on_gpu else (memory.PROGRAM,)
+    need = sum(size for name, size in parts.items() if name not in loaded)
+    need += 0 if on_gpu else max(parts[memory.PROGRAM] - resident_memory(), 0)
+    memory.check("this run", need, device, advice(parts, config))
+
+
+def advice(parts: Parts, config: SDSConfig) -> str:
+    """The two largest parts and what makes the larger one smaller."""
+    first = memory.largest(parts)[0]
+    flag = FLAGS[first]
+    if first == "the renderer's samples":
+        flag = f"--render-size {max(8, max(config.render_size) // 2)}"
+    return memory.advice(parts, f"try {flag}")
