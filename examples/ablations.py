@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw
 from mvdream_fast import evaluate, train
 from mvdream_fast.checkpoints.open import load_model
 from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.images import to_image
 from mvdream_fast.core.machine import choose_device
 from mvdream_fast.core.run_folder import JsonlLog
 from mvdream_fast.data.batches import ImageSource, Shards
@@ -241,7 +242,7 @@ def views(args: argparse.Namespace, name: str, model: Path) -> Path:
         how = {"n_steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "seed": 0}
         drawn = pipeline(args.prompts, N_VIEWS, **how, warn=lambda _: None)
         strip = torch.cat([view for scene in drawn for view in scene.tensor], dim=2)  # [3, s, n * V * s]
-        Image.fromarray((strip.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
+        to_image(strip).save(path)
     return path
 
 

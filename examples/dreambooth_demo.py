@@ -25,6 +25,7 @@ from mvdream_fast import dreambooth
 from mvdream_fast.camera import Cameras, orbit_cameras
 from mvdream_fast.checkpoints.open import load_model, open_source
 from mvdream_fast.core.cli import set_threads
+from mvdream_fast.core.images import GREY, to_image
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, Shards, composite
 from mvdream_fast.distill.recipes import resolve_config
@@ -43,7 +44,6 @@ SUBJECTS = {"scopia-simple-sofa-simple-sofa": "sofa", "katorlegaz-scooter-scoote
             "blendswap-cc-0-osakachair-osakachair": "chair"}  # fmt: skip
 N_PHOTOS, N_SEEDS = 4, 4
 KINDS = {"max_train_steps": int, "learning_rate": float, "train_text_encoder": bool, "lora_rank": int}  # --tuning
-GREY = torch.full((3,), 0.5)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,7 +92,7 @@ def prepare(shards: Shards, key: str, noun: str, folder: Path) -> Subject:
         Image.fromarray(views[int(stream.integers(0, len(views)))]).save(folder / f"{k}.png")
     meta = shards.records[orbits[0]].meta
     cameras = Cameras(torch.tensor(meta["c2w"]).reshape(-1, 4, 4), torch.tensor(meta["fovy"]))
-    return Subject(key, noun, folder, composite(shards.views(orbits[0]), GREY) / 2 + 0.5, cameras)
+    return Subject(key, noun, folder, composite(shards.views(orbits[0]), torch.full((3,), GREY)) / 2 + 0.5, cameras)
 
 
 def tune(args: argparse.Namespace, subject: Subject, folder: Path, **more) -> float:
@@ -188,7 +188,7 @@ def comparison(rows: list[tuple[Tensor, ...]]) -> Image.Image:
         lines.append(torch.cat([x for group in groups for x in (*group.clamp(0, 1), gap)][:-1], dim=2))
     wide = max(line.shape[2] for line in lines)
     lines = [torch.nn.functional.pad(line, (0, wide - line.shape[2]), value=1.0) for line in lines]
-    return Image.fromarray((torch.cat(lines, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    return to_image(torch.cat(lines, 1))
 
 
 def table(figures: dict) -> str:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tyro import conf
 from mvdream_fast._version import __version__
 from mvdream_fast.core import cli, run_folder
 from mvdream_fast.core.errors import ArgumentError, OutputError
+from mvdream_fast.core.progress import Pace
 from mvdream_fast.diffusion.schedule import ddim_timesteps
 from mvdream_fast.models.tokenizer import check_prompt
 
@@ -153,17 +153,13 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None] | None]:
             bar.refresh()  # a small model is done before the bar's own clock ticks
             yield lambda done, total, _: bar.update(task, completed=done, total=total)
     else:
-        start = last = time.monotonic()
+        pace = Pace(PROGRESS_EVERY_S)
 
-        def line(done: int, total: int, _: Any) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done == total or now - last >= PROGRESS_EVERY_S:
-                last, per_step = now, (now - start) / done
-                left = f"{per_step * (total - done):.0f} s left"
-                print(f"step {done}/{total}, {per_step:.2f} s/step, {left}", flush=True)
+        def tell(done: int, total: int, _: Any) -> None:
+            if line := pace(done, total):
+                print(line, flush=True)
 
-        yield line
+        yield tell
 
 
 def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mvdream_fast.data.shards import decode_views, list_shards
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
-_GREY, _WHITE, _COLOR = range(3)
+ON_GREY, ON_WHITE, ON_COLOR = range(3)
 FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
 BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
 
@@ -163,14 +163,14 @@ def composite(views: np.ndarray, color: Tensor) -> Tensor:
 
 def background(kind: int, stream: Stream) -> Tensor:
     """A flat colour [3] in [0, 1] of a kind."""
-    if kind == _COLOR:
+    if kind == ON_COLOR:
         return stream.uniform(3)
-    return torch.full((3,), {_GREY: GREY, _WHITE: 1.0}[kind])
+    return torch.full((3,), {ON_GREY: GREY, ON_WHITE: 1.0}[kind])
 
 
 def draw_background(stream: Stream) -> int:
     u = stream.uniform(1).item()
-    return _GREY if u < BACKGROUND_SHARES[_GREY] else _WHITE if u < 1 - BACKGROUND_SHARES[_COLOR] else _COLOR
+    return ON_GREY if u < BACKGROUND_SHARES[ON_GREY] else ON_WHITE if u < 1 - BACKGROUND_SHARES[ON_COLOR] else ON_COLOR
 
 
 def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:

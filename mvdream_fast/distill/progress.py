@@ -1,7 +1,6 @@
 """What a text-to-3D run shows while it goes on: log.jsonl, previews, progress lines, and the live page if any."""
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.machine import resident_memory
+from mvdream_fast.core.progress import Pace
 from mvdream_fast.distill.loop import Progress
 from mvdream_fast.distill.recipes import SDSConfig
 from mvdream_fast.distill.state import Record
@@ -32,15 +32,13 @@ class Watcher:
         self.folder, self.config, self.say, self.viewer = folder, config, say, viewer
         self.log = run_folder.JsonlLog(folder / "log.jsonl")
         self.preview_every = preview_every
-        self.begin = self.last = time.perf_counter()
-        self.n_done = 0
+        self.pace = Pace(1 if sys.stdout.isatty() else 10)
         (folder / "preview").mkdir(exist_ok=True)
 
     def __call__(self, progress: Progress) -> None:
         record, asset = progress.record, progress.asset
-        if self.n_done == 0:
+        if self.pace.n_calls == 0:
             self.log.truncate_after(record.step - 1)
-        self.n_done += 1
         self.log.write(record.plain())
         if record.event:
             self.say(f"step {record.step + 1}: {record.event}")
@@ -48,10 +46,8 @@ class Watcher:
             save_preview(asset, self.folder / "preview" / f"{record.step + 1:06d}.png")
         if self.viewer is not None:
             self.viewer.update(asset, record.step + 1)
-        now = time.perf_counter()
-        if now - self.last > (1 if sys.stdout.isatty() else 10):
-            self.last = now
-            self.say(self.line(record, now))
+        if line := self.pace(record.step + 1, self.config.steps):
+            self.say(f"{line}, {figures(record)}")
 
     def is_preview(self, done: int) -> bool:
         if self.preview_every:
@@ -59,14 +55,11 @@ class Watcher:
         steps = self.config.steps
         return done == max(1, steps // 50) or done % max(1, steps // 10) == 0
 
-    def line(self, record: Record, now: float) -> str:
-        pace = (now - self.begin) / self.n_done
-        left = pace * (self.config.steps - record.step - 1)
-        statistics = "  ".join(f"{name} {value:.3g}" for name, value in record.statistics.items())
-        return (
-            f"step {record.step + 1}/{self.config.steps}  {pace:.2f} s/it  {left / 60:.1f} min left  "
-            f"loss {record.loss:.4g}  {statistics}  memory {memory_in_use()}"
-        )
+
+def figures(record: Record) -> str:
+    """Loss, what the representation tells of itself, and the memory in use."""
+    statistics = "".join(f"{name} {value:.3g}, " for name, value in record.statistics.items())
+    return f"loss {record.loss:.4g}, {statistics}memory {memory_in_use()}"
 
 
 def memory_in_use() -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.processes import ALONE, Ranks
+from mvdream_fast.core.progress import Every
 
 Report = Callable[[], dict[str, float]]  # validates, draws sheets; the figures for the log
 
@@ -58,24 +59,26 @@ class Loop:
 
     def run(self) -> int:
         """Trains until `steps` or until a signal asks to stop; always leaves a checkpoint. Returns the exit code."""
-        options, now = self.options, time.monotonic()
-        saved, reported, window, since, stopped = now, now, [], now, 0
+        options, window, since, stopped = self.options, [], time.monotonic(), 0
+        saving, reporting = Every(60 * options.checkpoint_minutes), Every(60 * options.sheet_minutes)
         with run_folder.Interrupt() as interrupt:
             while self.trainer.step < options.steps and not stopped:
                 window.append(self.trainer.train_step())
-                now = time.monotonic()
                 if self.trainer.step % options.log_every == 0:
+                    now = time.monotonic()
                     self._log(window, (now - since) / len(window))
                     window, since = [], now
-                show = self._due(options.sheet_minutes, now - reported, options.report_steps)
-                save = self._due(options.checkpoint_minutes, now - saved, options.checkpoint_steps)
+                show = self._due(reporting, options.report_steps)
+                save = self._due(saving, options.checkpoint_steps)
                 stopped, show, save = self.ranks.largest(interrupt.exit_code, show, save)
                 if show and self.report:
                     self._report()
-                    reported = since = time.monotonic()
+                    reporting.begin()
+                    since = time.monotonic()
                 if save:
                     self.save()
-                    saved = since = time.monotonic()
+                    saving.begin()
+                    since = time.monotonic()
             stopped = self.ranks.largest(interrupt.exit_code)[0]
         self.trainer.ahead.close()
         self.save()
@@ -83,13 +86,13 @@ class Loop:
             self._report()
         return stopped
 
-    def _due(self, minutes: float, seconds: float, steps: int) -> int:
+    def _due(self, every: Every, steps: int) -> int:
         """1 where the time is over, or the step is one of every `steps`; the last step has its own save and report.
 
         The first process' clock counts.
         """
         at_step = steps > 0 and self.trainer.step % steps == 0 and self.trainer.step < self.options.steps
-        return int(self.ranks.first and (at_step or (minutes > 0 and seconds > 60 * minutes)))
+        return int(self.ranks.first and (at_step or every.due()))
 
     def _log(self, window: list[dict[str, float]], seconds: float) -> None:
         means = {key: sum(w[key] for w in window) / len(window) for key in window[0]}

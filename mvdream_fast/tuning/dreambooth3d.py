@@ -12,7 +12,6 @@ four at a time, and they are trained on in multi-view mode, with their cameras.
 """
 
 import dataclasses
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,12 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.processes import ALONE, Ranks
+from mvdream_fast.core.progress import Pace
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
+from mvdream_fast.distill.progress import figures
 from mvdream_fast.distill.recipes import SDSConfig, resolve_config
 from mvdream_fast.distill.state import RunState
 from mvdream_fast.guidance.reconstruction import Anchored
@@ -147,8 +148,14 @@ class Stages:
             cameras = [views.cameras(group) for group in range(len(views.images))]
             guidance = Anchored(guidance, views.images, cameras, weight)
         state = RunState(config, self.prompt, seed, guidance, pipeline.device)
+        pace = Pace(PROGRESS_S)
+
+        def tell(progress: Progress) -> None:
+            if line := pace(progress.record.step + 1, config.steps):
+                print(f"{line}, {figures(progress.record)}", flush=True)
+
         with run_folder.Interrupt() as interrupt:
-            loop = Loop(Lines(config.steps), folder / "ckpt", interrupt=interrupt, model=pipeline.config)
+            loop = Loop(tell, folder / "ckpt", interrupt=interrupt, model=pipeline.config)
             asset = loop.run(state)
             if interrupt.requested is not None:
                 return interrupt.exit_code
@@ -157,20 +164,6 @@ class Stages:
         if views is not None:
             asset.save_glb(folder / "mesh.glb")
         return 0
-
-
-class Lines:
-    """A callback that prints a line every ten seconds."""
-
-    def __init__(self, steps: int):
-        self.steps, self.last = steps, time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        record, now = progress.record, time.monotonic()
-        if now - self.last > PROGRESS_S:
-            self.last = now
-            done = f"step {record.step + 1}/{self.steps}"
-            print(f"{done}: loss {record.loss:.4g} opacity {record.opacity:.2f}", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)

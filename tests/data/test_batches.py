@@ -86,7 +86,7 @@ def test_backgrounds_show_through_alpha():
 
 def test_the_share_of_each_background():
     kinds = [batches.draw_background(Stream(0, i, "b")) for i in range(2000)]
-    shares = [kinds.count(k) / 2000 for k in (batches.GREY, batches.WHITE, batches.COLOR)]
+    shares = [kinds.count(k) / 2000 for k in (batches.ON_GREY, batches.ON_WHITE, batches.ON_COLOR)]
     assert np.allclose(shares, batches.BACKGROUND_SHARES, atol=0.03)
 
 
