@@ -1,8 +1,6 @@
 """`python -m mvdream_fast.sds "a green armchair"`: a sentence becomes a 3D asset, by score distillation."""
 
 import dataclasses
-import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -206,26 +204,17 @@ def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
 
 
 def new_folder(flags: Flags, request: "Request") -> Path:
-    """A run folder with config.json (what --resume reads), cmd.txt and env.json."""
-    from mvdream_fast import __version__
-    from mvdream_fast.core.files import atomic_write
-
+    """A run folder with its record, which --resume reads."""
     folder = run_folder.new_folder(flags.output, flags.root, request.prompt, request.seed)
     write_record(request, folder, flags)
-    atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.sds", *sys.argv[1:]]) + "\n")
-    about = machine.about() | {"python": sys.version, "version": __version__}
-    atomic_write(folder / "env.json", json.dumps(about, indent=2) + "\n")
     return folder
 
 
 def write_record(request: "Request", folder: Path, flags: Flags) -> None:
-    """config.json: what the run is, and where it was made."""
-    import torch
-
+    """What the run is, and where it was made."""
     device = machine.choose_device(flags.device)
-    where = {"device": str(device), "dtype": str(machine.choose_dtype(flags.dtype, device))[6:]}
-    step = run_folder.latest_step(folder / "ckpt")
-    run_folder.write_record(folder, request.to_dict(), step, **where, threads=torch.get_num_threads())
+    dtype = str(machine.choose_dtype(flags.dtype, device))[6:]
+    run_folder.write_record(folder, "sds", request.to_dict(), "ckpt", device=str(device), dtype=dtype)
 
 
 def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":

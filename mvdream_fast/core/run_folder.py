@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
+import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,19 +151,28 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_record(folder: Path, record: dict[str, Any], step: int, **where: Any) -> None:
-    """config.json: what a run is and where it was begun; in `resumed` the step and place of each time it went on, and
-    under `before` what of the record was otherwise until then.
+def write_record(folder: Path, verb: str, record: dict[str, Any], checkpoints: str, **where: Any) -> None:
+    """cmd.txt, env.json and, last, config.json, which makes a folder a run to go on with.
 
-    Args: where, what counts beside the processor: device, dtype, threads.
+    config.json says what the run is and where it was begun; in `resumed` the step and place of each time it went on,
+    and under `before` what of the record was otherwise until then.
+
+    Args: checkpoints, their folder's name. where, what counts beside the processor and the threads: device, dtype.
     """
-    path, here = folder / RECORD, {"version": __version__, "machine": machine.about() | where}
+    import torch
+
+    about = machine.about()
+    here = {"version": __version__, "machine": about | where | {"threads": torch.get_num_threads()}}
     record, old = json.loads(json.dumps(record, default=str)), read_record(folder)
-    if old is not None:
+    if old is None:
+        atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", f"mvdream_fast.{verb}", *sys.argv[1:]]) + "\n")
+        env = about | {"python": sys.version, "version": __version__}
+        atomic_write(folder / "env.json", json.dumps(env, indent=2) + "\n")
+    else:
         before = _before(old, record)
-        session = {"step": step, **here} | ({"before": before} if before else {})
+        session = {"step": latest_step(folder / checkpoints), **here} | ({"before": before} if before else {})
         here = {name: old[name] for name in here if name in old} | {"resumed": [*old.get("resumed", []), session]}
-    atomic_write(path, json.dumps(record | here, indent=2) + "\n")
+    atomic_write(folder / RECORD, json.dumps(record | here, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

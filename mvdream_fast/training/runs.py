@@ -65,9 +65,8 @@ def run_stage(args: "Flags") -> int:
         return _train(args, folder, shards, held_out)
     with run_folder.locked(folder):
         settings = {name: x for name, x in dataclasses.asdict(args).items() if name not in PASSING}
-        where = {"device": str(_device(args)), "threads": torch.get_num_threads(), "processes": launched()[0]}
-        step = run_folder.latest_step(folder / "checkpoints")
-        run_folder.write_record(folder, {"kind": "training", "settings": settings}, step, **where)
+        record, where = {"kind": "training", "settings": settings}, {"device": str(_device(args))}
+        run_folder.write_record(folder, "train", record, "checkpoints", **where, processes=launched()[0])
         return _train(args, folder, shards, held_out)
 
 

@@ -196,23 +196,18 @@ def disk_bytes(step: step_estimate.Estimate, plan: Plan) -> int:
 
 
 def write_run(folder: Path, settings: dict[str, Any], photos: np.ndarray, device: torch.device) -> None:
-    """The photos as they are trained on, cmd.txt, and last config.json, which makes the folder a run to go on with."""
+    """The photos as they are trained on, and the run's record."""
     from PIL import Image
 
     (folder / "photos").mkdir()
     for i, photo in enumerate(photos):
         run_folder.atomic_write(folder / "photos" / f"{i:02d}.png", png_bytes(Image.fromarray(photo)))
-    run_folder.atomic_write(
-        folder / "cmd.txt", shlex.join(["python", "-m", "mvdream_fast.dreambooth", *sys.argv[1:]]) + "\n"
-    )
     _write_record(folder, settings, device)
 
 
 def _write_record(folder: Path, settings: dict[str, Any], device: torch.device) -> None:
-    where = {"device": str(device), "threads": torch.get_num_threads()}
-    run_folder.write_record(
-        folder, {"kind": "dreambooth", "settings": settings}, run_folder.latest_step(folder / "checkpoints"), **where
-    )
+    record = {"kind": "dreambooth", "settings": settings}
+    run_folder.write_record(folder, "dreambooth", record, "checkpoints", device=str(device))
 
 
 def read_run(folder: Path, names: set[str]) -> dict[str, Any]:

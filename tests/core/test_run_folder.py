@@ -161,24 +161,32 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
-def test_the_record_says_what_was_done_where_and_what_changed(tmp_path):
-    run_folder.write_record(tmp_path, {"kind": "x", "sds": {"steps": 5, "lr": 0.1}, "where": tmp_path}, 0, device="cpu")
+def test_the_record_says_what_was_done_where_and_what_changed(tmp_path, monkeypatch):
+    def write(steps: int, done: int, device: str) -> None:
+        if done:
+            run_folder.save_checkpoint(tmp_path / "ckpt", done, {}, {})
+        record = {"kind": "x", "sds": {"steps": steps, "lr": 0.1}, "where": tmp_path}
+        run_folder.write_record(tmp_path, "sds", record, "ckpt", device=device)
+
+    monkeypatch.setattr(sys, "argv", ["sds.py", "a chair", "--steps", "5"])
+    write(5, 0, "cpu")
     first = run_folder.read_record(tmp_path)
     assert (first["kind"], first["where"], first["machine"]["device"]) == ("x", str(tmp_path), "cpu")
     assert "resumed" not in first
-    run_folder.write_record(
-        tmp_path, {"kind": "x", "sds": {"steps": 9, "lr": 0.1}, "where": tmp_path}, 5, device="cuda"
-    )
-    run_folder.write_record(tmp_path, {"kind": "x", "sds": {"steps": 9, "lr": 0.1}, "where": tmp_path}, 7, device="cpu")
+    monkeypatch.setattr(sys, "argv", ["sds.py", "--resume", "latest"])
+    write(9, 5, "cuda")
+    write(9, 7, "cpu")
     last = run_folder.read_record(tmp_path)
     assert last["machine"] == first["machine"]
     assert last["sds"] == {"steps": 9, "lr": 0.1}
     assert [entry["step"] for entry in last["resumed"]] == [5, 7]
     assert [entry["machine"]["device"] for entry in last["resumed"]] == ["cuda", "cpu"]
     assert [entry.get("before") for entry in last["resumed"]] == [{"sds": {"steps": 5}}, None]
+    assert (tmp_path / "cmd.txt").read_text() == "python -m mvdream_fast.sds 'a chair' --steps 5\n"  # as it was begun
+    assert json.loads((tmp_path / "env.json").read_text())["python"] == sys.version
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputFileError, match="config.json is not JSON"):
-        run_folder.write_record(tmp_path, {}, 0)
+        run_folder.write_record(tmp_path, "sds", {}, "ckpt")
 
 
 def test_resume_of_nothing_is_refused(tmp_path):

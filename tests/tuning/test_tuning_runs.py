@@ -32,7 +32,7 @@ def whole(photos, model, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_an_ordinary_model(whole, model, base):
     assert {path.name for path in whole.iterdir()} == {
-        ".lock", "config.json", "cmd.txt", "log.jsonl", "photos", "samples", "checkpoints", "model",
+        ".lock", "config.json", "cmd.txt", "env.json", "log.jsonl", "photos", "samples", "checkpoints", "model",
     }  # fmt: skip
     tuned = load_model(whole / "model")
     assert json.loads((whole / "model/config.json").read_text())["kind"] == "model"
