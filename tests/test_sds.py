@@ -19,9 +19,8 @@ from reference.random_model import random_model
 
 from mvdream_fast import sds
 from mvdream_fast.checkpoints.open import save_model
-from mvdream_fast.core import cli, run_folder
+from mvdream_fast.core import cli, memory, run_folder
 from mvdream_fast.core.errors import DivergedError, OutputError
-from mvdream_fast.core import memory
 from mvdream_fast.guidance.sds import ScoreDistillation
 from mvdream_fast.scene.asset import Asset
 

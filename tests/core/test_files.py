@@ -98,7 +98,7 @@ def test_json(tmp_path):
 ELSEWHERE = {  # what is read of the system (/proc, /sys), messages that are cut, and a lock
     "core/machine.py": {"read_text", "splitlines"},
     "core/run_folder.py": {"open"},  # the lock: a number of our own
-    "distill/memory.py": {"read_text", "splitlines"},
+    "core/memory.py": {"read_text", "splitlines"},
     "doctor.py": {"splitlines"},
 }
 
