@@ -131,7 +131,7 @@ def normalize_camera(c2w: Tensor) -> Tensor:
         raise ValueError(f"normalize_camera: c2w must be [V, 4, 4] or [V, 16], got {list(c2w.shape)}; one pose a view")
     c2w = c2w.reshape(-1, 4, 4)
     position = c2w[:, :3, 3:]  # [V, 3, 1]
-    unit = position / (position.norm(dim=1, keepdim=True) + 1e-8)
+    unit = position / (torch.linalg.vector_norm(position, dim=1, keepdim=True) + 1e-8)
     return torch.cat([torch.cat([c2w[:, :3, :3], unit], dim=2), c2w[:, 3:]], dim=1).reshape(-1, 16)
 
 
@@ -155,7 +155,7 @@ def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
     shape = (len(cameras), height, width)
     towards = torch.stack([x.expand(shape), -y.expand(shape), -torch.ones(shape, device=device, dtype=c2w.dtype)], -1)
     rays_d = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], towards)
-    rays_d = rays_d / rays_d.norm(dim=-1, keepdim=True)
+    rays_d = rays_d / torch.linalg.vector_norm(rays_d, dim=-1, keepdim=True)
     rays_o = c2w[:, None, None, :3, 3].expand(*shape, 3)
     return Rays(rays_o.reshape(-1, 3), rays_d.reshape(-1, 3))
 
@@ -173,7 +173,7 @@ def sample_cameras(
     n_groups = whole("sample_cameras", "n_groups", n_groups, "ask for 1")
     _check_sampling(config)
     start = finite("sample_cameras", "azimuth_start_deg", azimuth_start_deg, "it is in degrees")
-    groups = [_sample_group(config, start, *stream.uniform(5).tolist()) for _ in range(n_groups)]
+    groups = [_sample_group(config, start, *map(float, stream.uniform(5))) for _ in range(n_groups)]
     return Cameras(torch.cat([g.c2w for g in groups]), torch.cat([g.fovy for g in groups]))
 
 

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras, get_camera, normalize_camera
-from mvdream_fast.checkpoints.open import Model, load_model
+from mvdream_fast.checkpoints.open import Model, load_model, needed
 from mvdream_fast.core.arguments import array, finite, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
@@ -85,10 +85,10 @@ class MVDreamPipeline:
         self.model, self.config = model, model.config
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        for module, dtype in ((model.unet, self.dtype), (model.vae, torch.float32), (model.text, torch.float32)):
+        for module, own in ((model.unet, self.dtype), (model.vae, torch.float32), (model.text, torch.float32)):
             if module is not None:
                 with memory_errors("take --device cpu or --dtype float16"):
-                    module.to(self.device, dtype).eval()
+                    module.to(self.device, own).eval()
         self.unet, self.vae, self.text = model.unet, model.vae, model.text
         self.tokenizer = model.tokenizer
         self.schedule = NoiseSchedule.from_config(model.config.schedule, self.device)
@@ -109,6 +109,26 @@ class MVDreamPipeline:
     def scheduler_settings(self) -> dict[str, Any]:
         """Keyword arguments for a diffusers scheduler that fits this model (`scheduler=`)."""
         return diffusers_settings(self.config.schedule)
+
+    @overload
+    def __call__(
+        self, prompt: str, n_views: int = 4, elevation_deg: float = 15.0, azimuth_start_deg: float = 0.0,
+        azimuth_span_deg: float = 360.0, n_steps: int = 50, guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] = "", suffix: str = SUFFIX, *, seed: int = 0,
+        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None,
+    ) -> Views: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, prompt: list[str] | tuple[str, ...], n_views: int = 4, elevation_deg: float = 15.0,
+        azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
+        guidance_scale: float = 7.5, negative_prompt: str | Sequence[str] = "", suffix: str = SUFFIX, *, seed: int = 0,
+        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None,
+    ) -> list[Views]: ...  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -163,7 +183,7 @@ class MVDreamPipeline:
         eta = finite("pipeline", "eta", eta, "0 is DDIM, 1 has DDPM's variance")
         seed = secrets.randbelow(2**31) if seed is None else whole("pipeline", "seed", seed, "0 is the default", 0)
         angles_deg = (elevation_deg, azimuth_start_deg, azimuth_span_deg)
-        poses = None if mode == "2d" else _poses(camera, n_views, *angles_deg)  # [V, 16]
+        poses = None if mode == "2d" else _poses(camera, n_views, angles_deg)  # [V, 16]
         n_views = n_views if poses is None else len(poses)
         seeds = None if generator is not None else [seed + b for b in range(len(prompts))]
         with memory_errors("take fewer views or prompts, or --dtype float16"):
@@ -172,15 +192,17 @@ class MVDreamPipeline:
             )
             noise = self._noise(len(prompts), n_views, seeds, generator)
             if scheduler is None:
-                draws = {"eta": eta, "stream": Stream(seed, 0, "sampling eta")}
-                rest = (n_steps, guidance_scale, convention, callback)
-                latents = ddim_sample(model_fn, noise, self.schedule, *rest, **draws)
+                stream, settings = Stream(seed, 0, "sampling eta"), (self.schedule, n_steps, guidance_scale)
+                latents = ddim_sample(model_fn, noise, *settings, convention, callback, eta=eta, stream=stream)
             else:
                 check_scheduler(scheduler, self.schedule)
-                draws = {"generator": generator or torch.Generator(self.device).manual_seed(seed)}
-                latents = scheduler_sample(model_fn, noise, scheduler, n_steps, guidance_scale, callback, **draws)
-            images = self.decode(latents).cpu().unflatten(0, (len(prompts), n_views))
-        views = [Views(images[b], poses, text, seeds[b] if seeds else None) for b, text in enumerate(prompts)]
+                draws = generator or torch.Generator(self.device).manual_seed(seed)
+                latents = scheduler_sample(
+                    model_fn, noise, scheduler, n_steps, guidance_scale, callback, generator=draws
+                )
+            images = self.decode(latents).cpu()
+        scenes = images.reshape(len(prompts), n_views, *images.shape[1:])
+        views = [Views(scenes[b], poses, text, seeds[b] if seeds else None) for b, text in enumerate(prompts)]
         return views[0] if isinstance(prompt, str) else views
 
     @torch.no_grad()
@@ -202,7 +224,7 @@ class MVDreamPipeline:
         encoded, n_prompts = self._tokens(prompts, negative_prompt, suffix)
         for sentence in _complaints(encoded, self.config.text.context_length):
             (warn or _python_warning)(sentence)
-        states = self.text(encoded.ids.to(self.device))
+        states = needed(self.text, "text")(encoded.ids.to(self.device))
         return TextCond(states[:n_prompts], states[n_prompts:].expand(n_prompts, -1, -1))
 
     def unseen_words(
@@ -244,12 +266,12 @@ class MVDreamPipeline:
         Args: camera [V, 16] for the views of every prompt, or None for 2D mode, where the views are independent.
         Returns: a function of (latents [2*B*V, C, h, w], t), [uncond; cond]; of B*V latents for a guidance scale of 1.
         """
-        guided, text = guidance_scale != 1, text.to(self.dtype)
+        unet, guided, text = needed(self.unet, "unet"), guidance_scale != 1, text.to(self.dtype)
         if camera is None:
-            ask = Denoiser(self.unet, text.repeat(n_views), 1, guided)
+            ask = Denoiser(unet, text.repeat(n_views), 1, guided)
         else:
             camera = array("denoiser", "camera", camera, "numbers [V, 16]")
-            ask, camera = Denoiser(self.unet, text, n_views, guided), camera.to(self.device).repeat(len(text.cond), 1)
+            ask, camera = Denoiser(unet, text, n_views, guided), camera.to(self.device).repeat(len(text.cond), 1)
 
         def denoise(latents: Tensor, t: Tensor) -> Tensor:
             # Both halves are the same latents: given once, what comes before the first text attention is done once.
@@ -271,12 +293,14 @@ class MVDreamPipeline:
         latents = latents.to(self.device)
         if not latents.isfinite().all():
             raise DivergedError("sampling left the finite numbers; try --dtype float32 or a lower guidance scale")
-        images = [self.vae.decode(part.float()) for part in latents.split(DECODE_BATCH)]
+        vae = needed(self.vae, "vae")
+        starts = range(0, max(len(latents), 1), DECODE_BATCH)
+        images = [vae.decode(latents[i : i + DECODE_BATCH].float()) for i in starts]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1).contiguous()
 
     def describe(self) -> str:
         """Name, size, device and dtype, for a first line of output."""
-        n_parameters = sum(p.numel() for p in self.unet.parameters())
+        n_parameters = sum(p.numel() for p in needed(self.unet, "unet").parameters())
         return f"{self.config.name} ({n_parameters / 1e6:.1f} M) on {self.device} in {str(self.dtype)[6:]}"
 
     def _noise(
@@ -284,10 +308,10 @@ class MVDreamPipeline:
     ) -> Tensor:
         """Standard normal latents [B*V, C, h, w], float32 whatever the UNet's dtype; one stream a prompt."""
         size = (self.config.unet.in_channels, self.config.latent_size, self.config.latent_size)
-        if seeds is None:
+        if generator is not None:
             noise = torch.randn(n_prompts * n_views, *size, generator=generator, device=generator.device)
             return noise.to(self.device)
-        noise = [Stream(seed, 0, "sampling").normal(n_views, *size) for seed in seeds]
+        noise = [Stream(seed, 0, "sampling").normal(n_views, *size) for seed in seeds or ()]
         return torch.cat(noise).to(self.device)
 
 
@@ -299,11 +323,12 @@ def split_suffix(prompt: str, suffix: str = SUFFIX) -> tuple[str, str]:
     return prompt, suffix
 
 
-def _poses(camera: Cameras | Tensor | None, n_views: int, *angles_deg: float) -> Tensor:
+def _poses(camera: Cameras | Tensor | None, n_views: int, angles_deg: tuple[float, float, float]) -> Tensor:
     """What the UNet is told of the cameras, [V, 16] on the CPU."""
     try:
         if camera is None:
-            return get_camera(n_views, *angles_deg)
+            elevation_deg, azimuth_start_deg, azimuth_span_deg = angles_deg
+            return get_camera(n_views, elevation_deg, azimuth_start_deg, azimuth_span_deg)
         poses = normalize_camera(camera.c2w if isinstance(camera, Cameras) else camera).float().cpu()
     except ValueError as error:
         raise ArgumentError(str(error)) from error

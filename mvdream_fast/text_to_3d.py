@@ -50,7 +50,7 @@ class TextTo3D:
         checkpoint_every: int = 100,
         interrupt: run_folder.Interrupt | None = None,
         representation: Representation | None = None,
-        **overrides,
+        **overrides: Any,
     ) -> GrownAsset:
         """Optimises a 3D representation of `prompt`.
 
@@ -80,9 +80,13 @@ class TextTo3D:
         checkpoint_every = whole("TextTo3D", "checkpoint_every", checkpoint_every, "100 is the default")
         checkpoints = None if checkpoints is None else user_path(checkpoints)
         config = self._config(preset, config, overrides)
-        guidance = self.guidance or new_guidance(self.pipeline, prompt, config, seed)
-        if not self.keep:
-            self._release(config)
+        guidance = self.guidance
+        if guidance is None:
+            if self.pipeline is None:
+                raise ArgumentError("TextTo3D: pipeline must be given where guidance is None, got None; pass either")
+            guidance = new_guidance(self.pipeline, prompt, config, seed)
+        if not self.keep and self.pipeline is not None:
+            _release(self.pipeline, config)
         state = RunState(config, prompt, seed, guidance, self.device, representation)
         model = self.pipeline.config if self.pipeline else None
         return Loop(callback, checkpoints, checkpoint_every, interrupt, model).run(state)
@@ -104,7 +108,8 @@ class TextTo3D:
             preset = preset_for(self.pipeline.config.vae.image_size) if self.pipeline else "mini"
         return resolve_config(config or str(preset), **plain)
 
-    def _release(self, config: SDSConfig) -> None:
-        self.pipeline.text = self.pipeline.model.text = None
-        if config.match == "latents":
-            self.pipeline.vae.drop_decoder()
+
+def _release(pipeline: MVDreamPipeline, config: SDSConfig) -> None:
+    pipeline.text = pipeline.model.text = None
+    if config.match == "latents" and pipeline.vae is not None:
+        pipeline.vae.drop_decoder()

@@ -14,7 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from tyro import conf
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -203,7 +203,7 @@ def _word(value: Any) -> str:
     return " ".join(shlex.quote(str(x)) for x in (value if isinstance(value, (tuple, list)) else (value,)))
 
 
-def fail(prog: str, message: str, code: int) -> None:
+def fail(prog: str, message: str, code: int) -> NoReturn:
     """Prints one sentence to stderr and exits with `code`."""
     print(f"{prog}: {message}", file=sys.stderr)
     sys.exit(code)

@@ -110,7 +110,8 @@ def check(parts: Parts, config: SDSConfig, device: str = "cpu") -> None:
 
 def advice(parts: Parts, config: SDSConfig) -> str:
     """The two largest parts and what makes the larger one smaller."""
-    first, second = sorted((name for name in parts if name != "the program"), key=parts.get, reverse=True)[:2]
+    ours = [name for name in parts if name != "the program"]
+    first, second = sorted(ours, key=lambda name: parts[name], reverse=True)[:2]
     flag = FLAGS[first]
     if first == "the renderer's samples":
         flag = f"--render-size {max(8, max(config.render_size) // 2)}"
