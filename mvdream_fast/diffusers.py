@@ -107,7 +107,7 @@ def _is_module(x: object) -> TypeGuard[nn.Module]:
     return issubclass(type(x), nn.Module)  # an object's own __class__ is not asked
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType] # torch has no types for it
 def _is_over_time(attn: object) -> bool:
     """Whether an attention layer is part of one of TEMPORAL.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvdream_fast.camera import Cameras, get_camera, normalize_camera
 from mvdream_fast.checkpoints.open import Model, load_model, needed
-from mvdream_fast.core.arguments import array, finite, texts, whole
+from mvdream_fast.core.arguments import array, finite, is_a, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
 from mvdream_fast.core.rng import Stream
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SUFFIX = ", 3d asset"  # ended every caption of the multi-view training data
 DECODE_BATCH = 8  # images that the VAE decodes at a time
 Warn = Callable[[str], None]
+Texts = str | Sequence[str] | None  # one for all, or one for each prompt; None is empty
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MVDreamPipeline:
         self, model: Model, device: str | torch.device | None = "auto", dtype: str | torch.dtype | None = "auto"
     ):
         """Args: model, from `checkpoints.open.load_model`; its modules are moved, not copied; parts may be None."""
-        if not isinstance(model, Model):
+        if not is_a(model, Model):
             raise ArgumentError(
                 f"MVDreamPipeline: model must be a loaded Model, got {type(model).__name__}; "
                 "MVDreamPipeline.from_pretrained takes a path or a name"
@@ -112,9 +113,9 @@ class MVDreamPipeline:
 
     @overload
     def __call__(
-        self, prompt: str, n_views: int = 4, elevation_deg: float = 15.0, azimuth_start_deg: float = 0.0,
-        azimuth_span_deg: float = 360.0, n_steps: int = 50, guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] = "", suffix: str = SUFFIX, *, seed: int = 0,
+        self, prompt: str, n_views: int = 4, elevation_deg: float = 15.0,
+        azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
+        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
         camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None,
@@ -124,7 +125,7 @@ class MVDreamPipeline:
     def __call__(
         self, prompt: list[str] | tuple[str, ...], n_views: int = 4, elevation_deg: float = 15.0,
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
-        guidance_scale: float = 7.5, negative_prompt: str | Sequence[str] = "", suffix: str = SUFFIX, *, seed: int = 0,
+        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
         camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None,
@@ -140,8 +141,8 @@ class MVDreamPipeline:
         azimuth_span_deg: float = 360.0,
         n_steps: int = 50,
         guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] | None = "",
-        suffix: str | Sequence[str] | None = SUFFIX,
+        negative_prompt: Texts = "",
+        suffix: Texts = SUFFIX,
         *,
         seed: int | None = 0,
         generator: torch.Generator | None = None,
@@ -209,8 +210,8 @@ class MVDreamPipeline:
     def encode_prompt(
         self,
         prompts: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = "",
-        suffix: str | Sequence[str] | None = SUFFIX,
+        negative_prompt: Texts = "",
+        suffix: Texts = SUFFIX,
         warn: Warn | None = None,
     ) -> TextCond:
         """The prompts and the negative prompt as the UNet's text.
@@ -230,15 +231,15 @@ class MVDreamPipeline:
     def unseen_words(
         self,
         prompts: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = "",
-        suffix: str | Sequence[str] | None = SUFFIX,
+        negative_prompt: Texts = "",
+        suffix: Texts = SUFFIX,
     ) -> list[str]:
         """What `encode_prompt` would warn of, one sentence each for words that are cut and words that are unknown."""
         return _complaints(self._tokens(prompts, negative_prompt, suffix)[0], self.config.text.context_length)
 
     def _tokens(
-        self, prompts: str | Sequence[str], negative_prompt: str | Sequence[str] | None,
-        suffix: str | Sequence[str] | None,
+        self, prompts: str | Sequence[str], negative_prompt: Texts,
+        suffix: Texts,
     ) -> tuple[Encoded, int]:  # fmt: skip
         """Token ids of the prompts with their suffix, then of the negative prompts; and the number of prompts."""
         prompts = texts("encode_prompt", "prompts", prompts, 'describe an object, for example "a brown bulldog"')

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mvdream_fast.core import run_folder
-from mvdream_fast.core.arguments import user_path, whole
+from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import SETTINGS, SDSConfig, preset_for, resolve_config, typed
@@ -72,7 +72,7 @@ class TextTo3D:
             OutOfMemoryError: a step that does not fit, even with half of the samples.
             DivergedError: numbers that are not finite, or nothing to see, after one recovery.
         """
-        if not isinstance(prompt, str):
+        if not is_a(prompt, str):
             raise ArgumentError(f"TextTo3D: prompt must be one text, got {type(prompt).__name__}; call once for each")
         if callback is not None and not callable(callback):
             raise ArgumentError(f"TextTo3D: callback must be a function of a Progress, got {type(callback).__name__}")
@@ -97,7 +97,7 @@ class TextTo3D:
 
     def _config(self, preset: str | None, config: SDSConfig | None, overrides: dict[str, Any]) -> SDSConfig:
         """The run's settings; NumPy's numbers and arrays are taken for Python's."""
-        if config is not None and not isinstance(config, SDSConfig):
+        if config is not None and not is_a(config, SDSConfig):
             raise ArgumentError(
                 f"TextTo3D: config must be an SDSConfig, got {type(config).__name__}; single settings are arguments of "
                 "their own, as steps=300"

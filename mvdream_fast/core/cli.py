@@ -23,7 +23,10 @@ from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputError, UserError
 from mvdream_fast.core.machine import available_cores
 
-Args = TypeVar("Args")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Args = TypeVar("Args", bound="DataclassInstance")
 Given = Annotated[frozenset[str], conf.Fixed, conf.Suppress]  # the field `given` of a verb's flags: see `given`
 SPIN_COUNT = "5000"  # about 0.1 ms; 1,000 already costs a fifth of a small model's speed, libgomp's default is 300,000
 HINTS = {"threads": "; leave it out for one a core", "n_views": "; the models were trained with 4"}

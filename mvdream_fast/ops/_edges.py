@@ -46,7 +46,7 @@ def check_tensors(op: str, **arguments: object) -> None:
 
 
 def check_shaped(
-    op: str, name: str, x: object, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...] = WIDE_FLOATS
+    op: str, name: str, x: Tensor, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...] = WIDE_FLOATS
 ) -> None:
     """A tensor of this shape and one of these dtypes; None stands for any length."""
     check_tensors(op, **{name: x})
