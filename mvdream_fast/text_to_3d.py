@@ -83,7 +83,7 @@ class TextTo3D:
         guidance = self.guidance
         if guidance is None:
             if self.pipeline is None:
-                raise ArgumentError("TextTo3D: pipeline must be given where guidance is None, got None; pass either")
+                raise AssertionError  # __init__ refuses to have neither
             guidance = new_guidance(self.pipeline, prompt, config, seed)
         if not self.keep and self.pipeline is not None:
             _release(self.pipeline, config)

@@ -99,7 +99,7 @@ class Loop:
             state.halve()  # outside of the handler: the error's traceback holds the step's tensors
         raise AssertionError
 
-    def _latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    def _latest(self) -> tuple[int, dict[str, "Tensor"], dict[str, Any]] | None:
         return run_folder.load_latest(self.checkpoints) if self.checkpoints is not None else None
 
     def _resume(self, state: RunState) -> int:

@@ -226,11 +226,7 @@ class MultiViewUNet(nn.Module):
 
     def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> Tensor:
         """What all ResBlocks add, side by side: [B*V, sum of C_out], in one GEMM."""
-        projections = [m for block in self._res_blocks for m in block.emb_layers if type(m) is nn.Linear]
-        if len(projections) != len(self._res_blocks):
-            raise TypeError(
-                f"{OP}: emb_layers must be torch.nn.Linear, got a wrapped one; leave them out of the adapter"
-            )
+        projections = _plain("emb_layers", [block.emb_layers[1] for block in self._res_blocks])
         return time_camera_embedding(
             t.expand(batch),
             None,
@@ -310,8 +306,16 @@ def _mlp(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
 
 
+def _plain(name: str, layers: list[nn.Module]) -> list[nn.Linear]:
+    """Layers whose weights are read, not called: what is wrapped around one would be passed over."""
+    plain = [m for m in layers if type(m) is nn.Linear]
+    if len(plain) < len(layers):
+        raise TypeError(f"{OP}: {name} must be torch.nn.Linear, got a wrapped one; leave them out of the adapter")
+    return plain
+
+
 def _weights(mlp: nn.Sequential) -> MLP:
-    first, last = (m for m in mlp if isinstance(m, nn.Linear))
+    first, last = _plain("time_embed and camera_embed", [mlp[0], mlp[2]])
     return MLP(first.weight, first.bias, last.weight, last.bias)
 
 
