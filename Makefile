@@ -30,6 +30,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
@@ -51,7 +52,8 @@ $(VENV)/.deps-test: $(VENV)/.deps
 	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/requirements.py test)
 	touch $@
 
-$(VENV)/.lint: pyproject.toml | $(VENV)/.venv
+# The type checker reads the dependencies' own types.
+$(VENV)/.lint: $(VENV)/.deps
 	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/requirements.py --only lint)
 	touch $@
 

@@ -56,7 +56,7 @@ setup(
     packages=PACKAGES,
     package_dir={"mvdream_fast.kernels": "kernels"},
     package_data={
-        "mvdream_fast": ["py.typed"],
+        "mvdream_fast": ["py.typed", "*.pyi"],
         "mvdream_fast.models": ["*.gz", "*.txt"],
         "mvdream_fast.weights": ["*", "*/*", "*/*/*"],
     },

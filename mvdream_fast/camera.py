@@ -6,7 +6,9 @@ counter-clockwise seen from above. No pixel is shaded here. docs/cameras.md has 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,8 +133,13 @@ def normalize_camera(c2w: Tensor) -> Tensor:
         raise ValueError(f"normalize_camera: c2w must be [V, 4, 4] or [V, 16], got {list(c2w.shape)}; one pose a view")
     c2w = c2w.reshape(-1, 4, 4)
     position = c2w[:, :3, 3:]  # [V, 3, 1]
-    unit = position / (position.norm(dim=1, keepdim=True) + 1e-8)
+    unit = position / (_length(position, 1) + 1e-8)
     return torch.cat([torch.cat([c2w[:, :3, :3], unit], dim=2), c2w[:, 3:]], dim=1).reshape(-1, 16)
+
+
+def _length(x: Tensor, dim: int) -> Tensor:
+    # Torch has no types for its norms.
+    return x.norm(dim=dim, keepdim=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
@@ -155,7 +162,7 @@ def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
     shape = (len(cameras), height, width)
     towards = torch.stack([x.expand(shape), -y.expand(shape), -torch.ones(shape, device=device, dtype=c2w.dtype)], -1)
     rays_d = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], towards)
-    rays_d = rays_d / rays_d.norm(dim=-1, keepdim=True)
+    rays_d = rays_d / _length(rays_d, -1)
     rays_o = c2w[:, None, None, :3, 3].expand(*shape, 3)
     return Rays(rays_o.reshape(-1, 3), rays_d.reshape(-1, 3))
 
@@ -173,11 +180,11 @@ def sample_cameras(
     n_groups = whole("sample_cameras", "n_groups", n_groups, "ask for 1")
     _check_sampling(config)
     start = finite("sample_cameras", "azimuth_start_deg", azimuth_start_deg, "it is in degrees")
-    groups = [_sample_group(config, start, *stream.uniform(5).tolist()) for _ in range(n_groups)]
+    groups = [_sample_group(config, start, *map(float, stream.uniform(5))) for _ in range(n_groups)]
     return Cameras(torch.cat([g.c2w for g in groups]), torch.cat([g.fovy for g in groups]))
 
 
-_RANGES = {
+_RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "elevation_range_deg": (lambda x: -90 <= x <= 90, "within -90 and 90", "it is in degrees"),
     "fovy_range_deg": (lambda x: 0 < x < 180, "within 0 and 180", "it is in degrees"),
     "distance_range": (lambda x: x > 0, "positive", "1 frames the object"),

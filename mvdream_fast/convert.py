@@ -36,7 +36,7 @@ def main(flags: Flags) -> None:
     for part in PARTS:
         source.check(part)
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes.get(flags.dtype)
+    dtype = None if flags.dtype is None else dtypes[flags.dtype]
     print(f"{flags.src}: {source.layout}, {source.config.name}")
     total = 0
 

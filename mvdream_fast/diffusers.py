@@ -4,6 +4,8 @@ It imports no diffusers: a processor is a plain callable. Loading and converting
 """
 
 import gc
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +18,28 @@ from mvdream_fast.ops import cross_view_attention
 # diffusers' layers over time, which give each pixel a row of the batch and each frame a token
 TEMPORAL = {"AnimateDiffTransformer3D", "I2VGenXLTransformerTemporalEncoder", "TemporalBasicTransformerBlock",
             "TransformerTemporalModel"}  # fmt: skip
-_OVER_TIME: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_OVER_TIME: "WeakKeyDictionary[object, bool]" = WeakKeyDictionary()
+Layer = Callable[..., Tensor]
+
+
+class Attention(Protocol):
+    """diffusers' module of that name, as far as it is used here."""
+
+    heads: int
+    scale: float
+    spatial_norm: Layer | None
+    group_norm: Layer | None
+    norm_q: Layer | None
+    norm_k: Layer | None
+    norm_cross: object
+    norm_encoder_hidden_states: Layer
+    prepare_attention_mask: Layer
+    to_q: Layer
+    to_k: Layer
+    to_v: Layer
+    to_out: Sequence[Layer]
+    residual_connection: bool
+    rescale_output_factor: float
 
 
 class CrossViewAttnProcessor:
@@ -34,13 +57,13 @@ class CrossViewAttnProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        *args,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """[B*V, N, C] or [B*V, C, h, w] -> the same; `attn` is diffusers' Attention, which owns the weights.
 
@@ -80,15 +103,19 @@ class CrossViewAttnProcessor:
         return out / attn.rescale_output_factor
 
 
-@torch.compiler.assume_constant_result
-def _is_over_time(attn: nn.Module) -> bool:
+def _is_module(x: object) -> TypeGuard[nn.Module]:
+    return issubclass(type(x), nn.Module)  # an object's own __class__ is not asked
+
+
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType] # torch has no types for it
+def _is_over_time(attn: object) -> bool:
     """Whether an attention layer is part of one of TEMPORAL.
 
     Nothing that a processor is given tells: neither shapes nor the layer, which doesn't know where it hangs. So the
     modules that are alive are looked through, once for all layers of a network.
     """
     if attn not in _OVER_TIME:
-        modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]
+        modules = [x for x in gc.get_objects() if _is_module(x)]
         roots = [m for m in modules if TEMPORAL & {kind.__name__ for kind in type(m).__mro__}]
         inside = {id(layer) for root in roots for layer in root.modules()}
         ours = [m for m in modules if isinstance(vars(m).get("processor"), CrossViewAttnProcessor)]
@@ -96,24 +123,24 @@ def _is_over_time(attn: nn.Module) -> bool:
     return _OVER_TIME[attn]
 
 
-def _to_text(attn: nn.Module, hidden_states: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+def _to_text(attn: Attention, hidden_states: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
     """[B*V, N, H, D]: each image attends to its own row of text."""
     if attn.norm_cross:
         text = attn.norm_encoder_hidden_states(text)
     q, k, v = (_heads(attn, x) for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)))
     q, k = _normed(attn, q, k)
     if mask is not None:
-        mask = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])
-        mask = mask.view(text.shape[0], attn.heads, -1, mask.shape[-1])
-    rows = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=attn.scale).transpose(1, 2)
+        padded = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])
+        mask = padded.view(text.shape[0], attn.heads, -1, padded.shape[-1])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale).transpose(1, 2)
 
 
-def _heads(attn: nn.Module, x: Tensor) -> Tensor:
+def _heads(attn: Attention, x: Tensor) -> Tensor:
     """[B*V, N, H*D] -> [B*V, N, H, D]"""
-    return x.unflatten(2, (attn.heads, -1))
+    return x.reshape(x.shape[0], x.shape[1], attn.heads, x.shape[2] // attn.heads)
 
 
-def _normed(attn: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _normed(attn: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The norms of queries and keys that some checkpoints have."""
     return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k)

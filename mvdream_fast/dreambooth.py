@@ -154,7 +154,7 @@ def main(flags: Flags) -> None:
     check_flags(flags)
     from mvdream_fast.tuning.photos import list_photos
 
-    if not flags.resume_from_checkpoint:
+    if not flags.resume_from_checkpoint and flags.instance_data_dir is not None:
         list_photos(flags.instance_data_dir)  # a wrong folder is told before torch is imported
     cli.set_threads(flags.threads)
     from mvdream_fast.tuning import runs

@@ -124,7 +124,7 @@ def check_flags(flags: Flags) -> str:
     return prompt
 
 
-def _seed(seed: int | str) -> int:
+def _seed(seed: int | Literal["random"]) -> int:
     return int.from_bytes(os.urandom(4), "little") if seed == "random" else seed
 
 

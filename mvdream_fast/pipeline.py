@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras, get_camera, normalize_camera
-from mvdream_fast.checkpoints.open import Model, load_model
-from mvdream_fast.core.arguments import array, finite, texts, whole
+from mvdream_fast.checkpoints.open import Model, load_model, needed
+from mvdream_fast.core.arguments import array, finite, is_a, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.images import to_image
 from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SUFFIX = ", 3d asset"  # ended every caption of the multi-view training data
 DECODE_BATCH = 8  # images that the VAE decodes at a time
 Warn = Callable[[str], None]
+Texts = str | Sequence[str] | None  # one for all, or one for each prompt; None is empty
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class MVDreamPipeline:
         self, model: Model, device: str | torch.device | None = "auto", dtype: str | torch.dtype | None = "auto"
     ):
         """Args: model, from `checkpoints.open.load_model`; its modules are moved, not copied; parts may be None."""
-        if not isinstance(model, Model):
+        if not is_a(model, Model):
             raise ArgumentError(
                 f"MVDreamPipeline: model must be a loaded Model, got {type(model).__name__}; "
                 "MVDreamPipeline.from_pretrained takes a path or a name"
@@ -84,10 +85,10 @@ class MVDreamPipeline:
         self.model, self.config = model, model.config
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        for module, dtype in ((model.unet, self.dtype), (model.vae, torch.float32), (model.text, torch.float32)):
+        for module, own in ((model.unet, self.dtype), (model.vae, torch.float32), (model.text, torch.float32)):
             if module is not None:
                 with memory_errors("take --device cpu or --dtype float16"):
-                    module.to(self.device, dtype).eval()
+                    module.to(self.device, own).eval()
         self.unet, self.vae, self.text = model.unet, model.vae, model.text
         self.tokenizer = model.tokenizer
         self.schedule = NoiseSchedule.from_config(model.config.schedule, self.device)
@@ -109,6 +110,26 @@ class MVDreamPipeline:
         """Keyword arguments for a diffusers scheduler that fits this model (`scheduler=`)."""
         return diffusers_settings(self.config.schedule)
 
+    @overload
+    def __call__(
+        self, prompt: str, n_views: int = 4, elevation_deg: float = 15.0,
+        azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
+        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
+        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None,
+    ) -> Views: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, prompt: list[str] | tuple[str, ...], n_views: int = 4, elevation_deg: float = 15.0,
+        azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
+        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
+        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None,
+    ) -> list[Views]: ...  # fmt: skip
+
     @torch.no_grad()
     def __call__(
         self,
@@ -119,8 +140,8 @@ class MVDreamPipeline:
         azimuth_span_deg: float = 360.0,
         n_steps: int = 50,
         guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] | None = "",
-        suffix: str | Sequence[str] | None = SUFFIX,
+        negative_prompt: Texts = "",
+        suffix: Texts = SUFFIX,
         *,
         seed: int | None = 0,
         generator: torch.Generator | None = None,
@@ -162,7 +183,7 @@ class MVDreamPipeline:
         eta = finite("pipeline", "eta", eta, "0 is DDIM, 1 has DDPM's variance")
         seed = secrets.randbelow(2**31) if seed is None else whole("pipeline", "seed", seed, "0 is the default", 0)
         angles_deg = (elevation_deg, azimuth_start_deg, azimuth_span_deg)
-        poses = None if mode == "2d" else _poses(camera, n_views, *angles_deg)  # [V, 16]
+        poses = None if mode == "2d" else _poses(camera, n_views, angles_deg)  # [V, 16]
         n_views = n_views if poses is None else len(poses)
         seeds = None if generator is not None else [seed + b for b in range(len(prompts))]
         with memory_errors("take fewer views or prompts, or --dtype float16"):
@@ -171,23 +192,25 @@ class MVDreamPipeline:
             )
             noise = self._noise(len(prompts), n_views, seeds, generator)
             if scheduler is None:
-                draws = {"eta": eta, "stream": Stream(seed, 0, "sampling eta")}
-                rest = (n_steps, guidance_scale, convention, callback)
-                latents = ddim_sample(model_fn, noise, self.schedule, *rest, **draws)
+                stream, settings = Stream(seed, 0, "sampling eta"), (self.schedule, n_steps, guidance_scale)
+                latents = ddim_sample(model_fn, noise, *settings, convention, callback, eta=eta, stream=stream)
             else:
                 check_scheduler(scheduler, self.schedule)
-                draws = {"generator": generator or torch.Generator(self.device).manual_seed(seed)}
-                latents = scheduler_sample(model_fn, noise, scheduler, n_steps, guidance_scale, callback, **draws)
-            images = self.decode(latents).cpu().unflatten(0, (len(prompts), n_views))
-        views = [Views(images[b], poses, text, seeds[b] if seeds else None) for b, text in enumerate(prompts)]
+                draws = generator or torch.Generator(self.device).manual_seed(seed)
+                latents = scheduler_sample(
+                    model_fn, noise, scheduler, n_steps, guidance_scale, callback, generator=draws
+                )
+            images = self.decode(latents).cpu()
+        scenes = images.reshape(len(prompts), n_views, *images.shape[1:])
+        views = [Views(scenes[b], poses, text, seeds[b] if seeds else None) for b, text in enumerate(prompts)]
         return views[0] if isinstance(prompt, str) else views
 
     @torch.no_grad()
     def encode_prompt(
         self,
         prompts: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = "",
-        suffix: str | Sequence[str] | None = SUFFIX,
+        negative_prompt: Texts = "",
+        suffix: Texts = SUFFIX,
         warn: Warn | None = None,
     ) -> TextCond:
         """The prompts and the negative prompt as the UNet's text.
@@ -201,21 +224,21 @@ class MVDreamPipeline:
         encoded, n_prompts = self._tokens(prompts, negative_prompt, suffix)
         for sentence in _complaints(encoded, self.config.text.context_length):
             (warn or _python_warning)(sentence)
-        states = self.text(encoded.ids.to(self.device))
+        states = needed(self.text, "text")(encoded.ids.to(self.device))
         return TextCond(states[:n_prompts], states[n_prompts:].expand(n_prompts, -1, -1))
 
     def unseen_words(
         self,
         prompts: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = "",
-        suffix: str | Sequence[str] | None = SUFFIX,
+        negative_prompt: Texts = "",
+        suffix: Texts = SUFFIX,
     ) -> list[str]:
         """What `encode_prompt` would warn of, one sentence each for words that are cut and words that are unknown."""
         return _complaints(self._tokens(prompts, negative_prompt, suffix)[0], self.config.text.context_length)
 
     def _tokens(
-        self, prompts: str | Sequence[str], negative_prompt: str | Sequence[str] | None,
-        suffix: str | Sequence[str] | None,
+        self, prompts: str | Sequence[str], negative_prompt: Texts,
+        suffix: Texts,
     ) -> tuple[Encoded, int]:  # fmt: skip
         """Token ids of the prompts with their suffix, then of the negative prompts; and the number of prompts."""
         prompts = texts("encode_prompt", "prompts", prompts, 'describe an object, for example "a brown bulldog"')
@@ -243,11 +266,11 @@ class MVDreamPipeline:
         Args: camera [V, 16] for the views of every prompt, or None for 2D mode, where the views are independent.
         Returns: a function of (latents [2*B*V, C, h, w], t), [uncond; cond]; of B*V latents for a guidance scale of 1.
         """
-        guided, text = guidance_scale != 1, text.to(self.dtype)
+        unet, guided, text = needed(self.unet, "unet"), guidance_scale != 1, text.to(self.dtype)
         if camera is None:
-            return Denoiser(self.unet, text.repeat(n_views), 1, guided).for_sampler()
+            return Denoiser(unet, text.repeat(n_views), 1, guided).for_sampler()
         camera = array("denoiser", "camera", camera, "numbers [V, 16]").to(self.device).repeat(len(text.cond), 1)
-        return Denoiser(self.unet, text, n_views, guided).for_sampler(camera)
+        return Denoiser(unet, text, n_views, guided).for_sampler(camera)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -263,12 +286,14 @@ class MVDreamPipeline:
         latents = latents.to(self.device)
         if not latents.isfinite().all():
             raise DivergedError("sampling left the finite numbers; try --dtype float32 or a lower guidance scale")
-        images = [self.vae.decode(part.float()) for part in latents.split(DECODE_BATCH)]
+        vae = needed(self.vae, "vae")
+        starts = range(0, max(len(latents), 1), DECODE_BATCH)
+        images = [vae.decode(latents[i : i + DECODE_BATCH].float()) for i in starts]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1).contiguous()
 
     def describe(self) -> str:
         """Name, size, device and dtype, for a first line of output."""
-        n_parameters = sum(p.numel() for p in self.unet.parameters())
+        n_parameters = sum(p.numel() for p in needed(self.unet, "unet").parameters())
         return f"{self.config.name} ({n_parameters / 1e6:.1f} M) on {self.device} in {str(self.dtype)[6:]}"
 
     def _noise(
@@ -276,10 +301,10 @@ class MVDreamPipeline:
     ) -> Tensor:
         """Standard normal latents [B*V, C, h, w], float32 whatever the UNet's dtype; one stream a prompt."""
         size = (self.config.unet.in_channels, self.config.latent_size, self.config.latent_size)
-        if seeds is None:
+        if generator is not None:
             noise = torch.randn(n_prompts * n_views, *size, generator=generator, device=generator.device)
             return noise.to(self.device)
-        noise = [Stream(seed, 0, "sampling").normal(n_views, *size) for seed in seeds]
+        noise = [Stream(seed, 0, "sampling").normal(n_views, *size) for seed in seeds or ()]
         return torch.cat(noise).to(self.device)
 
 
@@ -291,11 +316,12 @@ def split_suffix(prompt: str, suffix: str = SUFFIX) -> tuple[str, str]:
     return prompt, suffix
 
 
-def _poses(camera: Cameras | Tensor | None, n_views: int, *angles_deg: float) -> Tensor:
+def _poses(camera: Cameras | Tensor | None, n_views: int, angles_deg: tuple[float, float, float]) -> Tensor:
     """What the UNet is told of the cameras, [V, 16] on the CPU."""
     try:
         if camera is None:
-            return get_camera(n_views, *angles_deg)
+            elevation_deg, azimuth_start_deg, azimuth_span_deg = angles_deg
+            return get_camera(n_views, elevation_deg, azimuth_start_deg, azimuth_span_deg)
         poses = normalize_camera(camera.c2w if isinstance(camera, Cameras) else camera).float().cpu()
     except ValueError as error:
         raise ArgumentError(str(error)) from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mvdream_fast.core import run_folder
-from mvdream_fast.core.arguments import user_path, whole
+from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import SETTINGS, SDSConfig, preset_for, resolve_config, typed
@@ -50,7 +50,7 @@ class TextTo3D:
         checkpoint_every: int = 100,
         interrupt: run_folder.Interrupt | None = None,
         representation: Representation | None = None,
-        **overrides,
+        **overrides: Any,
     ) -> GrownAsset:
         """Optimises a 3D representation of `prompt`.
 
@@ -72,7 +72,7 @@ class TextTo3D:
             OutOfMemoryError: a step that does not fit, even with half of the samples.
             DivergedError: numbers that are not finite, or nothing to see, after one recovery.
         """
-        if not isinstance(prompt, str):
+        if not is_a(prompt, str):
             raise ArgumentError(f"TextTo3D: prompt must be one text, got {type(prompt).__name__}; call once for each")
         if callback is not None and not callable(callback):
             raise ArgumentError(f"TextTo3D: callback must be a function of a Progress, got {type(callback).__name__}")
@@ -80,9 +80,13 @@ class TextTo3D:
         checkpoint_every = whole("TextTo3D", "checkpoint_every", checkpoint_every, "100 is the default")
         checkpoints = None if checkpoints is None else user_path(checkpoints)
         config = self._config(preset, config, overrides)
-        guidance = self.guidance or new_guidance(self.pipeline, prompt, config, seed)
-        if not self.keep:
-            self._release(config)
+        guidance = self.guidance
+        if guidance is None:
+            if self.pipeline is None:
+                raise AssertionError  # __init__ refuses to have neither
+            guidance = new_guidance(self.pipeline, prompt, config, seed)
+        if not self.keep and self.pipeline is not None:
+            _release(self.pipeline, config)
         state = RunState(config, prompt, seed, guidance, self.device, representation)
         model = self.pipeline.config if self.pipeline else None
         return Loop(callback, checkpoints, checkpoint_every, interrupt, model).run(state)
@@ -93,7 +97,7 @@ class TextTo3D:
 
     def _config(self, preset: str | None, config: SDSConfig | None, overrides: dict[str, Any]) -> SDSConfig:
         """The run's settings; NumPy's numbers and arrays are taken for Python's."""
-        if config is not None and not isinstance(config, SDSConfig):
+        if config is not None and not is_a(config, SDSConfig):
             raise ArgumentError(
                 f"TextTo3D: config must be an SDSConfig, got {type(config).__name__}; single settings are arguments of "
                 "their own, as steps=300"
@@ -104,7 +108,8 @@ class TextTo3D:
             preset = preset_for(self.pipeline.config.vae.image_size) if self.pipeline else "mini"
         return resolve_config(config or str(preset), **plain)
 
-    def _release(self, config: SDSConfig) -> None:
-        self.pipeline.text = self.pipeline.model.text = None
-        if config.match == "latents":
-            self.pipeline.vae.drop_decoder()
+
+def _release(pipeline: MVDreamPipeline, config: SDSConfig) -> None:
+    pipeline.text = pipeline.model.text = None
+    if config.match == "latents" and pipeline.vae is not None:
+        pipeline.vae.drop_decoder()

@@ -104,7 +104,7 @@ class Settings:
         value = default if value is None else value
         if value is not None and (not isinstance(value, str) or value not in known):
             raise self.refusal(kind, name, f"one of {', '.join(known)}")
-        return known.get(value)
+        return None if value is None else known.get(value)
 
     def flag(self, kind: str, name: str, default: bool) -> bool:
         value = self[kind].get(name, default)
@@ -145,7 +145,8 @@ def _heads(settings: Settings) -> tuple[int | tuple[int, ...] | None, int | None
         return 8, None
     if name is None:  # LDM's words; it writes -1 for "not set"
         found = (settings.number("unet", name, whole=True) for name in ("num_heads", "num_head_channels"))
-        return tuple(value if value and value > 0 else None for value in found)
+        heads, width = (value if value and value > 0 else None for value in found)
+        return heads, width
     if not isinstance(unet[name], list):
         return settings.number("unet", name, whole=True), None
     if not unet[name] or not all(type(n) is int and n > 0 for n in unet[name]):

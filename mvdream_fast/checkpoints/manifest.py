@@ -42,7 +42,7 @@ def build(part: str, config: ModelConfig) -> "nn.Module":
 
 def owner(part: str, module: "nn.Module") -> "nn.Module":
     """The module whose state dict has the names of the manifest: what the VAE and the text tower wrap."""
-    return module if part == "unet" else module.model
+    return module if part == "unet" else module.get_submodule("model")
 
 
 @lru_cache(maxsize=16)
@@ -90,7 +90,7 @@ def _check_unet(unet: UNetConfig) -> None:
     for multiple in unet.channel_mult:
         channels = multiple * unet.model_channels
         _require(channels % unet.norm_groups == 0, "norm_groups", unet.norm_groups, f"a divisor of {channels} channels")
-        heads = unet.num_heads or unet.num_head_channels
+        heads = unet.num_heads or unet.num_head_channels or 1
         _require(channels % heads == 0, "num_heads or num_head_channels", heads, f"a divisor of {channels} channels")
 
 

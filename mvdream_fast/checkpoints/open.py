@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,25 @@ from mvdream_fast.checkpoints.recognise import recognise, stored_hints
 from mvdream_fast.checkpoints.tensor_file import TensorFile, open_tensors
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
 from mvdream_fast.core.files import read_lines
+from mvdream_fast.core.machine import in_format
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
+from mvdream_fast.models.unet import MultiViewUNet
+from mvdream_fast.models.vae import VAE
 
 ENCODER_ONLY = "vae.encoder"  # a part: the VAE without its decoder
+
+
+Part = TypeVar("Part")
+
+
+def needed(part: Part | None, name: str) -> Part:
+    """A part of a model. Raises RuntimeError where it was left out at loading."""
+    if part is None:
+        raise RuntimeError(f"the model must have its {name} here; load it with the part '{name}'")
+    return part
 
 
 @dataclass
@@ -37,8 +51,8 @@ class Model:
     """The parts of a multi-view diffusion model; those that were not asked for are None."""
 
     config: ModelConfig
-    unet: nn.Module | None = None
-    vae: nn.Module | None = None
+    unet: MultiViewUNet | None = None
+    vae: VAE | None = None
     text: TextEncoder | None = None
     tokenizer: Tokenizer | None = None
 
@@ -83,11 +97,11 @@ def _load_part(source: "Source", part: str, dtype: torch.dtype | None) -> nn.Mod
     with torch.device("meta"):
         module = build(name, source.config)
     tensors = source.tensors(name, dtype)
-    if part == ENCODER_ONLY:
+    if part == ENCODER_ONLY and isinstance(module, VAE):
         module.drop_decoder()
         tensors = {key: t for key, t in tensors.items() if not key.startswith(("decoder.", "post_quant_conv."))}
     owner(name, module).load_state_dict(tensors, assign=True)
-    return module.to(memory_format=torch.channels_last)
+    return in_format(module, torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -228,7 +242,7 @@ def save_model(model: Model, folder: str | Path, overwrite: bool = False) -> Non
     """
     modules = {"unet": model.unet, "vae": model.vae, "text": model.text}
     absent = [part for part, module in modules.items() if module is None]
-    if absent or model.vae.model.decoder is None:
+    if absent or (model.vae is not None and model.vae.model.decoder is None):
         raise ValueError(f"save_model: the model must have all parts, got none for {absent or 'the VAE decoder'}")
     vocabulary = model.tokenizer.vocabulary if model.tokenizer else None
     states = ((part, lambda p=part: owner(p, modules[p]).state_dict()) for part in PARTS)

@@ -95,9 +95,10 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def _open_shards(index: Path) -> TensorFile:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+    said = read_json(index).get("weight_map")
+    if not isinstance(said, dict) or not said or not all(isinstance(name, str) for name in said.values()):
         raise ModelError(f"{index} must say in weight_map in which file each tensor is")
+    places: dict[str, str] = said
     if wrong := sorted(name for name in places.values() if name != Path(name).name or not name.endswith(_SHARDS)):
         raise ModelError(f"{index} must name .safetensors or .bin files beside it, got {printable(wrong[0])}")
     files = {name: open_tensors(index.with_name(name)) for name in sorted(set(places.values()))}
@@ -131,7 +132,7 @@ def _open_pickle(path: Path) -> TensorFile:
     return TensorFile(path, shapes, dtypes, tensors.__getitem__)
 
 
-def _weights(path: Path, loaded: Any) -> dict[str, Any]:
+def _weights(path: Path, loaded: Any) -> Mapping[str, Any]:
     """The weights in what torch.load returned: all of it, or what a training's checkpoint has one level down."""
     if isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
         inner = {key: value for key, value in loaded.items() if _all_tensors(value)}
@@ -192,7 +193,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         file = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-        dtypes = {name: _DTYPES.get(s.get_dtype(), s.get_dtype()) for name, s in slices.items()}
+        dtypes = {name: _DTYPES.get(s.get_dtype()) or str(s.get_dtype()) for name, s in slices.items()}
     except Exception as error:
         reason = printable(str(error)) or type(error).__name__
         raise ModelError(

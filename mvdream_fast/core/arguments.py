@@ -63,11 +63,16 @@ def array(op: str, name: str, value: Any, wanted: str) -> "Tensor":
     return value if value.is_floating_point() else value.float()
 
 
-def user_path(path: str | os.PathLike) -> Path:
+def user_path(path: str | os.PathLike[str]) -> Path:
     """The path with a `~` at its beginning as the home folder, as a shell would read it."""
-    if not isinstance(path, (str, os.PathLike)):
+    if not (is_a(path, str) or is_a(path, os.PathLike)):
         raise ArgumentError(f"a path must be text or a pathlib.Path, got {_shown(path)}; name a file or a folder")
     return Path(os.path.expanduser(path))
+
+
+def is_a(value: object, kind: type) -> bool:
+    """isinstance, for what is annotated as `kind`: who calls a library may not have its types checked."""
+    return isinstance(value, kind)
 
 
 def _is_bool(value: Any) -> bool:

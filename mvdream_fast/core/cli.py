@@ -14,7 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from tyro import conf
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -23,7 +23,10 @@ from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputError, UserError
 from mvdream_fast.core.machine import available_cores
 
-Args = TypeVar("Args")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Args = TypeVar("Args", bound="DataclassInstance")
 Given = Annotated[frozenset[str], conf.Fixed, conf.Suppress]  # the field `given` of a verb's flags: see `given`
 SPIN_COUNT = "5000"  # about 0.1 ms; 1,000 already costs a fifth of a small model's speed, libgomp's default is 300,000
 HINTS = {"threads": "; leave it out for one a core", "n_views": "; the models were trained with 4"}
@@ -203,7 +206,7 @@ def _word(value: Any) -> str:
     return " ".join(shlex.quote(str(x)) for x in (value if isinstance(value, (tuple, list)) else (value,)))
 
 
-def fail(prog: str, message: str, code: int) -> None:
+def fail(prog: str, message: str, code: int) -> NoReturn:
     """Prints one sentence to stderr and exits with `code`."""
     print(f"{prog}: {message}", file=sys.stderr)
     sys.exit(code)

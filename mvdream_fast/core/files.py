@@ -9,10 +9,13 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import InputFileError, OutputError, UserError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 MAX_TEXT_BYTES = 1 << 28
 _MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
@@ -24,7 +27,7 @@ _MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
 }
 
 
-def read_text(path: Path, error: type[UserError] = InputFileError, limit: int = MAX_TEXT_BYTES) -> str:
+def read_text(path: "Path | Traversable", error: type[UserError] = InputFileError, limit: int = MAX_TEXT_BYTES) -> str:
     r"""A text file: UTF-8, or the encoding that its byte order mark names. Its lines end with \n, however they did.
 
     No other encoding is guessed at: Latin-1 read as its neighbour is wrong letters without a word.
@@ -63,7 +66,7 @@ def lines(text: str) -> list[str]:
     return rows[:-1] if rows[-1] == "" else rows
 
 
-def read_lines(path: Path, error: type[UserError] = InputFileError) -> list[str]:
+def read_lines(path: "Path | Traversable", error: type[UserError] = InputFileError) -> list[str]:
     """The lines of a text file, as read_text reads it. Raises `error`."""
     return lines(read_text(path, error))
 
@@ -138,7 +141,7 @@ def write_together(files: Mapping[Path, bytes]) -> None:
             _sync(new[path])
         for path in replaced:
             path.replace(old[path])
-        for path in reversed(files):
+        for path in reversed([*files]):
             new[path].replace(path)
         _sync(first.parent)
     except OSError as error:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError
 
@@ -23,6 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # embedded model, turns interleaved) bf16 takes 0.77 of float32's time for a guided UNet call of four views, 0.78 for
 # generate and 0.91 for an SDS step, though our native norm, GEGLU and convolution are float32 only and stand aside.
 _FAST_BF16 = {"amx_bf16", "avx512_bf16"}
+
+M = TypeVar("M", bound="torch.nn.Module")
 
 _NO_MEMORY = ("allocate memory", "CUDA out of memory")
 
@@ -78,7 +80,7 @@ def resident_memory() -> int:
 
 def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
     """Bytes that this process' control group, or any group above it, allows (both versions); None without a limit."""
-    limits = []
+    limits: list[int] = []
     for folder, name in _groups(root, own, "memory", "memory.max", "memory.limit_in_bytes"):
         try:
             limits.append(int((folder / name).read_text()))
@@ -153,7 +155,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 @contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
+def memory_errors(advice: str) -> Generator[None]:
     """Turns torch's ways of saying that there is no memory left into one OutOfMemoryError that ends in `advice`."""
     try:
         yield
@@ -163,3 +165,9 @@ def memory_errors(advice: str) -> Iterator[None]:
             raise
         reason = next((line for line in text.splitlines() if "allocate" in line), text.splitlines()[0])
         raise OutOfMemoryError(f"out of memory: {reason.strip()[:200]}; {advice}") from error
+
+
+def in_format(module: M, memory_format: torch.memory_format) -> M:
+    """The module with its 4D weights in this memory format, in place."""
+    module.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue] # torch's overloads leave it out
+    return module

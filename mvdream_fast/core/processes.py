@@ -9,9 +9,12 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
+
+from mvdream_fast.core.machine import in_format
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Rows = TypeVar("Rows", "Tensor", list)
@@ -116,16 +119,34 @@ def sharded(model: "nn.Module", units: Iterable["nn.Module"], ranks: Ranks) -> "
     from torch.distributed.fsdp import fully_shard
 
     device = next(model.parameters()).device
-    model.to(memory_format=torch.contiguous_format)  # FSDP2 cuts nothing else
+    in_format(model, torch.contiguous_format)  # FSDP2 cuts nothing else
     mesh = init_device_mesh(device.type, (ranks.world,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def unsynchronised(model: "nn.Module", wanted: bool) -> AbstractContextManager:
     """Inside, where `wanted`, a replicated model keeps its gradients to itself: all but the last of several batches."""
-    return model.no_sync() if wanted and hasattr(model, "no_sync") else nullcontext()
+    no_sync = getattr(model, "no_sync", None)
+    return no_sync() if wanted and no_sync is not None else nullcontext()
+
+
+class _Sharded(Protocol):
+    """torch's DTensor as it is used here; its module takes long to import where nothing is sharded."""
+
+    device: "torch.device"
+    device_mesh: Any
+    placements: Any
+
+    def detach(self) -> "_Sharded": ...
+
+    def full_tensor(self) -> "Tensor": ...
+
+
+def _is_sharded(x: "Tensor") -> TypeGuard[_Sharded]:
+    return hasattr(x, "full_tensor")
 
 
 def whole(x: "Tensor", ranks: Ranks) -> "Tensor":
@@ -133,7 +154,7 @@ def whole(x: "Tensor", ranks: Ranks) -> "Tensor":
 
     All processes have to ask.
     """
-    if not hasattr(x, "full_tensor"):
+    if not _is_sharded(x):
         return x
     full = x.detach().full_tensor()
     return full.cpu() if ranks.first else full.new_empty(0)
@@ -141,7 +162,7 @@ def whole(x: "Tensor", ranks: Ranks) -> "Tensor":
 
 def placed(full: "Tensor", like: "Tensor") -> "Tensor":
     """This process' share of a whole tensor, where `like` is sharded; else the tensor itself."""
-    if not hasattr(like, "full_tensor"):
+    if not _is_sharded(like):
         return full
     from torch.distributed.tensor import distribute_tensor
 
@@ -150,4 +171,4 @@ def placed(full: "Tensor", like: "Tensor") -> "Tensor":
 
 def number(x: "Tensor") -> float:
     """A scalar's value, summed up from all processes where it is sharded."""
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).item()
+    return (x.full_tensor() if _is_sharded(x) else x).item()

@@ -1,5 +1,7 @@
 """When numbers on a device reach Python: each read waits until the device has done all that it was asked before."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,5 +31,10 @@ class Later:
             self._arrived.synchronize()
             self._arrived = None
         if isinstance(self._numbers, Tensor):
-            self._numbers = self._numbers.tolist()
+            self._numbers = read(self._numbers)
         return self._numbers
+
+
+def read(x: Tensor) -> list[Any]:
+    """The numbers of a tensor [n], all at once."""
+    return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # torch says list alone

@@ -19,18 +19,22 @@ class Stream:
 
     def normal(self, *shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Standard normal float32 of the given shape."""
-        return torch.from_numpy(self._rng.standard_normal(shape, dtype=np.float32)).to(device)
+        return _tensor(self._rng.standard_normal(shape, dtype=np.float32)).to(device)
 
     def uniform(
         self, *shape: int, low: float = 0.0, high: float = 1.0, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
         """Uniform float32 in [low, high)."""
-        return torch.from_numpy(self._rng.random(shape, dtype=np.float32) * (high - low) + low).to(device)
+        return _tensor(self._rng.random(shape, dtype=np.float32) * (high - low) + low).to(device)
 
     def integers(self, low: int, high: int, *shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Uniform int64 in [low, high)."""
-        return torch.from_numpy(self._rng.integers(low, high, shape, dtype=np.int64)).to(device)
+        return _tensor(self._rng.integers(low, high, shape, dtype=np.int64)).to(device)
 
     def permutation(self, n: int) -> torch.Tensor:
         """A random order of 0..n-1, int64 [n]."""
-        return torch.from_numpy(self._rng.permutation(n).astype(np.int64))
+        return _tensor(self._rng.permutation(n).astype(np.int64))
+
+
+def _tensor(numbers: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(numbers)  # pyright: ignore[reportUnknownMemberType] # torch leaves it unannotated

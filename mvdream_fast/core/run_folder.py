@@ -199,7 +199,7 @@ def latest_step(folder: Path) -> int:
 
 
 def save_checkpoint(
-    folder: Path | str, step: int, tensors: dict[str, "torch.Tensor"], meta: dict, keep: int = 2
+    folder: Path | str, step: int, tensors: dict[str, "torch.Tensor"], meta: dict[str, Any], keep: int = 2
 ) -> Path:
     """Writes `folder/<step>.safetensors` atomically, then LATEST, then deletes all but the newest `keep`.
 
@@ -222,7 +222,7 @@ def save_checkpoint(
     return path
 
 
-def load_latest(folder: Path | str) -> tuple[int, dict[str, "torch.Tensor"], dict] | None:
+def load_latest(folder: Path | str) -> tuple[int, dict[str, "torch.Tensor"], dict[str, Any]] | None:
     """The checkpoint that LATEST names: (step, tensors, meta), or None where nothing was saved yet.
 
     Raises ModelError when it cannot be read; the message names the newest other checkpoint.
@@ -237,15 +237,23 @@ def load_latest(folder: Path | str) -> tuple[int, dict[str, "torch.Tensor"], dic
     return load_checkpoint(folder / name)
 
 
-def load_checkpoint(path: Path) -> tuple[int, dict[str, "torch.Tensor"], dict]:
+def read_tensors(path: Path, key: str) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
+    """A safetensors file, and the JSON under this key of its header. Raises KeyError, and what safetensors raises."""
+    from safetensors import safe_open
+
+    opened: Any = safe_open(path, framework="pt")
+    with opened as file:
+        meta = json.loads((file.metadata() or {})[key])
+        return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+
+
+def load_checkpoint(path: Path) -> tuple[int, dict[str, "torch.Tensor"], dict[str, Any]]:
     """Reads one checkpoint file. Raises ModelError naming the file, the reason and the newest other checkpoint."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["meta"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return int(meta["step"]), tensors, meta
+        tensors, meta = read_tensors(path, "meta")
+        return int(meta["step"]), tensors, meta
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         others = [p.name for p in sorted(path.parent.glob("[0-9]*.safetensors")) if p != path]
         hint = (

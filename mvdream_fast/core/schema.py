@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, TypeVar
 
 from annotated_types import Interval
 
@@ -55,14 +55,14 @@ def _adapter(cls: type[T]) -> "TypeAdapter[T]":
 
 def _sentence(cls: type, data: Any, errors: list["ErrorDetails"], names: Mapping[str, str]) -> str:
     """The first error in words: of a union, every alternative; of unknown keys, all of them."""
-    first = errors[0]
+    first, of = errors[0], cls
     if first["type"] == "unexpected_keyword_argument":
         *parents, _ = first["loc"]
         unknown = [str(e["loc"][-1]) for e in errors if e["type"] == first["type"] and [*e["loc"][:-1]] == parents]
         for key in parents:
-            cls = next(f.type for f in dataclasses.fields(cls) if f.name == key)
-        known = ", ".join(f.name for f in dataclasses.fields(cls))
-        return f"unknown key(s) {', '.join(sorted(unknown))} in {cls.__name__}; known: {known}"
+            of = next(f.type for f in dataclasses.fields(of) if f.name == key and isinstance(f.type, type))
+        known = ", ".join(f.name for f in dataclasses.fields(of))
+        return f"unknown key(s) {', '.join(sorted(unknown))} in {of.__name__}; known: {known}"
     place = _place(first, data, names)
     if first["type"].startswith("missing"):
         return f"{place} is missing"
@@ -91,3 +91,12 @@ def _requirement(message: str) -> str:
     text = message.partition("should ")[2].partition(" after validation")[0] or f"be right ({message})"
     text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     return text.replace("a valid integer", "an integer").replace("a valid", "a")
+
+
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a JSON value is an object."""
+    return isinstance(value, dict)
+
+
+def is_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
+    return isinstance(value, tuple)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mvdream_fast.core.errors import UserError
 
-Item = TypeVar("Drawn")
+Item = TypeVar("Item")
 EACH = 2  # steps that a worker is ahead
 
 
@@ -56,7 +56,7 @@ class Ahead(Generic[Item]):
         )  # fmt: skip
 
 
-class _Steps(Dataset):
+class _Steps(Dataset, Generic[Item]):
     def __init__(self, draw: Callable[[int], Item]):
         self.draw = draw
 

@@ -67,6 +67,7 @@ class Source(Protocol):
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """The batch that the stream's key stands for, or this process' share of it: nothing else is read or decoded."""
+        ...
 
 
 class Shards:
@@ -129,7 +130,10 @@ def _index(path: Path) -> list[Record]:
             for info in tar:
                 end = info.offset_data + (info.size + 511) // 512 * 512
                 if info.name.endswith(".json"):
-                    meta = json.loads(tar.extractfile(info).read())
+                    content = tar.extractfile(info)
+                    if content is None:
+                        raise ValueError(f"{info.name} is no file")
+                    meta = json.loads(content.read())
                 elif info.name.endswith(".webp") and meta is not None:
                     records.append(Record(_checked(meta), path, info.offset_data, info.size))
                     meta = None

@@ -96,7 +96,7 @@ def material_word(names_and_shares: list[tuple[str, float]]) -> str | None:
         word = next((word for key, word in _MATERIALS if key in name.lower()), None)
         if word:
             totals[word] = totals.get(word, 0) + share
-    best = max(totals, key=totals.get, default=None)
+    best = max(totals, key=lambda word: totals[word], default=None)
     return best if best and totals[best] > 0.5 else None
 
 

@@ -104,7 +104,8 @@ def read_shard(path: Path) -> Iterator[Sample]:
         with tarfile.open(path, "r:") as tar:
             meta = None
             for info in tar:
-                content = tar.extractfile(info).read() if info.isfile() else b""
+                file = tar.extractfile(info) if info.isfile() else None
+                content = b"" if file is None else file.read()
                 if info.name.endswith(".json"):
                     meta = json.loads(content)
                 elif info.name.endswith(".webp") and meta is not None:

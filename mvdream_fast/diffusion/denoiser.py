@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mvdream_fast.models.unet import MultiViewUNet
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,9 @@ class TextCond:
     cond: Tensor
     uncond: Tensor
 
-    def to(self, *args) -> "TextCond":
-        return TextCond(self.cond.to(*args), self.uncond.to(*args))
+    def to(self, place: torch.device | torch.dtype) -> "TextCond":
+        """On a device, or in a dtype."""
+        return TextCond(self.cond.to(place), self.uncond.to(place))
 
     def repeat(self, n: int) -> "TextCond":
         """Each prompt n times, its copies next to each other."""
@@ -33,7 +36,7 @@ class Denoiser:
         guided: False asks with the prompts alone.
     """
 
-    def __init__(self, unet: nn.Module, text: TextCond, n_views: int, guided: bool = True):
+    def __init__(self, unet: MultiViewUNet, text: TextCond, n_views: int, guided: bool = True):
         self.unet, self.n_views, self.n_prompts, self.dtype = unet, n_views, 1 + guided, text.cond.dtype
         self._context = unet.prepare_context(torch.cat([text.uncond, text.cond]) if guided else text.cond)
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvdream_fast.core import reads
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
 from mvdream_fast.models.config import ScheduleConfig
 
@@ -52,7 +54,7 @@ def ddim_sample(
     if eta and stream is None:
         raise ValueError(f"ddim_sample: stream must be given for eta > 0, got eta {eta}; pass a rng.Stream")
     timesteps = schedule.timesteps(n_steps, convention)
-    abar = schedule.alphas_cumprod.double().tolist()
+    abar = reads.read(schedule.alphas_cumprod.double())
     following = _following(schedule, timesteps, n_steps, convention)
     last = 1.0 if schedule.config.set_alpha_to_one else abar[0]
     schedule, latents = schedule.to(noise.device), noise
@@ -62,7 +64,7 @@ def ddim_sample(
         sigma = eta * ((1 - abar_prev) / (1 - abar[t]) * (1 - abar[t] / abar_prev)) ** 0.5
         x0, noise_pred = schedule.to_x0(latents, out, t), schedule.to_noise(latents, out, t)
         latents = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * noise_pred
-        if sigma:
+        if sigma and stream is not None:
             latents = latents + sigma * stream.normal(*latents.shape, device=latents.device).to(latents.dtype)
         if callback:
             callback(i + 1, len(timesteps), latents)
@@ -132,7 +134,7 @@ def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
         "beta_start": config.linear_start,
         "beta_end": config.linear_end,
         "prediction_type": _PREDICTION[config.prediction],
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in own.items()},
+        **{name: list(value) if is_tuple(value) else value for name, value in own.items()},
     }
 
 

@@ -52,7 +52,8 @@ class NoiseSchedule:
             root = alphas_cumprod.sqrt()
             alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         tables = (alphas_cumprod, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
-        return NoiseSchedule(*(table.float().to(device) for table in tables), config)
+        alphas_cumprod, alphas, sigmas = (table.float().to(device) for table in tables)
+        return NoiseSchedule(alphas_cumprod, alphas, sigmas, config)
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
         tables = ("alphas_cumprod", "alphas", "sigmas")
@@ -103,7 +104,8 @@ class NoiseSchedule:
                 "repeat it for the views of a scene"
             )
         shape = (-1, *(1 for _ in like.shape[1:]))
-        return tuple(table.to(like.device)[t.reshape(-1)].reshape(shape) for table in (self.alphas, self.sigmas))
+        alpha, sigma = (table.to(like.device)[t.reshape(-1)].reshape(shape) for table in (self.alphas, self.sigmas))
+        return alpha, sigma
 
 
 def ddim_timesteps(

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvdream_fast.camera import middle_cameras
+from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors
+from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
@@ -22,6 +24,8 @@ from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.scene.asset import Asset
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mvdream_fast.models.config import ModelConfig
     from mvdream_fast.pipeline import MVDreamPipeline
 
@@ -64,12 +68,12 @@ class Loop:
             if self.interrupt is not None and self.interrupt.requested is not None:
                 break
             self._report(state, self._attempt(state, step, lambda step=step: state.step(step)))
-            if self.checkpoints is not None and (step + 1) % self.checkpoint_every == 0:
+            if (step + 1) % self.checkpoint_every == 0:
                 self._save(state, step + 1)
         else:
             step = config.steps
         self._report(state, state.settle())
-        if self.checkpoints is not None and first < config.steps:
+        if first < config.steps:
             self._save(state, step)
         return state.asset
 
@@ -95,7 +99,7 @@ class Loop:
             state.halve()  # outside of the handler: the error's traceback holds the step's tensors
         raise AssertionError
 
-    def _latest(self) -> tuple[int, dict, dict] | None:
+    def _latest(self) -> tuple[int, dict[str, "Tensor"], dict[str, Any]] | None:
         return run_folder.load_latest(self.checkpoints) if self.checkpoints is not None else None
 
     def _resume(self, state: RunState) -> int:
@@ -126,6 +130,8 @@ class Loop:
         state.restarts, state.event = 1, f"{happened}: back to the values of step {saved[0]}"
 
     def _save(self, state: RunState, step: int) -> None:
+        if self.checkpoints is None:
+            return
         self._report(state, state.settle())
         meta = {"config": _plain(state.config), "seed": state.seed, "prompt": state.asset.prompt}
         run_folder.save_checkpoint(self.checkpoints, step, state.state(), meta)
@@ -133,7 +139,7 @@ class Loop:
 
 def _plain(config: SDSConfig) -> dict[str, Any]:
     """The configuration as JSON would give it back (lists for tuples)."""
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in settings_of(config).items()}
+    return {name: list(v) if is_tuple(v) else v for name, v in settings_of(config).items()}
 
 
 def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
@@ -152,12 +158,12 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=silent).to(pipeline.dtype)
     model = pipeline.model
     own = text if config.mode == "3d" else None
-    score = ScoreDistillation(model.unet, model.vae, pipeline.schedule, own, config.guidance)
-    how = {
-        "n_groups": lambda step: config.n_groups[config.stage(step)],
-        "every": config.updates_per_guidance,
-        "match": config.match,
-    }
+    unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
+    score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance)
+
+    def n_groups(step: int) -> int:
+        return config.n_groups[config.stage(step)]
+
     if config.mode == "3d":
-        return SDS(score, config.cameras, **how)
-    return SingleViewSDS(score, config.cameras, text, **how)
+        return SDS(score, config.cameras, n_groups, config.updates_per_guidance, config.match)
+    return SingleViewSDS(score, config.cameras, text, n_groups, config.updates_per_guidance, config.match)

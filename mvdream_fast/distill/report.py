@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.files import atomic_write
@@ -44,7 +45,7 @@ def write_report(
     return path
 
 
-def asset_report(asset: Asset, records: list[dict], path: Path) -> Path:
+def asset_report(asset: Asset, records: list[dict[str, Any]], path: Path) -> Path:
     """The same page of an asset alone, as `asset.report("report.html")` writes it: without files of a run."""
     try:
         mesh = asset.mesh()
@@ -112,8 +113,8 @@ def thin(items: list, n: int) -> list:
 
 
 def _section(title: str, *content: str) -> list[str]:
-    content = [part for part in content if part]
-    return [f"<h2>{title}</h2>", '<div class="row">', *content, "</div>"] if content else []
+    parts = [part for part in content if part]
+    return [f"<h2>{title}</h2>", '<div class="row">', *parts, "</div>"] if parts else []
 
 
 def _data_uri(data: bytes, mime: str) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
 from mvdream_fast.guidance.base import Guidance
-from mvdream_fast.scene.asset import Asset
+from mvdream_fast.scene.asset import Asset, Settings
 from mvdream_fast.scene.base import Lighting, Rendered, Representation
 from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.shading import draw_light_positions, draw_shading
@@ -47,7 +48,7 @@ class Record:
     skipped: bool = False
     event: str = ""
 
-    def plain(self) -> dict:
+    def plain(self) -> dict[str, Any]:
         """As JSON can say it: statistics by their own names, null for a number that is not finite."""
         fields = dataclasses.asdict(self)
         fields |= fields.pop("statistics")
@@ -57,9 +58,11 @@ class Record:
 class GrownAsset(Asset):
     """An asset with the records of the run that made it."""
 
-    def __init__(self, representation: Representation, prompt: str = "", seed: int = 0, settings: dict | None = None):
+    def __init__(
+        self, representation: Representation, prompt: str = "", seed: int = 0, settings: Settings | None = None
+    ):
         super().__init__(representation, prompt, seed, settings)
-        self.records: list[dict] = []
+        self.records: list[dict[str, Any]] = []
 
     def report(self, path: Path | str) -> Path:
         """Writes one self-contained page: the asset to turn, its turntable, curves, settings and times."""
@@ -82,7 +85,9 @@ class RunState:
         self.asset = GrownAsset(representation, prompt, seed, settings_of(config))
         self.asset.to(device)
         self.optimizer = make_optimizer(representation, config)
-        self.skipped = self.empty = self.restarts = 0
+        self.skipped: int = 0
+        self.empty: int = 0
+        self.restarts: int = 0
         self.halved = False
         self.event = ""
         self._clock = Clock()
@@ -97,8 +102,9 @@ class RunState:
         clock = self._clock
         loss, t, rendered, finite = self._gradients(step, clock)
         if rendered is not None:
-            self.optimizer.found_inf = (~finite).float()  # torch's fused optimisers skip a step by it, unread
-            self.optimizer.step()
+            # torch's fused optimisers skip a step by it, unread; its own GradScaler sets it, its stubs don't name it
+            self.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.step()  # pyright: ignore[reportUnknownMemberType] # torch leaves its closure unannotated
         clock.part("optimiser")
         self.representation.after_step(step, Stream(self.seed, step, "occupancy"))
         clock.part("occupancy")
@@ -211,7 +217,7 @@ class RunState:
                 raise ModelError(f"the checkpoint is of another configuration: {name} has shape {list(value.shape)}")
             self.optimizer.state[parameter][key] = value.to(parameter).clone()
         self.guidance.restore(_under("guidance.", tensors))
-        self.skipped, self.empty, self.restarts = tensors["counters"].tolist()
+        self.skipped, self.empty, self.restarts = reads.read(tensors["counters"])
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from mvdream_fast.checkpoints.manifest import check_shapes
 from mvdream_fast.checkpoints.tensor_file import open_tensors
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import read_lines, replace_file
+from mvdream_fast.core.machine import in_format
 from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.models.config import FORMAT_VERSION, TextConfig
 from mvdream_fast.models.functional import conv3x3
@@ -74,8 +75,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = Norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
         self.norm2, self.conv2 = Norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + conv3x3(self.conv2, self.norm2(conv3x3(self.conv1, self.norm1(x))))
@@ -108,7 +109,7 @@ class ImageTower(nn.Module):
         # Quadrants, not the mean of everything: where something is tells from which side it is seen.
         self.out = nn.Linear(4 * before, config.features)
         self.pool = nn.AvgPool2d(config.image_size // self.PATCH // 2 ** (len(config.channels) - 1) // 2)
-        self.to(memory_format=torch.channels_last)
+        in_format(self, torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.pixel_unshuffle(images * 2 - 1, self.PATCH).contiguous(memory_format=torch.channels_last)
@@ -239,4 +240,4 @@ def load_evaluator(folder: Path = EVALUATOR_FOLDER) -> Evaluator:
     if broken:
         raise ModelError(f"{file.path} holds numbers that are not finite in {broken[0]}; install the package again")
     evaluator.load_state_dict(tensors, assign=True)
-    return evaluator.to(memory_format=torch.channels_last).eval()
+    return in_format(evaluator, torch.channels_last).eval()

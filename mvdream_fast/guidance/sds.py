@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
 from mvdream_fast.camera_sampling import CameraSampling
@@ -20,6 +20,8 @@ from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.guidance.base import Timing, no_timing
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.prompts import view_words
+from mvdream_fast.models.unet import MultiViewUNet
+from mvdream_fast.models.vae import VAE
 from mvdream_fast.ops.sds_target import sds_target
 
 
@@ -48,7 +50,7 @@ class ScoreDistillation:
     """
 
     def __init__(
-        self, unet: nn.Module, vae: nn.Module, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
+        self, unet: MultiViewUNet, vae: VAE, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
         sample_posterior: bool = True,
     ):  # fmt: skip
         self.unet, self.vae, self.schedule, self.text, self.config = unet, vae, schedule, text, config
@@ -105,6 +107,10 @@ class ScoreDistillation:
     def _denoiser(self, n_groups: int, n_views: int, text: TextCond | None) -> Denoiser:
         if text is not None:
             return Denoiser(self.unet, text, n_views)
+        if self.text is None:
+            raise ValueError(
+                "ScoreDistillation: text must be given once or with each call, got None; encode the prompt"
+            )
         if (n_groups, n_views) not in self._denoisers:
             self._denoisers[n_groups, n_views] = Denoiser(self.unet, self.text.repeat(n_groups), n_views)
         return self._denoisers[n_groups, n_views]
@@ -189,8 +195,11 @@ class SingleViewSDS(SDS):
     Source: Poole et al. 2022, "DreamFusion", section 3.2 (view-dependent prompts).
     """
 
-    def __init__(self, score: ScoreDistillation, cameras: CameraSampling, sides: TextCond, *args, **options):
-        super().__init__(score, cameras, *args, **options)
+    def __init__(
+        self, score: ScoreDistillation, cameras: CameraSampling, sides: TextCond,
+        n_groups: Callable[[int], int] = lambda _: 1, every: int = 1, match: Literal["latents", "pixels"] = "latents",
+    ):  # fmt: skip
+        super().__init__(score, cameras, n_groups, every, match)
         self._sides = sides
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:

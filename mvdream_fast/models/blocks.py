@@ -3,6 +3,7 @@
 How they are wired together is in unet.py, how their layers are computed in functional.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast.models import functional as fn
+from mvdream_fast.models.config import UNetConfig
 from mvdream_fast.ops import cross_view_attention
 
 KeysValues = tuple[Tensor, Tensor]
+Vectors = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,11 @@ class Conditions:
 class ResBlock(nn.Module):
     """norm - SiLU - conv - (+ embedding) - norm - SiLU - conv, added to the input; `emb_layers` is run by the UNet."""
 
+    index: int  # among the UNet's, in the order of use
+
     def __init__(self, channels: int, emb_channels: int, out_channels: int, n_groups: int):
         super().__init__()
+        self.out_channels = out_channels
         conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.in_layers = nn.Sequential(nn.GroupNorm(n_groups, channels), nn.SiLU(), conv)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
@@ -67,12 +73,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, width), nn.Dropout(0.0))
 
-    def self_attention(self, x: Tensor, n_views: int, cross_view: bool, camera: KeysValues | None = None) -> Tensor:
+    def self_attention(self, x: Tensor, n_views: int, cross_view: bool, camera: Vectors | None = None) -> Tensor:
         """x: [B*V, N, C]; camera: vectors [B*V, H, D] for q, k and v. Returns [B*V, N, H*D], before `to_out`."""
         q, k, v = (self.split(y) for y in fn.linears([self.to_q, self.to_k, self.to_v], x))
-        names = ("camera_q", "camera_k", "camera_v")
-        vectors = {} if camera is None else dict(zip(names, camera, strict=True))
-        return cross_view_attention(q, k, v, n_views, cross_view=cross_view, **vectors).flatten(2)
+        camera_q, camera_k, camera_v = camera or (None, None, None)
+        return cross_view_attention(
+            q, k, v, n_views, camera_q=camera_q, camera_k=camera_k, camera_v=camera_v, cross_view=cross_view
+        ).flatten(2)
 
     def view_attention(self, x: Tensor, n_views: int) -> Tensor:
         """Attention over the views, at each pixel alone. x: [B*V, N, C] -> [B*V, N, H*D], before `to_out`."""
@@ -110,7 +117,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention over all views of a scene, text attention and feed-forward, each behind a LayerNorm."""
 
-    def __init__(self, width: int, heads: int, head_width: int, config):
+    def __init__(self, width: int, heads: int, head_width: int, config: UNetConfig):
         super().__init__()
         self.mixing = config.view_mixing
         self.attn1 = Attention(width, width, heads, head_width)
@@ -135,12 +142,13 @@ class TransformerBlock(nn.Module):
         h = fn.widen(h, conditions.batch)
         y = self.attn2.text_attention(self.norm2(h), self._text(conditions, keys_values))
         h = fn.add_linear(h, self.attn2.to_out[0], y)
-        return fn.feed_forward(h, self.norm3, self.ff.net[0].proj, self.ff.net[2])
+        return fn.feed_forward(h, self.norm3, self.ff.net[0].get_submodule("proj"), self.ff.net[2])
 
-    def _camera_vectors(self, conditions: Conditions, batch: int) -> tuple[Tensor, ...] | None:
+    def _camera_vectors(self, conditions: Conditions, batch: int) -> Vectors | None:
         if conditions.camera is None or not hasattr(self, "camera_vectors"):
             return None
-        return tuple(self.attn1.split(y) for y in self.camera_vectors(conditions.camera[:batch]).chunk(3, dim=-1))
+        q, k, v = self.camera_vectors(conditions.camera[:batch]).chunk(3, dim=-1)
+        return self.attn1.split(q), self.attn1.split(k), self.attn1.split(v)
 
     def _text(self, conditions: Conditions, keys_values: KeysValues | None) -> KeysValues:
         """Keys and values of the text, and of each view's camera token behind them where there is one."""
@@ -149,15 +157,19 @@ class TransformerBlock(nn.Module):
             return pair
         extra = self.attn2.keys_values(conditions.tokens)
         repeats = len(conditions.tokens) // len(pair[0])
-        return tuple(torch.cat([y.repeat_interleave(repeats, 0), z], 1) for y, z in zip(pair, extra, strict=True))
+        k, v = (torch.cat([y.repeat_interleave(repeats, 0), z], 1) for y, z in zip(pair, extra, strict=True))
+        return k, v
 
 
 class MultiViewTransformer(nn.Module):
     """GroupNorm, projection to tokens, one transformer block, projection back, added to the input."""
 
-    def __init__(self, channels: int, heads: int, head_width: int, config):
+    index: int  # among the UNet's, in the order of use
+
+    def __init__(self, channels: int, heads: int, head_width: int, config: UNetConfig):
         super().__init__()
         inner = heads * head_width
+        project: Callable[[int, int], nn.Module]
         project = nn.Linear if config.use_linear_in_transformer else lambda i, o: nn.Conv2d(i, o, 1)
         self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = project(channels, inner)

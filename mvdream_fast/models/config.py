@@ -12,7 +12,7 @@ from typing import Literal
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.core.files import parse_json, read_text
-from mvdream_fast.core.schema import Checked, checked
+from mvdream_fast.core.schema import Checked, checked, is_object
 
 FORMAT_VERSION = 1
 
@@ -131,7 +131,7 @@ class ModelConfig(Checked):
     def from_json(text: str, source: str = "config.json") -> "ModelConfig":
         """Raises ModelError that names the key when the text is no model configuration of this version."""
         data = parse_json(text, source, ModelError)
-        if not isinstance(data, dict) or data.pop("kind", None) != "model":
+        if not is_object(data) or data.pop("kind", None) != "model":
             raise ModelError(f'{source} does not describe a model: it must be an object with "kind": "model"')
         if data.pop("format", None) != FORMAT_VERSION:
             raise ModelError(f'{source} must have "format": {FORMAT_VERSION}; convert the model again')
@@ -152,8 +152,8 @@ def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
         path, sign, text = setting.partition("=")
         part, _, name = path.partition(".")
         section = data.get(part)
-        if not sign or not isinstance(section, dict) or name not in section:
-            known = ", ".join(f"{p}.{n}" for p, values in data.items() if isinstance(values, dict) for n in values)
+        if not sign or not is_object(section) or name not in section:
+            known = ", ".join(f"{p}.{n}" for p, values in data.items() if is_object(values) for n in values)
             raise ArgumentError(f"--set must be NAME=VALUE, got {setting!r}; the names are {known}")
         try:
             section[name] = json.loads(text)

@@ -4,6 +4,8 @@ A module that is not exactly the torch class (a LoRA wrapper, for one) is called
 weights are the parameters' own storage, so they cannot go stale.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,8 +26,10 @@ def lean(x: Tensor) -> bool:
     return not recorded and not torch.is_autocast_enabled(x.device.type) and type(x) is Tensor
 
 
-def group_norm(norm: nn.GroupNorm, x: Tensor, emb: Tensor | None = None, silu: bool = True) -> Tensor:
-    """silu(norm(x + emb)), [B*V, C, h, w] with emb [B*V, C]; statistics in float32."""
+def group_norm(norm: nn.Module, x: Tensor, emb: Tensor | None = None, silu: bool = True) -> Tensor:
+    """silu(norm(x + emb)) of a GroupNorm, [B*V, C, h, w] with emb [B*V, C]; statistics in float32."""
+    if not isinstance(norm, nn.GroupNorm):
+        raise TypeError(f"group_norm: norm must be a GroupNorm, got {type(norm).__name__}; leave norms unwrapped")
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, emb, silu)
 
 
@@ -38,7 +42,7 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 def add_linear(h: Tensor, module: nn.Module, x: Tensor) -> Tensor:
     """h + module(x); without autograd h [..., C_out] is overwritten, so it must be the caller's own and contiguous."""
-    if not (lean(x) and type(module) in (nn.Linear, nn.Conv2d)):
+    if not (lean(x) and (type(module) is nn.Linear or type(module) is nn.Conv2d)):
         return h + linear(module, x)
     rows = h.view(-1, h.shape[-1])
     if module.bias is not None:
@@ -80,11 +84,12 @@ def packed(tensors: list[Tensor]) -> Tensor:
 
 def linears(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """Several Linears of one input as one GEMM: [..., C] -> one [..., C_i] for each, views of one tensor."""
-    if not all(type(m) is nn.Linear for m in modules):
+    plain = [m for m in modules if type(m) is nn.Linear]
+    if len(plain) < len(modules):
         return tuple(m(x) for m in modules)
-    bias = None if modules[0].bias is None else packed([m.bias for m in modules])
-    joined = F.linear(x, packed([m.weight for m in modules]), bias)
-    return joined.split([m.out_features for m in modules], dim=-1)
+    bias = None if plain[0].bias is None else packed([m.bias for m in plain])
+    joined = F.linear(x, packed([m.weight for m in plain]), bias)
+    return joined.split([m.out_features for m in plain], dim=-1)
 
 
 def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
@@ -107,8 +112,7 @@ def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
     """
     wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
-    few = 4 * n_rows < module.weight.shape[0]
-    if few or not _by_gemm(module, x) or _by_winograd(module, wide):
+    if not _by_gemm(module, x) or 4 * n_rows < module.out_channels or _by_winograd(module, wide):
         return conv3x3(module, wide)
     batch, _, height, width = x.shape
     padded, weight = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight)
@@ -130,11 +134,11 @@ def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) ->
     return h
 
 
-def _by_gemm(module: nn.Module, x: Tensor) -> bool:
+def _by_gemm(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     return lean(x) and x.device.type == "cpu" and type(module) is nn.Conv2d and x.dtype == torch.float32
 
 
-def _by_winograd(module: nn.Module, x: Tensor) -> bool:
+def _by_winograd(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Recorded by autograd or not; under autocast the dtypes differ, and in a compiled graph the op is not known."""
     if (
         type(module) is not nn.Conv2d
@@ -155,11 +159,13 @@ def _pair_sums(weight: Tensor, phase: int, dim: int) -> Tensor:
     return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)
 
 
-def _gemm_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _gemm_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution without padding, as one GEMM over gathered windows. x: [B, h', w', C], weight: [O, k, k, C]."""
     n_out, size, _, channels = weight.shape
     batch, height, width = x.shape[0], x.shape[1] - size + 1, x.shape[2] - size + 1
     s_batch, s_row, s_column, _ = x.stride()
     shape, strides = (batch, height, width, size, size, channels), (s_batch, s_row, s_column, s_row, s_column, 1)
     columns = x.as_strided(shape, strides, x.storage_offset()).reshape(batch * height * width, size * size * channels)
-    return torch.addmm(bias, columns, weight.view(n_out, -1).t()).view(batch, height, width, n_out)
+    weight = weight.view(n_out, -1).t()
+    out = columns @ weight if bias is None else torch.addmm(bias, columns, weight)
+    return out.view(batch, height, width, n_out)

@@ -3,6 +3,9 @@
 Training them is a trainer's job; the model that is saved has none left.
 """
 
+from collections.abc import Mapping
+from typing import Protocol, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +16,19 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NAME = "default"  # peft's, of the only adapter
 
 
-def add_adapters(module: nn.Module, rank: int, seed: int = 0) -> list[nn.Module]:
+class Adapted(Protocol):
+    """What peft makes of a Linear, as far as it is used here: the pair of matrices of each adapter, and its scale."""
+
+    scaling: dict[str, float]
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+
+
+def is_adapted(layer: nn.Module) -> TypeGuard[Adapted]:
+    return hasattr(layer, "lora_A")
+
+
+def add_adapters(module: nn.Module, rank: int, seed: int = 0) -> list[Adapted]:
     """Wraps the attention projections in place and freezes everything else; at first the outputs are unchanged.
 
     Returns: the wrapped layers.
@@ -33,12 +48,12 @@ def add_adapters(module: nn.Module, rank: int, seed: int = 0) -> list[nn.Module]
     return adapted(module)
 
 
-def adapted(module: nn.Module) -> list[nn.Module]:
+def adapted(module: nn.Module) -> list[Adapted]:
     """The wrapped layers, in order."""
-    return [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+    return [layer for layer in module.modules() if is_adapted(layer)]
 
 
-def change(layer: nn.Module) -> Tensor:
+def change(layer: Adapted) -> Tensor:
     """What a wrapped layer adds to its weight: scale * B A, [out, in]; differentiable in both."""
     return layer.scaling[NAME] * (layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight)
 
@@ -55,7 +70,7 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
         if ".lora_" not in name
     }
     for name, layer in module.named_modules():
-        if hasattr(layer, "lora_A"):
+        if is_adapted(layer):
             weight = f"{name}.weight"
             state[weight] = state[weight] + change(layer).to(state[weight].dtype)
     return state

@@ -43,7 +43,8 @@ class TextEncoder(nn.Module):
         )
         self.model = CLIPTextModel(hf)
         # A buffer outside of the state dict: on the CPU even where the weights are built on the meta device.
-        self.model.embeddings.position_ids = torch.arange(config.context_length, device="cpu").expand(1, -1)
+        positions = torch.arange(config.context_length, device="cpu").expand(1, -1)
+        self.model.embeddings.register_buffer("position_ids", positions, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """States after the final norm.

@@ -177,7 +177,8 @@ def build_subset_vocabulary(captions: Iterable[str]) -> list[str]:
     """The lines of a subset `vocabulary.txt`: the special rows, then the captions' tokens in CLIP's order."""
     bpe = _bpe(())
     ids = {i for caption in captions for i in bpe.encode(check_prompt(caption, allow_empty=True)).ids}
-    return [*SPECIAL_ROWS, *(bpe.id_to_token(i) for i in sorted(ids) if i < CLIP_ROWS - 2)]
+    tokens = (bpe.id_to_token(i) for i in sorted(ids) if i < CLIP_ROWS - 2)
+    return [*SPECIAL_ROWS, *(token for token in tokens if token is not None)]
 
 
 def _is_word_row(line: str) -> bool:
@@ -229,7 +230,8 @@ def _typography() -> dict[int, str]:
 @lru_cache
 def _merges() -> list[tuple[str, str]]:
     lines = gzip.decompress(_TABLE.read_bytes()).decode("utf-8").split("\n")
-    return [tuple(line.split()) for line in lines[1 : _N_MERGES + 1]]
+    pairs = (line.split() for line in lines[1 : _N_MERGES + 1])
+    return [(first, second) for first, second in pairs]
 
 
 @lru_cache(maxsize=4)

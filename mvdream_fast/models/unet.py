@@ -4,12 +4,14 @@ Its blocks are in blocks.py. Parameter names and numbers are those of the releas
 """
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.machine import in_format
 from mvdream_fast.models import functional as fn
 from mvdream_fast.models.blocks import (
     Conditions,
@@ -17,6 +19,7 @@ from mvdream_fast.models.blocks import (
     KeysValues,
     MultiViewTransformer,
     ResBlock,
+    TransformerBlock,
     Upsample,
     zero,
 )
@@ -24,6 +27,7 @@ from mvdream_fast.models.config import UNetConfig
 from mvdream_fast.ops import MLP, camera_embedding, time_camera_embedding
 
 OP = "MultiViewUNet"
+Indexed = TypeVar("Indexed", ResBlock, MultiViewTransformer)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class MultiViewUNet(nn.Module):
         _check_config(config)
         self.config = config
         self.gradient_checkpointing = False
-        self._camera_cache: tuple | None = None
+        self._camera_cache: tuple[_Snapshot, Tensor] | None = None
         emb = config.time_embed_dim
         self.time_embed = _mlp(config.model_channels, emb)
         if config.camera_in != "none":
@@ -106,7 +110,7 @@ class MultiViewUNet(nn.Module):
         return ResBlock(channels, self.config.time_embed_dim, out_channels, self.config.norm_groups)
 
     def _transformer(self, channels: int) -> MultiViewTransformer:
-        heads = self.config.num_heads or channels // self.config.num_head_channels
+        heads = self.config.num_heads or channels // (self.config.num_head_channels or channels)
         return MultiViewTransformer(channels, heads, channels // heads, self.config)
 
     def forward(
@@ -139,13 +143,13 @@ class MultiViewUNet(nn.Module):
             ValueError, TypeError: shapes, n_views, dtypes.
         """
         prepared = context if isinstance(context, TextContext) else None
-        context = context if prepared is None else prepared.context
-        self._check(latents, t, context, camera, n_views, n_prompts)
-        conditions, embs = self._conditions(t, len(latents), context, camera, n_views, n_prompts)
+        text = context.context if isinstance(context, TextContext) else context
+        self._check(latents, t, text, camera, n_views, n_prompts)
+        conditions, embs = self._conditions(t, len(latents), text, camera, n_views, n_prompts)
         pairs = self._prepared_pairs(prepared)
 
-        def run(stage: nn.ModuleList, h: Tensor) -> Tensor:
-            for layer in stage:
+        def run(stage: nn.Module, h: Tensor) -> Tensor:
+            for layer in stage.children():
                 if isinstance(layer, ResBlock):
                     h = self._call(layer, h, embs[layer.index])
                 elif isinstance(layer, MultiViewTransformer):
@@ -172,21 +176,22 @@ class MultiViewUNet(nn.Module):
         pairs = tuple(block.attn2.keys_values(context) for block in self._text_blocks())
         return TextContext(context, pairs, _Snapshot(self._text_sources(context)))
 
-    def _text_blocks(self) -> list[nn.Module]:
-        return [transformer.transformer_blocks[0] for transformer in self._transformers]
+    def _text_blocks(self) -> list[TransformerBlock]:
+        blocks = (block for transformer in self._transformers for block in transformer.transformer_blocks)
+        return [block for block in blocks if isinstance(block, TransformerBlock)]
 
     def _text_sources(self, context: Tensor) -> list[Tensor] | None:
         """All that text keys and values depend on; None with an adapter around, which may be switched unseen."""
         projections = [m for block in self._text_blocks() for m in (block.attn2.to_k, block.attn2.to_v)]
-        plain = all(type(m) is nn.Linear for m in projections)
-        return [context, *(m.weight for m in projections)] if plain else None
+        plain = [m for m in projections if type(m) is nn.Linear]
+        return [context, *(m.weight for m in plain)] if len(plain) == len(projections) else None
 
     def _prepared_pairs(self, prepared: TextContext | None) -> tuple[KeysValues | None, ...]:
         """The prepared keys and values of each transformer; None each where they do not hold (any more)."""
-        asked = prepared is not None and not torch.is_grad_enabled()
-        if asked and prepared.made_from.holds(self._text_sources(prepared.context)):
-            return prepared.pairs
-        return (None,) * len(self._transformers)
+        if prepared is None or torch.is_grad_enabled():
+            return (None,) * len(self._transformers)
+        holds = prepared.made_from.holds(self._text_sources(prepared.context))
+        return prepared.pairs if holds else (None,) * len(self._transformers)
 
     def _call(self, layer: nn.Module, *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -216,16 +221,12 @@ class MultiViewUNet(nn.Module):
             camera_emb = fn.widen(camera_emb, wide)
             tokens = self.camera_token(camera_emb)[:, None] if where == "text" else None
         conditions = Conditions(wide, n_views, context, camera_emb, tokens)
-        widths = [block.emb_layers[1].out_features for block in self._res_blocks]
+        widths = [block.out_channels for block in self._res_blocks]
         return conditions, fn.widen(embs, wide).split(widths, dim=-1)
 
     def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> Tensor:
         """What all ResBlocks add, side by side: [B*V, sum of C_out], in one GEMM."""
-        projections = [block.emb_layers[1] for block in self._res_blocks]
-        if not all(type(m) is nn.Linear for m in projections):
-            raise TypeError(
-                f"{OP}: emb_layers must be torch.nn.Linear, got a wrapped one; leave them out of the adapter"
-            )
+        projections = _plain("emb_layers", [block.emb_layers[1] for block in self._res_blocks])
         return time_camera_embedding(
             t.expand(batch),
             None,
@@ -264,7 +265,7 @@ class MultiViewUNet(nn.Module):
         if camera is not None and camera.shape != (batch, config.camera_dim):
             wanted = f"[{batch}, {config.camera_dim}]"
             _refuse("camera", wanted, tuple(camera.shape), "one flattened camera per image, or None for 2D mode")
-        dtype = self.out[2].weight.dtype
+        dtype = next(self.out[2].parameters()).dtype
         for name, x in (("latents", latents), ("context", context)):
             if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
                 _refuse(name, f"{dtype} as the weights", x.dtype, f"convert it with .to({dtype})", TypeError)
@@ -288,7 +289,7 @@ def _check_config(config: UNetConfig) -> None:
                 )
 
 
-def _indexed(root: nn.Module, kind: type) -> tuple[nn.Module, ...]:
+def _indexed(root: MultiViewUNet, kind: type[Indexed]) -> tuple[Indexed, ...]:
     """All modules of a kind in the order of use, each told its index: where its slice of a shared GEMM lies."""
     arms = (root.input_blocks, root.middle_block, root.output_blocks)
     found = tuple(module for arm in arms for module in arm.modules() if isinstance(module, kind))
@@ -298,15 +299,24 @@ def _indexed(root: nn.Module, kind: type) -> tuple[nn.Module, ...]:
 
 
 def _channels_last(module: nn.Module, _: object = None) -> None:
-    module.to(memory_format=torch.channels_last)
+    in_format(module, torch.channels_last)
 
 
 def _mlp(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
 
 
+def _plain(name: str, layers: list[nn.Module]) -> list[nn.Linear]:
+    """Layers whose weights are read, not called: what is wrapped around one would be passed over."""
+    plain = [m for m in layers if type(m) is nn.Linear]
+    if len(plain) < len(layers):
+        raise TypeError(f"{OP}: {name} must be torch.nn.Linear, got a wrapped one; leave them out of the adapter")
+    return plain
+
+
 def _weights(mlp: nn.Sequential) -> MLP:
-    return MLP(mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias)
+    first, last = _plain("time_embed and camera_embed", [mlp[0], mlp[2]])
+    return MLP(first.weight, first.bias, last.weight, last.bias)
 
 
 class _Snapshot:
@@ -315,7 +325,7 @@ class _Snapshot:
     def __init__(self, tensors: list[Tensor] | None):
         self.key = _key(tensors)
         # Kept alive, so that a new tensor cannot take an old one's address and pass for it.
-        self.alive = None if self.key is None else [x.detach() for x in tensors]
+        self.alive = None if self.key is None or tensors is None else [x.detach() for x in tensors]
 
     def holds(self, tensors: list[Tensor] | None) -> bool:
         return self.key is not None and self.key == _key(tensors)

@@ -3,10 +3,13 @@
 Checkpoints in LDM's names are renamed in checkpoints/layouts.py.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvdream_fast.core.machine import in_format
 from mvdream_fast.models.config import VAEConfig
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -27,12 +30,15 @@ class VAE(nn.Module):
 
         self.config = config
         n_levels = len(config.block_out_channels)
+        levels: dict[str, Any] = {  # tuples of any length, which diffusers annotates as tuples of one
+            "down_block_types": ("DownEncoderBlock2D",) * n_levels,
+            "up_block_types": ("UpDecoderBlock2D",) * n_levels,
+            "block_out_channels": config.block_out_channels,
+        }
         self.model = AutoencoderKL(
+            **levels,
             in_channels=3 * config.patch_size**2,
             out_channels=3 * config.patch_size**2,
-            down_block_types=("DownEncoderBlock2D",) * n_levels,
-            up_block_types=("UpDecoderBlock2D",) * n_levels,
-            block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             latent_channels=config.latent_channels,
             norm_num_groups=config.norm_num_groups,
@@ -44,7 +50,7 @@ class VAE(nn.Module):
             self._widen_decoder(config.decoder_width)
         if not decoder:
             self.drop_decoder()
-        self.to(memory_format=torch.channels_last)
+        in_format(self, torch.channels_last)
 
     def _widen_decoder(self, width: int) -> None:
         from diffusers.models.autoencoders.vae import Decoder
@@ -66,7 +72,8 @@ class VAE(nn.Module):
 
     def drop_decoder(self) -> None:
         """Frees the decoder's weights; `decode` raises from then on."""
-        self.model.decoder = self.model.post_quant_conv = None
+        self.model.register_module("decoder", None)
+        self.model.register_module("post_quant_conv", None)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance, clamped to [-30, 20], before scaling.
@@ -87,8 +94,8 @@ class VAE(nn.Module):
                 f"got {tuple(images.shape)}"
             )
         pixels = F.pixel_unshuffle(images, self.config.patch_size)
-        moments = self.model.quant_conv(self.model.encoder(pixels.contiguous(memory_format=torch.channels_last)))
-        mean, logvar = moments.chunk(2, dim=1)
+        moments = self.model.encoder(pixels.contiguous(memory_format=torch.channels_last))
+        mean, logvar = _through(self.model.quant_conv, moments).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -136,4 +143,9 @@ class VAE(nn.Module):
             )
         z = latents / self.config.scale_factor + self.config.shift_factor
         z = z.contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.model.decoder(self.model.post_quant_conv(z)), self.config.patch_size)
+        return F.pixel_shuffle(self.model.decoder(_through(self.model.post_quant_conv, z)), self.config.patch_size)
+
+
+def _through(layer: nn.Module | None, x: Tensor) -> Tensor:
+    """layer(x), or x where diffusers' configuration leaves the layer out."""
+    return x if layer is None else layer(x)

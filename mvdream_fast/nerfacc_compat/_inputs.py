@@ -5,6 +5,7 @@ Every dtype of real numbers is taken: sums are made in at least float32, and res
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from mvdream_fast.ops._packing import check_packing, pack_sorted
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def check_real(op: str, name: str, x: object) -> None:
+def check_real(op: str, name: str, x: Tensor) -> None:
     """A tensor of real numbers."""
     require(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, "pass a tensor", TypeError)
     require(not x.is_complex(), op, name, "of real numbers", x.dtype, "take its real part", TypeError)
 
 
-def check_tensor(op: str, name: str, x: object) -> None:
+def check_tensor(op: str, name: str, x: Tensor) -> None:
     """A tensor of real numbers with at least one axis."""
     check_real(op, name, x)
     require(x.ndim > 0, op, name, "of at least one axis", "a single number", "pass [S], or [R, n]")
@@ -37,7 +38,7 @@ def check_alike(op: str, **tensors: Tensor) -> None:
     check_same_device(op, **tensors)
 
 
-def check_fits(op: str, name: str, x: object, shape: Sequence[int], like: Tensor) -> None:
+def check_fits(op: str, name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Real numbers on the device of `like` that expand to `shape`, and so make nothing larger than that."""
     check_real(op, name, x)
     axes = zip(reversed(x.shape), reversed(shape), strict=False)
@@ -87,6 +88,8 @@ def packing(
         if torch.compiler.is_compiling():  # a graph cannot read values: the registered scan checks them when it runs
             return packed_info
         return check_packing(op, shape[0], None, packed_info, n_rays)
+    if ray_indices is None:
+        return None
     return pack(op, index_name, whole(op, index_name, ray_indices, values), shape[0], n_rays)
 
 
@@ -99,7 +102,7 @@ def pack(op: str, name: str, indices: Tensor, n_samples: int, n_rays: int | None
     return pack_sorted(op, indices, ray_count(op, n_rays), name)
 
 
-def whole(op: str, name: str, x: object, like: Tensor) -> Tensor:
+def whole(op: str, name: str, x: Tensor, like: Tensor) -> Tensor:
     """A tensor of whole numbers on the device of `like`, as int64."""
     require(isinstance(x, Tensor), op, name, "a tensor", type(x).__name__, "pass a tensor", TypeError)
     is_whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
@@ -110,9 +113,10 @@ def whole(op: str, name: str, x: object, like: Tensor) -> Tensor:
 
 def ray_count(op: str, n_rays: object) -> int:
     """n_rays as a number; whatever Python counts with is taken."""
-    known = hasattr(n_rays, "__index__") and int(n_rays) >= 0
-    require(known, op, "n_rays", "given with ray_indices, and at least 0", n_rays, "rays without samples count too")
-    return int(n_rays)
+    count = int(n_rays) if isinstance(n_rays, SupportsIndex) else -1
+    wanted = "given with ray_indices, and at least 0"
+    require(count >= 0, op, "n_rays", wanted, n_rays, "rays without samples count too")
+    return count
 
 
 def check_range(op: str, name: str, indices: Tensor, n_rays: int) -> None:

@@ -78,7 +78,7 @@ def _opencv_lens_undistortion(uv: Tensor, params: Tensor, eps: float = 1e-6, ite
     return point.to(uv.dtype)
 
 
-def _distorted(point: tuple[Tensor, Tensor], params: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _distorted(point: tuple[Tensor, ...], params: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The point [..., 2] that the lens shows, and the Jacobian (dx/du, dx/dv, dy/du, dy/dv).
 
     r = u^2 + v^2; radial d = (1 + k1 r + k2 r^2 + k3 r^3) / (1 + k4 r + k5 r^2 + k6 r^3);

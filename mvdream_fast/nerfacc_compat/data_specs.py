@@ -62,19 +62,23 @@ def _count(op: str, data: RaySamples | RayIntervals) -> int | None:
         return math.prod(data.vals.shape[:-1])
     if data.packed_info is not None:
         return len(data.packed_info)
-    given = data.ray_indices is not None
-    require(given, op, "packed vals", "given with packed_info or ray_indices", "neither", "pass one of them")
+    if data.ray_indices is None:
+        raise ValueError(
+            f"{op}: packed vals must be given with packed_info or ray_indices, got neither; pass one of them"
+        )
     whole(op, "ray_indices", data.ray_indices, data.vals)
     return None
 
 
 def _last_ray(data: RaySamples | RayIntervals) -> int:
-    return max(int(data.ray_indices.max()) + 1, 0) if data.ray_indices.numel() else 0
+    indices = data.ray_indices
+    return max(int(indices.max()) + 1, 0) if indices is not None and indices.numel() else 0
 
 
 def _layout(op: str, data: RaySamples | RayIntervals, n_rays: int) -> torch.Tensor:
-    if data.vals.ndim == 1:
-        return packing(op, "vals", data.vals, data.packed_info, data.ray_indices, n_rays)
+    packed = packing(op, "vals", data.vals, data.packed_info, data.ray_indices, n_rays) if data.vals.ndim == 1 else None
+    if packed is not None:
+        return packed
     n = data.vals.shape[-1]
     starts = torch.arange(n_rays, device=data.vals.device) * n
     return torch.stack([starts, torch.full_like(starts, n)], -1)

@@ -105,7 +105,10 @@ def sample_grids(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_ang
         )
         return samples.ray_indices, samples.t_starts, samples.t_ends
     intervals, samples, _ = traverse_grids(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle)
-    return samples.ray_indices, intervals.vals[intervals.is_left], intervals.vals[intervals.is_right]
+    rays, is_left, is_right = samples.ray_indices, intervals.is_left, intervals.is_right
+    if rays is None or is_left is None or is_right is None:
+        raise AssertionError  # packed data, as traversed ones are, have all three
+    return rays, intervals.vals[is_left], intervals.vals[is_right]
 
 
 def check_grids(op: str, name: str, binaries: Tensor, box_name: str, aabbs: Tensor, rays_o: Tensor) -> None:

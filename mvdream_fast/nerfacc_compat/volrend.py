@@ -44,13 +44,14 @@ def rendering(
     Raises: ValueError without a function or for shapes that don't fit; TypeError.
     """
     function, kind = (rgb_sigma_fn, "sigmas") if rgb_sigma_fn is not None else (rgb_alpha_fn, "alphas")
-    require(function is not None, "rendering", "rgb_sigma_fn or rgb_alpha_fn", "given", "neither", "pass one of them")
+    if function is None:
+        raise ValueError("rendering: rgb_sigma_fn or rgb_alpha_fn must be given, got neither; pass one of them")
     check_alike("rendering", t_starts=t_starts, t_ends=t_ends)
-    packed_info = None
+    packed_info, shape = None, (*t_starts.shape[:-1], 3)
     if ray_indices is not None:
         n_rays = ray_count("rendering", n_rays)
+        shape = (n_rays, 3)
         packed_info = packing("rendering", "t_starts", t_starts, None, ray_indices, n_rays)
-    shape = (*(t_starts.shape[:-1] if packed_info is None else (n_rays,)), 3)
     if render_bkgd is not None:
         check_fits("rendering", "render_bkgd", render_bkgd, shape, t_starts)
     rgbs, values = _evaluate(function, kind, t_starts, t_ends, ray_indices)
@@ -196,6 +197,8 @@ def accumulate_along_rays_(
 ) -> None:
     """The same, added to outputs [R, D] in place."""
     op = "accumulate_along_rays_"
+    if outputs is None:
+        raise TypeError(f"{op}: outputs must be a tensor, got NoneType; pass a tensor")
     check_tensor(op, "outputs", outputs)
     _check_sum(op, weights, values, ray_indices, outputs.shape[0])
     rays = weights.shape[:-1] if ray_indices is None else outputs.shape[:1]
@@ -209,7 +212,7 @@ def accumulate_along_rays_(
 def summed(weights: Tensor, values: Tensor | None, ray_indices: Tensor | None, n_rays: int | None) -> Tensor:
     """`accumulate_along_rays` of what is checked and of no half precision."""
     source = weights[..., None] if values is None else weights[..., None] * values
-    if ray_indices is None:
+    if ray_indices is None or n_rays is None:
         return source.sum(-2)
     return source.new_zeros(n_rays, source.shape[-1]).index_add(0, ray_indices.long(), source)
 

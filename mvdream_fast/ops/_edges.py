@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from mvdream_fast.core.machine import available_cores
@@ -21,7 +22,9 @@ WIDE_FLOATS = (torch.float32, torch.float64)  # what the packed-sample ops take
 BACKENDS = ("cpu", "cuda")  # what the extension has of them
 
 
-def require(ok: bool, op: str, argument: str, requirement: str, got: object, remedy: str, error=ValueError) -> None:
+def require(
+    ok: bool, op: str, argument: str, requirement: str, got: object, remedy: str, error: type[Exception] = ValueError
+) -> None:
     """Raise `error` as `<op>: <argument> must be <requirement>, got <value>; <what to do>` unless `ok`."""
     if not ok:
         raise error(f"{op}: {argument} must be {requirement}, got {got}; {remedy}")
@@ -43,7 +46,7 @@ def check_tensors(op: str, **arguments: object) -> None:
 
 
 def check_shaped(
-    op: str, name: str, x: object, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...] = WIDE_FLOATS
+    op: str, name: str, x: Tensor, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...] = WIDE_FLOATS
 ) -> None:
     """A tensor of this shape and one of these dtypes; None stands for any length."""
     check_tensors(op, **{name: x})
@@ -92,11 +95,10 @@ def is_batched(*tensors: Tensor | None) -> bool:
 
 
 def _has_batched_layer(x: Tensor) -> bool:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
             return True
-        x = functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     return False
 
 
@@ -122,7 +124,7 @@ def runs_natively(*tensors: Tensor | None, devices: tuple[str, ...] = ("cpu",)) 
 
 def _is_plain(x: Tensor) -> bool:
     plain = type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    return plain and not torch._C._functorch.is_legacy_batchedtensor(x)  # of torch.autograd.grad(is_grads_batched=True)
+    return plain and not is_legacy_batchedtensor(x)  # of torch.autograd.grad(is_grads_batched=True)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -136,7 +138,7 @@ def is_followed(*tensors: Tensor | None) -> bool:
 
 
 def vjp(
-    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `function` with a graph of their own, for the second derivatives of an op; None where unwanted.
 

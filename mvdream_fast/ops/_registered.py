@@ -4,7 +4,7 @@ Both are made of the same two functions of the op's arguments; what those comput
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -38,6 +38,16 @@ def differentiable(
     twice: `run` in plain torch, for second derivatives; without it there are first ones only.
     """
 
+    def gradients_of(ctx, *cotangents):
+        arguments, kept = _saved(ctx)
+        if twice is not None and torch.is_grad_enabled():  # second derivatives are asked for
+            return _pull_twice(twice, arguments, cotangents)
+        gradients = pull(cotangents, kept, ctx.needs_input_grad, *arguments)
+        missing = len(arguments) - len(gradients)
+        return (*gradients, *[None] * missing) if missing else tuple(gradients)
+
+    answer = once_differentiable(gradients_of) if twice is None else gradients_of
+
     class Function(Differentiable):
         @staticmethod
         def forward(ctx, *arguments):
@@ -50,15 +60,8 @@ def differentiable(
 
         @staticmethod
         def backward(ctx, *cotangents):
-            arguments, kept = _saved(ctx)
-            if torch.is_grad_enabled():  # second derivatives are asked for
-                return _pull_twice(twice, arguments, cotangents)
-            gradients = pull(cotangents, kept, ctx.needs_input_grad, *arguments)
-            missing = len(arguments) - len(gradients)
-            return (*gradients, *[None] * missing) if missing else tuple(gradients)
+            return answer(ctx, *cotangents)
 
-    if twice is None:
-        Function.backward = staticmethod(once_differentiable(Function.backward))
     Function.__name__ = run.__module__.rpartition(".")[2]  # after which torch names the node in a graph
     Function.run, Function.pull, Function.keeps, Function.n_outputs = run, pull, keeps, n_outputs
     return Function
@@ -78,9 +81,9 @@ def register(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: 
     one = not results.startswith("(")
     runs = {device: _filling(getattr(body, "run", body), one) for device, body in bodies.items()}
     op = _define(name, f"({form}", runs, _filling(fake, one))
-    if not isinstance(cpu, type):
+    if not _is_differentiable(cpu):
         return
-    pulls = {device: _pulling(body) for device, body in bodies.items()}
+    pulls = {device: _pulling(body) for device, body in bodies.items() if _is_differentiable(body)}
     signature = f"(Tensor[] cotangents, Tensor[] kept, bool[] wanted, {arguments}) -> Tensor[]"
     backward = _define(f"{name}_backward", signature, pulls, _pull_fake)
 
@@ -97,6 +100,10 @@ def register(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: 
         return tuple(_nested([next(given) if want else None for want in wanted], ctx.lengths))
 
     op.register_autograd(gradients, setup_context=setup)
+
+
+def _is_differentiable(body: Callable) -> TypeGuard[type[Differentiable]]:
+    return isinstance(body, type)
 
 
 def _define(name: str, schema: str, runs: dict[str, Callable], fake: Callable):

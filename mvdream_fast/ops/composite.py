@@ -61,7 +61,8 @@ def composite(
     """
     if torch.compiler.is_compiling():
         # The checks read values, which a graph cannot; the registered form trusts its caller.
-        packed_info = pack_info(ray_indices, n_rays) if packed_info is None else packed_info
+        if packed_info is None and ray_indices is not None and n_rays is not None:
+            packed_info = pack_info(ray_indices, n_rays)
         run = torch.ops.mvdream_fast.composite
         return Rendered(*run(sigmas, rgb, t_starts.detach(), t_ends.detach(), packed_info, background))
     packed_info = _check(sigmas, rgb, t_starts, t_ends, ray_indices, packed_info, n_rays, background)
@@ -106,7 +107,8 @@ def composite_ref(sigmas, rgb, t_starts, t_ends, packed_info, background=None) -
 
 
 def _forward(*inputs) -> tuple[torch.Tensor, ...]:
-    sigmas, rgb, t_starts, t_ends, packed_info, background = map(_contiguous, inputs)
+    sigmas, rgb, t_starts, t_ends, packed_info = (x.contiguous() for x in inputs[:5])
+    background = _contiguous(inputs[5])
     native, n_rays = load_native("composite", sigmas), packed_info.shape[0]
     packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, queue_of(sigmas))
     outputs = _empty(sigmas, n_rays)
@@ -117,17 +119,18 @@ def _forward(*inputs) -> tuple[torch.Tensor, ...]:
 
 
 def _backward(cotangents, kept, wanted, *inputs):
-    sigmas, rgb, t_starts, t_ends, packed_info, background = map(_contiguous, inputs)
-    native, n_rays, needs_background = load_native("composite", sigmas), packed_info.shape[0], wanted[5]
+    sigmas, rgb, t_starts, t_ends, packed_info = (x.contiguous() for x in inputs[:5])
+    background = _contiguous(inputs[5])
+    native, n_rays = load_native("composite", sigmas), packed_info.shape[0]
     packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), n_rays, queue_of(sigmas))
     cotangents, kept = [*map(_contiguous, cotangents)], [*map(_contiguous, kept)]
     d_sigmas, d_rgb = torch.empty_like(sigmas), torch.empty_like(rgb)
-    d_background = sigmas.new_empty(n_rays, 3) if needs_background else None
+    d_background = sigmas.new_empty(n_rays, 3) if wanted[5] else None
     native.composite_backward(
         *(packed, *map(address, (sigmas, rgb, background)), _stride(background), *map(address, kept)),
         *([address(x) for x in cotangents], d_sigmas.data_ptr(), d_rgb.data_ptr(), address(d_background)),
     )
-    if needs_background and background.ndim == 1:
+    if d_background is not None and background is not None and background.ndim == 1:
         # A running sum goes ray after ray with any number of threads; torch.sum splits the rays among them.
         d_background = torch.cat([background.new_zeros(1, 3), d_background]).double().cumsum(0)[-1].float()
     return d_sigmas, d_rgb, None, None, None, d_background

@@ -64,7 +64,11 @@ def cross_view_attention(
     views = n_views if cross_view else 1
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_autocast(q):
-        q, k, v, camera_q, camera_k, camera_v = cast = _autocast(q, k, v, camera_q, camera_k, camera_v)
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (_autocast(x, dtype) for x in (q, k, v))
+        cameras = (camera_q, camera_k, camera_v)
+        camera_q, camera_k, camera_v = (x if x is None else _autocast(x, dtype) for x in cameras)
+        cast = (q, k, v, camera_q, camera_k, camera_v)
         if any(x is not None and x.dtype != q.dtype for x in cast):
             dtypes = ", ".join(str(x.dtype) for x in cast if x is not None)
             raise TypeError(
@@ -99,7 +103,7 @@ def cross_view_attention_ref(
     """
     images, tokens, heads, width = q.shape
     views = n_views if cross_view else 1
-    scale = width**-0.5 if scale is None else scale
+    factor: float = width**-0.5 if scale is None else scale
     if camera_q is not None:
         q = q + camera_q[:, None]
     if camera_k is not None:
@@ -108,7 +112,7 @@ def cross_view_attention_ref(
         v = v + camera_v[:, None]
     scenes = (images // views, views * tokens, heads, width)
     q, k, v = (x.reshape(scenes).transpose(1, 2) for x in (q, k, v))  # [scenes, H, views * N, D]
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * factor
     out = torch.softmax(scores, dim=-1).to(v.dtype) @ v
     return out.transpose(1, 2).reshape(images, tokens, heads, width)
 
@@ -161,10 +165,9 @@ def _check_like(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], why: st
         raise TypeError(f"{OP}: {name} must be {q.dtype} as q, got {x.dtype}; convert it first")
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """As torch does for its own attention: float64 stays."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _scenes(x: Tensor, shape: tuple[int, ...], camera: Tensor | None = None) -> Tensor:
@@ -232,7 +235,7 @@ def _empty_lse(q: Tensor, views: int) -> Tensor:
 
 
 def _allow_tf32(q: Tensor) -> bool:
-    return q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return q.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _forward_kernels(q, *arguments) -> tuple[Tensor, Tensor]:

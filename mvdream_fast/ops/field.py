@@ -227,9 +227,10 @@ def _registered(positions, table, density_weights, feature_weights, spec) -> tup
 
 
 @cache
-def _spec_of(numbers: tuple[float, ...], activation: str, color_sigmoid: bool) -> FieldSpec:
-    *sizes, growth, radius, bias_scale, bias_std = numbers
-    return FieldSpec(HashGrid(*map(int, sizes), growth), radius, bias_scale, bias_std, activation, color_sigmoid)
+def _spec_of(numbers: tuple[float, ...], activation: Literal["softplus", "exp"], color_sigmoid: bool) -> FieldSpec:
+    n_levels, n_features, log2_size, base_resolution, growth, radius, bias_scale, bias_std = numbers
+    grid = HashGrid(int(n_levels), int(n_features), int(log2_size), int(base_resolution), growth)
+    return FieldSpec(grid, radius, bias_scale, bias_std, activation, color_sigmoid)
 
 
 def _twice(*arguments) -> tuple[Tensor, Tensor | None]:

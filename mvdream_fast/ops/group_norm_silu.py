@@ -134,7 +134,8 @@ def _forward_cpu(x, weight, bias, n_groups, eps, emb, silu) -> tuple[Tensor, Ten
     """y, and the mean and 1/std [B*V, n_groups] that the backward needs."""
     x, wide = _dense(x), torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
-        return torch.empty_like(x), *(x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
+        mean, rstd = (x.new_zeros((x.shape[0], n_groups), dtype=wide) for _ in range(2))
+        return torch.empty_like(x), mean, rstd
     if _is_native(x, weight, bias, emb):
         return _forward_and_statistics(x, weight, bias, n_groups, eps, emb, silu)
     sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], n_groups)

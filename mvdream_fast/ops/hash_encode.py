@@ -169,14 +169,16 @@ def _backward(cotangents, kept, wanted, positions, table, grid) -> list[Tensor |
 
 
 @cache
-def _grid_of(*numbers: float) -> HashGrid:
-    return HashGrid(*numbers)
+def _grid_of(n_levels: int, n_features: int, log2_size: int, base_resolution: int, growth: float) -> HashGrid:
+    return HashGrid(n_levels, n_features, log2_size, base_resolution, growth)
 
 
 _HashEncode = differentiable(_forward, _backward, twice=hash_encode_ref)
 _registered = differentiable(
     lambda positions, table, *numbers: _forward(positions, table, _grid_of(*numbers)),
-    lambda *given: _backward(*given[:5], _grid_of(*given[5:])),
+    lambda cotangents, kept, wanted, positions, table, *numbers: _backward(
+        cotangents, kept, wanted, positions, table, _grid_of(*numbers)
+    ),
 )
 register(
     "hash_encode(Tensor positions, Tensor table, SymInt n_levels, SymInt n_features, SymInt log2_size,"

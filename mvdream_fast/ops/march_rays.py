@@ -385,7 +385,7 @@ def _per_ray(value: float | torch.Tensor, rays_o: torch.Tensor) -> torch.Tensor:
     return value.double().expand(rays_o.shape[0])
 
 
-def _triple(resolution: int | Sequence[int]) -> tuple[int, int, int]:
+def _triple(resolution: int | Sequence[int]) -> tuple[int, ...]:
     """A number of cells a side, or three of them, as three."""
     return (resolution,) * 3 if isinstance(resolution, int) else tuple(int(n) for n in resolution)
 

@@ -141,23 +141,31 @@ def _render_cuda(
 
 def fusable(field: Field) -> HashGridField | None:
     """What a kernel can evaluate in the field's place; None for a field that only a call can evaluate."""
-    if type(field) is not HashGridField:
-        ask = getattr(field, "hash_grid_field", None)
-        field = ask() if callable(ask) else None
-    return field if field is not None and field.table.dtype == torch.float32 else None
+    if isinstance(field, HashGridField) and type(field) is HashGridField:
+        known = field
+    else:
+        ask: Callable[[], HashGridField | None] | None = getattr(field, "hash_grid_field", None)
+        known = ask() if callable(ask) else None
+    return known if known is not None and known.table.dtype == torch.float32 else None
 
 
 def _render_fused(rays_o, field, march, background, alpha_thre, early_stop_eps) -> RenderedImage:
-    native, n_rays = load_native("render", rays_o), rays_o.shape[0]
+    native = load_native("render", rays_o)
     check_same_device("render", rays_o=rays_o, table=field.table)
     parameters = [aligned(x.detach()) for x in (field.table, *field.density_weights, *field.feature_weights)]
     behind = None if background is None else background.detach().float().contiguous()
     stride = 3 if behind is not None and behind.ndim == 2 else 0
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
-    outputs = [rays_o.new_empty(*size, dtype=torch.float32) for size in ((n_rays, 3), (n_rays,), (n_rays,))]
+    outputs = rgb, opacity, depth = _empty(rays_o)
     native_field = native_of(field.spec, len(field.density_weights), parameters)
     n_samples = native.render(native_field, march, *depths, address(behind), stride, *map(address, outputs))
-    return RenderedImage(*outputs, n_samples)
+    return RenderedImage(rgb, opacity, depth, n_samples)
+
+
+def _empty(rays_o: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n_rays = len(rays_o)
+    rgb, opacity, depth = (rays_o.new_empty(*size, dtype=torch.float32) for size in ((n_rays, 3), (n_rays,), (n_rays,)))
+    return rgb, opacity, depth
 
 
 def _evaluate(field: Field, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +193,7 @@ def _render_cpu(
     march, _alive = march_args("render", rays_o, rays_d, box, bits, shape, step_size, None, near, far)
     raise_for("render", native.march_status(march))
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
-    outputs = [rays_o.new_empty(*size, dtype=torch.float32) for size in ((n_rays, 3), (n_rays,), (n_rays,))]
+    outputs = rgb, opacity, depth = _empty(rays_o)
     behind = None if background is None else background.detach().float().contiguous()
     n_samples = 0
     for i in range(0, n_rays, _RAYS_PER_CHUNK):
@@ -196,7 +204,7 @@ def _render_cpu(
         pixels = (address(x[part]) for x in outputs)
         native.render_finish(state.data_ptr(), part.stop - i, address(own), stride, *pixels)
         n_samples += n
-    return RenderedImage(*outputs, n_samples)
+    return RenderedImage(rgb, opacity, depth, n_samples)
 
 
 def _rounds(native, args, n_rays: int, field: Field, least: float, most: float) -> tuple[torch.Tensor, int]:

@@ -95,7 +95,7 @@ def sds_target_ref(
     abar = alphas_cumprod_t.detach().to(wide).expand(n_images)[:, None, None, None]
     x, x_t, cond, uncond = (a.detach().to(wide) for a in (z, z_t, noise_pred_cond, noise_pred_uncond))
     mixed = uncond + guidance_scale * (cond - uncond)
-    if mode == "sds":
+    if noise is not None and mode == "sds":  # which needs it
         eps = mixed if prediction == "eps" else abar.sqrt() * mixed + (1 - abar).sqrt() * x_t
         step = (1 - abar) * (eps - noise.detach().to(wide))
         target = x - step

@@ -70,11 +70,10 @@ def time_camera_embedding(
     Source: Shi et al. 2023, "MVDream", section 3.2; the sinusoid is latent diffusion's, cosines first.
     """
     _check(t, camera, time_mlp, camera_mlp, projections_weight, projections_bias, camera_embedding)
-    if camera is None or camera_mlp is None:
-        camera_mlp = (None,) * 4
+    camera_weights = (None,) * 4 if camera is None or camera_mlp is None else camera_mlp
     if t.requires_grad:
         t = t.detach()
-    arguments = (t, camera, camera_embedding, *time_mlp, *camera_mlp, projections_weight, projections_bias)
+    arguments = (t, camera, camera_embedding, *time_mlp, *camera_weights, projections_weight, projections_bias)
     if by_name(projections_weight):
         return _autocast(torch.ops.mvdream_fast.time_camera_embedding(*arguments)[0])
     if is_batched(*arguments):
@@ -128,7 +127,7 @@ def time_camera_embedding_ref(
     """time_camera_embedding in plain torch; any device, differentiable."""
     dtype = projections_weight.dtype
     emb = _mlp(sinusoid(t, time_mlp.w0.shape[1], dtype), time_mlp)
-    if camera is not None:
+    if camera is not None and camera_mlp is not None:
         emb = emb + _mlp(camera.to(dtype), camera_mlp)
     if camera_embedding is not None:
         emb = emb + camera_embedding.to(dtype)
@@ -210,7 +209,7 @@ def _fake(t, camera, camera_embedding, *weights):
 
 
 def _allow_tf32(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return weight.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 _TimeCameraEmbedding = differentiable(_forward_kernels, _pull(_backward_kernels), keeps=(1, 2, 3))

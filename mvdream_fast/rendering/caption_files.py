@@ -223,7 +223,7 @@ def _rows(data: Any, where: str, path: Path) -> Iterator[Row]:
             inner = _which(list(value), CAPTION_WORDS) if isinstance(value, dict) else None
             yield _row(name, value if inner is None else list(value.values())[inner], where or f"item {k}", path)
     elif isinstance(data, list) and len(data) == 2 and all(isinstance(x, str) for x in data):
-        yield _row(*data, where or "item 1", path)
+        yield _row(data[0], data[1], where or "item 1", path)
     elif isinstance(data, list):
         for k, item in enumerate(data, 1):
             yield from _rows(item, where or f"item {k}", path)

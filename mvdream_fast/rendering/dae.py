@@ -34,7 +34,8 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
     from collada.lineset import LineSet
 
     document = Collada(io.BytesIO(content), ignore=[DaeBrokenRefError, DaeUnsupportedError])
-    turn = Y_UP_FROM[document.assetInfo.upaxis or "Y_UP"]
+    up = None if document.assetInfo is None else document.assetInfo.upaxis
+    turn = Y_UP_FROM[up or "Y_UP"]
     for error in document.errors:
         reading.note(str(error))
     for bound in _bound(document, reading):
@@ -68,6 +69,8 @@ def _part(primitive, matrix: np.ndarray, node, reading: Reading) -> Part:
     index = np.asarray(primitive.index).reshape(-1, primitive.nindices)
     counts = np.full(len(index) // 3, 3) if counts is None else np.asarray(counts)
     points = _input(primitive, "VERTEX", index)
+    if points is None:
+        raise MeshError("a primitive has no input for its vertices")
     corner = triangulated(points, counts)
     reading.count_faces(len(corner) // 3)
     index, points = index[corner], points[corner] @ matrix[:, :3].T + matrix[:, 3]
@@ -111,7 +114,7 @@ class _Effect:
         self.sets = {name: number for name, _, number in node.inputs} if node else {}
         material = node.target if node else None
         effect = material.effect if material else None
-        if effect is None:
+        if material is None or effect is None:
             self.color, self.look = np.array([*to_linear(np.array(UNSAID)), 1]), {}
             return
         base, diffuse = self._channel(effect.diffuse, UNSAID if effect.shadingtype != "constant" else (0, 0, 0))
@@ -167,6 +170,7 @@ class _Effect:
         self.texture_set = self.sets.get(texture.texcoord)
         wrap = {str(n.tag).rpartition("}")[2]: n.text for n in texture.sampler.xmlnode.iter()}
         modes = wrap.get("wrap_s", "WRAP"), wrap.get("wrap_t", "WRAP")
-        repeat, mirror = tuple(m in ("WRAP", "MIRROR") for m in modes), tuple(m == "MIRROR" for m in modes)
+        repeat = modes[0] in ("WRAP", "MIRROR"), modes[1] in ("WRAP", "MIRROR")
+        mirror = modes[0] == "MIRROR", modes[1] == "MIRROR"
         nearest = texture.sampler.magfilter == "NEAREST"
         return lambda uv: mirrored(Texture(pixels, np.stack([uv[:, 0], 1 - uv[:, 1]], 1), repeat, nearest), mirror)

@@ -259,7 +259,7 @@ def draw_asset(asset: AssetPlan, options: Options, renderer) -> Iterator[Sample]
     per_side = 4 if options.size <= 128 else 2
     for number, item in enumerate(asset.orbits):
         cameras = orbit(preset, np.asarray(item.camera))
-        drawn = mesh.recolored(list(item.paint), item.target) if item.paint else mesh
+        drawn = mesh if item.target is None or not item.paint else mesh.recolored(list(item.paint), item.target)
         views = renderer.render(drawn, cameras.c2w, cameras.fovy, options.size, per_side)
         meta = _words(asset, number, item) | {
             "size": options.size,
@@ -343,5 +343,7 @@ def _start(kind: str) -> None:
 
 def _leave_with_parent() -> None:
     """A parent that was killed cannot end its processes, and they would wait for work for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -6,6 +6,7 @@ Here: the parts, normalising, recolouring. Not here: reading files (mesh_file.py
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
@@ -92,7 +93,7 @@ class Mesh:
         """The same mesh with every part solid and without emission; what is wholly clear in a texture stays a hole."""
         return self._each(_solid)
 
-    def recolored(self, parts: list[int], target: np.ndarray, flat: bool = False) -> "Mesh":
+    def recolored(self, parts: list[int], target: ArrayLike, flat: bool = False) -> "Mesh":
         """Paints the listed parts in an sRGB colour; light and dark details of textures stay unless `flat`."""
         painted = list(self.parts)
         for i in parts:
@@ -137,17 +138,17 @@ def _paint(part: Part, target: np.ndarray, flat: bool) -> Part:
         light = _shown(part) @ weights
         ratio = np.ones_like(light) if flat else np.clip(light / max(light.mean(), 1e-3), 0.6, 1.25)
         if part.texture is not None:
-            part = _textured(part, np.full_like(part.texture.pixels[..., :3], 255))
+            part = _textured(part, part.texture, np.full_like(part.texture.pixels[..., :3], 255))
         return _colored(part, np.clip(ratio[:, None] * target, 0, 1))
     light = (part.texture.pixels[..., :3].astype(np.float32) / 255) @ weights
     solid = part.texture.pixels[..., 3] > 127
     mean = light[solid].mean() if solid.any() else light.mean()
     ratio = np.clip(light / max(float(mean), 0.05), 0.55, 1.3)
-    painted = _textured(part, np.clip(ratio[..., None] * target * 255, 0, 255))
+    painted = _textured(part, part.texture, np.clip(ratio[..., None] * target * 255, 0, 255))
     return _colored(painted, np.ones_like(part.colors[:, :3]))
 
 
-def _textured(part: Part, rgb: np.ndarray) -> Part:
-    pixels = part.texture.pixels.copy()
+def _textured(part: Part, texture: Texture, rgb: np.ndarray) -> Part:
+    pixels = texture.pixels.copy()
     pixels[..., :3] = rgb
-    return replace(part, texture=replace(part.texture, pixels=pixels))
+    return replace(part, texture=replace(texture, pixels=pixels))

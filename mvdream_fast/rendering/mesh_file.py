@@ -69,7 +69,7 @@ def _through_trimesh(file_type: str):
             reading.note("the colours of a 3MF file are not drawn; convert it to GLB")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            scene = trimesh.load(io.BytesIO(content), file_type=file_type, force="scene", process=False)
+            scene = trimesh.load_scene(io.BytesIO(content), file_type=file_type, process=False)
         for node in scene.graph.nodes_geometry:
             transform, name = scene.graph[node]
             geometry = scene.geometry[name]

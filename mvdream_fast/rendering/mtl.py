@@ -53,7 +53,7 @@ class Material:
         emission = np.array(self.emission if any(self.emission) or glow is None else (1.0, 1, 1))
         place = self.maps.get("map_kd", self.maps.get("map_d"))
         return {
-            "texture": None if base is None else place.texture(base),
+            "texture": None if base is None or place is None else place.texture(base),
             "emission": tuple(map(float, to_linear(np.clip(emission, 0, 1)))),
             "emission_texture": None if glow is None else self.maps["map_ke"].texture(glow),
             "blend": clear is not None or bool(self.color()[3] < 1),
@@ -132,11 +132,13 @@ def _map(statement: str) -> Map:
         found[option] = values
     numbers = {key: [float(x) for x in found[key]] for key in ("-o", "-s", "-mm") if key in found}
     rest = statement.split(None, len(statement.split()) - len(words))[-1] if words else ""
+    (u, v), (su, sv) = ((*numbers.get(key, []), k, k)[:2] for key, k in (("-o", 0.0), ("-s", 1.0)))
+    low, high = numbers.get("-mm", (0.0, 1.0))
     return Map(
         rest.strip().strip('"'),
-        offset=(*numbers.get("-o", []), 0.0, 0.0)[:2],
-        scale=(*numbers.get("-s", []), 1.0, 1.0)[:2],
-        range=tuple(numbers.get("-mm", (0.0, 1.0))),
+        offset=(u, v),
+        scale=(su, sv),
+        range=(low, high),
         clamp=found.get("-clamp") == ["on"],
     )
 

@@ -5,6 +5,7 @@ The look (light, glass, holes, emission, box-filtered edges) is software.py's; a
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from mvdream_fast.rendering.software import (
     SOLID,
     view_projection,
 )
+
+if TYPE_CHECKING:
+    import moderngl
 
 ATLAS = 1024  # views are drawn side by side into targets of about this side: fewer switches of the frame buffer
 
@@ -94,16 +98,23 @@ class GLRenderer:
 
         self.gl = moderngl
         _keep_one_thread()
-        self.context = moderngl.create_context(standalone=True, backend="egl")
+        settings: dict[str, Any] = {"backend": "egl"}  # of any type, not the dictionaries that moderngl annotates
+        self.context = moderngl.create_context(standalone=True, **settings)
         self.name = f"OpenGL ({self.context.info['GL_RENDERER']})"
         self.program = self.context.program(vertex_shader=VERTEX, fragment_shader=FRAGMENT)
         self.copy = self.context.program(vertex_shader=COPY_VERTEX, fragment_shader=COPY_FRAGMENT)
         self.triangle = self.context.vertex_array(self.copy, [])
         self.white = self._texture(Texture(np.full((1, 1, 4), 255, np.uint8), np.zeros((1, 2), np.float32)))
-        self.program["glow_image"].value = 1
-        self.program["light"].value = (AMBIENT, SKY, HEADLIGHT, KEY)
-        self.program["key_direction"].value = tuple(KEY_DIRECTION)
+        self._uniform("glow_image").value = 1
+        self._uniform("light").value = (AMBIENT, SKY, HEADLIGHT, KEY)
+        self._uniform("key_direction").value = tuple(KEY_DIRECTION)
         self.targets: dict = {}
+
+    def _uniform(self, name: str, program: "moderngl.Program | None" = None) -> "moderngl.Uniform":
+        found = (self.program if program is None else program)[name]
+        if not isinstance(found, self.gl.Uniform):
+            raise TypeError(f"GLRenderer: {name} must be a uniform of the shaders, got {type(found).__name__}")
+        return found
 
     def render(
         self, mesh: Mesh, c2w: np.ndarray, fovy: np.ndarray, size: int, samples: int = 4, lit: bool = True
@@ -144,8 +155,8 @@ class GLRenderer:
         self.context.viewport = rectangle
         self.context.scissor = rectangle
         mvp, eye = view_projection(c2w, fovy), c2w[:3, 3]
-        self.program["mvp"].write(mvp.T.astype("f4").tobytes())
-        self.program["eye"].value = tuple(eye)
+        self._uniform("mvp").write(mvp.T.astype("f4").tobytes())
+        self._uniform("eye").value = tuple(eye)
         self.context.enable_only(self.gl.DEPTH_TEST | self.gl.BLEND)
         self.context.blend_func = self.gl.ONE, self.gl.ONE_MINUS_SRC_ALPHA
         for batch in batches:
@@ -159,10 +170,10 @@ class GLRenderer:
 
     def _render(self, batch: "_Batch", lit: bool, alphas: tuple[float, float]) -> None:
         look = batch.look
-        self.program["lit"].value = float(lit and look.lit)
-        self.program["alphas"].value = alphas
-        self.program["blend"].value, self.program["double_sided"].value = look.blend, look.double_sided
-        self.program["emission"].value = look.emission
+        self._uniform("lit").value = float(lit and look.lit)
+        self._uniform("alphas").value = alphas
+        self._uniform("blend").value, self._uniform("double_sided").value = look.blend, look.double_sided
+        self._uniform("emission").value = look.emission
         for unit, texture in enumerate(batch.textures):
             texture.use(unit)
         batch.array.render()
@@ -172,7 +183,7 @@ class GLRenderer:
         self.context.scissor = None
         self.context.enable_only(self.gl.NOTHING)
         source.use(0)
-        self.copy["n"].value = samples
+        self._uniform("n", self.copy).value = samples
         self.triangle.render(self.gl.TRIANGLES, vertices=3)
         return np.frombuffer(small.read(components=4, alignment=1), np.uint8).reshape(small.height, small.width, 4)
 
@@ -233,8 +244,8 @@ def _keep_one_thread() -> None:
 
 @dataclass(frozen=True)
 class _Batch:
-    array: object
+    array: "moderngl.VertexArray"
     textures: list  # of the colour and of the emission
     look: Part  # whose settings all of it shares
     centre: np.ndarray
-    buffers: tuple
+    buffers: "tuple[moderngl.Buffer, ...]"

@@ -108,7 +108,8 @@ def part(
         if look.get(name) is not None:
             look[name] = look[name](np.ascontiguousarray(kept[:, 10:]))
     triangles = index.reshape(-1, 3).astype(np.int32)
-    return Part(*(np.ascontiguousarray(kept[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 10))), triangles, **look)
+    positions, normals, colors = (np.ascontiguousarray(kept[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 10)))
+    return Part(positions, normals, colors, triangles, **look)
 
 
 def _creased(positions: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -49,8 +49,10 @@ class Folder(Mapping):
         self.asked: dict[str, None] = {}  # paths that were looked for, found or not
 
     def __getitem__(self, name: str) -> bytes:
-        path = (self.root / name).resolve() if self.root and "\0" not in name else None
-        if path is None or not path.is_relative_to(self.root):
+        if self.root is None or "\0" in name:
+            raise KeyError(name)
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root):
             raise KeyError(name)
         self.asked[str(path)] = None
         if not path.is_file():

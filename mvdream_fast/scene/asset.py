@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import to_bytes
 from mvdream_fast.core.machine import choose_device
+from mvdream_fast.core.run_folder import read_tensors
 from mvdream_fast.scene.base import Representation
 from mvdream_fast.scene.kinds import config_from_dict, new_representation
 from mvdream_fast.scene.mesh.export import save_mesh
@@ -29,12 +31,17 @@ class RenderedViews:
     depth: Tensor
 
 
+Settings = dict[str, Any]
+
+
 class Asset:
     """A representation with where it came from: prompt, seed, and the settings of its run as JSON can say them."""
 
-    def __init__(self, representation: Representation, prompt: str = "", seed: int = 0, settings: dict | None = None):
+    def __init__(
+        self, representation: Representation, prompt: str = "", seed: int = 0, settings: Settings | None = None
+    ):
         self.representation, self.prompt, self.seed = representation, prompt, seed
-        self.settings = settings or {}
+        self.settings: Settings = settings or {}
 
     @property
     def radius(self) -> float:
@@ -118,13 +125,11 @@ class Asset:
     @staticmethod
     def load(path: Path | str) -> "Asset":
         """Reads what `save` wrote. Raises ModelError for anything else."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         path = user_path(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                meta = json.loads((file.metadata() or {})["asset"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, meta = read_tensors(Path(path), "asset")
             config, seed = config_from_dict(dict(meta["config"]), str(path)), int(meta["seed"])
             asset = Asset(new_representation(config, seed), str(meta["prompt"]), seed, meta["config"])
             asset.representation.restore(tensors)

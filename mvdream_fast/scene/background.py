@@ -59,6 +59,8 @@ class EnvironmentMap(nn.Module):
 class FixedBackground(nn.Module):
     """One colour behind everything, black unless told."""
 
+    color: torch.Tensor  # [3]
+
     def __init__(self, color: tuple[float, float, float] = (0.0, 0.0, 0.0)):
         super().__init__()
         self.register_buffer("color", torch.tensor(color, dtype=torch.float32), persistent=False)

@@ -50,7 +50,10 @@ class Representation(Protocol):
     Everything random comes from the streams that are handed in, so that a resumed run has the same bytes.
     """
 
-    radius: float  # it lies in [-radius, radius]^3
+    @property
+    def radius(self) -> float:
+        """It lies in [-radius, radius]^3."""
+        ...
 
     @property
     def device(self) -> torch.device: ...

@@ -13,8 +13,11 @@ from mvdream_fast.scene.nerf.nerf import Nerf
 
 def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = False) -> Representation:
     """A fresh representation. lit: it will be shaded, so it has to know its normals."""
-    kinds = {NerfConfig: Nerf}
-    return kinds[type(config)](config, Stream(seed, 0, "volume"), lit)
+    if isinstance(config, NerfConfig):
+        return Nerf(config, Stream(seed, 0, "volume"), lit)
+    raise TypeError(
+        f"new_representation: config must be NerfConfig, got {type(config).__name__}; name its representation here"
+    )
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> RepresentationConfig:

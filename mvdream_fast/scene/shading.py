@@ -42,7 +42,7 @@ def draw_shading(
 
     Soft shading draws the diffuse light from U(0, 1); otherwise it is 0.9. The ambient light is the rest of 1.
     """
-    lit, textureless, diffuse = stream.uniform(3).tolist()
+    lit, textureless, diffuse = map(float, stream.uniform(3))
     if step < ambient_only_steps or lit >= diffuse_prob:
         return ALBEDO
     diffuse = diffuse if soft else 0.9

@@ -117,6 +117,15 @@ def test_no_shards_and_cut_shards_are_refused(folder, tmp_path):
     assert len(Shards(folder)) == 3
 
 
+def test_a_folder_in_the_place_of_a_text_is_refused(folder):
+    with tarfile.open(folder / "train-00002.tar", "w") as tar:
+        info = tarfile.TarInfo("a.json")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
+    with pytest.raises(InputFileError, match=r"train-00002.tar: not a whole shard of renders \(a.json is no file\)"):
+        Shards(folder)
+
+
 def test_shards_of_two_kinds_are_refused(folder):
     write_shard(folder / "train-00002.tar", [make_sample(9, size=8)])
     with pytest.raises(InputFileError, match="thing9-o0 has 16 views of 8 px, the first one has 16 of 16"):

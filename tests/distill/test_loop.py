@@ -81,6 +81,11 @@ class Green:
         self.n_done = int(tensors["n_done"])
 
 
+def test_a_run_without_a_pipeline_has_nothing_to_release():
+    asset = TextTo3D(None, keep=False, guidance=Green())("fog", config=replaced(SMALL, steps=2), representation=Fog())
+    assert [record["step"] for record in asset.records] == [0, 1]
+
+
 def test_the_loop_knows_only_the_two_protocols(tmp_path):
     fog, green, records = Fog(), Green(), []
     asset = TextTo3D(None, guidance=green)(

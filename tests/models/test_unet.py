@@ -370,6 +370,19 @@ def test_an_adapter_around_a_projection_is_used():
     torch.testing.assert_close(unet(*given, 2), expected(*given, 2), **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("time_embed.2", "time_embed"), ("input_blocks.1.0.emb_layers.1", "emb_layers")]
+)
+def test_an_adapter_around_a_layer_that_is_not_called_is_refused(name, said):
+    unet = randomised(SMALL)
+    parent, _, key = name.rpartition(".")
+    unet.get_submodule(parent)[int(key)] = nn.Sequential(unet.get_submodule(name))
+    with pytest.raises(
+        TypeError, match=f"MultiViewUNet: {parent.split('.')[-1]}.* must be torch.nn.Linear, got a wrapped one"
+    ):
+        unet(*inputs(SMALL, 1, 2), 2)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_stays_near_float32(autocast):
@@ -391,9 +404,10 @@ def test_bfloat16_stays_near_float32(autocast):
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(2, 6, 4, 4), (3, 5, 5, 3), (1, 4, 1, 1), (0, 4, 4, 4)])
 @pytest.mark.parametrize("n_out", [3, 64, 400])
-def test_convolutions_by_products_equal_torch(shape, n_out, monkeypatch):
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_by_products_equal_torch(shape, n_out, bias, monkeypatch):
     monkeypatch.setattr(fn, "_GEMM_WEIGHTS", 0)
-    conv = nn.Conv2d(shape[1], n_out, 3, padding=1)
+    conv = nn.Conv2d(shape[1], n_out, 3, padding=1, bias=bias)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for memory_format in (torch.contiguous_format, torch.channels_last):
         conv, x = conv.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)

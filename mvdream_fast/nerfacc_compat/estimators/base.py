@@ -7,6 +7,8 @@ from torch import nn
 class AbstractEstimator(nn.Module):
     """Finds samples of rays, and learns where they are worth it."""
 
+    _dummy: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_dummy", torch.empty(0), persistent=False)

@@ -25,6 +25,12 @@ class OccGridEstimator(AbstractEstimator):
     """
 
     DIM = 3
+    resolution: Tensor
+    aabbs: Tensor
+    occs: Tensor
+    binaries: Tensor
+    grid_coords: Tensor
+    grid_indices: Tensor
 
     def __init__(self, roi_aabb: list | Tensor, resolution: int | list | Tensor = 128, levels: int = 1, **kwargs):
         super().__init__()
@@ -90,17 +96,21 @@ class OccGridEstimator(AbstractEstimator):
         ray_indices, t_starts, t_ends = sample_grids(
             rays_o, rays_d, self.binaries, boxes, near, far, render_step_size, cone_angle
         )
-        seeing = (alpha_thre > 0 or early_stop_eps > 0) and (sigma_fn is not None or alpha_fn is not None)
-        if not seeing or not t_starts.numel():
+        answer = alpha_fn if sigma_fn is None else sigma_fn
+        if answer is None or not (alpha_thre > 0 or early_stop_eps > 0) or not t_starts.numel():
             return ray_indices, t_starts, t_ends
-        thresholds = {"early_stop_eps": early_stop_eps, "alpha_thre": min(alpha_thre, self.occs.mean().item())}
+        alpha_thre = min(alpha_thre, self.occs.mean().item())
         packed_info = pack_info(ray_indices, rays_o.shape[0])
-        values = (alpha_fn if sigma_fn is None else sigma_fn)(t_starts, t_ends, ray_indices)
+        values = answer(t_starts, t_ends, ray_indices)
         check_alike("sampling", t_starts=t_starts, **{"alphas" if sigma_fn is None else "sigmas": values})
         if sigma_fn is not None:
-            keep = render_visibility_from_density(t_starts, t_ends, values, packed_info, **thresholds)
+            keep = render_visibility_from_density(
+                t_starts, t_ends, values, packed_info, early_stop_eps=early_stop_eps, alpha_thre=alpha_thre
+            )
         else:
-            keep = render_visibility_from_alpha(values, packed_info, **thresholds)
+            keep = render_visibility_from_alpha(
+                values, packed_info, early_stop_eps=early_stop_eps, alpha_thre=alpha_thre
+            )
         return ray_indices[keep], t_starts[keep], t_ends[keep]
 
     def _check_sampling(self, rays_o, rays_d, near_plane, far_plane, t_min, t_max, step_size, cone_angle) -> None:

@@ -31,7 +31,7 @@ class PropNetEstimator(AbstractEstimator):
     ):
         super().__init__()
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.prop_cache: list[tuple[RayIntervals, Tensor | None]] = []
+        self.prop_cache: list[tuple[RayIntervals, Tensor | None]] = []  # None for the samples, the last
 
     @torch.no_grad()
     def sampling(
@@ -96,9 +96,9 @@ class PropNetEstimator(AbstractEstimator):
         check_tensor("compute_loss", "trans", trans)
         wanted, got = [intervals.vals.shape[0], intervals.vals.shape[1] - 1], list(trans.shape)
         require(got == wanted, "compute_loss", "trans", f"of shape {wanted}", got, "render the samples of `sampling`")
-        cdfs, (*proposals, _) = _cdfs_of(trans.detach()), self.prop_cache
+        cdfs, proposals = _cdfs_of(trans.detach()), self.prop_cache[:-1]
         self.prop_cache = []
-        losses = [_pdf_loss(intervals, cdfs, *proposal) for proposal in proposals]
+        losses = [_pdf_loss(intervals, cdfs, key, own) for key, own in proposals if own is not None]
         means = [loss.sum() / max(loss.numel(), 1) for loss in losses]  # without rays 0, where a mean would be NaN
         return sum(means, torch.zeros((), device=self.device)) * loss_scaler
 
@@ -114,13 +114,15 @@ class PropNetEstimator(AbstractEstimator):
     @torch.enable_grad()
     def _update(self, trans: Tensor, loss_scaler: float = 1.0) -> float:
         op, kept = "update_every_n_steps", len(self.prop_cache) > 1
-        require(self.optimizer is not None, op, "the estimator", "given an optimizer", None, "pass one", RuntimeError)
+        optimizer = self.optimizer
+        if optimizer is None:
+            raise RuntimeError(f"{op}: the estimator must be given an optimizer, got None; pass one")
         remedy = "call sampling with requires_grad=True and proposal networks first"
         require(kept, op, "the samples", "kept by sampling", "none", remedy, RuntimeError)
         loss = self.compute_loss(trans, loss_scaler)
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         return loss.item()

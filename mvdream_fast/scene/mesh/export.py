@@ -5,6 +5,7 @@ glTF is Y-up with the front at +Z, and its vertex colours are linear; the world 
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +24,16 @@ VIEWER_FOVY_DEG, VIEWER_ELEVATION_DEG = 40.0, 15.0
 def glb_bytes(mesh: Mesh, name: str = "asset") -> bytes:
     """The mesh as binary glTF 2.0: Y up, matt and double-sided, with the texture, or else float linear COLOR_0."""
     if mesh.texture is not None:
-        return _textured(mesh, name).export(file_type="glb", include_normals=True)
+        return _binary(_textured(mesh, mesh.texture, name).export(file_type="glb", include_normals=True))
     scene = _scene(mesh, to_linear(mesh.colors.astype(np.float64)), name)
-    return scene.export(file_type="glb", include_normals=True, tree_postprocessor=_add_material)
+    return _binary(scene.export(file_type="glb", include_normals=True, tree_postprocessor=_add_material))
+
+
+def _binary(exported: object) -> bytes:
+    """What trimesh made for a binary format; its `export` gives other types for others."""
+    if not isinstance(exported, bytes):
+        raise TypeError(f"trimesh's export must give bytes here, got {type(exported).__name__}; see its release notes")
+    return exported
 
 
 def viewer_html(mesh: Mesh) -> str:
@@ -40,26 +48,27 @@ def viewer_html(mesh: Mesh) -> str:
     scene.set_camera(
         (-np.radians(VIEWER_ELEVATION_DEG), 0.0, 0.0), away, scene.centroid, fov=(VIEWER_FOVY_DEG, VIEWER_FOVY_DEG)
     )
-    plain = scene.export
-    scene.export = lambda **options: plain(**options, include_normals=True, tree_postprocessor=_add_material)
+    vars(scene)["export"] = partial(scene.export, include_normals=True, tree_postprocessor=_add_material)
     # White things show on grey.
     return scene_to_html(scene).replace("THREE.Color(0xffffff)", "THREE.Color(0x808080)")
 
 
-def _textured(mesh: Mesh, name: str):
+def _textured(mesh: Mesh, texture: np.ndarray, name: str):
     """A trimesh scene, Y up, with the mesh's texture and normals."""
     import trimesh
     from PIL import Image
+    from trimesh.visual import TextureVisuals
+    from trimesh.visual.material import PBRMaterial
 
-    material = trimesh.visual.material.PBRMaterial(
+    material = PBRMaterial(
         name="texture",
-        baseColorTexture=Image.fromarray(mesh.texture),
+        baseColorTexture=Image.fromarray(texture),
         baseColorFactor=[255, 255, 255, 255],
         metallicFactor=0.0,
         roughnessFactor=1.0,
         doubleSided=True,
     )
-    visual = trimesh.visual.TextureVisuals(uv=mesh.uvs, material=material)
+    visual = TextureVisuals(uv=mesh.uvs, material=material)
     normals = None if mesh.normals is None else mesh.normals @ Y_UP.T
     body = trimesh.Trimesh(mesh.vertices @ Y_UP.T, mesh.faces, process=False, visual=visual, vertex_normals=normals)
     scene = trimesh.Scene()
@@ -122,13 +131,17 @@ def _obj(mesh: Mesh, name: str, up: str) -> dict[str, bytes]:
         material = SimpleMaterial(Image.fromarray(mesh.texture), name=f"{stem}_texture", **matt)
         body.visual = TextureVisuals(uv=mesh.uvs, material=material)
     text, beside = export_obj(
-        body, include_normals=mesh.normals is not None, return_texture=True, mtl_name=f"{stem}.mtl", header=None
+        body,
+        include_normals=mesh.normals is not None,
+        return_texture=True,
+        mtl_name=f"{stem}.mtl",
+        header=None,  # pyright: ignore[reportArgumentType] # trimesh annotates str, and says None for none
     )
     return {name: text.encode(), **beside}
 
 
 def _ply(mesh: Mesh, up: str) -> bytes:
-    data = _body(mesh, up).export(file_type="ply", vertex_normal=mesh.normals is not None)
+    data = _binary(_body(mesh, up).export(file_type="ply", vertex_normal=mesh.normals is not None))
     if mesh.texture is None:
         return data
     note = b"comment PLY holds no texture: these are its colours at the vertices\n"

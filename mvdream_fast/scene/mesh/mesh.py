@@ -138,5 +138,5 @@ def _drop_small_parts(vertices: np.ndarray, faces: np.ndarray, min_part: float) 
 def _decimate(vertices: np.ndarray, faces: np.ndarray, max_faces: int) -> tuple[np.ndarray, np.ndarray]:
     from fast_simplification import simplify
 
-    vertices, faces = simplify(vertices, faces, target_count=max_faces)
+    vertices, faces, *_ = simplify(vertices, faces, target_count=max_faces)
     return np.ascontiguousarray(vertices, dtype=np.float32), np.ascontiguousarray(faces, dtype=np.int32)

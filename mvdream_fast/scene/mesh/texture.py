@@ -81,7 +81,7 @@ def _spread(sheet: np.ndarray, covered: np.ndarray) -> np.ndarray:
 
     if not covered.any():
         return sheet
-    rows, columns = distance_transform_edt(~covered, return_distances=False, return_indices=True)
+    rows, columns = np.asarray(distance_transform_edt(~covered, return_distances=False, return_indices=True))
     return sheet[rows, columns]
 
 

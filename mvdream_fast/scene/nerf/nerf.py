@@ -11,7 +11,7 @@ from mvdream_fast.core.images import GREY
 from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
-from mvdream_fast.scene.base import Lighting
+from mvdream_fast.scene.base import Lighting, Rendered
 from mvdream_fast.scene.losses import opaque_loss, orientation_loss, sparsity_loss, z_variance_loss
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold
 from mvdream_fast.scene.mesh.texture import bake_texture
@@ -33,6 +33,8 @@ class Nerf(Renderer):
 
     Args: lit: its normals are made, so that it can be shaded.
     """
+
+    volume: Volume
 
     def __init__(self, config: NerfConfig, stream: Stream | None = None, lit: bool = False):
         volume = Volume(config.volume_config(), stream)
@@ -72,21 +74,24 @@ class Nerf(Renderer):
         ]
         return [group for group in groups if group["params"]]
 
-    def regularizers(self, rendered: VolumeRendered, rays: "Rays", step: int) -> Tensor:
+    def regularizers(self, rendered: Rendered, rays: "Rays", step: int) -> Tensor:
         """Orientation, sparsity, opaqueness and variance of depth, those that are switched on at this step."""
-        config, total = self.config, rendered.opacity.sum() * 0
+        if not isinstance(rendered, VolumeRendered) or rendered.z_variance is None:
+            raise TypeError("Nerf: rendered must be a training render of this volume; pass training=True to render")
+        config, opacity, z_variance = self.config, rendered.opacity, rendered.z_variance
+        total, samples, weights = opacity.sum() * 0, rendered.samples, rendered.weights
         weight = ramp(config.lambda_orient, step)
-        if weight and rendered.normals is not None:
-            directions = rays.rays_d[rendered.samples.ray_indices]
-            total = total + weight * orientation_loss(rendered.weights, rendered.normals, directions, rendered.opacity)
-        for schedule, loss, args in (
-            (config.lambda_sparsity, sparsity_loss, (rendered.opacity,)),
-            (config.lambda_opaque, opaque_loss, (rendered.opacity,)),
-            (config.lambda_z_variance, z_variance_loss, (rendered.z_variance, rendered.opacity)),
+        if weight and rendered.normals is not None and samples is not None and weights is not None:
+            directions = rays.rays_d[samples.ray_indices]
+            total = total + weight * orientation_loss(weights, rendered.normals, directions, opacity)
+        for schedule, loss in (
+            (config.lambda_sparsity, lambda: sparsity_loss(opacity)),
+            (config.lambda_opaque, lambda: opaque_loss(opacity)),
+            (config.lambda_z_variance, lambda: z_variance_loss(z_variance, opacity)),
         ):
             weight = ramp(schedule, step)
             if weight:
-                total = total + weight * loss(*args)
+                total = total + weight * loss()
         return total
 
     def after_step(self, step: int, stream: Stream) -> None:
@@ -148,4 +153,5 @@ class Nerf(Renderer):
 def _background(config: NerfConfig) -> torch.nn.Module:
     if config.background == "learned":
         return EnvironmentMap(augment_prob=config.background_aug_prob)
-    return FixedBackground((FLAT_COLORS[config.background],) * 3)
+    level = FLAT_COLORS[config.background]
+    return FixedBackground((level, level, level))

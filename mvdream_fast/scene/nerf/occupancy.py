@@ -23,6 +23,9 @@ class OccupancyGrid(nn.Module):
     x slowest; both go into the checkpoint. `fraction` and `mean` are read once for each state of them.
     """
 
+    ema: torch.Tensor
+    bits: torch.Tensor
+
     def __init__(
         self,
         resolution: int = 32,
@@ -64,14 +67,17 @@ class OccupancyGrid(nn.Module):
 
     def _read(self) -> list[float]:
         """`fraction` and `mean`: on their way since the last update, or asked for now if the grid was changed since."""
-        if self._sent is None or self._sent[0] != self._state():
-            self._send()
-        return self._sent[1].get()
+        sent = self._sent
+        if sent is None or sent[0] != self._state():
+            sent = self._send()
+        return sent[1].get()
 
-    def _send(self) -> None:
+    def _send(self) -> tuple[tuple, reads.Later]:
         seen = self.ema >= 0
         mean = torch.where(seen, self.ema, 0).double().sum() / seen.sum().clamp(min=1)
-        self._sent = self._state(), reads.Later(torch.stack([self.occupied.float().mean().double(), mean]))
+        sent = self._state(), reads.Later(torch.stack([self.occupied.float().mean().double(), mean]))
+        self._sent = sent
+        return sent
 
     def _state(self) -> tuple:
         """What differs once a buffer has been written to, by whomever."""

@@ -106,9 +106,8 @@ class Renderer(nn.Module):
 
     def density(self, positions: torch.Tensor) -> torch.Tensor:
         """Densities of positions [P, 3] in scene units, [P]."""
-        if hasattr(self.volume, "density"):
-            return self.volume.density(positions)
-        return self.volume(positions)[0]
+        density = getattr(self.volume, "density", None)
+        return self.volume(positions)[0] if density is None else density(positions)
 
     @torch.no_grad()
     def _evaluate(self, rays: "Rays") -> VolumeRendered:
