@@ -44,6 +44,7 @@ class Cameras:
         return len(self.c2w)
 
     def to(self, device: torch.device | str) -> "Cameras":
+        """The same cameras on another device."""
         return Cameras(self.c2w.to(device), self.fovy.to(device))
 
 

@@ -61,6 +61,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
+    """Prints the report, as JSON with `--json`."""
     report = {
         "mvdream_fast": {"version": __version__, "python": platform.python_version(), "system": platform.platform()},
         "machine": _machine(),

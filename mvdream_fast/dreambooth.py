@@ -151,6 +151,7 @@ def _check_token(prompt: str, token: str) -> None:
 
 
 def main(flags: Flags) -> None:
+    """Checks the flags, then begins or goes on with a run. Exits with 130 or 143 when a signal stopped it."""
     check_flags(flags)
     from mvdream_fast.tuning.photos import list_photos
 

@@ -76,6 +76,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
+    """Checks the flags, then measures and prints a table."""
     check_flags(flags)
     kinds = {target: kind_of(target) for target in flags.targets or ("embedded",)}
     say = (lambda _: None) if flags.quiet else (lambda line: print(line, file=sys.stderr, flush=True))

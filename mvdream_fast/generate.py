@@ -74,6 +74,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
+    """Checks the flags, then draws the views and writes their folder."""
     prompt, seed = check_flags(flags), _seed(flags.seed)
     from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline
 

@@ -51,6 +51,7 @@ class Views:
 
     @property
     def images(self) -> list["PIL.Image.Image"]:
+        """The views as PIL images."""
         return [to_image(view) for view in self.tensor]
 
     def sheet(self, n_columns: int = 4) -> "PIL.Image.Image":

@@ -48,6 +48,7 @@ class Flags:
 
 
 def main(args: Flags) -> None:
+    """Checks the flags, then renders. Raises: the errors of the exit codes in `--help`."""
     _check(args)
     from mvdream_fast.core.run_folder import Interrupt
     from mvdream_fast.rendering import dataset, sheet

@@ -112,6 +112,7 @@ HOW = ("text", "config", "prompts_file", "output", "root", "resume", "preview_ev
 
 
 def main(flags: Flags) -> None:
+    """Checks the flags, then makes every asset that is asked for. Exits with 130 or 143 when a signal stopped it."""
     from mvdream_fast.core import memory
 
     say: Say = (lambda _: None) if flags.quiet else (lambda line: print(line, flush=True))
@@ -218,6 +219,7 @@ def write_record(request: "Request", folder: Path, flags: Flags) -> None:
 
 
 def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
+    """The model, on the device and in the type that the flags name."""
     from mvdream_fast.pipeline import MVDreamPipeline
 
     return MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype)
@@ -312,6 +314,7 @@ def optimise(
 
 
 def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
+    """The live page of a run, where `--viewer` asks for it."""
     if not flags.viewer:
         return None
     from mvdream_fast.distill.viewer import Viewer

@@ -93,6 +93,7 @@ class TextTo3D:
 
     @property
     def device(self) -> torch.device:
+        """Where runs take place: the pipeline's device."""
         return self.pipeline.device if self.pipeline else torch.device("cpu")
 
     def _config(self, preset: str | None, config: SDSConfig | None, overrides: dict[str, Any]) -> SDSConfig:

@@ -123,6 +123,7 @@ def _check(args: Flags) -> None:
 
 
 def main(args: Flags) -> None:
+    """Checks the flags, then trains. Exits with 130 or 143 when a signal stopped it."""
     _check(args)
     cli.set_threads(args.threads or max(1, cli.available_cores() // processes.launched()[1]))
     from mvdream_fast.training import runs

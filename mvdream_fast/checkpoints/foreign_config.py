@@ -107,12 +107,14 @@ class Settings:
         return None if value is None else known.get(value)
 
     def flag(self, kind: str, name: str, default: bool) -> bool:
+        """A setting that is true or false."""
         value = self[kind].get(name, default)
         if not isinstance(value, bool):
             raise self.refusal(kind, name, "true or false")
         return value
 
     def refusal(self, kind: str, name: str, wanted: str) -> ModelError:
+        """The error that names a setting, its file and what it would have to be."""
         got = printable(repr(self[kind].get(name)), 60)
         return ModelError(f"{self.source}/{FILES[kind]}: {name} must be {wanted}, got {got}; no other is supported")
 

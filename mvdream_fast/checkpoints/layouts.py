@@ -37,6 +37,7 @@ class Slot:
     as_conv: bool = False  # stored [C, C, 1, 1], ours is [C, C]
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape as the file holds it."""
         if self.as_conv:
             return (*shape, 1, 1)
         return shape if self.piece is None else (3 * shape[0], *shape[1:])

@@ -83,4 +83,5 @@ def advice(parts: dict[str, int], way: str) -> str:
 
 
 def gb(size: int) -> str:
+    """Bytes as a person reads them."""
     return f"{size / 2**30:.2f} GB"

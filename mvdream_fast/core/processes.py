@@ -30,6 +30,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     def part(self, rows: Rows) -> Rows:
@@ -91,6 +92,7 @@ def join() -> Ranks:
 
 
 def leave(ranks: Ranks) -> None:
+    """Ends this process' part of the group."""
     if ranks.world > 1:
         import torch.distributed as dist
 

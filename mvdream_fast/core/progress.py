@@ -11,9 +11,11 @@ class Every:
         self.begin()
 
     def begin(self) -> None:
+        """Counts from now."""
         self.since = time.monotonic()
 
     def due(self) -> bool:
+        """Whether the time is up; it counts on until `begin`."""
         return 0 < self.seconds < time.monotonic() - self.since
 
 

@@ -27,6 +27,7 @@ class Later:
             self._arrived.record(torch.cuda.current_stream(numbers.device))
 
     def get(self) -> list[float]:
+        """The number; waits for the device where it is not there yet."""
         if self._arrived is not None:
             self._arrived.synchronize()
             self._arrived = None

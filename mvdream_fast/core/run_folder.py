@@ -269,6 +269,7 @@ class JsonlLog:
         self.path = path
 
     def write(self, record: dict[str, Any]) -> None:
+        """Appends one record as a line."""
         line = json.dumps(record, allow_nan=False, default=float) + "\n"
         try:
             with open(self.path, "a", encoding="utf-8") as file:

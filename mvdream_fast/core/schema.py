@@ -99,4 +99,5 @@ def is_object(value: object) -> TypeGuard[dict[str, Any]]:
 
 
 def is_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
+    """Whether a value is a tuple, for a type checker, too."""
     return isinstance(value, tuple)

@@ -44,6 +44,7 @@ class Record:
 
     @property
     def n_views(self) -> int:
+        """V, the views of the orbit."""
         return len(self.meta["fovy"])
 
 
@@ -173,6 +174,7 @@ def background(kind: int, stream: Stream) -> Tensor:
 
 
 def draw_background(stream: Stream) -> int:
+    """A kind of background, by BACKGROUND_SHARES."""
     u = stream.uniform(1).item()
     return ON_GREY if u < BACKGROUND_SHARES[ON_GREY] else ON_WHITE if u < 1 - BACKGROUND_SHARES[ON_COLOR] else ON_COLOR
 

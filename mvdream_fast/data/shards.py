@@ -33,10 +33,12 @@ class Sample:
 
     @property
     def c2w(self) -> np.ndarray:
+        """Poses [V, 4, 4] of the views."""
         return np.asarray(self.meta["c2w"], np.float32).reshape(-1, 4, 4)  # [V, 4, 4]
 
     @property
     def fovy(self) -> np.ndarray:
+        """Vertical fields of view [V], in radians."""
         return np.asarray(self.meta["fovy"], np.float32)  # [V]
 
 

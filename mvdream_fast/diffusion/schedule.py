@@ -35,6 +35,7 @@ class NoiseSchedule:
 
     @property
     def prediction(self) -> Literal["eps", "v"]:
+        """What the model predicts: eps or v."""
         return self.config.prediction
 
     @staticmethod
@@ -56,6 +57,7 @@ class NoiseSchedule:
         return NoiseSchedule(alphas_cumprod, alphas, sigmas, config)
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
+        """The same schedule on another device."""
         tables = ("alphas_cumprod", "alphas", "sigmas")
         return replace(self, **{name: getattr(self, name).to(device) for name in tables})
 

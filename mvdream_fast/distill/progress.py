@@ -50,6 +50,7 @@ class Watcher:
             self.say(f"{line}, {figures(record)}")
 
     def is_preview(self, done: int) -> bool:
+        """Whether a preview is due after so many steps."""
         if self.preview_every:
             return done % self.preview_every == 0
         steps = self.config.steps

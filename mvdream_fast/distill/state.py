@@ -259,4 +259,5 @@ def make_optimizer(representation: Representation, config: SDSConfig) -> torch.o
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """What an optimiser updates, in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]

@@ -52,6 +52,7 @@ class Viewer:
 
     @property
     def url(self) -> str:
+        """The page's address, on this machine only."""
         return f"http://{HOST}:{self.port}"
 
     def describe(self) -> str:
@@ -90,6 +91,7 @@ class Viewer:
         self._server.flush()
 
     def close(self) -> None:
+        """Stops the server."""
         with _silent():
             self._server.stop()
 

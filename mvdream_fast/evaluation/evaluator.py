@@ -79,6 +79,7 @@ class Block(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, width] -> the same shape."""
         return x + conv3x3(self.conv2, self.norm2(conv3x3(self.conv1, self.norm1(x))))
 
 
@@ -89,6 +90,7 @@ class Norm(nn.GroupNorm):
         super().__init__(channels // 16, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> the same shape."""
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
@@ -112,6 +114,7 @@ class ImageTower(nn.Module):
         in_format(self, torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images [n, 3, Hp, Wp] -> features [n, width]."""
         x = F.pixel_unshuffle(images * 2 - 1, self.PATCH).contiguous(memory_format=torch.channels_last)
         return F.silu(self.out(self.pool(self.norm(self.layers(x))).flatten(1)))
 
@@ -126,6 +129,7 @@ class TextTower(nn.Module):
         self.hidden, self.out = nn.Linear(width, 2 * width), nn.Linear(2 * width, config.embedding)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """token ids [B, L] -> features [B, width]."""
         words = (ids >= N_SILENT).float()
         mean = torch.bmm(words[:, None], self.tokens(ids))[:, 0] / words.sum(1, keepdim=True).clamp_min(1)
         return self.out(F.gelu(self.hidden(mean)))
@@ -149,6 +153,7 @@ class Evaluator(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where its weights are."""
         return self.log_scale.device
 
     @property

@@ -93,6 +93,7 @@ class Orbit:
 
     @staticmethod
     def read(shards: Shards, i: int) -> "Orbit":
+        """The orbit of one record of the shards."""
         record, views = shards.records[i], shards.views(i)
         images = composite(views, torch.full((3,), GREY)) / 2 + 0.5
         masks = torch.from_numpy(views[..., 3] > 127)

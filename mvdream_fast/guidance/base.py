@@ -49,10 +49,11 @@ class Stateless:
     """For a guidance that learns nothing itself and remembers nothing."""
 
     def after_step(self, step: int, stream: "Stream") -> None:
-        pass
+        """Nothing to learn."""
 
     def state(self) -> dict[str, Tensor]:
+        """Nothing to keep."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        pass
+        """Nothing to take over."""

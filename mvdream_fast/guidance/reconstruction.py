@@ -15,11 +15,13 @@ class Reconstruction(Stateless):
         self.images, self.cameras = images, cameras
 
     def views(self, step: int, stream: Stream) -> Cameras:
+        """The images' own cameras."""
         return self.cameras
 
     def score(
         self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing = no_timing
     ) -> tuple[Tensor, int]:
+        """See `Guidance`; the squared error, no timestep."""
         return squared_error(rgb, self.images), 0
 
 
@@ -45,17 +47,21 @@ class Anchored:
     def score(
         self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing = no_timing
     ) -> tuple[Tensor, int]:
+        """See `Guidance`; the other's loss and the known views' squared error."""
         n = len(rgb) - self.images.shape[1]
         loss, t = self.free.score(rgb[:n], Cameras(views.c2w[:n], views.fovy[:n]), step, stream, timing)
         return loss + self.weight * squared_error(rgb[n:], self.images[self._group]), t
 
     def after_step(self, step: int, stream: Stream) -> None:
+        """The other guidance's."""
         self.free.after_step(step, stream)
 
     def state(self) -> dict[str, Tensor]:
+        """The other guidance's."""
         return self.free.state()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The other guidance's."""
         self.free.restore(tensors)
 
 

@@ -147,11 +147,13 @@ class SDS:
         self._target: Tensor | None = None  # of the last answer; held only while it is to be used again
 
     def views(self, step: int, stream: Stream) -> Cameras:
+        """Random cameras, as many groups as the step has."""
         return sample_cameras(self.cameras, stream, self.n_groups(step))
 
     def score(
         self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing = no_timing
     ) -> tuple[Tensor, int]:
+        """See `Guidance`; asks the model, or goes on from its last answer."""
         if step % self.every == 0:
             return self._ask(rgb, views, step, stream, timing)
         if self._target is None:
@@ -184,6 +186,7 @@ class SDS:
         return {} if self._target is None else {"target": self._target}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over the answer in use."""
         target = tensors.get("target")
         self._target = None if target is None else target.to(self.distillation.schedule.alphas_cumprod.device)
 

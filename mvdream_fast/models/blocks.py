@@ -101,6 +101,7 @@ class Attention(nn.Module):
         return out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
 
     def split(self, x: Tensor) -> Tensor:
+        """[n, N, H*D] -> [n, H, N, D]."""
         return x.unflatten(-1, (self.heads, -1))
 
 
@@ -191,6 +192,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[n, C, h, w] -> [n, C', h/2, w/2]."""
         return self.op(x)
 
 
@@ -202,6 +204,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[n, C, h, w] -> [n, C, 2h, 2w]."""
         return fn.upsample_conv(self.conv, x)
 
 

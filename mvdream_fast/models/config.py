@@ -38,6 +38,7 @@ class UNetConfig(Checked):
 
     @property
     def time_embed_dim(self) -> int:
+        """Width of the time and camera embedding."""
         return 4 * self.model_channels
 
 
@@ -122,9 +123,11 @@ class ModelConfig(Checked):
 
     @property
     def latent_size(self) -> int:
+        """Latent height and width."""
         return self.vae.image_size // self.vae.downsampling
 
     def to_json(self) -> str:
+        """What config.json of a model folder holds."""
         return json.dumps({"kind": "model", "format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
 
     @staticmethod
@@ -139,6 +142,7 @@ class ModelConfig(Checked):
 
     @staticmethod
     def load(path: Path) -> "ModelConfig":
+        """Reads a config.json. Raises ModelError."""
         return ModelConfig.from_json(read_text(path, ModelError), str(path))
 
 

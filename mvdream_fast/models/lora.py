@@ -25,6 +25,7 @@ class Adapted(Protocol):
 
 
 def is_adapted(layer: nn.Module) -> TypeGuard[Adapted]:
+    """Whether a module has an adapter around it."""
     return hasattr(layer, "lora_A")
 
 

@@ -20,6 +20,7 @@ class RaySamples:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.vals.device
 
 
@@ -38,6 +39,7 @@ class RayIntervals:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.vals.device
 
 

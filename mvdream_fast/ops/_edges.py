@@ -31,6 +31,7 @@ def require(
 
 
 def check_float(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Raises TypeError where a tensor is of a dtype that the op does not take."""
     if getattr(x, "dtype", None) not in dtypes:  # words only for who needs them: every call comes by here
         check_tensors(op, **{name: x})
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
@@ -103,6 +104,7 @@ def _has_batched_layer(x: Tensor) -> bool:
 
 
 def vmap_error(op: str) -> RuntimeError:
+    """The error of an op under torch.func.vmap, which it does not know."""
     return RuntimeError(f"{op}: arguments must be plain tensors, got a vmapped one; put the extra axis into the batch")
 
 

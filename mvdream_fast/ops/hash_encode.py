@@ -190,10 +190,12 @@ register(
 
 
 def require_no_nan(op: str, ok: bool) -> None:
+    """Raises ValueError where a position is NaN, which no table row answers."""
     require(ok, op, "positions", "numbers", "NaN", "check what produced them")
 
 
 def check_positions_and_table(op: str, positions: Tensor, table: Tensor, grid: HashGrid) -> None:
+    """Raises for shapes, dtypes and devices that the grid cannot take."""
     if is_batched(positions, table):
         raise vmap_error(op)
     check_shaped(op, "positions", positions, (None, 3))
@@ -203,6 +205,7 @@ def check_positions_and_table(op: str, positions: Tensor, table: Tensor, grid: H
 
 
 def check_same_dtype(op: str, positions: Tensor, **tensors: Tensor) -> None:
+    """Raises TypeError where a tensor is of another dtype than the positions."""
     for name, tensor in tensors.items():
         same = tensor.dtype == positions.dtype
         require(same, op, name, f"{positions.dtype} like positions", tensor.dtype, "convert one of them", TypeError)

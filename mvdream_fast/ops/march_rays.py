@@ -46,10 +46,12 @@ class Samples:
 
     @property
     def n_samples(self) -> int:
+        """S, the samples of all rays."""
         return self.t_starts.shape[0]
 
     @property
     def n_rays(self) -> int:
+        """R, those without a sample included."""
         return self.packed_info.shape[0]
 
     @cached_property

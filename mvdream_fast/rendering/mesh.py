@@ -65,6 +65,7 @@ class Mesh:
 
     @property
     def n_faces(self) -> int:
+        """Triangles of all parts."""
         return sum(len(part.faces) for part in self.parts)
 
     def normalised(self, fit: str = "sphere") -> "Mesh":

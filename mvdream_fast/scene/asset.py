@@ -45,13 +45,16 @@ class Asset:
 
     @property
     def radius(self) -> float:
+        """The asset lies in [-radius, radius]^3."""
         return self.representation.radius
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.representation.device
 
     def to(self, device: torch.device | str) -> "Asset":
+        """Moves it to another device, and returns it."""
         self.representation.to(choose_device(device))
         return self
 

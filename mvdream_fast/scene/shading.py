@@ -24,6 +24,7 @@ class Shading:
 
     @property
     def needs_normals(self) -> bool:
+        """Whether a normal changes the colour."""
         return self.diffuse > 0
 
 

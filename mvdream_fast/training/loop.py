@@ -53,6 +53,7 @@ class Loop:
         return True
 
     def save(self) -> None:
+        """Writes a checkpoint of the trainer as it is."""
         state = self.trainer.state()
         if self.ranks.first:
             run_folder.save_checkpoint(self.checkpoints, self.trainer.step, state, self.trainer.meta())

@@ -33,6 +33,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.memory.values())
 
 

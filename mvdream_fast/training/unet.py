@@ -75,6 +75,7 @@ class TextAndUNet(nn.Module):
         self.unet, self.text = unet, text
 
     def forward(self, latents: Tensor, t: Tensor, ids: Tensor, cameras: Tensor | None, n_views: int) -> Tensor:
+        """The UNet's output [B*V, C, h, w] for the captions' token ids [B, L]."""
         return self.unet(latents, t, self.text(ids), cameras, n_views)
 
 
@@ -158,6 +159,7 @@ class Trainer(BaseTrainer):
         return Stream(self.options.seed, step, "mode").uniform(1).item() < self.options.multi_view_share
 
     def lr_share(self) -> float:
+        """The learning rate at this step, as a share of its highest."""
         options = self.options
         return rate(self.step, options.warmup, options.steps, options.decay)
 

@@ -118,6 +118,7 @@ class BaseTrainer:
         return {name: processes.whole(tensor, self.ranks) for name, tensor in tensors.items()}
 
     def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of the run: kind, configuration, options."""
         return {**self.about, "options": dataclasses.asdict(self.options), "scaler": self.scaler.state_dict()}
 
     def restore(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:

@@ -121,9 +121,11 @@ class DreamBoothTrainer(Trainer):
         return {**record, "loss": whole, "denoising": record["loss"], "distance": self.distance}
 
     def add_gradients(self) -> None:
+        """Adds the preservation term's gradient to the loss's."""
         self.distance = self.preservation.backward()
 
     def lr_share(self) -> float:
+        """The learning rate at this step, as a share of its highest."""
         return lr_share(self.options, self.step)
 
 

@@ -75,22 +75,28 @@ class Stages:
 
     @property
     def prompt(self) -> str:
+        """What the photos show, with the instance token."""
         return self.plan.settings["instance_prompt"]
 
     @property
     def config(self) -> SDSConfig:
+        """The recipe of both volumes."""
         steps = self.plan.settings["sds_steps"]
         return resolve_config(self.plan.settings["sds_preset"], **({"steps": steps} if steps else {}))
 
     def partial(self) -> int:
+        """The first steps of the tuning."""
         parts, steps = load_parts(self.plan, self.device), self.plan.settings["partial_steps"]
         source = photo_source(self.plan, self.photos, parts)
         return tune(self.plan, parts, source, self.folder / "1-partial", steps=steps)
 
     def first_volume(self) -> int:
+        """A rough volume, from the partially tuned model."""
         return self._volume(self.folder / "1-partial/model", self.folder / "2-volume")
 
     def full(self) -> int:
+        """The tuning to its end."""
+
         def go_on(trainer: DreamBoothTrainer) -> None:
             trainer.restore(*latest(self.folder / "1-partial"))
 
@@ -117,6 +123,8 @@ class Stages:
         return 0
 
     def final(self) -> int:
+        """The partial model, tuned further on photos and pseudo views."""
+
         def begin(trainer: DreamBoothTrainer) -> None:
             _, tensors, meta = latest(self.folder / "1-partial")
             trainer.begin_from(tensors, meta)
@@ -131,6 +139,7 @@ class Stages:
         )  # fmt: skip
 
     def last_volume(self) -> int:
+        """The asset: distillation and reconstruction of the pseudo views together."""
         views, weight = self._pseudo_views(), self.plan.settings["lambda_recon"]
         return self._volume(self.folder / "model", self.folder / "6-volume", views, weight)
 
@@ -178,9 +187,11 @@ class PseudoViews:
         return iter((self.images, self.c2w, self.fovy))
 
     def cameras(self, group: int) -> Cameras:
+        """The cameras of one group."""
         return Cameras(self.c2w[group], self.fovy[group])
 
     def save(self, path: Path) -> None:
+        """Writes one safetensors file, whole or not at all."""
         from safetensors.torch import save
 
         run_folder.atomic_write(path, save({name: t.contiguous() for name, t in vars(self).items()}))

@@ -37,6 +37,7 @@ class Plan:
 
     @property
     def options(self) -> DreamBoothOptions:
+        """The trainer's options, from the run's settings."""
         s = self.settings
         return DreamBoothOptions(
             batch_size=s["train_batch_size"],

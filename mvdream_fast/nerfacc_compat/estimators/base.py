@@ -15,10 +15,13 @@ class AbstractEstimator(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where its buffers are."""
         return self._dummy.device
 
     def sampling(self, *args, **kwargs):
+        """Samples along rays; each estimator has its own arguments."""
         raise NotImplementedError(f"sampling: {type(self).__name__} must define it, got none; override it")
 
     def update_every_n_steps(self, *args, **kwargs) -> None:
+        """One update in training, where it is time."""
         raise NotImplementedError(f"update_every_n_steps: {type(self).__name__} must define it, got none; override it")

@@ -53,6 +53,7 @@ class VolumeConfig:
 
     @property
     def spec(self) -> "FieldSpec":
+        """What `ops.field` wants to know of it."""
         from mvdream_fast.ops.field import FieldSpec
         from mvdream_fast.ops.hash_encode import HashGrid
 
@@ -78,6 +79,7 @@ class NerfConfig(Checked):
     lr_background: LearningRate = 0.001
 
     def volume_config(self) -> VolumeConfig:
+        """The volume that `volume` names."""
         return VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
 
     def memory(self, n_rays: int) -> dict[str, int]:

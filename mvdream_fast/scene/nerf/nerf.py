@@ -50,10 +50,12 @@ class Nerf(Renderer):
 
     @property
     def radius(self) -> float:
+        """The volume lies in [-radius, radius]^3."""
         return self.occupancy.radius
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.occupancy.ema.device
 
     def render(
@@ -95,6 +97,7 @@ class Nerf(Renderer):
         return total
 
     def after_step(self, step: int, stream: Stream) -> None:
+        """Updates the occupancy grid, where it is time."""
         self.occupancy.update(step, self.density, stream)
 
     def statistics(self) -> dict[str, float]:
@@ -102,6 +105,7 @@ class Nerf(Renderer):
         return {"occupancy": self.occupancy.fraction, "n_samples": self.n_samples}
 
     def restart(self, seed: int) -> None:
+        """Takes the values of a fresh volume of this seed."""
         self.load_state_dict(Nerf(self.config, Stream(seed, 0, "volume")).state_dict())
 
     def save_memory(self, n_rays: int) -> None:
@@ -135,6 +139,7 @@ class Nerf(Renderer):
         return self.density(positions.to(self.device))
 
     def state(self) -> dict[str, Tensor]:
+        """Parameters and occupancy by name; live, not copies."""
         return self.state_dict()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

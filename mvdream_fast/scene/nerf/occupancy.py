@@ -48,6 +48,7 @@ class OccupancyGrid(nn.Module):
 
     @property
     def aabb(self) -> tuple[float, ...]:
+        """The box, as two opposite corners: six numbers in scene units."""
         return (-self.radius,) * 3 + (self.radius,) * 3
 
     @property
