@@ -133,27 +133,13 @@ class MVDreamPipeline:
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | Sequence[str],
-        n_views: int = 4,
-        elevation_deg: float = 15.0,
-        azimuth_start_deg: float = 0.0,
-        azimuth_span_deg: float = 360.0,
-        n_steps: int = 50,
-        guidance_scale: float = 7.5,
-        negative_prompt: Texts = "",
-        suffix: Texts = SUFFIX,
-        *,
-        seed: int | None = 0,
-        generator: torch.Generator | None = None,
-        scheduler: Any = None,
-        callback: Callback | None = None,
-        camera: Cameras | Tensor | None = None,
-        mode: Literal["3d", "2d"] = "3d",
-        convention: Convention = "ldm",
-        eta: float = 0.0,
-        warn: Warn | None = None,
-    ) -> Views | list[Views]:
+        self, prompt: str | Sequence[str], n_views: int = 4, elevation_deg: float = 15.0,
+        azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
+        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
+        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None,
+    ) -> Views | list[Views]:  # fmt: skip
         """Samples `n_views` views of what the prompt says.
 
         Several prompts are sampled in one batch; prompt b then gets the noise of seed + b. The same call gives the
