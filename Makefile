@@ -52,8 +52,8 @@ $(VENV)/.deps-test: $(VENV)/.deps
 	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/requirements.py test)
 	touch $@
 
-# The type checker reads the dependencies' own types.
-$(VENV)/.lint: $(VENV)/.deps
+# The type checker reads the types of all that is imported, extras too.
+$(VENV)/.lint: $(VENV)/.deps-test
 	$(BIN)/python -m pip install -q $$($(BIN)/python .ci/requirements.py --only lint)
 	touch $@
 

@@ -56,6 +56,11 @@ class Model:
     text: TextEncoder | None = None
     tokenizer: Tokenizer | None = None
 
+    def whole(self) -> tuple[MultiViewUNet, VAE, TextEncoder, Tokenizer]:
+        """All parts. Raises RuntimeError where one was left out at loading."""
+        text, tokenizer = needed(self.text, "text"), needed(self.tokenizer, "text")
+        return needed(self.unet, "unet"), needed(self.vae, "vae"), text, tokenizer
+
 
 def load_model(
     path_or_name: "str | Path | Source",

@@ -73,7 +73,7 @@ def check(what: str, need: int, device: str, advice: str) -> None:
 
 def largest(parts: dict[str, int]) -> list[str]:
     """The names of the two largest parts of an estimate, the largest first."""
-    return sorted((name for name in parts if name != PROGRAM), key=parts.get, reverse=True)[:2]
+    return sorted((name for name in parts if name != PROGRAM), key=lambda name: parts[name], reverse=True)[:2]
 
 
 def advice(parts: dict[str, int], way: str) -> str:

@@ -182,6 +182,8 @@ def azimuth_loss(logits: Tensor, azimuth_deg: Tensor) -> Tensor:
 class EvaluatorTrainer(BaseTrainer):
     """One optimisation of the evaluator. `workers` more processes draw the coming batches."""
 
+    options: EvaluatorOptions
+
     def __init__(
         self, evaluator: Evaluator, source: EvaluatorSource, degradation: Degradation, options: EvaluatorOptions,
         workers: int = 0,

@@ -100,7 +100,8 @@ class Loop:
         self._say({"seconds_per_step": seconds, **means})
 
     def _report(self) -> None:
-        self._say(self.report())
+        if self.report is not None:
+            self._say(self.report())
 
     def _say(self, record: dict[str, float]) -> None:
         if not self.ranks.first:

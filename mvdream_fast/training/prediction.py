@@ -51,6 +51,6 @@ def likeness(model: Model) -> float:
     """
     size, config = model.config.latent_size, model.config
     noise = Stream(0, 0, "prediction").normal(1, config.unet.in_channels, size, size)
-    text = model.text(model.tokenizer.encode("").ids)
-    out = model.unet(noise, torch.tensor(config.schedule.n_timesteps - 1), text)
+    unet, _, text, tokenizer = model.whole()
+    out = unet(noise, torch.tensor(config.schedule.n_timesteps - 1), text(tokenizer.encode("").ids))
     return F.cosine_similarity(out.flatten(), noise.flatten(), dim=0).item()

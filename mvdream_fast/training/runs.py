@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
-from mvdream_fast.checkpoints.open import Model, load_model, save_model
+from mvdream_fast.checkpoints.open import Model, load_model, needed, save_model
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.core.files import read_lines
@@ -28,6 +28,7 @@ from mvdream_fast.evaluation.reference import measure
 from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
+from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.prediction import pretrained
@@ -138,14 +139,17 @@ def new_model(name: str, vocabulary: list[str], seed: int, settings: Sequence[st
     if config.text.vocabulary == "subset":
         config = replace(config, text=replace(config.text, vocabulary_size=len(vocabulary)))
     torch.manual_seed(seed)
-    parts = {part: build(part, config) for part in PARTS}
-    return Model(config, tokenizer=Tokenizer(config.text, vocabulary), **parts)
+    model = Model(config, tokenizer=Tokenizer(config.text, vocabulary))
+    for part in PARTS:
+        setattr(model, part, build(part, config))
+    return model
 
 
 def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
     """The rows of a new text tower: a resumed run's own, else those of the captions and of --vocabulary."""
     if args.resume:
-        kept = run_folder.load_latest(folder / "checkpoints")[2].get("vocabulary")
+        latest = run_folder.load_latest(folder / "checkpoints")
+        kept = None if latest is None else latest[2].get("vocabulary")
         if kept:
             return kept
     extra = read_lines(args.vocabulary) if args.vocabulary else []
@@ -154,10 +158,10 @@ def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
 
 def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
     """The model that --init names, or a new one of --config with the autoencoder that --vae names."""
-    if (args.init is None) == (args.vae is None):
-        raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
-    if args.init:
+    if args.init is not None and args.vae is None:
         return adjusted(pretrained(args.init, args.settings), args.settings, args.seed)
+    if args.vae is None or args.init is not None:
+        raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
     model = new_model(args.config, _vocabulary(args, folder, captions), args.seed, args.settings)
     trained = load_model(args.vae, torch.float32, ("vae",))
     made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
@@ -196,10 +200,11 @@ def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
         with torch.device("cpu" if wanted.keys() - trained.keys() else "meta"):
             changed = build(part, config)
         if part == "unet" and config.unet.camera_in == "time" and "camera_embed.2.weight" not in trained:
-            zero(changed.camera_embed[2])  # where another layer begins at zero, this one must not, or neither learns
+            # Where another layer begins at zero, this one must not, or neither learns.
+            zero(changed.get_submodule("camera_embed.2"))
         kept = {name: weight for name, weight in trained.items() if name in wanted}
         owner(part, changed).load_state_dict(kept, strict=False, assign=True)
-        setattr(model, part, changed.to(memory_format=torch.channels_last))
+        setattr(model, part, machine.in_format(changed, torch.channels_last))
     model.config = config
     return model
 
@@ -235,12 +240,12 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
     source = ImageSource(shards)
     fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
     check = ImageSource(held_out or shards).images(Stream(0, 0, "vae/check"), N_CHECK)
-    linear = Linear.fit(fit, model.config.vae.downsampling)
+    linear, vae = Linear.fit(fit, model.config.vae.downsampling), needed(model.vae, "vae")
     bound = linear.bound(check, model.config.vae.latent_channels)
     if not args.init and len(model.config.vae.block_out_channels) == 1:
-        linear_start(model.vae, linear)
+        linear_start(vae, linear)
     device = _device(args)
-    vae = model.vae.to(device).train()
+    vae.to(device).train()
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **given)
     trainer = VAETrainer(model.config, vae, source, options, _workers(args, device))
@@ -267,15 +272,16 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
 
 def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
     model = _begin(args, folder, shards.captions())
-    unknown = model.tokenizer.encode(shards.captions()).unknown
+    unet, vae, text, tokenizer = model.whole()
+    unknown = tokenizer.encode(shards.captions()).unknown
     words = sorted({word for found in unknown for word in found})
     if words and ranks.first:
         print(f"{len(words)} words of the captions are outside the vocabulary: {', '.join(words[:8])}", flush=True)
     device = _device(args)
-    for module in (model.unet, model.vae, model.text):
+    for module in (unet, vae, text):
         module.to(device)
-    model.unet.gradient_checkpointing = args.gradient_checkpointing
-    parts = Parts(model.config, model.unet.train(), model.text.train(), model.vae, model.tokenizer)
+    unet.gradient_checkpointing = args.gradient_checkpointing
+    parts = Parts(model.config, unet.train(), text.train(), vae, tokenizer)
     cache = (args.latents or folder / "latents") if args.cache_latents else None
     workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
@@ -361,7 +367,7 @@ def _loop_options(args: "Flags") -> LoopOptions:
     return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
 
 
-def source_of(cache: Path | None, config: ModelConfig, autoencoder: torch.nn.Module, shards: Shards) -> Source:
+def source_of(cache: Path | None, config: ModelConfig, autoencoder: VAE, shards: Shards) -> Source:
     """Latents from a cache, or where there is none images that the trainer encodes."""
     vae = config.vae
     if shards.size != vae.image_size:
@@ -386,7 +392,7 @@ def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:
     """Captions spread over the data: the last quarter held out, the others trained on."""
     n_new = SHEET_PROMPTS // 4 if held_out else 0
     out = []
-    for source, n in ((shards, SHEET_PROMPTS - n_new), (held_out, n_new)):
+    for source, n in ((shards, SHEET_PROMPTS - n_new), (held_out or shards, n_new)):
         out += [source.records[int((k + 0.5) * len(source) / n)].meta["caption"] for k in range(n)]
     return out
 

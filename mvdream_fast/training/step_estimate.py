@@ -91,7 +91,7 @@ def text_weights(text: TextConfig) -> int:
 
 def _run(unet: nn.Module, latents: tuple[int, ...], config: ModelConfig, checkpointing: bool) -> tuple[float, int]:
     """Operations of forward and backward, and bytes of what autograd keeps in between."""
-    dtype = unet.out[2].weight.dtype
+    dtype = next(unet.get_submodule("out.2").parameters()).dtype
     kept = _Kept(unet)
     with torch.device("meta"):
         x = torch.empty(latents, dtype=dtype)

@@ -22,7 +22,10 @@ from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
+from mvdream_fast.models.unet import MultiViewUNet
+from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.learning_rate import rate
 from mvdream_fast.training.update import BaseTrainer
 
@@ -61,16 +64,16 @@ class Parts:
     """The pieces of a model that training touches; the VAE is only read."""
 
     config: ModelConfig
-    unet: nn.Module
-    text: nn.Module
-    vae: nn.Module
+    unet: MultiViewUNet
+    text: TextEncoder
+    vae: VAE
     tokenizer: Tokenizer
 
 
 class TextAndUNet(nn.Module):
     """UNet and text tower as the one module that several processes share."""
 
-    def __init__(self, unet: nn.Module, text: nn.Module):
+    def __init__(self, unet: MultiViewUNet, text: TextEncoder):
         super().__init__()
         self.unet, self.text = unet, text
 
@@ -105,6 +108,7 @@ class Trainer(BaseTrainer):
     """
 
     kind = "train-unet"  # of its checkpoints
+    options: TrainOptions
 
     def __init__(
         self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False,
@@ -202,7 +206,8 @@ class Trainer(BaseTrainer):
     def latents(self, drawn: Inputs) -> Tensor:
         """The latents [B*V, C, h, w]: as cached, or a sample of the VAE's posterior."""
         images = self._to_device(drawn.images)
-        return images if drawn.encoded else self.parts.vae.encode(images, self._to_device(drawn.posterior))
+        noise = None if drawn.posterior is None else self._to_device(drawn.posterior)
+        return images if drawn.encoded else self.parts.vae.encode(images, noise)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

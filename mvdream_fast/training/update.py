@@ -5,9 +5,9 @@ Losses and batches are the trainers' own (unet.py, vae.py, evaluator.py); the lo
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,18 @@ from mvdream_fast.training.learning_rate import rate
 class Options(Protocol):
     """The settings that an update goes by, a dataclass. Without an `ema` the average is the weights themselves."""
 
-    steps: int
-    lr: float
-    warmup: int
-    ema: float
-    clip: float
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def ema(self) -> float: ...
+    @property
+    def clip(self) -> float: ...
 
 
 class BaseTrainer:
@@ -71,7 +78,10 @@ class BaseTrainer:
             # The average warms up, so that a short run isn't the random start's average.
             decay = min(self.options.ema, self.step / (self.step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(self.ema, [p.float() for p in self.parameters], 1 - decay)
+                # Torch's stubs don't name these two as its own.
+                torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                    self.ema, [p.float() for p in self.parameters], 1 - decay
+                )
         return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0  # a step that the scaler left out
 
     def descend(self, loss: Tensor) -> float:
@@ -147,9 +157,9 @@ class BaseTrainer:
 
 
 @torch.no_grad()
-def _fill(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+def _fill(parameters: Sequence[Tensor], values: list[Tensor]) -> None:
     if parameters:
-        torch._foreach_copy_(parameters, values)
+        torch._foreach_copy_([*parameters], values)  # pyright: ignore[reportPrivateImportUsage] # as above
 
 
 def check_same_model(found: dict, wanted: dict) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.models.config import ModelConfig
-from mvdream_fast.models.vae import LOGVAR_RANGE
+from mvdream_fast.models.vae import LOGVAR_RANGE, VAE
 from mvdream_fast.training.update import BaseTrainer
 
 if TYPE_CHECKING:
@@ -42,13 +42,14 @@ class VAEOptions:
 class VAETrainer(BaseTrainer):
     """One optimisation of the autoencoder. `workers` more processes draw the coming batches."""
 
-    def __init__(
-        self, config: ModelConfig, vae: nn.Module, source: "ImageSource", options: VAEOptions, workers: int = 0
-    ):
+    options: VAEOptions
+
+    def __init__(self, config: ModelConfig, vae: VAE, source: "ImageSource", options: VAEOptions, workers: int = 0):
         self.config, self.vae, self.source = config, vae, source
         if options.decoder_only:
             for module in (vae.model.encoder, vae.model.quant_conv):
-                module.requires_grad_(False)
+                if module is not None:
+                    module.requires_grad_(False)
         trained = [p for p in vae.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         sizes = json.loads(config.to_json())["vae"]
@@ -88,29 +89,36 @@ def psnr(mse: float) -> float:
 
 
 @torch.no_grad()
-def reconstruction(vae: nn.Module, images: Tensor) -> float:
+def reconstruction(vae: VAE, images: Tensor) -> float:
     """PSNR in dB over all pixels of the posterior mean's reconstruction, clamped to the image range."""
     total = sum(F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x, reduction="sum").item() for x in images.split(32))
     return psnr(total / images.numel())
 
 
 @torch.no_grad()
-def measure_scale(vae: nn.Module, images: Tensor) -> float:
+def measure_scale(vae: VAE, images: Tensor) -> float:
     """One factor for all latent components that gives them unit variance together; their spectrum stays natural."""
     latents = torch.cat([vae.encode(x) for x in images.split(32)]) / vae.config.scale_factor
     return float(1 / latents.std())
 
 
 @torch.no_grad()
-def settle(vae: nn.Module) -> None:
+def settle(vae: VAE) -> None:
     """Sets the posterior's variance to its lower clamp, so that its sample is its mean.
 
     The noise makes the decoder forgiving while it is trained. Afterwards it would only be in the way: a small
     autoencoder's is a third of its latents, and the diffusion model is trained on the means that are cached.
     """
-    conv, n = vae.model.quant_conv, vae.config.latent_channels
-    conv.weight[n:] = 0
-    conv.bias[n:] = LOGVAR_RANGE[0]
+    (weight, bias), n = _convolution(vae.model.quant_conv), vae.config.latent_channels
+    weight[n:] = 0
+    bias[n:] = LOGVAR_RANGE[0]
+
+
+def _convolution(layer: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias; our autoencoders have both in every place."""
+    if not isinstance(layer, nn.Conv2d) or layer.bias is None:
+        raise TypeError(f"the autoencoder must have a convolution with a bias here, got {type(layer).__name__}")
+    return layer.weight, layer.bias
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ CONSTANT = 3.0  # in units of the first component's standard deviation; its squa
 
 
 @torch.no_grad()
-def linear_start(vae: nn.Module, linear: Linear) -> None:
+def linear_start(vae: VAE, linear: Linear) -> None:
     """Sets an autoencoder of one level to the linear one, but for what normalisation costs; training begins there.
 
     Each component travels as a pair of channels x and -x, because silu(x) - silu(-x) = x, and each group of the last
@@ -161,17 +169,18 @@ def linear_start(vae: nn.Module, linear: Linear) -> None:
     if len(vae.config.block_out_channels) != 1 or linear.patch != vae.config.patch_size:
         raise ValueError(f"linear_start: the autoencoder must have one level of patches of {linear.patch} pixels")
     for block in (m for m in model.modules() if type(m).__name__ == "ResnetBlock2D"):
-        block.conv2.weight.zero_()
-        block.conv2.bias.zero_()
+        for parameter in block.get_submodule("conv2").parameters():
+            parameter.zero_()
     for conv in (model.quant_conv, model.post_quant_conv):
-        conv.weight.copy_(torch.eye(conv.weight.shape[0])[:, :, None, None])
-        conv.bias.zero_()
+        weight, bias = _convolution(conv)
+        weight.copy_(torch.eye(len(weight))[:, :, None, None])
+        bias.zero_()
     first, kept = linear.std[0], linear.directions[:, :n]
     spread = linear.std[:n].square().mean().sqrt()  # latents of about unit variance: scale_factor stays near 1
     eye, none = torch.eye(n), torch.zeros(n)
     _carry(model.encoder.conv_in, kept.T / first, -(kept.T @ linear.mean) / first, vae.config.norm_num_groups)
     _read(model.encoder.conv_norm_out, model.encoder.conv_out, eye * first / spread, none)
-    model.encoder.conv_out.bias[n:] = -6.0
+    _convolution(model.encoder.conv_out)[1][n:] = -6.0
     _carry(model.decoder.conv_in, eye * spread / first, none, vae.config.norm_num_groups)
     _read(model.decoder.conv_norm_out, model.decoder.conv_out, kept * first, linear.mean)
 
@@ -187,25 +196,29 @@ def _pairs(channels: int, groups: int, n: int) -> list[int]:
 
 def _carry(conv: nn.Conv2d, matrix: Tensor, bias: Tensor, groups: int) -> None:
     """Makes a convolution's output hold matrix @ input + bias in pairs, and the constants."""
-    conv.weight.mul_(0.1)
-    conv.bias.zero_()
+    weights, biases = _convolution(conv)
+    weights.mul_(0.1)
+    biases.zero_()
     for row, p in enumerate(_pairs(conv.out_channels, groups, len(matrix))):
         for channel, sign in ((p, 1), (p + 1, -1)):
-            conv.weight[channel] = 0
-            conv.weight[channel, :, 1, 1] = sign * matrix[row]
-            conv.bias[channel] = sign * bias[row]
+            weights[channel] = 0
+            weights[channel, :, 1, 1] = sign * matrix[row]
+            biases[channel] = sign * bias[row]
     for p in range(0, conv.out_channels, conv.out_channels // groups):
-        conv.weight[p : p + 2] = 0
-        conv.bias[p], conv.bias[p + 1] = CONSTANT, -CONSTANT
+        weights[p : p + 2] = 0
+        biases[p], biases[p + 1] = CONSTANT, -CONSTANT
 
 
-def _read(norm: nn.GroupNorm, conv: nn.Conv2d, matrix: Tensor, bias: Tensor) -> None:
+def _read(norm: nn.Module, conv: nn.Conv2d, matrix: Tensor, bias: Tensor) -> None:
     """Makes norm, silu and convolution compute matrix @ components + bias from what `_carry` wrote."""
+    if not isinstance(norm, nn.GroupNorm):
+        raise TypeError(f"linear_start: the autoencoder must have a GroupNorm here, got {type(norm).__name__}")
+    weights, biases = _convolution(conv)
     norm.weight.fill_(CONSTANT * math.sqrt(2 * norm.num_groups / norm.num_channels))
     norm.bias.zero_()
-    conv.weight.zero_()
-    conv.bias.zero_()
+    weights.zero_()
+    biases.zero_()
     for column, p in enumerate(_pairs(norm.num_channels, norm.num_groups, matrix.shape[1])):
-        conv.weight[: len(matrix), p, 1, 1] = matrix[:, column]
-        conv.weight[: len(matrix), p + 1, 1, 1] = -matrix[:, column]
-    conv.bias[: len(bias)] = bias
+        weights[: len(matrix), p, 1, 1] = matrix[:, column]
+        weights[: len(matrix), p + 1, 1, 1] = -matrix[:, column]
+    biases[: len(bias)] = bias

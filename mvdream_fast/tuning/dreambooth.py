@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mvdream_fast.data.batches import Source
-from mvdream_fast.models.lora import adapted, change
+from mvdream_fast.models.lora import Adapted, adapted, change
 from mvdream_fast.training.learning_rate import rate
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 
@@ -45,6 +45,7 @@ class Pull(Protocol):
 
     def backward(self) -> float:
         """Adds its gradient to the parameters' gradients; returns ||theta - theta_0||_1 / N, without lambda."""
+        ...
 
 
 class Preservation:
@@ -80,7 +81,7 @@ class AdapterPreservation:
     Args: n is the number of the UNet's own weights.
     """
 
-    def __init__(self, layers: list[nn.Module], n: int, weight: float):
+    def __init__(self, layers: list[Adapted], n: int, weight: float):
         self.layers, self.n, self.weight = layers, n, weight
 
     def backward(self) -> float:
@@ -101,6 +102,7 @@ class DreamBoothTrainer(Trainer):
     """
 
     kind = "dreambooth"
+    options: DreamBoothOptions
 
     def __init__(self, parts: Parts, source: Source, options: DreamBoothOptions):
         super().__init__(parts, source, options)
@@ -131,6 +133,7 @@ class DreamBoothTrainer(Trainer):
 
 def lr_share(options: DreamBoothOptions, step: int) -> float:
     """The share of the learning rate at a step: a linear warm-up, then constant, or down to zero at the last step."""
-    falls = options.lr_scheduler != "constant"
-    decay = max(options.steps - options.warmup, 1) if falls else 0
-    return rate(step, options.warmup, options.steps, decay, options.lr_scheduler if falls else "linear")
+    if options.lr_scheduler == "constant":
+        return rate(step, options.warmup, options.steps, 0)
+    decay = max(options.steps - options.warmup, 1)
+    return rate(step, options.warmup, options.steps, decay, options.lr_scheduler)

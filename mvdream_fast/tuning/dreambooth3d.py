@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
+from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.images import png_bytes, sheet
@@ -219,7 +220,7 @@ def translate(
     Returns: [V, 3, Hp, Wp] in [0, 1].
     Source: Meng et al. 2022, "SDEdit".
     """
-    z = pipeline.vae.encode(images.to(pipeline.device) * 2 - 1)
+    z = needed(pipeline.vae, "vae").encode(images.to(pipeline.device) * 2 - 1)
     timesteps = pipeline.schedule.timesteps(N_STEPS)
     skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
     noised = pipeline.schedule.add_noise(z, stream.normal(*z.shape, device=z.device), timesteps[skip])

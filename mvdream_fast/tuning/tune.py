@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import owner
-from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_folder
+from mvdream_fast.checkpoints.open import Model, load_model, needed, open_source, write_folder
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.images import GREY
@@ -62,15 +62,15 @@ def load_parts(plan: Plan, device: torch.device) -> Parts:
     settings = plan.settings
     model = load_model(settings["model"], torch.float32)
     add_token(model, settings["instance_token"])
-    _name_words(model.tokenizer, settings["instance_prompt"], settings["instance_token"])
+    unet, vae, text, tokenizer = model.whole()
+    _name_words(tokenizer, settings["instance_prompt"], settings["instance_token"])
     if settings["lora_rank"]:
-        model.unet.requires_grad_(False)
-        add_adapters(model.unet, settings["lora_rank"], settings["seed"])
-    for module in (model.unet, model.vae, model.text):
+        unet.requires_grad_(False)
+        add_adapters(unet, settings["lora_rank"], settings["seed"])
+    for module in (unet, vae, text):
         module.to(device)
-    model.unet.gradient_checkpointing = settings["gradient_checkpointing"]
-    text = model.text.train(settings["train_text_encoder"])
-    return Parts(model.config, model.unet.train(), text, model.vae, model.tokenizer)
+    unet.gradient_checkpointing = settings["gradient_checkpointing"]
+    return Parts(model.config, unet.train(), text.train(settings["train_text_encoder"]), vae, tokenizer)
 
 
 def add_token(model: Model, token: str) -> None:
@@ -78,11 +78,13 @@ def add_token(model: Model, token: str) -> None:
 
     The row begins as the mean of all rows: it means nothing yet, and the frozen tower can be tuned around it.
     """
-    if model.config.text.vocabulary != "subset" or f"<word:{token.lower()}>" in model.tokenizer.vocabulary:
+    text, tokenizer = needed(model.text, "text"), needed(model.tokenizer, "text")
+    if model.config.text.vocabulary != "subset" or f"<word:{token.lower()}>" in tokenizer.vocabulary:
         return  # a model that was tuned before has it
-    model.text = model.text.with_token(torch.arange(len(SPECIAL_ROWS), len(model.tokenizer.vocabulary)))
-    model.tokenizer = model.tokenizer.with_token(token)
-    model.config = dataclasses.replace(model.config, text=model.text.config)
+    text = text.with_token(torch.arange(len(SPECIAL_ROWS), len(tokenizer.vocabulary)))
+    model.text = text
+    model.tokenizer = tokenizer.with_token(token)
+    model.config = dataclasses.replace(model.config, text=text.config)
 
 
 def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
