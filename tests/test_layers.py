@@ -156,7 +156,7 @@ def test_no_two_files_import_each_other():
     names = {dotted(path): path for path in FILES}
     graph = {}
     for name, path in names.items():
-        modules = list(_imported_by(path, types=False))
+        modules = list(_imported_by(path, types=True))
         graph[name] = {m if m in names else m.rpartition(".")[0] for m in modules} & names.keys() - {name}
     assert circle(graph) == set()
 

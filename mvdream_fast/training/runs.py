@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
+from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.prediction import pretrained
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
@@ -43,9 +43,6 @@ from mvdream_fast.training.vae import (
     settle,
 )
 
-if TYPE_CHECKING:
-    from mvdream_fast.train import Flags
-
 N_FIT, N_CHECK = 512, 256  # images for the linear bound and the latent scale; held-out images for the PSNR
 SHEET_PROMPTS = 8
 ADDED = re.compile(r"(^|\.)(camera_embed|camera_token|camera_vectors|norm_views|attn_views)\.")  # layers --set may add
@@ -55,7 +52,7 @@ FIXED = ("stage", "config", "settings", "init", "vae", "text", "vocabulary", "de
 PASSING = ("output", "resume", "device", "threads", "workers", "given")  # not what a run is
 
 
-def run_stage(args: "Flags") -> int:
+def run_stage(args: Flags) -> int:
     """Trains as the flags say and writes `output/model`; returns the exit code."""
     args = _settled(args)
     shards = Shards(args.data)
@@ -71,7 +68,7 @@ def run_stage(args: "Flags") -> int:
         return _train(args, folder, shards, held_out)
 
 
-def _settled(args: "Flags") -> "Flags":
+def _settled(args: Flags) -> Flags:
     """The flags of a run that goes on: what is not given is as it was, what made the model cannot change."""
     record = run_folder.read_record(Path(args.output)) if args.resume else None
     if record is None or record.get("kind") != "training":
@@ -79,7 +76,7 @@ def _settled(args: "Flags") -> "Flags":
     return cli.settled(args, record["settings"], FIXED)
 
 
-def _train(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+def _train(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
     if args.stage != "unet":
         stage = _train_vae if args.stage == "vae" else _train_evaluator
         return stage(args, folder, shards, held_out)
@@ -89,7 +86,7 @@ def _train(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None)
     return code
 
 
-def _check_ranks(args: "Flags", world: int, shards: Shards) -> None:
+def _check_ranks(args: Flags, world: int, shards: Shards) -> None:
     """Refuses what several processes cannot share, before they meet."""
     n_shards = len({record.path for record in shards.records})
     if world > n_shards:
@@ -106,7 +103,7 @@ def _check_ranks(args: "Flags", world: int, shards: Shards) -> None:
         raise ArgumentError(f"--shard {args.shard} must have several processes; start them with `accelerate launch`")
 
 
-def _output(args: "Flags") -> Path:
+def _output(args: Flags) -> Path:
     """The output folder. A run that is there already is only continued on request, and only a run is continued."""
     folder, there = Path(args.output), (Path(args.output) / "checkpoints" / run_folder.LATEST).exists()
     if there and not args.resume:
@@ -145,7 +142,7 @@ def new_model(name: str, vocabulary: list[str], seed: int, settings: Sequence[st
     return model
 
 
-def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
+def _vocabulary(args: Flags, folder: Path, captions: list[str]) -> list[str]:
     """The rows of a new text tower: a resumed run's own, else those of the captions and of --vocabulary."""
     if args.resume:
         latest = run_folder.load_latest(folder / "checkpoints")
@@ -156,7 +153,7 @@ def _vocabulary(args: "Flags", folder: Path, captions: list[str]) -> list[str]:
     return build_subset_vocabulary([*captions, *extra])
 
 
-def _begin(args: "Flags", folder: Path, captions: list[str]) -> Model:
+def _begin(args: Flags, folder: Path, captions: list[str]) -> Model:
     """The model that --init names, or a new one of --config with the autoencoder that --vae names."""
     if args.init is not None and args.vae is None:
         return adjusted(pretrained(args.init, args.settings), args.settings, args.seed)
@@ -209,7 +206,7 @@ def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
     return model
 
 
-def _device(args: "Flags") -> torch.device:
+def _device(args: Flags) -> torch.device:
     """The device that is named, or a GPU; each process of a machine has a GPU of its own."""
     device = machine.choose_device(args.device)
     world, _, local = launched()
@@ -219,7 +216,7 @@ def _device(args: "Flags") -> torch.device:
     return device
 
 
-def _workers(args: "Flags", device: torch.device) -> int:
+def _workers(args: Flags, device: torch.device) -> int:
     """Processes that draw batches. A CPU is busy with the model itself; a GPU would wait for the images."""
     if args.workers is not None:
         return args.workers
@@ -232,7 +229,7 @@ def _given(**values) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
     if args.init:
         model = load_model(args.init, torch.float32)
     else:
@@ -270,7 +267,7 @@ def _train_vae(args: "Flags", folder: Path, shards: Shards, held_out: Shards | N
     return code
 
 
-def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
+def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
     model = _begin(args, folder, shards.captions())
     unet, vae, text, tokenizer = model.whole()
     unknown = tokenizer.encode(shards.captions()).unknown
@@ -314,7 +311,7 @@ def _train_unet(args: "Flags", folder: Path, shards: Shards, held_out: Shards | 
     return code
 
 
-def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shards | None) -> int:
+def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
     """The evaluator, and what real renders score in its eyes: all of weights/evaluator but the prompts."""
     if held_out is None:
         raise InputFileError(f"no held-out shards in {args.data}; the evaluator's accuracy is measured on them")
@@ -345,7 +342,7 @@ def _train_evaluator(args: "Flags", folder: Path, shards: Shards, held_out: Shar
     return loop.run()
 
 
-def _options(args: "Flags") -> TrainOptions:
+def _options(args: Flags) -> TrainOptions:
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     return TrainOptions(
         n_views=args.n_views,
@@ -363,7 +360,7 @@ def _options(args: "Flags") -> TrainOptions:
     )
 
 
-def _loop_options(args: "Flags") -> LoopOptions:
+def _loop_options(args: Flags) -> LoopOptions:
     return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
 
 
