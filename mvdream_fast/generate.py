@@ -112,9 +112,9 @@ def check_flags(flags: Flags) -> str:
         raise ArgumentError('a prompt is missing: python -m mvdream_fast.generate "a brown bulldog"')
     check_prompt(prompt)
     check_prompt(flags.negative_prompt, allow_empty=True)
+    cli.check_at_least(flags, 1, "steps", "n_views", "threads")
     if flags.model is None:  # another model may have timesteps of its own, which tell once it is open
         ddim_timesteps(flags.steps)
-    cli.check_at_least(flags, 1, "n_views", "threads")
     cli.check_from_to(flags, -90, 90, "elevation_deg")
     for name in ("guidance_scale", "azimuth_start_deg", "azimuth_span_deg"):
         if not abs(getattr(flags, name)) < 1e6:

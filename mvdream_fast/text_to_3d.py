@@ -103,6 +103,8 @@ class TextTo3D:
                 f"TextTo3D: config must be an SDSConfig, got {type(config).__name__}; single settings are arguments of "
                 "their own, as steps=300"
             )
+        if overrides.get("negative_prompt", "") is None:  # diffusers' own default
+            overrides = overrides | {"negative_prompt": ""}
         plain = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in overrides.items()}
         plain |= typed({name: x for name, x in plain.items() if name in SETTINGS}, "TextTo3D", ArgumentError)
         if preset in (None, "auto"):

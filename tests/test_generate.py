@@ -224,3 +224,8 @@ def test_an_interrupt_leaves_nothing(model, monkeypatch):
 def test_foreign_devices_are_refused(model, capsys):
     assert command("a car", "--model", model, "--device", "toaster", "--steps", "2") == 2
     assert "--device must be auto, cpu, cuda or cuda:N, got 'toaster'" in capsys.readouterr().err
+
+
+def test_no_steps_are_refused_by_the_flag(capsys):
+    assert command("a car", "--steps", "0") == 2
+    assert "generate: --steps must be at least 1, got 0" in capsys.readouterr().err

@@ -332,7 +332,7 @@ def test_what_other_libraries_pass_is_taken(tmp_path, monkeypatch):
     plain = Studio()("x", config=TINY, seed=3, steps=4)
     same_run = Studio()(
         np.str_("x"), None, config=TINY, seed=np.int64(3), steps=np.int32(4), checkpoints="~/ckpt",
-        checkpoint_every=np.int64(2), callback=None, interrupt=None,
+        checkpoint_every=np.int64(2), callback=None, interrupt=None, negative_prompt=None,
     )  # fmt: skip
     assert same(plain.state(), same_run.state())
     assert run_folder.load_latest(tmp_path / "ckpt")[0] == 4

@@ -126,6 +126,12 @@ class Source:
         """Raises ModelError if a name, shape or dtype of the part is not as it must be; reads no data."""
         file, layout = self.files[part], self.layout_of(part)
         found = {name: shape for name, shape in file.shapes.items() if name not in layout.unused}
+        cameras = {slot.name for name, slot in layout.slots.items() if name.startswith(layouts.CAMERA)}
+        if cameras and layout.expected.keys() - found.keys() == cameras:
+            raise ModelError(
+                f"{self.path} is a model of single images, without camera layers; name a multi-view model, or train "
+                "one from it with train --init"
+            )
         check_shapes(str(file.path), layout.expected, found, file.dtypes)
 
     def tensors(self, part: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
