@@ -122,6 +122,9 @@ class Settings:
 def hints_of(settings: Settings) -> Hints:
     """Reads what shapes cannot tell. Raises ModelError."""
     heads, channels = _heads(settings)
+    for name in ("use_quant_conv", "use_post_quant_conv"):  # said here, before their tensors are missed
+        if settings["vae"].get(name) is False:
+            raise settings.refusal("vae", name, "True")
     # transformers leaves out of a file what is the default of the class.
     text_heads, activation = (8, "quick_gelu") if settings["text"] else (None, None)
     return Hints(

@@ -176,6 +176,9 @@ def _check(tree: dict) -> None:
     version = str(tree.get("asset", {}).get("version", "1.0"))
     if not version.startswith("2"):
         raise MeshError(f"is glTF {version}, only glTF 2 can be read; convert it to GLB")
+    least = str(tree.get("asset", {}).get("minVersion", "2.0"))
+    if least != "2.0":
+        raise MeshError(f"needs glTF {least}, only glTF 2.0 can be read; export it as that")
     promised = sum(_count(accessor.get("count", 0)) for accessor in tree.get("accessors", []))
     for what, number, most in (("values", promised, MAX_VALUES), ("nodes", len(tree.get("nodes", [])), MAX_NODES)):
         if number > most:

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from reference import stable_diffusion
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from mvdream_fast.checkpoints.foreign_config import APPLIED, FILES, NO_EFFECT, implied
@@ -172,6 +173,16 @@ def test_what_our_model_does_not_do_is_refused_by_name(folder, kind):
 def test_values_that_cannot_be(folder, kind, changes, sentence):
     with pytest.raises(ModelError, match=sentence.replace("|", r"\|") if "pad_token" in sentence else sentence):
         opened(folder, kind, **changes)
+
+
+@pytest.mark.parametrize("name", ["quant_conv", "post_quant_conv"])
+def test_a_vae_without_its_inner_convolutions_is_refused_by_the_setting(folder, name):
+    """Its file lacks their tensors, too: the setting says why."""
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    kept = {key: x.clone() for key, x in load_file(path).items() if not key.startswith(name)}
+    save_file(kept, path)
+    with pytest.raises(ModelError, match=f"vae/config.json: use_{name} must be True, got False"):
+        opened(folder, "vae", **{f"use_{name}": False})
 
 
 @pytest.mark.parametrize("cls", SCHEDULERS, ids=lambda cls: cls.__name__)

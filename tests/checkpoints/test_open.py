@@ -310,7 +310,8 @@ CONV = "model.diffusion_model.input_blocks.1.0.out_layers.3.weight"
         ({"model.diffusion_model.input_blocks.999.0.x": torch.zeros(1)}, ["is missing"]),
         ({"model.diffusion_model.camera_embed.0.weight": None, "model.diffusion_model.camera_embed.0.bias": None,
           "model.diffusion_model.camera_embed.2.weight": None, "model.diffusion_model.camera_embed.2.bias": None},
-         ["4 missing (", "camera_embed.0.bias", ", ...)", "Download or convert it again"]),
+         ["is a model of single images, without camera layers; name a multi-view model"]),
+        ({f"extra{k}": torch.zeros(1) for k in range(4)}, ["4 unexpected (extra0, extra1, extra2, ...)", "Download"]),
     ],
 )  # fmt: skip
 def test_spoiled_unet_of_a_released_file(flat21, tmp_path, changes, sentences):

@@ -112,6 +112,7 @@ def damage(path: str, value) -> Builder:
         ("scenes/0/nodes", [0] * 5001, "a scene holds a node twice"),
         ("nodes", [{"mesh": 0}] * 5001, "promises 5001 nodes, at most 5000 are taken"),
         ("asset", {"version": "1.0"}, "is glTF 1.0, only glTF 2 can be read"),
+        ("asset", {"version": "2.0", "minVersion": "2.1"}, "needs glTF 2.1, only glTF 2.0 can be read"),
         ("nodes/0/skin", 0, r"refers to skins\[0\]"),
     ],
 )
