@@ -316,6 +316,8 @@ def _poses(camera: Cameras | Tensor | None, n_views: int, angles_deg: tuple[floa
         raise ArgumentError(
             "pipeline: camera must hold at least 1 pose, got none; leave it out for 4 around the object"
         )
+    if not poses.isfinite().all():
+        raise ArgumentError("pipeline: camera must hold finite numbers, got one that is not; check the poses")
     return poses
 
 

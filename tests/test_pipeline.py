@@ -320,6 +320,7 @@ def test_text_cond_shapes(pipe):
         ({"camera": "front"}, r"c2w must be numbers \[V, 4, 4\] or \[V, 16\], got 'front'"),
         ({"camera": np.eye(4)}, r"c2w must be \[V, 4, 4\] or \[V, 16\], got \[4, 4\]; one pose a view"),
         ({"camera": torch.zeros(0, 16)}, "camera must hold at least 1 pose"),
+        ({"camera": torch.full((1, 16), float("nan"))}, "camera must hold finite numbers"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
         ({"mode": "4d"}, "mode must be 3d or 2d, got '4d'"),
         ({"convention": "karras"}, "convention must be ldm or diffusers"),
