@@ -163,10 +163,21 @@ def use_references() -> None:
     from mvdream_fast.guidance import sds
     from mvdream_fast.scene.nerf import occupancy, renderer, volume
 
-    renderer.march_rays, renderer.prune_samples = ops.march_rays_ref, ops.prune_samples_ref
-    renderer.composite, renderer.render = ops.composite_ref, ops.render_ref
-    volume.ops = SimpleNamespace(field=ops.field_ref, field_density=ops.field_density_ref)
-    occupancy.update_occupancy, sds.sds_target = ops.update_occupancy_ref, ops.sds_target_ref
+    def composite(sigmas, rgb, samples, background):
+        return ops.composite_ref(sigmas, rgb, samples.t_starts, samples.t_ends, samples.packed_info, background)
+
+    field = SimpleNamespace(field=ops.field_ref, field_density=ops.field_density_ref)
+    for module, name, reference in (
+        (renderer, "march_rays", ops.march_rays_ref),
+        (renderer, "prune_samples", ops.prune_samples_ref),
+        (renderer, "composite_samples", composite),
+        (renderer, "render", ops.render_ref),
+        (volume, "ops", field),
+        (occupancy, "run_update", ops.update_occupancy_ref),
+        (sds, "sds_target", ops.sds_target_ref),
+    ):
+        getattr(module, name)  # or the contestant would be ours
+        setattr(module, name, reference)
 
 
 if __name__ == "__main__":

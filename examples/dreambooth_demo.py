@@ -27,7 +27,7 @@ from mvdream_fast.checkpoints.open import load_model, open_source
 from mvdream_fast.core.cli import set_threads
 from mvdream_fast.core.images import GREY, to_image
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import ImageSource, Shards, composite
+from mvdream_fast.data.batches import ImageSource, Shards, on_background
 from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
@@ -92,7 +92,7 @@ def prepare(shards: Shards, key: str, noun: str, folder: Path) -> Subject:
         Image.fromarray(views[int(stream.integers(0, len(views)))]).save(folder / f"{k}.png")
     meta = shards.records[orbits[0]].meta
     cameras = Cameras(torch.tensor(meta["c2w"]).reshape(-1, 4, 4), torch.tensor(meta["fovy"]))
-    return Subject(key, noun, folder, composite(shards.views(orbits[0]), torch.full((3,), GREY)) / 2 + 0.5, cameras)
+    return Subject(key, noun, folder, on_background(shards.views(orbits[0]), torch.full((3,), GREY)) / 2 + 0.5, cameras)
 
 
 def tune(args: argparse.Namespace, subject: Subject, folder: Path, **more) -> float:

@@ -159,7 +159,7 @@ def _checked(meta: dict) -> dict:
     return {**meta, "key": str(meta["key"]), "caption": caption, "variants": variants}
 
 
-def composite(views: np.ndarray, color: Tensor) -> Tensor:
+def on_background(views: np.ndarray, color: Tensor) -> Tensor:
     """Straight-alpha RGBA [n, s, s, 4] uint8 over a colour [3] or [n, 3] in [0, 1]: [n, 3, s, s] in [-1, 1]."""
     rgba = torch.from_numpy(np.ascontiguousarray(views)).permute(0, 3, 1, 2).float() / 255
     alpha = rgba[:, 3:]
@@ -200,7 +200,7 @@ class ImageSource:
         captions = [self.shards.caption(i, stream) for i, _ in groups]
         groups = ranks.part(groups)
         views = (self.shards.views(i)[which] for i, which in groups)
-        images = torch.cat([composite(rgba, color) for rgba, color in zip(views, ranks.part(colors))])
+        images = torch.cat([on_background(rgba, color) for rgba, color in zip(views, ranks.part(colors))])
         cameras = _cameras(self.shards, groups) if multi_view else None
         return Batch(images, cameras, ranks.part(captions), v, encoded=False)
 
@@ -211,7 +211,7 @@ class ImageSource:
         rows = []
         for i, kind, u in zip(picks, kinds, views):
             which = int(u * self.shards.records[i].n_views)
-            rows.append(composite(self.shards.views(i)[which : which + 1], background(kind, stream)))
+            rows.append(on_background(self.shards.views(i)[which : which + 1], background(kind, stream)))
         return torch.cat(rows)
 
 
@@ -271,7 +271,7 @@ class LatentSource:
     def _images(self, i: int) -> Tensor:
         """Record i on each background, its views fastest."""
         kinds = range(len(BACKGROUND_SHARES))
-        return torch.cat([composite(self.shards.views(i), self._background(i, kind)) for kind in kinds])
+        return torch.cat([on_background(self.shards.views(i), self._background(i, kind)) for kind in kinds])
 
     @staticmethod
     def _background(i: int, kind: int) -> Tensor:
@@ -281,7 +281,7 @@ class LatentSource:
         """Latents of views of record i on a background, [V, C, h, w] float32."""
         if not self.filled[i, kind]:
             with torch.no_grad():
-                latents = self.encode(composite(self.shards.views(i), self._background(i, kind)))
+                latents = self.encode(on_background(self.shards.views(i), self._background(i, kind)))
             self.latents[i, kind] = latents.cpu().numpy()
             self.filled[i, kind] = 1
         return torch.from_numpy(self.latents[i, kind, which].astype(np.float32))

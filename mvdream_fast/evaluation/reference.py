@@ -19,7 +19,7 @@ from mvdream_fast.core.errors import InputFileError, ModelError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import Record, Shards, composite
+from mvdream_fast.data.batches import Record, Shards, on_background
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator
 from mvdream_fast.rendering.furniture import furniture_noun
@@ -95,7 +95,7 @@ class Orbit:
     def read(shards: Shards, i: int) -> "Orbit":
         """The orbit of one record of the shards."""
         record, views = shards.records[i], shards.views(i)
-        images = composite(views, torch.full((3,), GREY)) / 2 + 0.5
+        images = on_background(views, torch.full((3,), GREY)) / 2 + 0.5
         masks = torch.from_numpy(views[..., 3] > 127)
         return Orbit(record, images, masks, torch.tensor(record.meta["azimuth_deg"]) % 360)
 

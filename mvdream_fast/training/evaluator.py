@@ -15,7 +15,7 @@ from torch import Tensor
 from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
-from mvdream_fast.data.batches import SUFFIX, Shards, composite, view_group
+from mvdream_fast.data.batches import SUFFIX, Shards, on_background, view_group
 from mvdream_fast.evaluation.evaluator import Evaluator
 from mvdream_fast.evaluation.measures import opposite_difference
 from mvdream_fast.evaluation.reference import HAS_FRONT, Orbit
@@ -77,7 +77,7 @@ class EvaluatorSource:
         picks = [*firsts, *others][:n_scenes]
         which = [view_group(self.shards.records[i].n_views, n_views, stream) for i in picks]
         colors = backgrounds(stream, n_scenes)
-        images = torch.stack([composite(self.shards.views(i)[w], c) for i, w, c in zip(picks, which, colors)])
+        images = torch.stack([on_background(self.shards.views(i)[w], c) for i, w, c in zip(picks, which, colors)])
         azimuths = torch.tensor(
             [[self.shards.records[i].meta["azimuth_deg"][k] for k in w] for i, w in zip(picks, which)]
         )

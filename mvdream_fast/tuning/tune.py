@@ -18,7 +18,7 @@ from mvdream_fast.checkpoints.open import Model, load_model, needed, open_source
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.images import GREY
-from mvdream_fast.data.batches import Source, composite
+from mvdream_fast.data.batches import Source, on_background
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.lora import add_adapters, merged_state
 from mvdream_fast.models.tokenizer import SPECIAL_ROWS
@@ -100,7 +100,7 @@ def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
 
 def photo_source(plan: Plan, photos: np.ndarray, parts: Parts) -> PhotoSource:
     """The photos on grey, encoded once."""
-    latents = encoded(parts, composite(photos, torch.full((3,), GREY)))
+    latents = encoded(parts, on_background(photos, torch.full((3,), GREY)))
     return PhotoSource(latents, plan.settings["instance_prompt"], encoded=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data import batches
-from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, composite, view_group
+from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, on_background, view_group
 from mvdream_fast.data.shards import Sample, _add, encode_views, write_shard
 from mvdream_fast.rendering.orbits import PRESETS, orbit
 
@@ -78,7 +78,7 @@ def test_a_batch_is_a_function_of_its_key(folder):
 def test_backgrounds_show_through_alpha():
     views = np.zeros((1, 1, 3, 4), np.uint8)
     views[0, 0, :, 0], views[0, 0, :, 3] = 255, (0, 255, 51)  # red: absent, opaque, one fifth
-    out = composite(views, torch.tensor([0.0, 0.5, 1.0]))[0, :, 0]
+    out = on_background(views, torch.tensor([0.0, 0.5, 1.0]))[0, :, 0]
     assert torch.allclose(
         out.T, torch.tensor([[-1, 0, 1], [1, -1, -1], [0.2 * 2 - 1, 0.4 * 2 - 1, 0.8 * 2 - 1]]), atol=1e-6
     )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import composite
+from mvdream_fast.data.batches import on_background
 from mvdream_fast.tuning import photos as module
 from mvdream_fast.tuning.photos import MAX_PHOTOS, PhotoSource, draw, list_photos, load_photo
 
@@ -48,7 +48,7 @@ def test_a_cut_out_is_padded_and_lies_on_grey(tmp_path, name):
     assert (photo[:9, :, 3] == 0).all()
     assert (photo[21:, :, 3] == 0).all()
     assert (photo[15, 12:18] == (*RED, 255)).all()
-    on_grey = composite(photo[None], torch.full((3,), 0.5))[0]
+    on_grey = on_background(photo[None], torch.full((3,), 0.5))[0]
     assert on_grey.shape == (3, 30, 30)
     assert on_grey[:, 2, 2].abs().max() < 1e-6  # 0.5 in [0, 1] is 0 in [-1, 1]
     assert torch.equal(on_grey[:, 15, 15], torch.tensor([1.0, -1.0, -1.0]))
