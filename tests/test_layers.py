@@ -35,7 +35,8 @@ FLOORS = [
     ["kernels", "_C"],
     ["camera"],
     ["camera_sampling"],
-    ["core", "weights", "_version"],
+    ["core", "weights"],
+    ["_version"],
 ]
 FLOOR_OF = {name: level for level, floor in enumerate(reversed(FLOORS)) for name in floor}
 
@@ -121,7 +122,7 @@ def test_every_floor_is_somewhere_and_named_in_contributing():
     assert existing == set(FLOOR_OF)
     line = re.search(r"^`verbs -> .*?`$", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S).group()
     named = [set(re.findall(r"\w+", floor)) for floor in line.split("->")]
-    assert named == [{"verbs"}, *({*floor} - {"_version"} for floor in FLOORS[1:])]
+    assert named == [{"verbs"}, *({*floor} for floor in FLOORS[1:-1])]  # the version is no floor to speak of
 
 
 def test_a_verb_is_what_python_runs():

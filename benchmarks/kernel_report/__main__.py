@@ -9,4 +9,4 @@ from kernel_report.report import Report, main  # noqa: E402 (the path comes firs
 from mvdream_fast.core import cli  # noqa: E402
 
 if __name__ == "__main__":
-    cli.run(main, Report, prog="kernel_report")
+    cli.run(main, Report, prog="kernel_report", command="python benchmarks/kernel_report")

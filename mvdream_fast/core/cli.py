@@ -57,8 +57,13 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
-def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: list[str] | None = None) -> None:
-    """Parses `argv` into `flags`, calls `main`, leaves with the documented exit code; a user's mistake is one line."""
+def run(
+    main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: list[str] | None = None, command: str = ""
+) -> None:
+    """Parses `argv` into `flags`, calls `main`, leaves with the documented exit code; a user's mistake is one line.
+
+    command: what a person types, where that is not `python -m mvdream_fast.PROG`.
+    """
     import tyro
 
     argv = sys.argv[1:] if argv is None else argv
@@ -67,9 +72,8 @@ def run(main: Callable[[Args], None], flags: type[Args], *, prog: str, argv: lis
     try:
         _check_words(argv)
         description = f"{flags.__doc__ or ''}\n\n{EXIT_CODES}"
-        args = tyro.cli(
-            flags, args=argv, prog=f"python -m mvdream_fast.{prog}", description=description, registry=_TYPES
-        )
+        command = command or f"python -m mvdream_fast.{prog}"
+        args = tyro.cli(flags, args=argv, prog=command, description=description, registry=_TYPES)
         main(dataclasses.replace(args, given=_named(flags, argv)) if hasattr(args, "given") else args)
     except UserError as error:
         fail(prog, str(error), error.exit_code)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvdream_fast import __version__
+from mvdream_fast._version import __version__
 from mvdream_fast.core import machine
 from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError

@@ -226,6 +226,10 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=BENCHMARKS)
 
 
+def test_its_help_names_the_command_that_exists():
+    assert run_report("--help").stdout.startswith("usage: python benchmarks/kernel_report ")
+
+
 def test_unknown_architecture_is_an_argument_error():
     assert run_report("--archs", "75", check=False).returncode == 2
 
