@@ -51,7 +51,7 @@ def main(flags: Flags) -> None:
         return tensors
 
     parts = ((part, lambda part=part: read(part)) for part in PARTS)
-    write_folder(flags.dst, source.config, parts, source.vocabulary, flags.overwrite)
+    write_folder(flags.dst, source.config, parts, source.vocabulary, source.stand_ins, flags.overwrite)
     print(f"wrote {flags.dst}, {total / 1e9:.3f} GB")
 
 

@@ -343,7 +343,9 @@ def _complaints(encoded: Encoded, length: int) -> list[str]:
         (encoded.unknown, "the model does not know"),
     )
     named = ((list(dict.fromkeys(word for words in lists for word in words)), what) for lists, what in kinds)
-    return [f"{what} {', '.join(repr(word) for word in words)}" for words, what in named if words]
+    replaced = dict(pair for pairs in encoded.replaced for pair in pairs)
+    instead = [f"{word!r} was not trained on: it is read as {stand_in!r}" for word, stand_in in replaced.items()]
+    return instead + [f"{what} {', '.join(repr(word) for word in words)}" for words, what in named if words]
 
 
 def _python_warning(sentence: str) -> None:

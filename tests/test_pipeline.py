@@ -210,6 +210,17 @@ def test_eta_adds_reproducible_noise(pipe):
     assert (one - pipe(PROMPT, **FEW).tensor).abs().max() > 0.01
 
 
+def test_words_that_others_stand_in_for_are_named_first():
+    pipe = MVDreamPipeline.from_pretrained("embedded")
+    assert pipe.unseen_words("a scarlet violin with a zyxw") == [
+        "'scarlet' was not trained on: it is read as 'red'",
+        "'violin' was not trained on: it is read as 'electric guitar'",
+        "the model does not know 'zyxw'",
+    ]
+    read, meant = (pipe.encode_prompt(p, warn=lambda _: None).cond for p in ("a violin", "a electric guitar"))
+    assert torch.equal(read, meant)
+
+
 def test_words_that_are_not_seen_are_named(pipe):
     said: list[str] = []
     prompt = "a green armchair with a red bulldog on a brown car"

@@ -14,7 +14,7 @@ from mvdream_fast.core import files
 from mvdream_fast.core.errors import ModelError, OutputError
 
 _MAX_JSON_BYTES = 1 << 20
-_OWN = ("config.json", "vocabulary.txt")  # what a model folder holds besides its .safetensors files
+_OWN = ("config.json", "vocabulary.txt", "stand_ins.txt")  # what a model folder holds besides its .safetensors files
 
 
 @contextmanager

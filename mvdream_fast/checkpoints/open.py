@@ -7,8 +7,8 @@ in layouts.py, its configuration is told in recognise.py and foreign_config.py, 
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.models.vae import VAE
 
 ENCODER_ONLY = "vae.encoder"  # a part: the VAE without its decoder
+VOCABULARY, STAND_INS = "vocabulary.txt", "stand_ins.txt"
 
 
 Part = TypeVar("Part")
@@ -93,7 +94,7 @@ def load_model(
         module = _load_part(source, part, dtype)
         setattr(model, part.split(".")[0], module.eval())
     if model.text is not None:
-        model.tokenizer = Tokenizer(source.config.text, source.vocabulary)
+        model.tokenizer = Tokenizer(source.config.text, source.vocabulary, source.stand_ins)
     return model
 
 
@@ -119,6 +120,7 @@ class Source:
     files: dict[str, TensorFile]  # of each part
     layout_of: Callable[[str], PartLayout]
     vocabulary: list[str] | None = None
+    stand_ins: dict[str, str] = field(default_factory=dict)  # see Tokenizer
     new_cameras: bool = False  # the file has no camera layers
     says_prediction: bool = True  # whether anything tells what the UNet predicts; else the configuration assumes noise
 
@@ -187,9 +189,24 @@ def _open_own(folder: Path) -> Source:
     config = ModelConfig.load(folder / "config.json")
     check_config(config)
     files = {part: open_tensors(folder / f"{part}.safetensors") for part in PARTS}
-    lines = folder / "vocabulary.txt"
+    lines = folder / VOCABULARY
     vocabulary = read_lines(lines, ModelError) if lines.exists() else None
-    return Source(folder, "folder of mvdream_fast", config, files, lambda part: layouts.own(part, config), vocabulary)
+    return Source(
+        folder, "folder of mvdream_fast", config, files, lambda part: layouts.own(part, config), vocabulary,
+        read_stand_ins(folder / STAND_INS),
+    )  # fmt: skip
+
+
+def read_stand_ins(path: Path) -> dict[str, str]:
+    """Lines of a word, a space, and the words that the model reads instead; none where there is no file.
+
+    Raises: ModelError where a line has no stand-in.
+    """
+    pairs = [line.split(maxsplit=1) for line in read_lines(path, ModelError)] if path.exists() else []
+    for line, pair in enumerate(pairs, 1):
+        if len(pair) != 2:
+            raise ModelError(f"{path}, line {line}: it must be a word and its stand-in, as 'couch sofa', got {pair}")
+    return dict(pairs)
 
 
 def _open_released(path: Path, add_cameras: bool) -> Source:
@@ -243,7 +260,8 @@ def _open_published(folder: Path, add_cameras: bool) -> Source:
 
 
 def save_model(model: Model, folder: str | Path, overwrite: bool = False) -> None:
-    """Writes our layout: config.json, a safetensors file for each part, vocabulary.txt where there are own rows.
+    """Writes our layout: config.json, a safetensors file for each part, vocabulary.txt where there are own rows, and
+    stand_ins.txt where words have others in their place.
 
     The folder appears complete or not at all. With `overwrite`, a folder that holds a model is replaced.
 
@@ -255,9 +273,9 @@ def save_model(model: Model, folder: str | Path, overwrite: bool = False) -> Non
     absent = [part for part, module in modules.items() if module is None]
     if absent or (model.vae is not None and model.vae.model.decoder is None):
         raise ValueError(f"save_model: the model must have all parts, got none for {absent or 'the VAE decoder'}")
-    vocabulary = model.tokenizer.vocabulary if model.tokenizer else None
+    vocabulary, stand_ins = (t.vocabulary, t.stand_ins) if (t := model.tokenizer) else ([], {})
     states = ((part, lambda p=part: owner(p, modules[p]).state_dict()) for part in PARTS)
-    write_folder(Path(folder), model.config, states, vocabulary, overwrite)
+    write_folder(Path(folder), model.config, states, vocabulary, stand_ins, overwrite)
 
 
 def write_folder(
@@ -265,6 +283,7 @@ def write_folder(
     config: ModelConfig,
     parts: Iterator[tuple[str, Callable[[], dict[str, Tensor]]]],
     vocabulary: list[str] | None,
+    stand_ins: Mapping[str, str],
     overwrite: bool,
 ) -> None:
     """Writes one part at a time, each only read when its turn comes. Raises OutputError, as `save_model` does."""
@@ -282,8 +301,10 @@ def write_folder(
                     f"cannot write {n_bytes / 1e9:.2f} GB to {folder}/{part}.safetensors: {error}"
                 ) from error
             del tensors
-        if vocabulary:
-            (temporary / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+        pairs = [f"{word} {stand_in}" for word, stand_in in stand_ins.items()]
+        for name, entries in ((VOCABULARY, vocabulary), (STAND_INS, pairs)):
+            if entries:
+                (temporary / name).write_text("\n".join(entries) + "\n", encoding="utf-8")
         plain = temporary / "config.json"
         plain.write_text(config.to_json(), encoding="utf-8")
         for path in temporary.glob("*.safetensors"):  # safetensors makes them readable by the owner alone

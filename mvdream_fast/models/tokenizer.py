@@ -6,11 +6,11 @@ Runs without torch until `encode` returns ids, so that a wrong prompt is refused
 import gzip
 import html
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mvdream_fast.core.arguments import texts
 from mvdream_fast.core.errors import ArgumentError, ModelError
@@ -39,6 +39,16 @@ class Encoded:
     lengths: list[int]  # ids of each prompt before the padding
     cut: list[list[str]]  # words that do not fit, wholly or in part
     unknown: list[list[str]]  # words outside a subset vocabulary; each became one "unknown" row
+    replaced: list[list[tuple[str, str]]]  # words that were not trained on, and what the model reads instead
+
+
+class _Split(NamedTuple):
+    """A text as rows, with the place of each in the text; and its words as in `Encoded`."""
+
+    rows: list[int]
+    spans: list[tuple[int, int]]
+    unknown: list[str]
+    replaced: list[tuple[str, str]]
 
 
 class Tokenizer:
@@ -48,14 +58,20 @@ class Tokenizer:
         config: of the text tower; its `vocabulary_size` must be the number of rows that the vocabulary makes.
         vocabulary: the lines of `vocabulary.txt`. A subset lists every row (see `build_subset_vocabulary`); `clip`
             needs none, or the added words alone.
+        stand_ins: for words that a subset's model was not trained on, those that it reads in their place: "couch":
+            "sofa". The plural in s of such a word has the same one.
 
     Raises:
-        ModelError: if the vocabulary is missing, has rows that CLIP's table has not, or another number of rows.
+        ModelError: if the vocabulary is missing, has rows that CLIP's table has not, or another number of rows; if a
+            stand-in is unknown itself.
     """
 
-    def __init__(self, config: TextConfig, vocabulary: Sequence[str] | None = None):
+    def __init__(
+        self, config: TextConfig, vocabulary: Sequence[str] | None = None, stand_ins: Mapping[str, str] | None = None
+    ):
         self.config = config
         self.vocabulary = list(vocabulary or ())
+        self.stand_ins = dict(stand_ins or {})
         self._subset = config.vocabulary == "subset"
         words = [line[6:-1] for line in self.vocabulary if _is_word_row(line)]
         self._bpe = _bpe(tuple(words))
@@ -66,6 +82,9 @@ class Tokenizer:
                 f"the vocabulary has {n_rows} rows, but the configuration says {config.vocabulary_size}; "
                 "vocabulary.txt and config.json must come from the same model"
             )
+        for stand_in in dict.fromkeys(self.stand_ins.values()):
+            if not self._subset or self._rows_of(stand_in) is None:
+                raise ModelError(f"the stand-in {stand_in!r} must be a word of the model's; leave its lines out")
 
     def _subset_rows(self) -> dict[int, int]:
         """CLIP's id of every row, for the rows that stand for CLIP tokens or added words."""
@@ -97,45 +116,56 @@ class Tokenizer:
 
         prompts = texts("encode", "prompts", prompts, "a prompt is a sentence")
         ids = torch.full((len(prompts), self.config.context_length), self.config.pad_id, dtype=torch.int64)
-        lengths, cut, unknown = [], [], []
+        found = Encoded(ids, [], [], [], [])
         for row, (prompt, ending) in enumerate(zip(prompts, endings or [""] * len(prompts), strict=True)):
-            tokens, cut_words, unknown_words = self._encode_one(prompt, ending)
+            tokens, cut, words = self._encode_one(prompt, ending)
             ids[row, : len(tokens)] = torch.tensor(tokens)
-            lengths.append(len(tokens))
-            cut.append(cut_words)
-            unknown.append(unknown_words)
-        return Encoded(ids, lengths, cut, unknown)
+            found.lengths.append(len(tokens))
+            found.cut.append(cut)
+            found.unknown.append(words.unknown)
+            found.replaced.append(words.replaced)
+        return found
 
-    def _encode_one(self, prompt: str, ending: str) -> tuple[list[int], list[str], list[str]]:
+    def _encode_one(self, prompt: str, ending: str) -> tuple[list[int], list[str], _Split]:
         room = self.config.context_length - 2
         start, end = (1, 2) if self._subset else (CLIP_ROWS - 2, CLIP_ROWS - 1)
-        tokens, _, unknown = self._split(check_prompt(prompt + ending, allow_empty=True))
-        if len(tokens) <= room:
-            return [start, *tokens, end], [], unknown
-        tail = self._split(check_prompt(ending, allow_empty=True))[0][:room]
+        whole = self._split(check_prompt(prompt + ending, allow_empty=True))
+        if len(whole.rows) <= room:
+            return [start, *whole.rows, end], [], whole
+        tail = self._split(check_prompt(ending, allow_empty=True)).rows[:room]
         text = check_prompt(prompt, allow_empty=True)
-        tokens, spans, _ = self._split(text)
-        kept = room - len(tail)
-        cut = [word for word, stop in _words(text) if stop > spans[kept][0]] if len(tokens) > kept else []
-        return [start, *tokens[:kept], *tail, end], cut, unknown
+        head, kept = self._split(text), room - len(tail)
+        cut = [word for word, stop in _words(text) if stop > head.spans[kept][0]] if len(head.rows) > kept else []
+        return [start, *head.rows[:kept], *tail, end], cut, whole
 
-    def _split(self, text: str) -> tuple[list[int], list[tuple[int, int]], list[str]]:
-        """A clean text as rows, with the place of each in the text, and its unknown words."""
+    def _split(self, text: str) -> _Split:
+        """A clean text as rows."""
         encoding = self._bpe.encode(text, add_special_tokens=False)
-        return self._to_subset(text, encoding) if self._subset else (encoding.ids, encoding.offsets, [])
+        return self._to_subset(text, encoding) if self._subset else _Split(encoding.ids, encoding.offsets, [], [])
 
-    def _to_subset(self, text: str, encoding: "tokenizers.Encoding") -> tuple[list[int], list[tuple], list[str]]:
-        """Rows of the subset; a piece of text with any token outside of it becomes one unknown row."""
-        tokens, spans, unknown = [], [], []
+    def _to_subset(self, text: str, encoding: "tokenizers.Encoding") -> _Split:
+        """Rows of the subset: of a word's stand-in, where it has one; else, with any token outside of it, a piece of
+        text becomes one unknown row."""
+        split = _Split([], [], [], [])
         for begin, end in _pieces(encoding):
             rows = [self._rows.get(i) for i in encoding.ids[begin:end]]
             span = (encoding.offsets[begin][0], encoding.offsets[end - 1][1])
-            if None in rows:
-                unknown.append(text[span[0] : span[1]])
+            word = text[span[0] : span[1]]
+            stand_in = self.stand_ins.get(word) or self.stand_ins.get(word.removesuffix("s"))
+            if stand_in is not None:
+                split.replaced.append((word, stand_in))
+                rows = self._rows_of(stand_in) or []
+            elif None in rows:
+                split.unknown.append(word)
                 rows = [SPECIAL_ROWS.index(UNKNOWN)]
-            tokens += rows
-            spans += [span] * len(rows)
-        return tokens, spans, list(dict.fromkeys(unknown))
+            split.rows.extend(rows)
+            split.spans.extend([span] * len(rows))
+        return _Split(split.rows, split.spans, *(list(dict.fromkeys(x)) for x in split[2:]))
+
+    def _rows_of(self, words: str) -> list[int] | None:
+        """The rows of known words; None where one is unknown."""
+        rows = [self._rows.get(i) for i in self._bpe.encode(words, add_special_tokens=False).ids]
+        return None if None in rows or not rows else rows
 
     def with_token(self, word: str) -> "Tokenizer":
         """A tokenizer with one more row at the end, for a word that is a token by itself (DreamBooth's instance).
@@ -149,7 +179,8 @@ class Tokenizer:
         if len(clean.split()) != 1 or _WORD_ROW.format(clean) in self.vocabulary or clean in SPECIAL_ROWS:
             raise ArgumentError(f"the new token must be one word that was not added before, got {word!r}")
         config = replace(self.config, vocabulary_size=self.config.vocabulary_size + 1)
-        return Tokenizer(config, [*self.vocabulary, _WORD_ROW.format(clean)])
+        stand_ins = {word: other for word, other in self.stand_ins.items() if word != clean}
+        return Tokenizer(config, [*self.vocabulary, _WORD_ROW.format(clean)], stand_ins)
 
 
 def check_prompt(prompt: str, allow_empty: bool = False) -> str:

@@ -38,6 +38,8 @@ class Flags:
     """model folder whose text tower and words a new model takes"""
     vocabulary: Path | None = None
     """captions, one a line, whose words a new text tower has rows for beside those of the data"""
+    stand_ins: Path | None = None
+    """lines of a word and of what the model is to read instead, "couch sofa", for words that no caption has"""
     resume: bool = False
     """go on from the latest checkpoint in the output folder: flags that are not given are as they were, and those that
     made the model stay"""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
-from mvdream_fast.checkpoints.open import Model, load_model, needed, save_model
+from mvdream_fast.checkpoints.open import Model, load_model, needed, read_stand_ins, save_model
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.core.files import read_lines
@@ -48,7 +48,10 @@ SHEET_PROMPTS = 8
 ADDED = re.compile(r"(^|\.)(camera_embed|camera_token|camera_vectors|norm_views|attn_views)\.")  # layers --set may add
 
 
-FIXED = ("stage", "config", "settings", "init", "vae", "text", "vocabulary", "decoder_only", "freeze_text", "seed")
+FIXED = (
+    "stage", "config", "settings", "init", "vae", "text", "vocabulary", "stand_ins", "decoder_only", "freeze_text",
+    "seed",
+)  # fmt: skip
 PASSING = ("output", "resume", "device", "threads", "workers", "given")  # not what a run is
 
 
@@ -154,6 +157,16 @@ def _vocabulary(args: Flags, folder: Path, captions: list[str]) -> list[str]:
 
 
 def _begin(args: Flags, folder: Path, captions: list[str]) -> Model:
+    """The model to train; a word of the captions is learned, so nothing stands in for it."""
+    model = _model(args, folder, captions)
+    tokenizer, trained = needed(model.tokenizer, "text"), {word for text in captions for word in text.lower().split()}
+    found = read_stand_ins(args.stand_ins) if args.stand_ins else tokenizer.stand_ins
+    stand_ins = {word: other for word, other in found.items() if word not in trained}
+    model.tokenizer = Tokenizer(tokenizer.config, tokenizer.vocabulary, stand_ins)
+    return model
+
+
+def _model(args: Flags, folder: Path, captions: list[str]) -> Model:
     """The model that --init names, or a new one of --config with the autoencoder that --vae names."""
     if args.init is not None and args.vae is None:
         return adjusted(pretrained(args.init, args.settings), args.settings, args.seed)

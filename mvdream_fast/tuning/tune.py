@@ -90,6 +90,8 @@ def add_token(model: Model, token: str) -> None:
 def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
     """Says what the text tower will not see of the prompt, and into what CLIP's table cuts the token."""
     encoded = tokenizer.encode([prompt, token])
+    for word, stand_in in encoded.replaced[0]:
+        print(f"of the prompt, {word!r} was not trained on: it is read as {stand_in!r}")
     for words, what in ((encoded.cut[0], "cut off"), (encoded.unknown[0], "not known to the model")):
         if words:
             print(f"of the prompt, {', '.join(map(repr, words))} {'are' if len(words) > 1 else 'is'} {what}")
@@ -157,8 +159,8 @@ def export(plan: Plan, parts: Parts, folder: Path) -> None:
     def state(part: str) -> dict[str, Tensor]:
         return {name: tensor.to(dtype) for name, tensor in merged_state(owner(part, modules[part])).items()}
 
-    vocabulary = parts.tokenizer.vocabulary
-    write_folder(folder, parts.config, ((part, lambda part=part: state(part)) for part in modules), vocabulary, True)
+    words, states = parts.tokenizer, ((part, lambda part=part: state(part)) for part in modules)
+    write_folder(folder, parts.config, states, words.vocabulary, words.stand_ins, True)
 
 
 def latest(folder: Path) -> tuple[int, dict[str, Tensor], dict]:

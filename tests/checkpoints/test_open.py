@@ -245,6 +245,24 @@ def test_subset_vocabulary_and_added_word_travel_with_the_folder(tiny, tmp_path)
     assert torch.equal(grown.text(ids), model.text(ids))
 
 
+def test_stand_ins_travel_with_the_folder(tiny, tmp_path):
+    (tiny / "stand_ins.txt").write_text("couch red chair\n")
+    model = load_model(tiny, parts=("text",))
+    assert model.tokenizer.encode("a couch").replaced == [[("couch", "red chair")]]
+    whole = load_model(tiny)
+    save_model(whole, tmp_path / "again")
+    assert (tmp_path / "again" / "stand_ins.txt").read_text() == "couch red chair\n"
+    save_model(whole, tiny, overwrite=True)  # which takes the file for a model's own
+
+
+@pytest.mark.parametrize(("text", "told"), [("couch\n", "line 1: it must be a word and its stand-in"),
+                                            ("a b\ncouch\n", "line 2"), ("couch dragon\n", "'dragon' must be a word")])  # fmt: skip
+def test_damaged_stand_ins_are_refused(tiny, text, told):
+    (tiny / "stand_ins.txt").write_text(text.replace("a b", "couch chair"))
+    with pytest.raises(ModelError, match=told):
+        load_model(tiny, parts=("text",))
+
+
 def test_saving_refuses_an_existing_folder_and_half_a_model(tiny):
     model = load_model(tiny)
     with pytest.raises(OutputError, match="exists already"):

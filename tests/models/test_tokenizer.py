@@ -179,6 +179,48 @@ def test_subset_rows_and_unknown_words(clip):
     assert encoded.unknown == [[], ["zeppelin", "flibbertigibbet"], []]
 
 
+def test_words_that_were_not_trained_on_are_read_as_their_stand_ins():
+    plain = subset()
+    tokenizer = Tokenizer(plain.config, plain.vocabulary, {"settee": "red armchair", "dog": "bulldog"})
+    encoded = tokenizer.encode(["two Settees and a dog, a settee", "a zeppelin", "a red dog's pot"])
+    row = {line: i for i, line in enumerate(tokenizer.vocabulary)}
+    chair = ["red</w>", "armchair</w>"]
+    expected = ["<unknown>", *chair, "<unknown>", "a</w>", "bulldog</w>", ",</w>", "a</w>", *chair]
+    assert encoded.ids[0].tolist() == [1, *(row[line] for line in expected), 2] + [0] * 12
+    assert encoded.replaced == [
+        [("settees", "red armchair"), ("dog", "bulldog"), ("settee", "red armchair")], [], [("dog", "bulldog")]
+    ]  # fmt: skip
+    assert encoded.unknown == [["two", "and"], ["zeppelin"], []]
+    assert torch.equal(encoded.ids[2], plain.encode("a red bulldog's pot").ids[0])
+
+
+def test_a_stand_in_counts_as_many_tokens_as_it_has():
+    plain = subset(6)
+    tokenizer = Tokenizer(plain.config, plain.vocabulary, {"settee": "red armchair"})
+    encoded = tokenizer.encode("a settee in a settee")
+    assert encoded.lengths == [6]
+    assert encoded.cut == [["a", "settee"]]
+
+
+@pytest.mark.parametrize("stand_in", ["zeppelin", "red zeppelin", ""])
+def test_a_stand_in_must_be_known(stand_in):
+    plain = subset()
+    with pytest.raises(ModelError, match=f"stand-in '{stand_in}' must be a word of the model's"):
+        Tokenizer(plain.config, plain.vocabulary, {"settee": stand_in})
+
+
+def test_a_model_that_knows_all_words_has_no_stand_ins():
+    with pytest.raises(ModelError, match="stand-in 'sofa'"):
+        Tokenizer(SD21.text, None, {"settee": "sofa"})
+
+
+def test_an_added_word_needs_no_stand_in():
+    plain = subset()
+    tokenizer = Tokenizer(plain.config, plain.vocabulary, {"settee": "armchair", "dog": "bulldog"}).with_token("dog")
+    assert tokenizer.stand_ins == {"settee": "armchair"}
+    assert tokenizer.encode("a dog").replaced == [[]]
+
+
 def test_subset_cuts_at_its_own_context():
     encoded = subset(6).encode("a red armchair in the blue pot")
     assert encoded.cut == [["the", "blue", "pot"]]

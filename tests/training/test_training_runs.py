@@ -175,6 +175,15 @@ def test_a_resumed_run_keeps_its_vocabulary(vae_model, tmp_path, capsys):
     assert load_model(out / "model", parts=("text",)).tokenizer.encode("turquoise").unknown == [[]]
 
 
+def test_stand_ins_are_kept_but_for_words_of_the_captions(vae_model, data, tmp_path):
+    words = tmp_path / "stand_ins.txt"
+    words.write_text("scarlet red\nthing0 red\n")  # "thing0" is a word of a caption
+    main(flags(data, tmp_path / "out", vae=str(vae_model), stand_ins=words, steps=1))
+    tokenizer = load_model(tmp_path / "out" / "model", parts=("text",)).tokenizer
+    assert tokenizer.stand_ins == {"scarlet": "red"}
+    assert tokenizer.encode("a scarlet thing0").replaced == [[("scarlet", "red")]]
+
+
 def command(*arguments):
     return [sys.executable, "-m", "mvdream_fast.train", *map(str, arguments)]
 
