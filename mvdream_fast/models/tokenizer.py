@@ -148,24 +148,28 @@ class Tokenizer:
         text becomes one unknown row."""
         split = _Split([], [], [], [])
         for begin, end in _pieces(encoding):
-            rows = [self._rows.get(i) for i in encoding.ids[begin:end]]
             span = (encoding.offsets[begin][0], encoding.offsets[end - 1][1])
             word = text[span[0] : span[1]]
             stand_in = self.stand_ins.get(word) or self.stand_ins.get(word.removesuffix("s"))
+            rows = self._known_rows(encoding.ids[begin:end]) if stand_in is None else self._rows_of(stand_in)
             if stand_in is not None:
                 split.replaced.append((word, stand_in))
-                rows = self._rows_of(stand_in) or []
-            elif None in rows:
+            elif rows is None:
                 split.unknown.append(word)
-                rows = [SPECIAL_ROWS.index(UNKNOWN)]
+            rows = rows or [SPECIAL_ROWS.index(UNKNOWN)]
             split.rows.extend(rows)
             split.spans.extend([span] * len(rows))
-        return _Split(split.rows, split.spans, *(list(dict.fromkeys(x)) for x in split[2:]))
+        unknown, replaced = dict.fromkeys(split.unknown), dict.fromkeys(split.replaced)
+        return split._replace(unknown=list(unknown), replaced=list(replaced))
 
     def _rows_of(self, words: str) -> list[int] | None:
         """The rows of known words; None where one is unknown."""
-        rows = [self._rows.get(i) for i in self._bpe.encode(words, add_special_tokens=False).ids]
-        return None if None in rows or not rows else rows
+        return self._known_rows(self._bpe.encode(words, add_special_tokens=False).ids) or None
+
+    def _known_rows(self, ids: list[int]) -> list[int] | None:
+        """The subset's rows of CLIP's tokens; None where one of them has none."""
+        rows = [self._rows[i] for i in ids if i in self._rows]
+        return rows if len(rows) == len(ids) else None
 
     def with_token(self, word: str) -> "Tokenizer":
         """A tokenizer with one more row at the end, for a word that is a token by itself (DreamBooth's instance).

@@ -255,10 +255,16 @@ def test_stand_ins_travel_with_the_folder(tiny, tmp_path):
     save_model(whole, tiny, overwrite=True)  # which takes the file for a model's own
 
 
-@pytest.mark.parametrize(("text", "told"), [("couch\n", "line 1: it must be a word and its stand-in"),
-                                            ("a b\ncouch\n", "line 2"), ("couch dragon\n", "'dragon' must be a word")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("couch\n", "line 1: it must be a word and its stand-in"),
+        ("sofa chair\ncouch\n", "line 2"),
+        ("couch dragon\n", "'dragon' must be a word"),
+    ],
+)
 def test_damaged_stand_ins_are_refused(tiny, text, told):
-    (tiny / "stand_ins.txt").write_text(text.replace("a b", "couch chair"))
+    (tiny / "stand_ins.txt").write_text(text)
     with pytest.raises(ModelError, match=told):
         load_model(tiny, parts=("text",))
 
