@@ -20,7 +20,7 @@ VERBS = ["sds", "generate", "train", "dreambooth", "render", "evaluate", "conver
 # other, but not in a circle.
 FLOORS = [
     VERBS,
-    ["text_to_3d", "diffusers", "nerfacc_compat"],
+    ["text_to_3d", "diffusers", "nerfacc_compat", "tcnn_compat"],
     ["tuning"],
     ["training"],
     ["evaluation"],
