@@ -46,19 +46,19 @@ class Module(nn.Module):
 
         Raises ValueError for another shape of x or params, RuntimeError where they are on two devices.
         """
-        op, encoder, network = type(self).__name__, self._encoder, self._network
-        sizes = [network.n_params if network else 0, encoder.n_params]
-        check_shaped(op, "x", x, (None, encoder.n_dims), FLOATS)
-        check_shaped(op, "params", self.params, (sum(sizes),), FLOATS)
+        op, n_params = type(self).__name__, sum(part.n_params for part in (self._network, self._encoder) if part)
+        check_shaped(op, "x", x, (None, self.n_input_dims), FLOATS)
+        check_shaped(op, "params", self.params, (n_params,), FLOATS)
         check_same_device(op, params=self.params, x=x)
         with torch.autocast(x.device.type, enabled=False):
-            return self._evaluate(x.float(), *self.params.float().split(sizes)).to(self.dtype)
+            return self._evaluate(x.float(), self.params.float()).to(self.dtype)
 
-    def _evaluate(self, x: Tensor, weights: Tensor, features: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, params: Tensor) -> Tensor:
         encoder, network = self._encoder, self._network
         if network is None:
-            return encoder.encode(x, features, encoder.width)
-        if self._fused_grid and not is_recorded(x, weights, features):
+            return encoder.encode(x, params, encoder.width)
+        weights, features = params.split([network.n_params, encoder.n_params])
+        if self._fused_grid and not is_recorded(x, params):
             return fused.evaluate(x, self._fused_grid, network, weights, features)
         return network(encoder.encode(x, features, network.n_in), weights)
 
