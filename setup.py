@@ -58,6 +58,7 @@ setup(
     package_data={
         "mvdream_fast": ["py.typed", "*.pyi"],
         "mvdream_fast.models": ["*.gz", "*.txt"],
+        "mvdream_fast.evaluation": ["*.txt"],
         "mvdream_fast.weights": ["*", "*/*", "*/*/*"],
     },
     ext_modules=[Extension("mvdream_fast._C", sources=[])],

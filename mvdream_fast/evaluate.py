@@ -15,6 +15,9 @@ from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from mvdream_fast.evaluation.judging import Judge, SamplingOptions
 
 MODEL_NAMES = ("embedded", "mini")
@@ -30,6 +33,10 @@ MODEL_ROWS = (
     ("hull_support", "silhouettes that a hull explains (share)", ".3f"),
     ("colour_spread", "colour differences between views", ".3f"),
     ("diversity", "diversity over seeds (1 - cosine)", ".3f"),
+    ("gradient", "sharpness (mean gradient)", ".4f"),
+    ("named", "ImageNet classifier: names it, top-5 (share)", ".2f"),
+    ("classifier_frechet", "ImageNet classifier: Frechet distance to real renders", ".0f"),
+    ("classifier_kernel", "ImageNet classifier: kernel distance to real renders", ".2f"),
 )
 RUN_ROWS = (
     ("top1", "top-1", ".2f"),
@@ -40,13 +47,24 @@ RUN_ROWS = (
     ("turn_overlap", "silhouettes", ".3f"),
     ("turn_colour_spread", "colours", ".3f"),
 )
+# The second table of runs: what owes nothing to our evaluator.
+OTHER_ROWS = (
+    ("fog", "fog", ".2f"),
+    ("gradient", "gradient", ".4f"),
+    ("sharpness", "over its views'", ".2f"),
+    ("named", "named", ".2f"),
+    ("agreement", "like its views", ".2f"),
+    ("mesh_overlap", "mesh: silhouettes", ".3f"),
+    ("mesh_psnr", "mesh: PSNR", ".1f"),
+)
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Measures models (four views of fixed prompts) and finished runs (a turntable), beside real renders.
+    """Measures models (four views of fixed prompts) and finished runs (a turntable, fog, mesh), beside real renders.
 
     The judge is a small image-text model trained on the training renders alone: in-domain figures, no CLIP scores.
+    With the extra `evaluate`, an ImageNet classifier that never saw them is asked, too.
     """
 
     targets: Annotated[tuple[cli.Place, ...], conf.Positional, conf.arg(metavar="MODEL|RUN")] = ()
@@ -83,17 +101,22 @@ def main(flags: Flags) -> None:
     if not flags.targets:
         say("no target was given: the embedded model")
     from mvdream_fast.evaluation.judging import evaluate_run, summary
+    from mvdream_fast.evaluation.runs import compared
 
     cli.set_threads(flags.threads)
-    judge = _judge(flags)
+    judge = _judge(flags, say)
     report: dict[str, Any] = {"kind": "evaluation", "evaluator": judge.evaluator.about, "models": {}, "runs": []}
+    seen = []
     for target, kind in kinds.items():
         if kind == "model":
             report["models"][target] = _evaluate_model(target, flags, judge, say)
         else:
-            report["runs"].append(evaluate_run(Path(target).expanduser(), judge))
+            figures, features = evaluate_run(Path(target).expanduser(), judge)
+            report["runs"].append(figures)
+            seen.append(features)
     if report["runs"]:
         report["runs_mean"] = summary(report["runs"])
+        report["runs_distances"] = {} if judge.reference.seen is None else compared(seen, judge.reference.seen)
     _print(report, judge)
     if flags.json:
         from mvdream_fast.core.files import atomic_write
@@ -133,7 +156,8 @@ def kind_of(target: str) -> str:
     return kind
 
 
-def _judge(flags: Flags) -> "Judge":
+def _judge(flags: Flags, say) -> "Judge":
+    from mvdream_fast.evaluation.classifier import MISSING, is_installed, load_classifier
     from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, load_evaluator
     from mvdream_fast.evaluation.judging import Judge, read_prompts
     from mvdream_fast.evaluation.reference import Reference, measure
@@ -141,11 +165,15 @@ def _judge(flags: Flags) -> "Judge":
     prompts = read_prompts(flags.prompts)
     folder = flags.evaluator or EVALUATOR_FOLDER
     evaluator = load_evaluator(folder)
+    classifier = load_classifier() if is_installed() else None
+    if classifier is None:
+        say(f"{MISSING}; its figures are left out")
     if flags.data is None:
-        return Judge(evaluator, Reference.load(folder), prompts)
+        return Judge(evaluator, Reference.load(folder), prompts, classifier)
     from mvdream_fast.data.batches import Shards
 
-    return Judge(evaluator, measure(evaluator, Shards(flags.data), Shards(flags.data, "held_out")), prompts)
+    reference = measure(evaluator, Shards(flags.data), Shards(flags.data, "held_out"), classifier)
+    return Judge(evaluator, reference, prompts, classifier)
 
 
 def sampling(flags: Flags) -> "SamplingOptions":
@@ -166,32 +194,58 @@ def _evaluate_model(target: str, flags: Flags, judge: "Judge", say) -> dict[str,
 
 
 def _print(report: dict[str, Any], judge: "Judge") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     real, n = judge.reference.scores, len(judge.reference.captions)
+    heads = (f"{n} held-out captions", f"{len(judge.prompts)} fixed prompts", "real renders")
     for target, result in report["models"].items():
-        table = Table(title=f"{target}: four views", box=box.SIMPLE, title_justify="left")
-        columns = (f"{n} held-out captions", f"{len(judge.prompts)} fixed prompts", "real renders")
-        for name in ("measure", *columns):
-            table.add_column(name, justify="left" if name == "measure" else "right")
-        for key, label, form in MODEL_ROWS:
-            table.add_row(
-                label, *(_number(part.get(key), form) for part in (result["held_out"], result["prompts"], real))
-            )
-        console.print(table)
+        columns = (result["held_out"], result["prompts"], _at_size(real, [result["held_out"]["size"]]))
+        rows = [(label, [_number(x.get(key), form) for x in columns]) for key, label, form in MODEL_ROWS]
+        console.print(_table(f"{target}: four views", ("measure", *heads), rows))
         console.print(f"{target}: {_ratio(result, real)}; took {result['seconds']:.0f} s")
     if report["runs"]:
-        table = Table(title="finished runs: a turntable of 16 views", box=box.SIMPLE, title_justify="left")
-        table.add_column("prompt")
-        for _, label, _ in RUN_ROWS:
-            table.add_column(label, justify="right")
-        rows = [(run["prompt"], run) for run in report["runs"]]
-        for name, row in (*rows, ("mean", report["runs_mean"]), ("real renders", real)):
-            table.add_row(name, *(_number(row.get(key), form) for key, _, form in RUN_ROWS))
-        console.print(table)
+        _print_runs(console, report, real)
+
+
+def _print_runs(console: "Console", report: dict[str, Any], real: dict[str, float]) -> None:
+    runs, mean = report["runs"], report["runs_mean"]
+    prompts = [(run["prompt"], run) for run in runs]
+    views = {"gradient": mean.get("views_gradient"), "named": mean.get("views_named")}
+    same_size = _at_size(real, [run["size"] for run in runs])
+    judged = [*prompts, ("mean", mean), ("real renders", real)]
+    others = [*prompts, ("mean", mean), ("sampled views", views), ("real renders", same_size)]
+    for title, columns, rows in (
+        ("finished runs: a turntable of 16 views", RUN_ROWS, judged),
+        ("finished runs: figures that owe nothing to the evaluator", OTHER_ROWS, others),
+    ):
+        lines = [(name, [_number(row.get(key), form) for key, _, form in columns]) for name, row in rows]
+        console.print(_table(title, ("prompt", *(label for _, label, _ in columns)), lines))
+    console.print(f"median fog {mean['fog_median']:.2f} (real renders {_number(real.get('fog_median'), '.2f')})")
+    for name, found in report["runs_distances"].items():
+        console.print(
+            f"{name}: Frechet distance {found['classifier_frechet']:.0f}, kernel distance "
+            f"{found['classifier_kernel']:.2f} to real renders in the ImageNet classifier's features"
+        )
+
+
+def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> "Table":
+    """A name and numbers in each row."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left")
+    for name, numbers in rows:
+        table.add_row(name, *numbers)
+    return table
+
+
+def _at_size(real: dict[str, float], sizes: list[int]) -> dict[str, float | None]:
+    """What real renders score, their gradient at the size of other images; none where those differ in size."""
+    size = sizes[0] if len(set(sizes)) == 1 else None
+    return real | {"gradient": real.get(f"gradient_{size}")}
 
 
 def _number(value: float | None, form: str) -> str:

@@ -19,7 +19,7 @@ from mvdream_fast.core.errors import ModelError
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.distill.recipes import mini
-from mvdream_fast.evaluation import judging
+from mvdream_fast.evaluation import classifier, judging
 from mvdream_fast.evaluation.evaluator import load_evaluator
 from mvdream_fast.evaluation.judging import Judge, SamplingOptions, evaluate_model, summary, turntable
 from mvdream_fast.evaluation.reference import HAS_FRONT, Reference, measure
@@ -87,7 +87,7 @@ def test_models_and_runs_in_one_report(place, capsys):
     model = report["models"]["tiny"]
     both = {"top1", "top5", "similarity", "hull_support", "colour_spread", "scenes"}
     assert model["held_out"].keys() >= both | {"frechet", "diversity", "azimuth_error_deg"}
-    assert model["prompts"].keys() >= both
+    assert model["prompts"].keys() >= both | {"gradient", "named", "classifier_frechet", "classifier_kernel"}
     assert model["held_out"]["scenes"] == 2 * N_HELD_OUT
     assert model["real"] == report["evaluator"]["held_out"]
     (run,) = report["runs"]
@@ -95,6 +95,11 @@ def test_models_and_runs_in_one_report(place, capsys):
     assert run["candidates"] == 3
     assert run["janus"] is None  # nobody knows the front of a car here
     assert report["runs_mean"]["top1"] == run["top1"]
+    assert "figures that owe nothing to the evaluator" in out
+    assert run["named"] is not None  # a car is in ImageNet
+    assert run["sharpness"] is None  # there are no views in this folder
+    assert report["runs_mean"]["fog_median"] == run["fog"]
+    assert report["runs_distances"].keys() == {"assets", "real renders"}
     assert command("run", *ARGUMENTS, "--json", "report.json") == 7
 
 
@@ -110,11 +115,16 @@ def test_the_same_figures_twice(judge):
 
 
 def test_the_reference_comes_back(place, judge):
-    again = measure(judge.evaluator, Shards(place / "shards"), Shards(place / "shards", "held_out"))
-    kept = judge.reference
+    shards, kept = (Shards(place / "shards"), Shards(place / "shards", "held_out")), judge.reference
+    again = measure(judge.evaluator, *shards, classifier.load_classifier())
     assert again.captions == kept.captions == [f"a red thing{i}" for i in range(4, 4 + N_HELD_OUT)]
     assert again.scores == pytest.approx(kept.scores)
     torch.testing.assert_close(again.moments[1], kept.moments[1], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(again.seen.features, kept.seen.features, atol=1e-3, rtol=1e-3)
+    assert kept.seen.features.shape == (N_HELD_OUT, 2, 4, 320)
+    without = measure(judge.evaluator, *shards)
+    assert without.seen is None
+    assert kept.scores.keys() - without.scores.keys() == {"classifier_frechet", "classifier_kernel", "agreement"}
     assert kept.scores["frechet_other_objects"] >= 0
 
 
@@ -167,11 +177,34 @@ def test_a_turntable_with_two_faces(judge, monkeypatch):
 
 
 def test_means_leave_out_what_does_not_apply():
-    run = {"top1": 1.0, "similarity": 0.5, "janus": None, "shows_front": None, "azimuth_error_deg": None,
-           "turn_overlap": 1.0, "turn_colour_spread": 0.0}  # fmt: skip
-    mean = summary([run, run | {"top1": 0.0, "janus": 1.0, "shows_front": 1.0, "azimuth_error_deg": 30.0}])
+    run = dict.fromkeys(judging.AVERAGED)
+    run |= {"top1": 1.0, "similarity": 0.5, "turn_overlap": 1.0, "turn_colour_spread": 0.0, "fog": 0.2}
+    front = {"top1": 0.0, "janus": 1.0, "shows_front": 1.0, "azimuth_error_deg": 30.0, "fog": 0.3, "named": 0.5}
+    mean = summary([run, run | front, run | {"top1": 0.5, "fog": 0.7}])
     expected = {"top1": 0.5, "similarity": 0.5, "janus": 1.0, "shows_front": 1.0, "azimuth_error_deg": 30.0}
-    assert mean == expected | {"turn_overlap": 1.0, "turn_colour_spread": 0.0, "runs": 2, "with_front": 1}
+    expected |= {"turn_overlap": 1.0, "turn_colour_spread": 0.0, "named": 0.5}
+    expected |= {"fog": pytest.approx(0.4), "fog_median": 0.3}
+    assert mean == expected | {"runs": 3, "with_front": 1, "named_of": 1}
+
+
+def test_without_the_classifier(place, capsys, monkeypatch):
+    """One sentence says what to install; the other figures are there, and real renders' are those that ship."""
+    monkeypatch.setattr(classifier, "is_installed", lambda: False)
+    assert command("run", *ARGUMENTS, "--json", "without.json") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("pip install 'mvdream_fast[evaluate]'; its figures are left out") == 1
+    report = json.loads((place / "without.json").read_text())
+    (run,) = report["runs"]
+    assert run["named"] is run["agreement"] is None
+    assert run["fog"] == report["runs_mean"]["fog"]
+    assert report["runs_distances"] == {}
+
+
+def test_damaged_views_are_named(place, tmp_path, capsys):
+    write_run(tmp_path / "run", "a red car")
+    (tmp_path / "run" / "views.png").write_bytes(b"no image")
+    assert command(str(tmp_path / "run"), *ARGUMENTS, "--quiet") == 5
+    assert "views.png cannot be read" in capsys.readouterr().err
 
 
 def test_the_training_needs_a_held_out_split(place, tmp_path, capsys):

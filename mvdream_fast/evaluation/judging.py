@@ -1,6 +1,7 @@
 """Evaluation of models and of finished text-to-3D runs: what is sampled or rendered, and which measures are taken.
 
-The measures are measures.py's, the yardstick reference.py's; flags and the table are the command's.
+The measures are measures.py's, the yardstick reference.py's; what needs no evaluator of ours is in independent.py and
+runs.py. Flags and tables are the command's.
 """
 
 import time
@@ -8,26 +9,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import read_lines
 from mvdream_fast.evaluation import measures as ev
+from mvdream_fast.evaluation import runs
+from mvdream_fast.evaluation.classifier import Classifier
 from mvdream_fast.evaluation.evaluator import Evaluator
-from mvdream_fast.evaluation.reference import (
-    DISTANCE,
-    ELEVATION_DEG,
-    FOUR_DEG,
-    FOVY_DEG,
-    PROMPTS,
-    Reference,
-    matching,
-)
+from mvdream_fast.evaluation.independent import distances, look, naming
+from mvdream_fast.evaluation.reference import ELEVATION_DEG, FOUR_DEG, PROMPTS, Reference, matching
 from mvdream_fast.models.tokenizer import check_prompt
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
@@ -36,6 +32,10 @@ SIZE = 64  # of its images, as the training renders
 TURN = 16  # views of a turntable: as many as the training data's orbits have
 PROMPTS_AT_A_TIME = 4
 EMPTY_OPACITY = 1e-3  # a turntable that never covers more than this share of an image shows nothing
+AVERAGED = (
+    "top1", "similarity", "janus", "shows_front", "azimuth_error_deg", "turn_overlap", "turn_colour_spread", "fog",
+    "gradient", "views_gradient", "sharpness", "named", "views_named", "agreement", "mesh_psnr", "mesh_overlap",
+)  # fmt: skip
 SEED_STRIDE = 1000  # so that no two (prompt, seed) share their noise
 Say = Callable[[str], None]
 
@@ -47,6 +47,7 @@ class Judge:
     evaluator: Evaluator
     reference: Reference
     prompts: list[str]  # the fixed list
+    classifier: Classifier | None = None  # without it, what it would see is left out
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def evaluate_model(pipeline: MVDreamPipeline, judge: Judge, options: SamplingOpt
     held = _sample(pipeline, captions[: options.n_captions], options, options.seeds, say)  # [S, n, V, 3, s, s]
     fixed = _sample(pipeline, prompts[: options.n_prompts], options, 1, say)
     result = {
-        "held_out": _views(judge, held, captions) | _against_real(judge, held),
-        "prompts": _views(judge, fixed, prompts),
+        "held_out": _views(judge, held, captions) | _against_real(judge, held) | _independent(judge, held, captions),
+        "prompts": _views(judge, fixed, prompts) | _independent(judge, fixed, prompts),
         "real": judge.reference.scores,
         "options": vars(options),
     }
@@ -129,7 +130,7 @@ def _views(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
     if fronts.any():
         seen = error[:, fronts]
         scores |= {"azimuth_error_deg": float(seen.median()), "azimuth_within_45": float((seen <= 45).float().mean())}
-    cameras = orbit_cameras(n_views, ELEVATION_DEG, 0.0, 360.0, DISTANCE, FOVY_DEG)
+    cameras = runs.orbit(n_views)
     masks = [ev.silhouettes(scene) for scene in views.flatten(0, 1)]
     scores["hull_support"] = _mean([ev.hull_support(mask, cameras) for mask in masks])
     scores["colour_spread"] = _mean([ev.color_spread(v, m) for v, m in zip(views.flatten(0, 1), masks)])
@@ -152,10 +153,28 @@ def _against_real(judge: Judge, views: Tensor) -> dict[str, float]:
     return scores
 
 
-def evaluate_run(folder: Path, judge: Judge) -> dict[str, Any]:
-    """The measures of one finished run's turntable.
+def _independent(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
+    """Sharpness of views [S, n, V, 3, s, s] of the first n texts, and what the classifier makes of them.
 
-    Raises: InputFileError if the folder is no run, or an unfinished one; ModelError if its asset is damaged.
+    Distances are taken a seed at a time, as in `_against_real`, but of whatever was sampled.
+    """
+    scores = {"gradient": ev.mean_gradient(views), "size": views.shape[-1]}
+    if judge.classifier is None:
+        return scores
+    looks = [look(judge.classifier, seed, texts) for seed in views]
+    scores |= naming([share for found in looks for share in found.named])
+    if judge.reference.seen is not None:
+        rest = judge.reference.seen.rest
+        each = [distances(found.features.flatten(0, 1), rest) for found in looks]
+        scores |= {name: _mean([x[name] for x in each]) for name in each[0]}
+    return scores
+
+
+def evaluate_run(folder: Path, judge: Judge) -> tuple[dict[str, Any], runs.Seen]:
+    """The measures of one finished run, and what the classifier sees of it.
+
+    Raises: InputFileError if the folder is no run, an unfinished one, or its views or mesh are damaged; ModelError if
+    its asset is.
     """
     about = read_json(folder / "config.json")
     path = folder / "asset.safetensors"
@@ -165,14 +184,11 @@ def evaluate_run(folder: Path, judge: Judge) -> dict[str, Any]:
         )
     prompt = str(about.get("prompt", ""))
     asset = Asset.load(path)
-    cameras = orbit_cameras(TURN, ELEVATION_DEG, 0.0, 360.0, DISTANCE, FOVY_DEG)
-    views = asset.render(cameras, SIZE)
+    views = asset.render(runs.orbit(TURN), SIZE)
     azimuths = torch.arange(TURN) * (360.0 / TURN)
-    return {
-        "run": str(folder),
-        "prompt": prompt,
-        **turntable(views.rgb.clamp(0, 1), views.opacity, azimuths, prompt, judge),
-    }
+    judged = turntable(views.rgb.clamp(0, 1), views.opacity, azimuths, prompt, judge)
+    figures, seen = runs.figures(folder, asset, prompt, judge.classifier, judge.reference.seen)
+    return {"run": str(folder), "prompt": prompt, **judged, **figures}, seen
 
 
 @torch.no_grad()
@@ -205,11 +221,11 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
     }
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the runs that have a number."""
-    names = ("top1", "similarity", "janus", "shows_front", "azimuth_error_deg", "turn_overlap", "turn_colour_spread")
-    values = {name: [run[name] for run in runs if run[name] is not None] for name in names}
-    return {name: _mean(x) for name, x in values.items() if x} | {"runs": len(runs), "with_front": len(values["janus"])}
+def summary(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the runs that have a number; of fog, which no mean of few runs tells well, the median, too."""
+    values = {name: [run[name] for run in found if run[name] is not None] for name in AVERAGED}
+    counts = {"runs": len(found), "with_front": len(values["janus"]), "named_of": len(values["named"])}
+    return {name: _mean(x) for name, x in values.items() if x} | {"fog_median": median(values["fog"])} | counts
 
 
 def _mean(values: list[float]) -> float:

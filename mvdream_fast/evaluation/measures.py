@@ -15,6 +15,8 @@ FRONT_DEG = 45.0  # a view reads as front when its predicted azimuth is that clo
 OPPOSITE_DEG = 120.0  # two fronts that far apart are two faces: one mistake at the edge of the front is less
 CONFIDENT = 0.3  # views that the evaluator is less sure of read as no side; at this, it accuses few real objects
 FOREGROUND = 0.06  # largest difference of a channel from the background, in [0, 1], that is still background
+COVERED, SOLID = 0.1, 0.9  # opacities: above the first an image shows something, from the second on it hides the rest
+MAX_PSNR = 99.0
 HULL_SAMPLES = 64  # along a ray through the unit ball: as many as the image has pixels
 
 
@@ -157,8 +159,70 @@ def color_spread(images: Tensor, masks: Tensor) -> float:
     return float((means - means.mean(0)).square().sum(1).mean().sqrt())
 
 
+def overlap(a: Tensor, b: Tensor) -> float:
+    """Mean intersection over union of silhouettes, both bool [V, Hp, Wp], view by view; 0 for empty ones."""
+    both, either = ((op(a, b)).flatten(1).sum(1) for op in (torch.logical_and, torch.logical_or))
+    return float((both / either.clamp_min(1)).mean())
+
+
 def neighbour_overlap(masks: Tensor) -> float:
     """Mean intersection over union of each silhouette of a turn, bool [V, Hp, Wp], and the next; 0 for empty ones."""
-    following = masks.roll(-1, 0)
-    both, either = ((op(masks, following)).flatten(1).sum(1) for op in (torch.logical_and, torch.logical_or))
-    return float((both / either.clamp_min(1)).mean())
+    return overlap(masks, masks.roll(-1, 0))
+
+
+def fog(opacity: Tensor) -> float:
+    """Of the pixels that images cover, the share that are half transparent: opacities [V, Hp, Wp].
+
+    A solid has little more than its silhouette's edge. 1, the worst, where nothing is covered.
+    """
+    covered = opacity > COVERED
+    return float((covered & (opacity < SOLID)).sum() / covered.sum()) if covered.any() else 1.0
+
+
+def mean_gradient(images: Tensor) -> float:
+    """How sharp images [..., 3, Hp, Wp] in [0, 1] are: the mean length of their brightness' gradient, a pixel.
+
+    Brightness is the mean of the channels, its gradient the differences to the right and downwards. Only images of the
+    same things at the same size compare: an edge's gradient grows with the pixel.
+    """
+    brightness = images.mean(-3)
+    d_x = brightness[..., :-1, 1:] - brightness[..., :-1, :-1]
+    d_y = brightness[..., 1:, :-1] - brightness[..., :-1, :-1]
+    return float(torch.hypot(d_x, d_y).mean())
+
+
+def psnr(a: Tensor, b: Tensor, mask: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images [V, 3, Hp, Wp] in [0, 1] where a mask, bool [V, Hp, Wp], is.
+
+    At most MAX_PSNR, of images that are the same; 0 where the mask is empty.
+    """
+    errors = (a - b).square().mean(1)[mask]
+    return min(MAX_PSNR, -10 * math.log10(max(float(errors.mean()), 1e-30))) if len(errors) else 0.0
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Squared maximum mean discrepancy of features [n, F] and [m, F] under the kernel (x.y / F + 1)^3, unbiased.
+
+    Near 0, and as often below it, for samples of one distribution, however few they are: the Frechet distance of few
+    is large.
+    Raises: ValueError if there are fewer than two of either.
+    Source: Binkowski et al. 2018, "Demystifying MMD GANs" (KID); Gretton et al. 2012, eq. 3.
+    """
+    n, m = len(a), len(b)
+    if n < 2 or m < 2:
+        raise ValueError(f"kernel_distance: features must be at least 2 of both, got {n} and {m}")
+    a, b = a.double(), b.double()
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (_kernel(a, a), _kernel(b, b))]
+    return float(within[0] + within[1] - 2 * _kernel(a, b).mean())
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def agreement(a: Tensor, b: Tensor, origin: Tensor) -> float:
+    """Mean cosine of features a and b, both [n, F], image by image, as seen from an origin [F].
+
+    From the mean of many images, those of different things are near 0: features that have no sign are all alike from 0.
+    """
+    return float(F.cosine_similarity(a - origin, b - origin, dim=1).mean())

@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,9 @@ from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Record, Shards, on_background
 from mvdream_fast.evaluation import measures as ev
+from mvdream_fast.evaluation.classifier import Classifier
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator
+from mvdream_fast.evaluation.independent import RealSeen, look, naming, real_fog, real_gradients
 from mvdream_fast.rendering.furniture import furniture_noun
 
 TENSORS, NUMBERS, PROMPTS = "reference.safetensors", "reference.json", "prompts.txt"
@@ -38,7 +41,7 @@ class Reference:
 
     captions: n, one an object. embeddings: unit, [n, O, E], of four views of each of O orbits. moments: of the features
     of the views of all orbits but the first. fronts: caption or noun -> opposite_difference. scores: what the renders
-    themselves score in each measure.
+    themselves score in each measure. seen: what the ImageNet classifier makes of them, where one was at hand.
     """
 
     captions: list[str]
@@ -46,6 +49,7 @@ class Reference:
     moments: tuple[Tensor, Tensor]
     fronts: dict[str, float]
     scores: dict[str, float]
+    seen: RealSeen | None = None
 
     def has_front(self, prompt: str) -> bool:
         """Whether objects of this caption, or of the longest noun in it that was rendered, look different behind."""
@@ -59,6 +63,8 @@ class Reference:
 
         mean, cov = (x.float().contiguous() for x in self.moments)
         tensors = {"embeddings": self.embeddings.half().contiguous(), "mean": mean, "cov": cov}
+        if self.seen is not None:
+            tensors["seen"] = self.seen.features.half().contiguous()
         atomic_write(folder / TENSORS, save(tensors))
         rounded = {name: round(x, 4) for name, x in sorted(self.fronts.items())}
         numbers = {"captions": self.captions, "scores": self.scores, "fronts": rounded}
@@ -74,6 +80,7 @@ class Reference:
                 [str(x) for x in numbers["captions"]], embeddings, (mean.double(), cov.double()),
                 {str(k): float(v) for k, v in numbers["fronts"].items()},
                 {str(k): float(v) for k, v in numbers["scores"].items()},
+                RealSeen(file.read("seen").float()) if "seen" in file.shapes else None,
             )  # fmt: skip
         except Exception as error:
             raise ModelError(f"{folder} holds no whole reference of real renders: {error}") from error
@@ -84,11 +91,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Orbit:
-    """A rendered orbit: images [V, 3, s, s] in [0, 1] on grey, silhouettes bool [V, s, s], azimuths [V]."""
+    """A rendered orbit: images [V, 3, s, s] in [0, 1] on grey, opacities [V, s, s] in [0, 1], azimuths [V]."""
 
     record: Record
     images: Tensor
-    masks: Tensor
+    opacity: Tensor
     azimuth_deg: Tensor
 
     @staticmethod
@@ -96,8 +103,13 @@ class Orbit:
         """The orbit of one record of the shards."""
         record, views = shards.records[i], shards.views(i)
         images = on_background(views, torch.full((3,), GREY)) / 2 + 0.5
-        masks = torch.from_numpy(views[..., 3] > 127)
-        return Orbit(record, images, masks, torch.tensor(record.meta["azimuth_deg"]) % 360)
+        opacity = torch.from_numpy(views[..., 3] / np.float32(255))
+        return Orbit(record, images, opacity, torch.tensor(record.meta["azimuth_deg"]) % 360)
+
+    @property
+    def masks(self) -> Tensor:
+        """Silhouettes, bool [V, s, s]."""
+        return self.opacity > 0.5
 
     @property
     def four(self) -> list[int]:
@@ -112,9 +124,10 @@ class Orbit:
 
 
 @torch.no_grad()
-def measure(evaluator: Evaluator, train: Shards, held_out: Shards) -> Reference:
+def measure(evaluator: Evaluator, train: Shards, held_out: Shards, classifier: Classifier | None = None) -> Reference:
     """Measures real renders: the first 40 held-out objects in their own colours, and training ones for comparison.
 
+    Without a classifier the figures that need one are left out.
     Raises: InputFileError if there are no two held-out objects of different captions.
     """
     objects = held_out_orbits(held_out)
@@ -134,10 +147,22 @@ def measure(evaluator: Evaluator, train: Shards, held_out: Shards) -> Reference:
         "diversity": _diversity(evaluator, train),
         **_sides(evaluator, [o for o in orbits if fronts[o.record.meta["caption"]] >= HAS_FRONT]),
         **_consistency(orbits),
+        **real_gradients(torch.cat([o.images[o.four] for o in orbits])),
+        **real_fog(torch.stack([group[0].opacity for group in _grouped(orbits, n_orbits)])),
         "held_out_objects": n,
         "held_out_objects_with_front": sum(front >= HAS_FRONT for front in fronts.values()),
     }
-    return Reference(list(objects), embeddings, rest, _fronts_of_nouns(train) | fronts, scores)
+    seen, named = (None, {}) if classifier is None else see_real(classifier, orbits, list(objects))
+    return Reference(list(objects), embeddings, rest, _fronts_of_nouns(train) | fronts, scores | named, seen)
+
+
+def see_real(classifier: Classifier, orbits: list[Orbit], captions: list[str]) -> tuple[RealSeen, dict[str, float]]:
+    """What the classifier makes of n captions' objects, whose orbits lie next to each other, and what they score."""
+    n_orbits = len(orbits) // len(captions)
+    views = torch.stack([o.images[o.four] for o in orbits])
+    found = look(classifier, views, [caption for caption in captions for _ in range(n_orbits)])
+    seen = RealSeen(found.features.unflatten(0, (len(captions), n_orbits)))
+    return seen, naming(found.named) | seen.scores()
 
 
 def held_out_orbits(shards: Shards) -> dict[str, list[int]]:

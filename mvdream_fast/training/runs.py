@@ -22,6 +22,7 @@ from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
+from mvdream_fast.evaluation.classifier import is_installed, load_classifier
 from mvdream_fast.evaluation.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.evaluation.reference import measure
 from mvdream_fast.models.blocks import zero
@@ -343,7 +344,7 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
         with trainer.averaged():
             save_evaluator(evaluator, folder / "model")
         saved = load_evaluator(folder / "model")  # measured as it ships: in half precision
-        reference = measure(saved, shards, held_out)
+        reference = measure(saved, shards, held_out, load_classifier() if is_installed() else None)
         saved.about = {"steps": trainer.step, "seed": args.seed, "orbits": len(shards), "held_out": reference.scores}
         save_evaluator(saved, folder / "model")
         reference.save(folder / "model")

@@ -266,7 +266,11 @@ def test_the_shipped_evaluator():
     assert evaluator.about["held_out"] == reference.scores
     assert reference.scores["top1"] > 0.4  # of 40 captions; chance is 0.025
     assert len(reference.captions) == 40
-    assert sum(path.stat().st_size for path in EVALUATOR_FOLDER.iterdir()) < 6 << 20
+    assert reference.seen is not None  # what the ImageNet classifier makes of the same renders
+    assert reference.seen.features.shape == (40, 3, 4, 320)
+    again = reference.seen.scores()
+    assert reference.scores["classifier_frechet"] == pytest.approx(again["classifier_frechet"], rel=0.01)
+    assert sum(path.stat().st_size for path in EVALUATOR_FOLDER.iterdir()) < 6.5 * 2**20
     assert not any(evaluator.tokenizer.encode(read_prompts()).unknown)
     with torch.no_grad():
         red, blue, again = evaluator.embed_text(["a red car", "a blue bed", "a red car"])

@@ -139,3 +139,70 @@ def test_neighbour_overlap_goes_round():
     masks = torch.tensor([[[True, True]], [[True, False]], [[False, False]]])
     assert ev.neighbour_overlap(masks) == pytest.approx((0.5 + 0 + 0) / 3)
     assert ev.neighbour_overlap(masks[:1].repeat(3, 1, 1)) == 1
+
+
+def test_overlap_is_view_by_view():
+    a = torch.tensor([[[True, True, False]], [[True, False, False]], [[False, False, False]]])
+    b = torch.tensor([[[False, True, True]], [[True, False, False]], [[False, False, False]]])
+    assert ev.overlap(a, b) == pytest.approx((1 / 3 + 1 + 0) / 3)
+
+
+def test_fog_is_what_is_covered_by_half():
+    opacity = torch.tensor([[[0.0, 0.1, 0.2, 0.89], [0.95, 1.0, 1.0, 0.05]]])
+    assert ev.fog(opacity) == pytest.approx(2 / 5)  # of 0.2, 0.89, 0.95, 1 and 1
+    assert ev.fog(torch.ones(2, 3, 3)) == 0
+    assert ev.fog(torch.full((2, 3, 3), 0.05)) == 1
+
+
+def test_mean_gradient_by_hand():
+    """Brightness [[0, 1, 1], [0, 1, 0.25], ...]: gradients (1, 0), (0, 0); the last row and column only end them."""
+    image = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.25]]).expand(3, 2, 3)
+    assert ev.mean_gradient(image) == pytest.approx((1 + 0) / 2)
+    image = torch.tensor([[0.0, 0.3, 0.3], [0.4, 0.3, 0.3]]).expand(2, 3, 2, 3)
+    assert ev.mean_gradient(image) == pytest.approx((0.5 + 0) / 2)  # hypot(0.3, 0.4)
+    red = torch.zeros(3, 2, 2)
+    red[0, :, 1] = 1
+    assert ev.mean_gradient(red) == pytest.approx(1 / 3)
+
+
+def test_blur_lowers_the_gradient_and_contrast_raises_it():
+    image = (torch.arange(32) % 8 < 4).float().expand(3, 32, 32)
+    blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1, count_include_pad=False)
+    assert ev.mean_gradient(blurred[:, 2:-2, 2:-2]) <= ev.mean_gradient(image[:, 2:-2, 2:-2])
+    assert ev.mean_gradient(image / 2) == pytest.approx(ev.mean_gradient(image) / 2)
+
+
+def test_psnr_where_the_mask_is():
+    a, b = torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+    b[0, :, 0, 0], b[0, :, 1, 1] = 0.1, 1.0
+    mask = torch.tensor([[[True, True], [False, False]]])
+    assert ev.psnr(a, b, mask) == pytest.approx(-10 * math.log10(0.01 / 2))
+    assert ev.psnr(a, a, mask) == 99
+    assert ev.psnr(a, b, mask & False) == 0
+
+
+def test_kernel_distance_by_hand():
+    """One feature, kernel (xy + 1)^3. Of 0 and 1 among themselves: 1; of 1 and 2: 27; across: (1 + 1 + 8 + 27) / 4."""
+    a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    assert ev.kernel_distance(a, b) == pytest.approx(1 + 27 - 2 * 37 / 4)
+    assert ev.kernel_distance(b, a) == pytest.approx(ev.kernel_distance(a, b))
+    wide = torch.cat([a, a], dim=1), torch.cat([b, b], dim=1)  # the same mean of products
+    assert ev.kernel_distance(*wide) == pytest.approx(ev.kernel_distance(a, b))
+    with pytest.raises(ValueError, match="at least 2 of both, got 1 and 2"):
+        ev.kernel_distance(a[:1], b)
+
+
+def test_kernel_distance_has_no_bias_where_frechet_has():
+    """Of samples of one distribution, five at a time: the first is 0 in the mean, the second far from it."""
+    torch.manual_seed(0)
+    pairs = [torch.randn(2, 5, 4).unbind(0) for _ in range(2000)]
+    kernel = torch.tensor([ev.kernel_distance(a, b) for a, b in pairs])
+    assert kernel.mean().abs() < 3 * kernel.std() / math.sqrt(2000)
+    assert all(ev.frechet_distance(ev.moments(a), ev.moments(b)) > 0.1 for a, b in pairs[:20])
+
+
+def test_agreement_is_seen_from_the_origin():
+    a, b = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[1.0, 3.0], [1.0, 9.0]])
+    origin = torch.tensor([1.0, 1.0])
+    assert ev.agreement(a, b, origin) == pytest.approx((0 + 1) / 2)
+    assert ev.agreement(a, a, origin) == pytest.approx(1)
