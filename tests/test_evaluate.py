@@ -21,6 +21,7 @@ from mvdream_fast.data.shards import write_shard
 from mvdream_fast.distill.recipes import mini
 from mvdream_fast.evaluation import classifier, judging
 from mvdream_fast.evaluation.evaluator import load_evaluator
+from mvdream_fast.evaluation.independent import RealSeen
 from mvdream_fast.evaluation.judging import Judge, SamplingOptions, evaluate_model, summary, turntable
 from mvdream_fast.evaluation.reference import HAS_FRONT, Reference, measure
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -247,6 +248,10 @@ def test_a_damaged_reference_is_refused(place, tmp_path):
     numbers = json.loads((tmp_path / "reference.json").read_text())
     (tmp_path / "reference.json").write_text(json.dumps(numbers | {"captions": ["a thing"]}))
     with pytest.raises(ModelError, match="has 1 captions"):
+        Reference.load(tmp_path)
+    (tmp_path / "reference.json").write_text(json.dumps(numbers))
+    Reference(**vars(Reference.load(tmp_path)) | {"seen": RealSeen(torch.zeros(1, 2, 4, 5))}).save(tmp_path)
+    with pytest.raises(ModelError, match=r"seen must be of 3, got \[1, 2, 4, 5\]"):
         Reference.load(tmp_path)
     (tmp_path / "reference.json").write_text("{}")
     with pytest.raises(ModelError, match="no whole reference"):

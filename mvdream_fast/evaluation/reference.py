@@ -86,6 +86,9 @@ class Reference:
             raise ModelError(f"{folder} holds no whole reference of real renders: {error}") from error
         if len(reference.captions) != len(embeddings):
             raise ModelError(f"{folder / NUMBERS} has {len(reference.captions)} captions, {TENSORS} {len(embeddings)}")
+        seen = reference.seen
+        if seen is not None and (seen.features.ndim != 4 or len(seen.features) != len(embeddings)):
+            raise ModelError(f"{folder / TENSORS}: seen must be of {len(embeddings)}, got {list(seen.features.shape)}")
         return reference
 
 
