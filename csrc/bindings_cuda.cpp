@@ -64,8 +64,8 @@ void bind_march(py::module_& m) {
   m.def("march_status", [](const QueuedMarch& march) { return cuda::march_status(march.args, march.queue); }, NoGil());
   m.def(
       "march_count",
-      [](const QueuedMarch& march, Address counts) {
-        return cuda::march_count(march.args, at<int64_t>(counts), march.queue);
+      [](const QueuedMarch& march, Address counts, Address status) {
+        cuda::march_count(march.args, at<int64_t>(counts), at<int64_t>(status), march.queue);
       },
       NoGil());
   m.def(
@@ -210,5 +210,6 @@ void bind_cuda(py::module_& m) {
 PYBIND11_MODULE(_cuda_host, m) {
   mvdream_fast::bind_cuda(m);
   m.def("devices", [] { return std::array<int, 2>{shim::device, shim::launched_on}; });  // now, and of the last launch
+  m.def("syncs", [] { return shim::syncs; });                                            // waits for a stream so far
 }
 #endif

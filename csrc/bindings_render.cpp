@@ -71,7 +71,9 @@ static void bind_march(py::module_& m) {
   m.def("march_status", [](const March& march) { return MVDREAM_FAST_CPU(march_status)(march.args); }, NoGil());
   m.def(
       "march_count",
-      [](const March& march, Address counts) { return MVDREAM_FAST_CPU(march_count)(march.args, at<int64_t>(counts)); },
+      [](const March& march, Address counts, Address status) {
+        *at<int64_t>(status) = MVDREAM_FAST_CPU(march_count)(march.args, at<int64_t>(counts));
+      },
       NoGil());
   m.def(
       "march_fill",

@@ -18,7 +18,7 @@ from mvdream_fast.checkpoints.open import Model, load_model, needed
 from mvdream_fast.core.arguments import array, finite, is_a, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.images import to_image
-from mvdream_fast.core.machine import choose_device, choose_dtype, memory_errors
+from mvdream_fast.core.machine import choose_device, choose_dtype, encoder_dtype, memory_errors, repeated_shapes
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
 from mvdream_fast.diffusion.sampler import (
@@ -71,7 +71,8 @@ class MVDreamPipeline:
 
         views = MVDreamPipeline.from_pretrained("embedded")("a brown bulldog", seed=0).images
 
-    Holds the model's modules on `device`; the UNet in `dtype`, text tower and VAE in float32 (they run once a call).
+    Holds the model's modules on `device`; the UNet in `dtype`, text tower and VAE in float32 (they run once a call), but
+    the VAE's encoder, which score distillation runs at every step, in bfloat16 on a GPU where the UNet has 16 bits.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class MVDreamPipeline:
             if module is not None:
                 with memory_errors("take --device cpu or --dtype float16"):
                     module.to(self.device, own).eval()
+        if model.vae is not None:
+            model.vae.encode_in(encoder_dtype(self.dtype, self.device))
         self.unet, self.vae, self.text = model.unet, model.vae, model.text
         self.tokenizer = model.tokenizer
         self.schedule = NoiseSchedule.from_config(model.config.schedule, self.device)
@@ -173,7 +176,7 @@ class MVDreamPipeline:
         poses = None if mode == "2d" else _poses(camera, n_views, angles_deg)  # [V, 16]
         n_views = n_views if poses is None else len(poses)
         seeds = None if generator is not None else [seed + b for b in range(len(prompts))]
-        with memory_errors("take fewer views or prompts, or --dtype float16"):
+        with memory_errors("take fewer views or prompts, or --dtype float16"), repeated_shapes(self.device):
             model_fn = self.denoiser(
                 self.encode_prompt(prompts, negative_prompt, suffix, warn), poses, n_views, guidance_scale
             )

@@ -26,9 +26,16 @@ __global__ void __launch_bounds__(kThreads) march_status_kernel(MarchArgs args, 
 }
 
 __global__ void __launch_bounds__(kThreads)
-    march_count_kernel(const __grid_constant__ MarchArgs args, const uint8_t* blocks, int64_t* counts) {
+    march_count_kernel(const __grid_constant__ MarchArgs args, const uint8_t* blocks, int64_t* counts,
+                       unsigned long long* worst) {
   const OccupancyView grid = make_view(args.bits, blocks, args.resolution, args.aabb);
   for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
+    const int status = ray_status(args, ray);
+    if (status != kMarchFine) {  // such a ray is not walked: nobody has looked yet, and its steps may have no end
+      atomicMax(worst, static_cast<unsigned long long>(status));
+      counts[ray] = 0;
+      continue;
+    }
     RayWalk walk = walk_of(grid, args, ray);
     int64_t begin, end, count = 0;
     while (count < args.max_samples && next_run(grid, &walk, &begin, &end)) count += end - begin;
@@ -110,14 +117,12 @@ int march_status(const MarchArgs& args, Queue queue) {
   return status;
 }
 
-int march_count(const MarchArgs& args, int64_t* counts, Queue queue) {
+void march_count(const MarchArgs& args, int64_t* counts, int64_t* status, Queue queue) {
   const DeviceGuard guard(queue.device);
-  const int status = march_status(args, queue);
-  if (status != kMarchFine) return status;
   const Blocks blocks(args, queue.stream);
+  check(cudaMemsetAsync(status, 0, sizeof *status, queue.stream), "march count");
   launch("march count", march_count_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
-         blocks.get(), counts);
-  return kMarchFine;
+         blocks.get(), counts, reinterpret_cast<unsigned long long*>(status));
 }
 
 void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends, Queue queue) {

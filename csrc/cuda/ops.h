@@ -19,9 +19,10 @@ struct Queue {
   int device = -1;             // of the stream and of every pointer; -1 for the one that is current
 };
 
-// The MarchStatus of rays, waiting for it; then the samples of each ray, [R].
+// The MarchStatus of rays, waiting for it. The samples of each ray, [R], none of one that cannot be marched, and where
+// the highest MarchStatus of all goes: the caller reads it when it reads how many samples there are.
 int march_status(const MarchArgs& args, Queue queue);
-int march_count(const MarchArgs& args, int64_t* counts, Queue queue);
+void march_count(const MarchArgs& args, int64_t* counts, int64_t* status, Queue queue);
 void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends, Queue queue);
 void sample_positions(const Packed& samples, const float* rays_o, const float* rays_d, float* positions, Queue queue);
 void prune_count(const Packed& samples, const float* sigmas, double least, double most, uint8_t* keep, int64_t* counts,

@@ -155,6 +155,29 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return torch.bfloat16 if device.type == "cpu" and cpu_flags() & _FAST_BF16 else torch.float32
 
 
+def encoder_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of an image encoder beside a UNet of `dtype`: bfloat16 on a GPU (sm_80 and up) whose UNet has 16 bits,
+    else float32. float16 is more exact, but its range is too small for a VAE: docs/gpu.md has the figures."""
+    import torch
+
+    on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if on_gpu and dtype.itemsize == 2 else torch.float32
+
+
+@contextmanager
+def repeated_shapes(device: torch.device) -> Generator[None]:
+    """Where the same shapes come again and again, cuDNN measures once which of its ways is the fastest for each. Not
+    under torch.use_deterministic_algorithms: the winner may differ from run to run."""
+    import torch
+
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.benchmark
+    cudnn.benchmark = before or (device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 @contextmanager
 def memory_errors(advice: str) -> Generator[None]:
     """Turns torch's ways of saying that there is no memory left into one OutOfMemoryError that ends in `advice`."""

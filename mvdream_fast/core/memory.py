@@ -8,7 +8,7 @@ import resource
 from pathlib import Path
 
 from mvdream_fast.core.errors import OutOfMemoryError
-from mvdream_fast.core.machine import memory_limit, resident_memory
+from mvdream_fast.core.machine import memory_limit, resident_memory, total_memory
 
 PROGRAM = "the program"  # the part of an estimate that is not anybody's choice
 PROGRAM_BYTES = 650 << 20  # Python, torch, diffusers and transformers once imported
@@ -26,6 +26,15 @@ def available(device: str = "cpu") -> tuple[int | None, str]:
               (_address_space(), "left of the address space's limit, ulimit -v")]  # fmt: skip
     known = [(max(size, 0), name) for size, name in limits if size is not None]
     return min(known, default=(None, ""))
+
+
+def total(device: str) -> int:
+    """Bytes of memory that a device has, in use or not; of what cannot be told, 4 GB."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return total_memory() or 1 << 32
 
 
 def _free() -> int | None:

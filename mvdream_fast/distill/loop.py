@@ -12,7 +12,7 @@ from mvdream_fast.camera import middle_cameras
 from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
-from mvdream_fast.core.machine import memory_errors
+from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
@@ -53,7 +53,12 @@ class Loop:
     model: "ModelConfig | None" = None
 
     def run(self, state: RunState) -> GrownAsset:
-        """The remaining steps of `state`'s run.
+        """The remaining steps of `state`'s run; see `_steps` for what it raises."""
+        with repeated_shapes(state.representation.device):
+            return self._steps(state)
+
+    def _steps(self, state: RunState) -> GrownAsset:
+        """The remaining steps.
 
         Raises:
             ModelError: a checkpoint of another configuration.
@@ -94,7 +99,8 @@ class Loop:
                     return work()
             except MemoryError as error:
                 if last:
-                    parts = run_memory.estimate(self.model, state.config)
+                    gpu_memory = run_memory.memory_of(state.representation.device)
+                    parts = run_memory.estimate(self.model, state.config, gpu_memory=gpu_memory)
                     raise OutOfMemoryError(f"step {step}: {error}; {run_memory.advice(parts, state.config)}") from error
             state.halve()  # outside of the handler: the error's traceback holds the step's tensors
         raise AssertionError

@@ -5,11 +5,15 @@ runs that the operating system would only kill. What is done where memory runs o
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvdream_fast.core import memory
 from mvdream_fast.core.machine import resident_memory
 from mvdream_fast.distill.recipes import SDSConfig
 from mvdream_fast.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "the model's weights"
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
@@ -25,16 +29,33 @@ FLAGS = {
 }
 
 
-def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0) -> Parts:
-    """Bytes by part at the largest stage of a run; `weights` is the size of the model's files, in the dtype used."""
-    parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **config.representation.memory(config.n_rays())}
+def estimate(
+    model: ModelConfig | None,
+    config: SDSConfig,
+    weights: int = 0,
+    gpu_memory: int | None = None,
+    encoder_bytes: int = 4,
+) -> Parts:
+    """Bytes by part at the largest stage of a run.
+
+    Args: weights: size of the model's files, in the dtype used. gpu_memory: of the GPU that it runs on, None for a CPU.
+        encoder_bytes: of a number in the VAE's encoder, 2 where it works in bfloat16.
+    """
+    renderer = config.representation.memory(config.n_rays(), gpu_memory)
+    parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}
     if model is not None and config.method == "sds":
         images = max(config.n_groups) * config.cameras.n_views
         level = 4 * images * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
         parts["the UNet"] = 2 * level * UNET_FACTOR
         side = model.vae.image_size // model.vae.patch_size
-        parts["the VAE's encoder"] = 4 * images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
+        maps = images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
+        parts["the VAE's encoder"] = encoder_bytes * maps
     return parts
+
+
+def memory_of(device: "torch.device") -> int | None:
+    """Bytes of memory of a GPU; None for a CPU."""
+    return memory.total(str(device)) if device.type == "cuda" else None
 
 
 def files_bytes(path: Path) -> int:

@@ -21,7 +21,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.scene.asset import Asset, Settings
-from mvdream_fast.scene.base import Lighting, Rendered, Representation
+from mvdream_fast.scene.base import Lighting, Rendered, Representation, Statistic
 from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.shading import draw_light_positions, draw_shading
 
@@ -91,7 +91,7 @@ class RunState:
         self.halved = False
         self.event = ""
         self._clock = Clock()
-        self._unread: tuple[Record, reads.Later] | None = None
+        self._unread: tuple[Record, reads.Later, dict[str, Statistic]] | None = None
 
     def step(self, step: int) -> Record | None:
         """One update. A step with numbers that are not finite changes nothing but the counter.
@@ -114,18 +114,19 @@ class RunState:
         statistics = self.representation.statistics()
         before = self.settle()
         clock.part("rest")
-        self._unread = Record(step, math.nan, t, math.nan, statistics, clock.take()), numbers
+        self._unread = Record(step, math.nan, t, math.nan, {}, clock.take()), numbers, statistics
         return before if reads.reads_wait(self.representation.device) else self.settle()
 
     def settle(self) -> Record | None:
         """What the last step reports, if `step` has not told yet; counts and mends what went wrong in it."""
         if self._unread is None:
             return None
-        (record, numbers), self._unread = self._unread, None
+        (record, numbers, statistics), self._unread = self._unread, None
         finite, record.loss, record.opacity = numbers.get()
+        record.statistics = {name: x() if callable(x) else x for name, x in statistics.items()}
         record.skipped = not finite
         self.skipped = self.skipped + 1 if record.skipped else 0
-        self._watch(record.opacity)
+        self._watch(record)
         record.event, self.event = self.event, ""
         return record
 
@@ -171,13 +172,13 @@ class RunState:
         rendered = self.representation.render(rays, Stream(self.seed, step, "render"), True, lighting)
         return rays, rendered, rendered.rgb.reshape(len(cameras), size, size, 3).permute(0, 3, 1, 2)
 
-    def _watch(self, opacity: float) -> None:
+    def _watch(self, record: Record) -> None:
         """Starts an empty representation again, once; raises DivergedError the second time."""
-        self.empty = self.empty + 1 if opacity < EMPTY_OPACITY else 0
+        self.empty = self.empty + 1 if record.opacity < EMPTY_OPACITY else 0
         if self.empty < EMPTY_STEPS:
             return
         if self.restarts:
-            known = ", ".join(f"{name} {value:.3g}" for name, value in self.representation.statistics().items())
+            known = ", ".join(f"{name} {value:.3g}" for name, value in record.statistics.items())
             raise DivergedError(
                 f"density is empty after {EMPTY_STEPS} steps, again after a restart: {known}; "
                 "try another --seed or a lower --guidance-scale"

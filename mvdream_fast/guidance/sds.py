@@ -13,6 +13,7 @@ from torch import Tensor
 from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
 from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
@@ -92,9 +93,9 @@ class ScoreDistillation:
         timing("vae")
         noise = stream.normal(*z.shape, device=z.device).to(z.dtype)
         with torch.no_grad():
-            z_t = self.schedule.add_noise(z.detach(), noise, t)
+            times = torch.full((len(z),), t, device=z.device)
+            z_t = self.schedule.add_noise(z.detach(), noise, times)
             camera = None if c2w is None else normalize_camera(c2w)
-            times = torch.full((len(z_t),), t, device=z_t.device)
             uncond, cond = self._denoiser(len(z_t) // n_views, n_views, text)(z_t, times, camera).chunk(2)
         result = sds_target(
             z, z_t, cond, uncond, noise, self.schedule.alphas_cumprod[t].reshape(1), self.config.guidance_scale,
@@ -176,7 +177,7 @@ class SDS:
         return loss, out.t
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:
-        return self.distillation(rgb, views.c2w.to(rgb.device), self.cameras.n_views, step, stream, timing)
+        return self.distillation(rgb, to_device(views.c2w, rgb.device), self.cameras.n_views, step, stream, timing)
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The model stays as it is."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mvdream_fast.core.machine import in_format
 from mvdream_fast.models.config import VAEConfig
+from mvdream_fast.models.functional import group_norm
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -50,6 +51,7 @@ class VAE(nn.Module):
             self._widen_decoder(config.decoder_width)
         if not decoder:
             self.drop_decoder()
+        _fuse_norms(self.model)
         in_format(self, torch.channels_last)
 
     def _widen_decoder(self, width: int) -> None:
@@ -75,6 +77,13 @@ class VAE(nn.Module):
         self.model.register_module("decoder", None)
         self.model.register_module("post_quant_conv", None)
 
+    def encode_in(self, dtype: torch.dtype) -> None:
+        """From now on the encoder works in this dtype, whatever that of the images, which the latents keep; norms have
+        their statistics, attention its softmax in float32 all the same. The decoder stays as it is."""
+        for module in (self.model.encoder, self.model.quant_conv):
+            if module is not None:
+                module.to(dtype)
+
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance, clamped to [-30, 20], before scaling.
 
@@ -93,9 +102,12 @@ class VAE(nn.Module):
                 f"VAE.encode: images must be [B, 3, Hp, Wp] with sides that are multiples of {factor}, "
                 f"got {tuple(images.shape)}"
             )
-        pixels = F.pixel_unshuffle(images, self.config.patch_size)
-        moments = self.model.encoder(pixels.contiguous(memory_format=torch.channels_last))
-        mean, logvar = _through(self.model.quant_conv, moments).chunk(2, dim=1)
+        pixels, dtype = F.pixel_unshuffle(images, self.config.patch_size), self.model.encoder.conv_in.weight.dtype
+        moments = self.model.encoder(pixels.to(dtype).contiguous(memory_format=torch.channels_last))
+        moments = _through(self.model.quant_conv, moments)
+        if images.dtype != dtype:  # else it is autocast's, if not that of both
+            moments = moments.to(images.dtype)
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -144,6 +156,46 @@ class VAE(nn.Module):
         z = latents / self.config.scale_factor + self.config.shift_factor
         z = z.contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(self.model.decoder(_through(self.model.post_quant_conv, z)), self.config.patch_size)
+
+
+class _Norm(nn.GroupNorm):
+    """A GroupNorm of diffusers' layers that does the SiLU after it, too, in one kernel where there is one."""
+
+    silu = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, h, w], or tokens [B, C, N], whose memory is pixel after pixel, as that of channels_last images."""
+        if not fuses(input):
+            return super().forward(input)
+        images = input if input.ndim == 4 else input[..., None]
+        return group_norm(self, images, silu=self.silu).reshape(input.shape)
+
+
+class _SiLUOfNorm(nn.SiLU):
+    """The SiLU after a norm, where the norm has not done it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape."""
+        return input if fuses(input) else super().forward(input)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether norms run as our own kernel with the SiLU in it. On a CPU diffusers' layers stay as they are: there the
+    norms are a small part, and results would change in their last bits."""
+    return x.is_cuda
+
+
+def _fuse_norms(model: nn.Module) -> None:
+    """Every norm of diffusers' blocks as a `_Norm` of the same parameters' names, every SiLU behind one aware of it."""
+    for block in model.modules():
+        follows = [name for name, child in block.named_children() if type(child) is nn.SiLU]
+        for name, child in list(block.named_children()):
+            if type(child) is nn.GroupNorm:
+                norm = _Norm(child.num_groups, child.num_channels, child.eps)
+                norm.silu = bool(follows)
+                block.register_module(name, norm)
+        for name in follows:
+            block.register_module(name, _SiLUOfNorm())
 
 
 def _through(layer: nn.Module | None, x: Tensor) -> Tensor:

@@ -118,8 +118,9 @@ def hash_encode(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
 
 def hash_encode_ref(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
     """The contract of `hash_encode` in plain torch, in any floating dtype and on any device."""
-    # A graph cannot read values: there a NaN makes whatever it makes.
-    require_no_nan("hash_encode", torch.compiler.is_compiling() or not positions.isnan().any())
+    # A graph cannot read values, a GPU would be waited for: there a NaN makes whatever it makes.
+    unread = torch.compiler.is_compiling() or positions.is_cuda
+    require_no_nan("hash_encode", unread or not positions.isnan().any())
     unit = positions.clamp(0, 1)
     return torch.cat([_level_ref(unit, table[lv.offset : lv.offset + lv.size], lv) for lv in grid.levels], dim=-1)
 
@@ -135,7 +136,8 @@ def _level_ref(unit: Tensor, entries: Tensor, level: Level) -> Tensor:
         weight = torch.ones_like(high[:, 0])
         for axis, bit in enumerate(bits):
             weight = weight * (high[:, axis] if bit else 1 - high[:, axis])
-        out = out + weight[:, None] * entries[_index_ref(cell.long() + cell.new_tensor(bits).long(), level)]
+        vertex = torch.stack([x + bit for x, bit in zip(cell.long().unbind(-1), bits, strict=True)], dim=-1)
+        out = out + weight[:, None] * entries[_index_ref(vertex, level)]
     return out
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from mvdream_fast.core.reads import read
 from mvdream_fast.ops._edges import (
     BACKENDS,
     address,
@@ -236,9 +237,12 @@ def pack_bits(occupied: torch.Tensor) -> torch.Tensor:
 def _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples) -> Samples:
     native = load_native("march_rays", rays_o)
     args, _alive = march_args("march_rays", rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
-    counts = torch.empty(rays_o.shape[0], dtype=torch.int64, device=rays_o.device)
-    raise_for("march_rays", native.march_count(args, counts.data_ptr()))
-    samples = _empty_samples("march_rays", counts)
+    status, counts = torch.empty(rays_o.shape[0] + 1, dtype=torch.int64, device=rays_o.device).tensor_split([1])
+    native.march_count(args, counts.data_ptr(), status.data_ptr())
+    ends = counts.cumsum(0)
+    worst, *n_samples = read(torch.cat([status, ends[-1:]]))  # together: on a GPU each read waits
+    raise_for("march_rays", worst)
+    samples = _empty_samples("march_rays", counts, ends, sum(n_samples))
     native.march_fill(args, *map(address, (samples.packed_info, samples.t_starts, samples.t_ends)))
     return samples
 
@@ -265,7 +269,8 @@ def _prune(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
     counts = torch.empty(samples.n_rays, dtype=torch.int64, device=sigmas.device)
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     native.prune_count(packed, sigmas.data_ptr(), *depths, keep.data_ptr(), counts.data_ptr())
-    kept = _empty_samples("prune_samples", counts)
+    ends = counts.cumsum(0)
+    kept = _empty_samples("prune_samples", counts, ends, sum(read(ends[-1:])))
     native.prune_fill(packed, *map(address, (keep, kept.packed_info, kept.t_starts, kept.t_ends)))
     return kept
 
@@ -283,9 +288,8 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().contiguous()
 
 
-def _empty_samples(op: str, counts: torch.Tensor) -> Samples:
-    ends = counts.cumsum(0)
-    n_samples = int(ends[-1]) if ends.numel() else 0
+def _empty_samples(op: str, counts: torch.Tensor, ends: torch.Tensor, n_samples: int) -> Samples:
+    """Room for the samples that rays have, counts [R], which run up to ends [R]."""
     few = n_samples <= _MOST_SAMPLES
     require(few, op, "step_size", "long enough for 2^40 samples at most", f"{n_samples} samples", "take longer steps")
     t_starts, t_ends = (torch.empty(n_samples, dtype=torch.float32, device=counts.device) for _ in range(2))

@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
 
 
@@ -52,8 +53,8 @@ class EnvironmentMap(nn.Module):
             return color
         if stream is None:
             raise ValueError("EnvironmentMap: stream must be a Stream in training, got None; pass rng.Stream(...)")
-        draw = stream.uniform(4, device=rays_d.device)
-        return color * 0 + draw[1:] if float(draw[0]) < self.augment_prob else color
+        draw = stream.uniform(4)  # on the CPU, where the first number can be looked at without waiting
+        return color * 0 + to_device(draw[1:], color.device) if float(draw[0]) < self.augment_prob else color
 
 
 class FixedBackground(nn.Module):

@@ -3,6 +3,7 @@
 A new representation is a class with these methods and a frozen configuration; scene/kinds.py is where it is named.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
     from mvdream_fast.core.rng import Stream
     from mvdream_fast.scene.mesh.mesh import Mesh
+
+
+Statistic = float | Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Lighting(NamedTuple):
 class RepresentationConfig(Protocol):
     """The frozen values that a representation is made from; no torch is needed to hold or read them."""
 
-    def memory(self, n_rays: int) -> dict[str, int]:
-        """Estimated bytes by part of a training step of n_rays."""
+    def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
+        """Estimated bytes by part of a training step of n_rays, on a GPU of so much memory or (None) on a CPU."""
         ...
 
 
@@ -82,8 +86,9 @@ class Representation(Protocol):
         """What changes without a gradient once the parameters have: an occupancy grid, levels that open up."""
         ...
 
-    def statistics(self) -> dict[str, float]:
-        """Numbers of the last training step for the log, such as {"occupancy": 0.2, "n_samples": 51200}."""
+    def statistics(self) -> dict[str, Statistic]:
+        """Numbers of the last training step for the log, such as {"occupancy": 0.2, "n_samples": 51200}; one that is
+        still on its way from a GPU as a function, which waits for it."""
         ...
 
     def restart(self, seed: int) -> None:

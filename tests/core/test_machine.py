@@ -95,6 +95,37 @@ def test_auto_dtype_of_gpus(monkeypatch, capability, expected):
     assert machine.choose_dtype("auto", torch.device("cuda")) == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "unet", "expected"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, torch.bfloat16),
+        ("cuda", (8, 0), torch.float16, torch.bfloat16),
+        ("cuda", (9, 0), torch.float32, torch.float32),
+        ("cuda", (7, 5), torch.float16, torch.float32),  # no bfloat16 there
+        ("cpu", None, torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtype_of_encoders(monkeypatch, device, capability, unet, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert machine.encoder_dtype(unet, torch.device(device)) == expected
+
+
+def test_cudnn_measures_where_shapes_repeat_and_forgets_it_again(monkeypatch):
+    cudnn, cuda = torch.backends.cudnn, torch.device("cuda")
+    assert not cudnn.benchmark
+    with machine.repeated_shapes(cuda):
+        assert cudnn.benchmark
+        with pytest.raises(ZeroDivisionError), machine.repeated_shapes(cuda):
+            1 / 0
+        assert cudnn.benchmark
+    assert not cudnn.benchmark
+    with machine.repeated_shapes(torch.device("cpu")):
+        assert not cudnn.benchmark
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with machine.repeated_shapes(cuda):
+        assert not cudnn.benchmark
+
+
 def test_named_dtypes():
     assert machine.choose_dtype("float16", torch.device("cpu")) == torch.float16
     cpu = torch.device("cpu")

@@ -211,6 +211,7 @@ constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
 namespace shim {
 constexpr int kDevices = 4;
 inline int device = 0, launched_on = -1;
+inline int64_t syncs = 0;
 }  // namespace shim
 inline cudaError_t cudaGetDevice(int* device) { return *device = shim::device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
@@ -231,7 +232,7 @@ enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return ++shim::syncs, cudaSuccess; }
 
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

@@ -1,7 +1,14 @@
-"""A step of a text-to-3D run on a GPU waits for it twice between two renders, counted without one."""
+"""A step of a text-to-3D run waits for a GPU twice, counted without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from reference.cuda_host import built
 from reference.studio import TINY, Painter, Studio, same
 from reference.waits import Waits
 
@@ -56,8 +63,24 @@ def test_the_counter_sees_every_way_a_number_reaches_python():
 
 
 def test_a_step_reads_the_device_at_most_twice_between_two_renders(as_on_a_gpu):
+    """Of numbers that have been on their way since the step before; here, where nothing is ever late, all reads count:
+    the GPU of `test_a_step_waits_for_a_gpu_twice` knows which of them wait."""
+    between, within = waits_of("mini", {"render_size": (48,)}, (0, 1, 2, 16, 17, 272, 273))
+    assert [places.total() for places in between[1:]] == [0, 1, 1, 1, 1, 1]
+    assert {place for places in between for place in places} == {"reads.py:get"}
+    assert all(places["reads.py:read"] == 2 for places in within)  # how many were marched, and how many are left
+
+
+def test_all_rays_of_the_papers_second_stage_are_one_block(as_on_a_gpu, monkeypatch):
+    """4 x 256 x 256 rays, as many as there; fewer samples on each, and a small volume, for time's sake."""
+    _, within = waits_of("paper", {"volume": "mini", "samples_per_ray": 4}, (5000, 5001))
+    assert all(places["reads.py:read"] == 2 for places in within)
+
+
+def waits_of(preset, settings, steps):
+    """What the steps read between their renders, from the end of one to the start of the next, and inside of each."""
     pipeline = MVDreamPipeline.from_pretrained("embedded")
-    config = resolve_config("mini", steps=400, render_size=(48,))  # more rays than a CPU's block
+    config = resolve_config(preset, **settings)
     state = RunState(config, "a red chair", 0, new_guidance(pipeline, "a red chair", config, 0))
     between, within, plain = [], [], state.representation.render
 
@@ -69,13 +92,68 @@ def test_a_step_reads_the_device_at_most_twice_between_two_renders(as_on_a_gpu):
 
     state.representation.render = render
     with Waits(HOST) as waits:
-        for step in (0, 1, 2, 16, 17, 272, 273):  # every 16th updates the grid; from 256 on, cells drawn from it
+        for step in steps:
             state.step(step)
-    # The grid's statistics after an update; the numbers of the step before, if there was one.
-    assert [places.total() for places in between[1:]] == [1, 1, 1, 2, 1, 2]
-    assert {place for places in between for place in places} == {"reads.py:get"}
-    sizes = {"march_rays.py:_empty_samples": 2}  # how many samples were marched, and how many are left
-    assert all(places == sizes for places in within[1:])
+    return between, within
+
+
+LIT = {"shading": True, "shading_from": 1} | {
+    f"lambda_{name}": [0, 1, 1, 1] for name in ("orient", "sparsity", "opaque", "z_variance")
+}
+
+
+def test_a_step_waits_for_a_gpu_twice():
+    """Render, guidance, optimiser, grid and log together, copies to the GPU and waits inside the extension counted.
+
+    Fewer rays than the presets have: the number of waits knows the number of blocks alone, which is one for these as
+    for those (above, and tests/scene/nerf/test_renderer.py for the cards that there are).
+    """
+    runs = [("mini", {}, (0, 16, 17)), ("paper", {}, (5000, 5008)), ("paper", LIT, (5001,))]  # 16, 5008: the grid, too
+    waits = on_gpu("steps_on_gpu.py", json.dumps(runs))
+    assert [len(steps) for steps in waits] == [len(steps) for *_, steps in runs]
+    for (preset, *_), steps in zip(runs, waits, strict=True):
+        assert all(sum(places.values()) <= 2 for places in steps), (preset, steps)
+        assert all(places == {"read at reads.py:read": 2} for places in steps), (preset, steps)
+
+
+def on_gpu(script, *arguments):
+    """What a script of this folder prints, with the host build of the CUDA kernels as its first argument."""
+    line = [sys.executable, Path(__file__).with_name(script), built(), *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's, with the folders of the tests
+    run = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def test_what_that_gpu_counts():
+    waits_for = {
+        "x.tolist()": {"read": 1},
+        "x[0].item()": {"read": 1},
+        "bool(x.sum() > 0)": {"read": 1},
+        "x[x > 0]": {"read": 1},
+        "x.nonzero()": {"read": 1},
+        "x.cpu()": {"copy": 1},
+        "host.to(DEVICE)": {"copy": 1},
+        "host.to(DEVICE, non_blocking=True)": {"copy": 1},  # torch waits all the same
+        "host.pin_memory().to(DEVICE, non_blocking=True)": {},
+        "torch.tensor([1.0], device=DEVICE)": {"copy": 1},
+        "Later(x).get()": {"event": 1},
+        "(Later(x), x.tolist())[0].get()": {"read": 1},  # arrived with what was waited for
+        "torch.where(x > 0, x, 0).sum() + x[1:] @ x[torch.zeros(2, device=DEVICE).long()]": {},
+        "rays(1)": {"read": 1},
+        "rays(1).positions(x[None], x[None])": {"read": 1},
+        "rays(float('nan'))": "march_rays: rays_o, rays_d and near must be finite, got a NaN or infinite number",
+        "x + host": "aten.add.Tensor: tensors of two devices, [[3]] on the CPU",
+    }
+    found = on_gpu("looks_on_gpu.py", *waits_for)
+    for (look, wanted), seen in zip(waits_for.items(), found, strict=True):
+        assert seen.startswith(wanted) if isinstance(wanted, str) else seen == wanted, (look, seen)
+
+
+def test_the_counter_sees_waits_inside_the_extension():
+    """The whole extension has two: the number of samples that `render` took, and the status of its rays."""
+    found = on_gpu("looks_on_gpu.py", "evaluate(x)")
+    assert found == [{"inside the extension": 2}]
 
 
 def test_records_come_one_step_late_and_the_run_is_the_same(as_on_a_gpu, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The VAE against LDM's autoencoder in plain torch, through a released file's names; scale, noise and shape rules."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from reference import upstream
 from reference import vae as reference
 
 from mvdream_fast.checkpoints.layouts import released
+from mvdream_fast.models import functional
+from mvdream_fast.models import vae as vae_module
 from mvdream_fast.models.config import MINI, VAEConfig
 from mvdream_fast.models.vae import VAE
 
@@ -140,3 +143,58 @@ def test_a_shift_is_taken_off_before_the_scale():
         torch.testing.assert_close(latents, (sample - 0.5) * 0.25)
         torch.testing.assert_close(shifted.decode(latents), plain.decode(sample * config.scale_factor))
     assert torch.equal(shifted.scaled(torch.tensor([0.5, 1.5])), torch.tensor([0.0, 0.25]))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Norms and the SiLU after them as our op, as on a GPU, in the CPU's bodies of it."""
+    calls, plain = [], functional.group_norm_silu
+    monkeypatch.setattr(vae_module, "fuses", lambda x: True)
+    monkeypatch.setattr(functional, "group_norm_silu", lambda *args: calls.append(args[6]) or plain(*args))
+    return calls
+
+
+def test_fused_norms_change_nothing_but_rounding(vae, monkeypatch):
+    x, cotangent = images(2, 3, 16, 16), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        latents = vae.encode(leaf)
+        return latents.detach(), torch.autograd.grad(latents, leaf, cotangent)[0], vae.decode(z)
+
+    expected = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_module, "fuses", lambda x: True)
+        for name, found, wanted in zip(("latents", "gradient", "images"), run(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=name)
+
+
+def test_every_norm_is_fused_with_the_silu_behind_it(vae, fused):
+    """TINY's encoder: two norms in each of 2 levels x 2 and 2 middle blocks, one in attention, one before the end."""
+    vae.encode(images(1, 3, 16, 16))
+    assert sorted(fused) == [False] + [True] * (2 * 4 + 2 * 2 + 1)
+
+
+def test_norms_on_a_cpu_are_diffusers_own(vae, monkeypatch):
+    monkeypatch.setattr(functional, "group_norm_silu", None)
+    vae.decode(vae.encode(images(1, 3, 16, 16)))
+
+
+def test_an_encoder_in_bfloat16_gives_float32_latents_near_the_exact_ones(vae):
+    half = copy.deepcopy(vae)
+    half.encode_in(torch.bfloat16)
+    assert (
+        {p.dtype for p in half.model.encoder.parameters()} == {torch.bfloat16} == {half.model.quant_conv.weight.dtype}
+    )
+    assert {p.dtype for p in half.model.decoder.parameters()} == {torch.float32}
+    x = images(2, 3, 32, 32).requires_grad_()
+    exact, found = vae.encode(x), half.encode(x)
+    assert found.dtype == torch.float32
+    cotangent = torch.randn(exact.shape, generator=torch.Generator().manual_seed(3))
+    (wanted,), (gradient,) = (torch.autograd.grad(latents, x, cotangent) for latents in (exact, found))
+    assert gradient.dtype == torch.float32
+    assert 1e-3 < (found - exact).std() / exact.std() < 0.03  # 8 bits, through some thirty layers
+    assert (gradient - wanted).std() / wanted.std() < 0.06
+    z = torch.randn(1, 4, 8, 8)
+    assert torch.equal(half.decode(z), vae.decode(z))

@@ -181,7 +181,7 @@ def say_what_it_can(library):
     packed = cuda.Packed(0, 0, 0, 4, queue)
     calls = {
         "march_status": (march,),
-        "march_count": (march, 0),
+        "march_count": (march, 0, 0),
         "march_fill": (march, 0, 0, 0),
         "sample_positions": (packed, 0, 0, 0),
         "prune_count": (packed, 0, 0.0, 1.0, 0, 0),

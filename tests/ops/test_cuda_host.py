@@ -3,12 +3,8 @@
 A GPU runs the same sources. What a GPU alone can show (speed, memory ordering between blocks) is not tested here.
 """
 
-import importlib.util
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +15,7 @@ import test_march_rays
 import test_render_op
 import test_update_occupancy
 import torch
+from reference.cuda_host import built, loaded
 from tolerances import PARITY, close_to_largest
 
 import mvdream_fast
@@ -28,30 +25,12 @@ from mvdream_fast.ops._edges import load_native
 from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 field_op, hash_encode_op = (sys.modules[f"mvdream_fast.ops.{name}"] for name in ("field", "hash_encode"))
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def cuda_host():
-    """The host build of csrc/cuda as a module; ninja compiles what has changed."""
-    import pybind11
-
-    sanitize = "ON" if os.environ.get("MVDREAM_FAST_SANITIZE") else "OFF"  # set by `make sanitize`
-    tree = ROOT / ("build/cuda-host" if sanitize == "OFF" else "build/sanitize/cuda-host")
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitized compilers
-    if not (tree / "build.ninja").exists():
-        configure = ["cmake", "-S", ROOT / "tests/cuda_shim", "-B", tree, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DMVDREAM_FAST_SANITIZE={sanitize}"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-        subprocess.run(configure, check=True, capture_output=True, env=plain)
-    build = ["cmake", "--build", tree, "--parallel", "2"]
-    built = subprocess.run(build, capture_output=True, text=True, env=plain)
-    assert built.returncode == 0, built.stdout[-4000:]
-    (library,) = tree.glob("_cuda_host*.so")
-    spec = importlib.util.spec_from_file_location("_cuda_host", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The host build of csrc/cuda as a module."""
+    return loaded(built())
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +157,9 @@ def launches(cuda_host, monkeypatch):
         return call
 
     classes = {"HashGrid", "Field", "MarchArgs", "Packed"}
-    functions = {name for name in dir(cuda_host) if name[0].islower() and name not in ("devices", "update_occupancy")}
+    functions = {
+        name for name in dir(cuda_host) if name[0].islower() and name not in ("devices", "syncs", "update_occupancy")
+    }
     backend = {name: getattr(cuda_host, name) for name in classes} | {name: watched(name) for name in functions}
     monkeypatch.setattr(mvdream_fast, "_C", SimpleNamespace(**backend))
     return seen, functions

@@ -422,7 +422,7 @@ def test_samples_of_our_own_are_not_read_again():
         kept = prune_samples(marched, positions.norm(dim=-1))
         joined = join_samples([kept, kept])
         out = composite_samples(torch.ones(joined.n_samples), torch.rand(joined.n_samples, 3), joined)
-    assert waits.at == {"march_rays.py:_empty_samples": 2}  # how many were marched, and how many are left
+    assert waits.at == {"reads.py:read": 2}  # how many were marched, and how many are left
     assert joined.n_rays == 100
     assert torch.equal(out.rgb[:50].sum(-1) > 0, out.rgb[50:].sum(-1) > 0)
 

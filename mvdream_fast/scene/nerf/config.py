@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from mvdream_fast.ops.field import FieldSpec
 
 BYTES_PER_SAMPLE = 80  # of a training step of the renderer
-PRUNE_BYTES = 8192 * 110  # a block of rays before pruning, per sample of a ray
+PRUNE_BYTES = 8192 * 110  # a block of rays before pruning on a CPU, per sample of a ray
+MARCHED_BYTES = 28  # of a sample before pruning on a GPU: two distances, a position, a density, whether it stays, room
 LearningRate = Annotated[float, Interval(ge=0, lt=10)]
+
+
+def rays_at_once(gpu_memory: int, samples_per_ray: int) -> int:
+    """Rays whose samples before pruning fit into a quarter of a GPU's memory, were every cell on their way occupied."""
+    return gpu_memory // 4 // (samples_per_ray * MARCHED_BYTES)
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,16 @@ class NerfConfig(Checked):
         """The volume that `volume` names."""
         return VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
 
-    def memory(self, n_rays: int) -> dict[str, int]:
-        """Estimated bytes by part of a training step of n_rays; nothing is allocated for it."""
+    def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
+        """Estimated bytes by part of a training step of n_rays; nothing is allocated for it. gpu_memory: of the GPU
+        that it takes place on, None for a CPU."""
         volume = self.volume_config()
         samples = min(self.max_samples, n_rays * self.samples_per_ray)
+        before_pruning = PRUNE_BYTES * self.samples_per_ray
+        if gpu_memory is not None:
+            block = min(n_rays, rays_at_once(gpu_memory, self.samples_per_ray))
+            before_pruning = block * self.samples_per_ray * MARCHED_BYTES
         return {
-            "the renderer's samples": samples * BYTES_PER_SAMPLE + PRUNE_BYTES * self.samples_per_ray,
+            "the renderer's samples": samples * BYTES_PER_SAMPLE + before_pruning,
             "the volume and its optimiser": 16 * volume.spec.grid.n_entries * volume.n_features,
         }

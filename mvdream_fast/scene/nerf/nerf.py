@@ -11,7 +11,7 @@ from mvdream_fast.core.images import GREY
 from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
-from mvdream_fast.scene.base import Lighting, Rendered
+from mvdream_fast.scene.base import Lighting, Rendered, Statistic
 from mvdream_fast.scene.losses import opaque_loss, orientation_loss, sparsity_loss, z_variance_loss
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold
 from mvdream_fast.scene.mesh.texture import bake_texture
@@ -100,18 +100,19 @@ class Nerf(Renderer):
         """Updates the occupancy grid, where it is time."""
         self.occupancy.update(step, self.density, stream)
 
-    def statistics(self) -> dict[str, float]:
+    def statistics(self) -> dict[str, Statistic]:
         """Share of occupied cells, and samples of the last step whose field was evaluated with gradient."""
-        return {"occupancy": self.occupancy.fraction, "n_samples": self.n_samples}
+        return {"occupancy": self.occupancy.fraction_later(), "n_samples": self.n_samples}
 
     def restart(self, seed: int) -> None:
         """Takes the values of a fresh volume of this seed."""
         self.load_state_dict(Nerf(self.config, Stream(seed, 0, "volume")).state_dict())
 
     def save_memory(self, n_rays: int) -> None:
-        """Half of the samples that a step could have had; a step above that marches in larger steps."""
+        """Half of the samples that a step could have had; a step above that marches in larger steps. On a GPU at most
+        half of the rays at once, too."""
         most = min(self.max_samples or 1 << 62, n_rays * self.config.samples_per_ray)
-        self.max_samples = max(most // 2, n_rays)
+        self.max_samples, self.most_rays = max(most // 2, n_rays), n_rays // 2
 
     def colors(self, positions: Tensor) -> Tensor:
         """The field's colours at positions [P, 3] in scene units, [P, 3] in [0, 1]."""

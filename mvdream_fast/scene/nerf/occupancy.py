@@ -59,19 +59,29 @@ class OccupancyGrid(nn.Module):
     @property
     def fraction(self) -> float:
         """Share of occupied cells, in [0, 1]."""
-        return self._read()[0]
+        return self.fraction_later()()
 
     @property
     def mean(self) -> float:
         """Mean of the moving maximum over the cells that are not marked unseen (0 if all are)."""
-        return self._read()[1]
+        return self.mean_later()()
 
-    def _read(self) -> list[float]:
+    def fraction_later(self) -> Callable[[], float]:
+        """A function that waits for `fraction` as it is now, whatever becomes of the grid."""
+        later = self._later()
+        return lambda: later.get()[0]
+
+    def mean_later(self) -> Callable[[], float]:
+        """The same of `mean`."""
+        later = self._later()
+        return lambda: later.get()[1]
+
+    def _later(self) -> reads.Later:
         """`fraction` and `mean`: on their way since the last update, or asked for now if the grid was changed since."""
         sent = self._sent
         if sent is None or sent[0] != self._state():
             sent = self._send()
-        return sent[1].get()
+        return sent[1]
 
     def _send(self) -> tuple[tuple, reads.Later]:
         seen = self.ema >= 0

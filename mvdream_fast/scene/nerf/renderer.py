@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mvdream_fast.core import reads
+from mvdream_fast.core import memory, reads
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops.composite import composite_samples
 from mvdream_fast.ops.march_rays import Samples, join_samples, march_rays, prune_samples
 from mvdream_fast.ops.render import render
 from mvdream_fast.scene.base import Rendered
+from mvdream_fast.scene.nerf.config import rays_at_once
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid, default_step_size
 from mvdream_fast.scene.shading import ALBEDO, Shading, analytic_normals, finite_difference_normals, shade
 
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
 
 NORMALS = ("none", "analytic", "finite_difference")
-_RAYS_PER_PRUNE = 8192  # on a CPU; where reads wait, which a block does twice, as many as a quarter of memory holds
-_BYTES_PER_SAMPLE = 64  # of a marched sample before pruning: distances, position, density, and the kernels' own
+_RAYS_PER_PRUNE = 8192  # on a CPU
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Renderer(nn.Module):
         self.alpha_thre, self.early_stop_eps = alpha_thre, early_stop_eps
         self.max_samples, self.near, self.far = max_samples, near, far
         self.n_capped = 0
+        self.most_rays: int | None = None  # marched at once where reads wait; None for as many as memory allows
 
     def forward(
         self,
@@ -115,7 +116,7 @@ class Renderer(nn.Module):
         background = self.background(rays.rays_d)
         out = render(
             *(rays.rays_o, rays.rays_d, self.volume, grid.aabb, grid.bits, grid.resolution, self.step_size),
-            *(background, self.near, self.far, self._alpha_thre(), self.early_stop_eps),
+            *(background, self.near, self.far, min(self.alpha_thre, grid.mean), self.early_stop_eps),
         )
         return VolumeRendered(out.rgb, out.opacity, out.depth, out.n_samples)
 
@@ -152,8 +153,9 @@ class Renderer(nn.Module):
 
     @torch.no_grad()
     def _march_and_prune(self, rays: "Rays", jitter: torch.Tensor, scale: int) -> tuple[Samples, int]:
-        """In blocks of rays, so that the samples before pruning are never all in memory."""
-        grid, alpha_thre = self.occupancy, self._alpha_thre()
+        """In blocks of rays, so that the samples before pruning are never all in memory; on a GPU, which each block
+        waits for twice (how many samples were marched, how many are left), in one where memory allows."""
+        grid, mean = self.occupancy, self.occupancy.mean_later()
         parts, n_marched, size = [], 0, self._rays_per_prune(rays.rays_o.device)
         for i in range(0, max(rays.rays_o.shape[0], 1), size):
             rays_o, rays_d, part = (x[i : i + size] for x in (rays.rays_o, rays.rays_d, jitter))
@@ -163,18 +165,16 @@ class Renderer(nn.Module):
             )
             n_marched += marched.n_samples
             sigmas = self.density(marched.positions(rays_o, rays_d))
-            parts.append(prune_samples(marched, sigmas, alpha_thre, self.early_stop_eps))
-        return join_samples(parts), n_marched
+            # Asked for only now: the march has waited for its own numbers, so the mean, sent before, is there.
+            parts.append(prune_samples(marched, sigmas, min(self.alpha_thre, mean()), self.early_stop_eps))
+        return join_samples(parts) if len(parts) > 1 else parts[0], n_marched
 
     def _rays_per_prune(self, device: torch.device) -> int:
         if not reads.reads_wait(device):
             return _RAYS_PER_PRUNE
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 32
         most = math.ceil(2 * 3**0.5 * self.occupancy.radius / self.step_size)  # samples along the box's diagonal
-        return max(_RAYS_PER_PRUNE, memory // 4 // (most * _BYTES_PER_SAMPLE))
-
-    def _alpha_thre(self) -> float:
-        return min(self.alpha_thre, self.occupancy.mean)
+        fitting = rays_at_once(memory.total(str(device)), most)
+        return max(_RAYS_PER_PRUNE, fitting if self.most_rays is None else min(fitting, self.most_rays))
 
     def _normals(self, sigmas: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         if self.normals == "analytic":

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mvdream_fast.core import memory, reads
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene import losses
 from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
+from mvdream_fast.scene.nerf.config import NerfConfig
+from mvdream_fast.scene.nerf.nerf import Nerf
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid
 from mvdream_fast.scene.nerf.renderer import Renderer
 from mvdream_fast.scene.shading import (
@@ -120,6 +123,27 @@ def test_blocks_of_rays_change_nothing(monkeypatch):
     assert torch.equal(got.rgb, wanted.rgb)
     assert torch.equal(got.samples.packed_info, wanted.samples.packed_info)
     assert got.n_marched == wanted.n_marched
+
+
+def blocks_on_a_gpu(monkeypatch, memory_gb, renderer):
+    """How many rays at once a GPU of so many GB marches."""
+    monkeypatch.setattr(memory, "total", lambda device: int(memory_gb * 1e9))
+    monkeypatch.setattr(reads, "reads_wait", lambda device: True)
+    return renderer._rays_per_prune(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("memory_gb", "in_one_block"), [(8, False), (16, True), (24, True), (80, True)])
+def test_a_gpu_takes_the_papers_second_stage_in_one_block(monkeypatch, memory_gb, in_one_block):
+    renderer = Nerf(NerfConfig(volume="mini", samples_per_ray=512))
+    assert (blocks_on_a_gpu(monkeypatch, memory_gb, renderer) >= 4 * 256 * 256) == in_one_block
+
+
+def test_after_memory_ran_out_a_gpu_takes_half_of_the_rays_at_once(monkeypatch):
+    renderer = Nerf(NerfConfig(volume="mini", samples_per_ray=512))
+    renderer.save_memory(4 * 256 * 256)
+    assert blocks_on_a_gpu(monkeypatch, 80, renderer) == 2 * 256 * 256
+    renderer.save_memory(100)
+    assert blocks_on_a_gpu(monkeypatch, 80, renderer) == 8192  # a CPU's block: fewer would not spare much
 
 
 @pytest.mark.parametrize("cap", [2000, 50])
