@@ -71,8 +71,8 @@ class MVDreamPipeline:
 
         views = MVDreamPipeline.from_pretrained("embedded")("a brown bulldog", seed=0).images
 
-    Holds the model's modules on `device`; the UNet in `dtype`, text tower and VAE in float32 (they run once a call), but
-    the VAE's encoder, which score distillation runs at every step, in bfloat16 on a GPU where the UNet has 16 bits.
+    Holds the model's modules on `device`; the UNet in `dtype`, text tower and VAE in float32 (they run once a call).
+    The VAE's encoder alone, which score distillation runs at every step, has bfloat16 on a GPU whose UNet has 16 bits.
     """
 
     def __init__(

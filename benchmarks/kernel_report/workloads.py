@@ -50,7 +50,6 @@ def attention(
 def group_norm(shape: tuple[int, ...], dtype: str, channels_last: bool, n_groups: int = 32):
     def call(_: int) -> None:
         import torch
-
         from mvdream_fast.kernels import group_norm_silu as kernels
 
         memory_format = torch.channels_last if channels_last else torch.contiguous_format

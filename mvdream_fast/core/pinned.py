@@ -1,4 +1,4 @@
-"""How numbers of Python reach a device without waiting for it: through page-locked memory, in the stream's own order."""
+"""How numbers of Python reach a device without waiting for it: through page-locked memory, in the order of its stream."""
 
 import torch
 from torch import Tensor

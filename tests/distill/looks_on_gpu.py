@@ -1,5 +1,5 @@
-"""python looks_on_gpu.py LIBRARY LOOK... evaluates expressions on reference.gpu and prints, as JSON, what each waited for,
-or the error that it raised. They know `x`, three numbers there, and two functions of rays."""
+"""python looks_on_gpu.py LIBRARY LOOK... evaluates expressions on reference.gpu and prints, as JSON, what each waited
+for, or the error that it raised. They know `x`, three numbers there, and two functions of rays."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""python steps_on_gpu.py LIBRARY RUNS runs steps of text-to-3D runs on reference.gpu, with LIBRARY as the extension's CUDA
-part, and prints what each step waited for, as JSON. RUNS: [preset, settings of it to replace, steps] of each run."""
+"""python steps_on_gpu.py LIBRARY RUNS runs steps of text-to-3D runs on reference.gpu, with LIBRARY as the extension's
+CUDA part, and prints what each step waited for, as JSON. RUNS: [preset, settings to replace, steps] of each run."""
 
 import json
 import sys

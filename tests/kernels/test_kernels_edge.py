@@ -7,11 +7,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from mvdream_fast.kernels import cross_view_attention as kernels
+from mvdream_fast.kernels.group_norm_silu import group_size
 from tolerances import close
 from triton_on_cpu import DEVICE, SMALL
 
-from mvdream_fast.kernels import cross_view_attention as kernels
-from mvdream_fast.kernels.group_norm_silu import group_size
 from mvdream_fast.ops import cross_view_attention_ref
 
 VIEWS = 2

@@ -212,7 +212,7 @@ def _patches(extension):
     extension.HashGrid, extension.Field = _C.HashGrid, _C.Field
     yield mock.patch.object(_C, "cuda", _counted(extension), create=True)
     yield mock.patch.object(torch.cuda, "Event", Event)
-    yield mock.patch.object(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
+    yield mock.patch.object(torch.cuda, "current_stream", return_value=SimpleNamespace(cuda_stream=0))
     for name in ("tensor", "as_tensor"):
         yield mock.patch.object(torch, name, _made_here(getattr(torch, name)))
     yield mock.patch.object(torch.Tensor, "pin_memory", _pinned)
