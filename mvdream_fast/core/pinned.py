@@ -1,4 +1,4 @@
-"""How numbers of Python reach a device without waiting for it: through page-locked memory, in the order of its stream."""
+"""How numbers of Python reach a device without waiting for it: through page-locked memory, in its stream's order."""
 
 import torch
 from torch import Tensor
