@@ -170,12 +170,14 @@ def repeated_shapes(device: torch.device) -> Generator[None]:
     under torch.use_deterministic_algorithms: the winner may differ from run to run."""
     import torch
 
-    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.benchmark
-    cudnn.benchmark = before or (device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
+    cudnn = torch.backends.cudnn
+    before = bool(cudnn.benchmark)
+    measured = before or (device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
+    cudnn.benchmark = measured  # pyright: ignore[reportAttributeAccessIssue] # torch makes the module's class at import
     try:
         yield
     finally:
-        cudnn.benchmark = before
+        cudnn.benchmark = before  # pyright: ignore[reportAttributeAccessIssue] # the same
 
 
 @contextmanager

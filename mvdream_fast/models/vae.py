@@ -78,11 +78,12 @@ class VAE(nn.Module):
         self.model.register_module("post_quant_conv", None)
 
     def encode_in(self, dtype: torch.dtype) -> None:
-        """From now on the encoder works in this dtype, whatever that of the images, which the latents keep; norms have
-        their statistics, attention its softmax in float32 all the same. The decoder stays as it is."""
-        for module in (self.model.encoder, self.model.quant_conv):
-            if module is not None:
-                module.to(dtype)
+        """From now on the encoder works in this dtype, whatever that of the images. What comes after its middle block
+        (norm, moments) stays as it is, and so do the decoder, the statistics of norms and the softmax of attention:
+        docs/gpu.md has what that changes."""
+        encoder = self.model.encoder
+        for module in (encoder.conv_in, encoder.down_blocks, encoder.mid_block):
+            module.to(dtype)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance, clamped to [-30, 20], before scaling.
@@ -104,10 +105,7 @@ class VAE(nn.Module):
             )
         pixels, dtype = F.pixel_unshuffle(images, self.config.patch_size), self.model.encoder.conv_in.weight.dtype
         moments = self.model.encoder(pixels.to(dtype).contiguous(memory_format=torch.channels_last))
-        moments = _through(self.model.quant_conv, moments)
-        if images.dtype != dtype:  # else it is autocast's, if not that of both
-            moments = moments.to(images.dtype)
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = _through(self.model.quant_conv, moments).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -159,12 +157,15 @@ class VAE(nn.Module):
 
 
 class _Norm(nn.GroupNorm):
-    """A GroupNorm of diffusers' layers that does the SiLU after it, too, in one kernel where there is one."""
+    """A GroupNorm of diffusers' layers that does the SiLU after it, too, in one kernel where there is one. It works in
+    the dtype of its parameters, whatever comes in, unless autocast chooses."""
 
     silu = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, h, w], or tokens [B, C, N], whose memory is pixel after pixel, as that of channels_last images."""
+        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            input = input.to(self.weight.dtype)
         if not fuses(input):
             return super().forward(input)
         images = input if input.ndim == 4 else input[..., None]

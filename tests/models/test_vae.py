@@ -184,10 +184,10 @@ def test_norms_on_a_cpu_are_diffusers_own(vae, monkeypatch):
 def test_an_encoder_in_bfloat16_gives_float32_latents_near_the_exact_ones(vae):
     half = copy.deepcopy(vae)
     half.encode_in(torch.bfloat16)
-    assert (
-        {p.dtype for p in half.model.encoder.parameters()} == {torch.bfloat16} == {half.model.quant_conv.weight.dtype}
-    )
-    assert {p.dtype for p in half.model.decoder.parameters()} == {torch.float32}
+    half_layers = {name.split(".")[2] for name, p in half.named_parameters() if p.dtype == torch.bfloat16}
+    assert half_layers == {"conv_in", "down_blocks", "mid_block"}
+    rest = {p.dtype for part in (half.model.decoder, half.model.quant_conv) for p in part.parameters()}
+    assert rest == {torch.float32}
     x = images(2, 3, 32, 32).requires_grad_()
     exact, found = vae.encode(x), half.encode(x)
     assert found.dtype == torch.float32
