@@ -157,7 +157,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 def encoder_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of an image encoder beside a UNet of `dtype`: bfloat16 on a GPU (sm_80 and up) whose UNet has 16 bits,
-    else float32. float16 is more exact, but its range is too small for a VAE: docs/gpu.md has the figures."""
+    else float32. float16 is more exact, but its range is too small for the gradients: docs/gpu.md has the figures."""
     import torch
 
     on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8

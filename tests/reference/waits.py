@@ -1,6 +1,6 @@
 """Where numbers of tensors reach Python, counted without a GPU: there each is a wait for all that was asked before.
 
-A read inside the C++ extension is not seen; on CUDA `march_rays` makes one, to refuse a ray that is not finite.
+A read inside the C++ extension is not seen, nor a copy to a device: reference/gpu.py sees both.
 """
 
 import contextlib
