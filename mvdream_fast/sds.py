@@ -200,9 +200,12 @@ def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
     device = machine.choose_device(flags.device)
     source = open_source(requests[0].model)
     encoder = machine.encoder_dtype(machine.choose_dtype(flags.dtype, device), device)
-    sizes = run_memory.files_bytes(source.path), run_memory.memory_of(device), encoder.itemsize
+    weights, gpu_memory = run_memory.files_bytes(source.path), run_memory.memory_of(device)
     for config in {request.config: None for request in requests}:
-        run_memory.check(run_memory.estimate(source.config, config, *sizes), config, str(device))
+        parts = run_memory.estimate(
+            source.config, config, weights, gpu_memory=gpu_memory, encoder_bytes=encoder.itemsize
+        )
+        run_memory.check(parts, config, str(device))
 
 
 def new_folder(flags: Flags, request: "Request") -> Path:

@@ -30,12 +30,9 @@ FLAGS = {
 
 
 def estimate(
-    model: ModelConfig | None,
-    config: SDSConfig,
-    weights: int = 0,
-    gpu_memory: int | None = None,
+    model: ModelConfig | None, config: SDSConfig, weights: int = 0, *, gpu_memory: int | None = None,
     encoder_bytes: int = 4,
-) -> Parts:
+) -> Parts:  # fmt: skip
     """Bytes by part at the largest stage of a run.
 
     Args: weights: size of the model's files, in the dtype used. gpu_memory: of the GPU that it runs on, None for a CPU.
