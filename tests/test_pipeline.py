@@ -369,6 +369,15 @@ def test_bfloat16_draws_nearly_the_same():
     assert "bfloat16" in pipe.describe()
 
 
+def test_the_vae_encodes_in_what_the_machine_says_and_decodes_in_float32(monkeypatch):
+    asked = []
+    monkeypatch.setattr("mvdream_fast.pipeline.encoder_dtype", lambda *own: asked.append(own) or torch.bfloat16)
+    pipe = MVDreamPipeline.from_pretrained("embedded", "cpu", "float16")
+    assert asked == [(torch.float16, torch.device("cpu"))]
+    assert pipe.vae.model.encoder.conv_in.weight.dtype == torch.bfloat16
+    assert pipe.vae.model.decoder.conv_in.weight.dtype == torch.float32
+
+
 def test_a_model_of_noise_prediction_samples_too():
     views = MVDreamPipeline(random_model(prediction="eps"), device="cpu", dtype="float32")(PROMPT, **FEW)
     assert views.tensor.isfinite().all()
