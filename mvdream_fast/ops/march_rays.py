@@ -133,13 +133,10 @@ def march_rays(
     would take more than 2^32 of them through the box; TypeError; RuntimeError.
     Source: the conventions of nerfacc 0.5.3's occupancy-grid estimator (Li et al., arXiv 2305.04966).
     """
+    given = (rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
     if torch.compiler.is_compiling():
-        return _registered(
-            *(rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
-        )
-    box, shape = check_march(
-        *("march_rays", rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
-    )
+        return _registered(*given)
+    box, shape = check_march("march_rays", *given)
     return _march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
 
 
@@ -148,16 +145,15 @@ def march_rays_ref(
     rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter=None, near=0.0, far=math.inf, max_samples=None
 ) -> Samples:
     """The same in plain torch: every lattice point inside the box is tested, a block of rays at a time."""
-    box = torch.as_tensor(aabb, dtype=torch.float32).double().cpu()
-    shape = torch.tensor(_triple(resolution))
+    box = torch.as_tensor(aabb, dtype=torch.float32, device=rays_o.device).double()
+    shape = torch.tensor(_triple(resolution), device=rays_o.device)
     step = torch.tensor(step_size, dtype=torch.float32).double().item()
     n_rays = rays_o.shape[0]
-    occupied = unpack_bits(occupancy_bits, int(shape.prod()))
+    occupied = unpack_bits(occupancy_bits, math.prod(_triple(resolution)))
     start = _per_ray(near, rays_o)
     if jitter is not None:
         start = start + jitter.float().double() * step
     far = _per_ray(far, rays_o)
-    box, shape = box.to(rays_o.device), shape.to(rays_o.device)
     found = [
         _march_block(rays_o[i:j], rays_d[i:j], box, occupied, shape, step, start[i:j], far[i:j], max_samples, i)
         for i in range(0, n_rays, _RAYS_PER_BLOCK)
@@ -239,10 +235,9 @@ def _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_s
     args, _alive = march_args("march_rays", rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
     status, counts = torch.empty(rays_o.shape[0] + 1, dtype=torch.int64, device=rays_o.device).tensor_split([1])
     native.march_count(args, counts.data_ptr(), status.data_ptr())
-    ends = counts.cumsum(0)
-    worst, *n_samples = read(torch.cat([status, ends[-1:]]))  # together: on a GPU each read waits
+    worst, n_samples = read(torch.cat([status, counts.sum(0, keepdim=True)]))  # together: on a GPU each read waits
     raise_for("march_rays", worst)
-    samples = _empty_samples("march_rays", counts, ends, sum(n_samples))
+    samples = _empty_samples("march_rays", counts, n_samples)
     native.march_fill(args, *map(address, (samples.packed_info, samples.t_starts, samples.t_ends)))
     return samples
 
@@ -269,8 +264,7 @@ def _prune(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
     counts = torch.empty(samples.n_rays, dtype=torch.int64, device=sigmas.device)
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     native.prune_count(packed, sigmas.data_ptr(), *depths, keep.data_ptr(), counts.data_ptr())
-    ends = counts.cumsum(0)
-    kept = _empty_samples("prune_samples", counts, ends, sum(read(ends[-1:])))
+    kept = _empty_samples("prune_samples", counts, *read(counts.sum(0, keepdim=True)))
     native.prune_fill(packed, *map(address, (keep, kept.packed_info, kept.t_starts, kept.t_ends)))
     return kept
 
@@ -288,12 +282,12 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().contiguous()
 
 
-def _empty_samples(op: str, counts: torch.Tensor, ends: torch.Tensor, n_samples: int) -> Samples:
-    """Room for the samples that rays have, counts [R], which run up to ends [R]."""
+def _empty_samples(op: str, counts: torch.Tensor, n_samples: int) -> Samples:
+    """Room for the samples that rays have, counts [R], n_samples in all."""
     few = n_samples <= _MOST_SAMPLES
     require(few, op, "step_size", "long enough for 2^40 samples at most", f"{n_samples} samples", "take longer steps")
     t_starts, t_ends = (torch.empty(n_samples, dtype=torch.float32, device=counts.device) for _ in range(2))
-    return ours(Samples(t_starts, t_ends, torch.stack([ends - counts, counts], dim=-1)))
+    return ours(Samples(t_starts, t_ends, packed_counts(counts)))
 
 
 def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples) -> Samples:
@@ -411,8 +405,8 @@ def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, n
     require(fits, op, "occupancy_bits", f"of shape [{n_bytes}]", list(bits.shape), "one bit a cell, see pack_bits")
     positive = math.isfinite(step_size) and step_size > 0
     require(positive, op, "step_size", "positive and finite", step_size, "pass a length in scene units")
-    per_ray = {"jitter": jitter, "near": near, "far": far}
-    per_ray = {name: value for name, value in per_ray.items() if isinstance(value, torch.Tensor)}
+    bounds = (("jitter", jitter), ("near", near), ("far", far))
+    per_ray = {name: value for name, value in bounds if isinstance(value, torch.Tensor)}
     for name, value in per_ray.items():
         if not (name != "jitter" and value.ndim == 0):
             check_shaped(op, name, value, (rays_o.shape[0],))
