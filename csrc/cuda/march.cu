@@ -11,6 +11,7 @@ namespace {
 using namespace device;
 
 constexpr int kThreads = 128;
+using Worst = unsigned long long;  // the highest MarchStatus of all rays, of a size that atomics know
 
 __device__ int ray_status(const MarchArgs& args, int64_t ray) {
   return status_of_ray(args.rays_o + 3 * ray, args.rays_d + 3 * ray, args.jitter ? args.jitter[ray] : 0.0f,
@@ -18,24 +19,22 @@ __device__ int ray_status(const MarchArgs& args, int64_t ray) {
                        args.step);
 }
 
-__global__ void __launch_bounds__(kThreads) march_status_kernel(MarchArgs args, int* worst) {
+__global__ void __launch_bounds__(kThreads) march_status_kernel(MarchArgs args, Worst* worst) {
   for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
     const int status = ray_status(args, ray);
-    if (status != kMarchFine) atomicMax(worst, status);
+    if (status != kMarchFine) atomicMax(worst, Worst(status));
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
     march_count_kernel(const __grid_constant__ MarchArgs args, const uint8_t* blocks, int64_t* counts,
-                       unsigned long long* worst) {
+                       const Worst* worst) {
+  if (*worst != kMarchFine) {  // no ray is walked: the steps of one that cannot be may have no end
+    for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) counts[ray] = 0;
+    return;
+  }
   const OccupancyView grid = make_view(args.bits, blocks, args.resolution, args.aabb);
   for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
-    const int status = ray_status(args, ray);
-    if (status != kMarchFine) {  // such a ray is not walked: nobody has looked yet, and its steps may have no end
-      atomicMax(worst, static_cast<unsigned long long>(status));
-      counts[ray] = 0;
-      continue;
-    }
     RayWalk walk = walk_of(grid, args, ray);
     int64_t begin, end, count = 0;
     while (count < args.max_samples && next_run(grid, &walk, &begin, &end)) count += end - begin;
@@ -105,24 +104,29 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+static void find_worst(const MarchArgs& args, Worst* worst, Queue queue) {
+  check(cudaMemsetAsync(worst, 0, sizeof *worst, queue.stream), "march status");
+  launch("march status", march_status_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
+         worst);
+}
+
 int march_status(const MarchArgs& args, Queue queue) {
   const DeviceGuard guard(queue.device);
-  const Scratch<int> worst(1, queue.stream);
-  worst.zero(1);
-  launch("march status", march_status_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
-         worst.get());
-  int status = kMarchFine;
+  const Scratch<Worst> worst(1, queue.stream);
+  find_worst(args, worst.get(), queue);
+  Worst status = kMarchFine;
   check(cudaMemcpyAsync(&status, worst.get(), sizeof status, cudaMemcpyDeviceToHost, queue.stream), "march status");
   check(cudaStreamSynchronize(queue.stream), "march status");
-  return status;
+  return static_cast<int>(status);
 }
 
 void march_count(const MarchArgs& args, int64_t* counts, int64_t* status, Queue queue) {
   const DeviceGuard guard(queue.device);
+  Worst* const worst = reinterpret_cast<Worst*>(status);
+  find_worst(args, worst, queue);
   const Blocks blocks(args, queue.stream);
-  check(cudaMemsetAsync(status, 0, sizeof *status, queue.stream), "march count");
   launch("march count", march_count_kernel, blocks_for(args.n_rays, kThreads), kThreads, 0, queue.stream, args,
-         blocks.get(), counts, reinterpret_cast<unsigned long long*>(status));
+         blocks.get(), counts, worst);
 }
 
 void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends, Queue queue) {

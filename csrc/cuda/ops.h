@@ -19,8 +19,8 @@ struct Queue {
   int device = -1;             // of the stream and of every pointer; -1 for the one that is current
 };
 
-// The MarchStatus of rays, waiting for it. The samples of each ray, [R], none of one that cannot be marched, and where
-// the highest MarchStatus of all goes: the caller reads it when it reads how many samples there are.
+// The MarchStatus of rays, waiting for it. The samples of each ray, [R], none where one cannot be marched, and in
+// `status` the highest MarchStatus of all: the caller reads it when it reads how many samples there are.
 int march_status(const MarchArgs& args, Queue queue);
 void march_count(const MarchArgs& args, int64_t* counts, int64_t* status, Queue queue);
 void march_fill(const MarchArgs& args, const int64_t* packed_info, float* t_starts, float* t_ends, Queue queue);
