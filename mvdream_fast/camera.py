@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.arguments import array, finite, whole
+from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
 
 # (x, y, z) -> (x, -z, y): from a y-up world whose front is +Z (glTF, OpenGL) to the z-up world whose front is -Y.
@@ -45,7 +46,7 @@ class Cameras:
 
     def to(self, device: torch.device | str) -> "Cameras":
         """The same cameras on another device."""
-        return Cameras(self.c2w.to(device), self.fovy.to(device))
+        return Cameras(to_device(self.c2w, device), to_device(self.fovy, device))
 
 
 def check_cameras(op: str, cameras: object) -> Cameras:
