@@ -99,6 +99,8 @@ class Flags:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the UNet's weights; auto is what the device is fast at."""
+    graphs: bool = True
+    """On a GPU, what the model says of a step is one CUDA graph instead of a thousand launches."""
     threads: int | None = None
     """CPU threads; by default one a core."""
     quiet: bool = False
@@ -108,7 +110,7 @@ class Flags:
 
 # Flags that say how and where a run is made, not what.
 HOW = ("text", "config", "prompts_file", "output", "root", "resume", "preview_every", "checkpoint_every", "viewer",
-       "viewer_port", "device", "dtype", "threads", "quiet")  # fmt: skip
+       "viewer_port", "device", "dtype", "graphs", "threads", "quiet")  # fmt: skip
 
 
 def main(flags: Flags) -> None:
@@ -199,9 +201,9 @@ def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
 
     device = machine.choose_device(flags.device)
     source = open_source(requests[0].model)
-    weights = run_memory.files_bytes(source.path)
+    weights, graphs = run_memory.files_bytes(source.path), flags.graphs and device.type == "cuda"
     for config in {request.config: None for request in requests}:
-        run_memory.check(run_memory.estimate(source.config, config, weights), config, str(device))
+        run_memory.check(run_memory.estimate(source.config, config, weights, graphs), config, str(device))
 
 
 def new_folder(flags: Flags, request: "Request") -> Path:
@@ -222,7 +224,7 @@ def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
     """The model, on the device and in the type that the flags name."""
     from mvdream_fast.pipeline import MVDreamPipeline
 
-    return MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype)
+    return MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype, flags.graphs)
 
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:

@@ -13,6 +13,7 @@ from mvdream_fast.models.config import ModelConfig
 
 WEIGHTS = "the model's weights"
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
+KERNELS = 1000  # of a guidance as one graph: 459 of the UNet, the VAE's encoder there and back, the loss
 VAE_FACTOR = 26  # feature maps of the first level that the encoder's backward pass keeps
 
 Parts = dict[str, int]
@@ -22,11 +23,13 @@ FLAGS = {
     "the VAE's encoder": "--n-views 4",
     "the renderer's samples": "--render-size 64",
     "the volume and its optimiser": "--preset mini",
+    memory.GRAPHS: "--no-graphs",
 }
 
 
-def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0) -> Parts:
-    """Bytes by part at the largest stage of a run; `weights` is the size of the model's files, in the dtype used."""
+def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0, graphs: bool = False) -> Parts:
+    """Bytes by part at the largest stage of a run; `weights` is the size of the model's files, in the dtype used;
+    graphs: whether there will be CUDA graphs, one for each size of the rendered views."""
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **config.representation.memory(config.n_rays())}
     if model is not None and config.method == "sds":
         images = max(config.n_groups) * config.cameras.n_views
@@ -34,6 +37,8 @@ def estimate(model: ModelConfig | None, config: SDSConfig, weights: int = 0) -> 
         parts["the UNet"] = 2 * level * UNET_FACTOR
         side = model.vae.image_size // model.vae.patch_size
         parts["the VAE's encoder"] = 4 * images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
+        if graphs:
+            parts[memory.GRAPHS] = len({*config.render_size}) * KERNELS * memory.KERNEL_BYTES
     return parts
 
 
