@@ -19,8 +19,9 @@ from mvdream_fast.core.arguments import array, finite, is_a, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.images import to_image
 from mvdream_fast.core.machine import choose_device, choose_dtype, encoder_dtype, memory_errors, repeated_shapes
+from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
+from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, guided_call
 from mvdream_fast.diffusion.sampler import (
     Callback,
     ModelFn,
@@ -76,9 +77,11 @@ class MVDreamPipeline:
     """
 
     def __init__(
-        self, model: Model, device: str | torch.device | None = "auto", dtype: str | torch.dtype | None = "auto"
-    ):
-        """Args: model, from `checkpoints.open.load_model`; its modules are moved, not copied; parts may be None."""
+        self, model: Model, device: str | torch.device | None = "auto", dtype: str | torch.dtype | None = "auto",
+        graphs: bool = True,
+    ):  # fmt: skip
+        """Args: model, from `checkpoints.open.load_model`; its modules are moved, not copied; parts may be None.
+        graphs: False makes no CUDA graphs."""
         if not is_a(model, Model):
             raise ArgumentError(
                 f"MVDreamPipeline: model must be a loaded Model, got {type(model).__name__}; "
@@ -87,6 +90,7 @@ class MVDreamPipeline:
         self.model, self.config = model, model.config
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
+        self.graphs, self._guided_call = graphs, guided_call(graphs)
         for module, own in ((model.unet, self.dtype), (model.vae, torch.float32), (model.text, torch.float32)):
             if module is not None:
                 with memory_errors("take --device cpu or --dtype float16"):
@@ -102,12 +106,14 @@ class MVDreamPipeline:
         path: str | Path | None = "embedded",
         device: str | torch.device | None = "auto",
         dtype: str | torch.dtype | None = "auto",
+        graphs: bool = True,
     ) -> "MVDreamPipeline":
         """A model folder, a released file, or "embedded" for the small model that ships with the package. No network.
 
+        Args: graphs: False makes no CUDA graphs: a step is then launched kernel by kernel.
         Raises: ModelError when it is missing, unreadable or of another configuration.
         """
-        return MVDreamPipeline(load_model("embedded" if path is None else path), device, dtype)
+        return MVDreamPipeline(load_model("embedded" if path is None else path), device, dtype, graphs)
 
     @property
     def scheduler_settings(self) -> dict[str, Any]:
@@ -214,7 +220,7 @@ class MVDreamPipeline:
         encoded, n_prompts = self._tokens(prompts, negative_prompt, suffix)
         for sentence in _complaints(encoded, self.config.text.context_length):
             (warn or _python_warning)(sentence)
-        states = needed(self.text, "text")(encoded.ids.to(self.device))
+        states = needed(self.text, "text")(to_device(encoded.ids, self.device))
         return TextCond(states[:n_prompts], states[n_prompts:].expand(n_prompts, -1, -1))
 
     def unseen_words(
@@ -258,9 +264,11 @@ class MVDreamPipeline:
         """
         unet, guided, text = needed(self.unet, "unet"), guidance_scale != 1, text.to(self.dtype)
         if camera is None:
-            return Denoiser(unet, text.repeat(n_views), 1, guided).for_sampler()
-        camera = array("denoiser", "camera", camera, "numbers [V, 16]").to(self.device).repeat(len(text.cond), 1)
-        return Denoiser(unet, text, n_views, guided).for_sampler(camera)
+            return Denoiser(unet, text.repeat(n_views), 1, guided, self._guided_call).for_sampler()
+        camera = to_device(array("denoiser", "camera", camera, "numbers [V, 16]"), self.device).repeat(
+            len(text.cond), 1
+        )
+        return Denoiser(unet, text, n_views, guided, self._guided_call).for_sampler(camera)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -293,9 +301,9 @@ class MVDreamPipeline:
         size = (self.config.unet.in_channels, self.config.latent_size, self.config.latent_size)
         if generator is not None:
             noise = torch.randn(n_prompts * n_views, *size, generator=generator, device=generator.device)
-            return noise.to(self.device)
+            return to_device(noise, self.device)
         noise = [Stream(seed, 0, "sampling").normal(n_views, *size) for seed in seeds or ()]
-        return torch.cat(noise).to(self.device)
+        return to_device(torch.cat(noise), self.device)
 
 
 def split_suffix(prompt: str, suffix: str = SUFFIX) -> tuple[str, str]:

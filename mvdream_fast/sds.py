@@ -99,6 +99,8 @@ class Flags:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the UNet's weights; auto is what the device is fast at."""
+    graphs: bool = True
+    """On a GPU, what the model says of a step is one CUDA graph instead of a thousand launches."""
     threads: int | None = None
     """CPU threads; by default one a core."""
     quiet: bool = False
@@ -108,7 +110,7 @@ class Flags:
 
 # Flags that say how and where a run is made, not what.
 HOW = ("text", "config", "prompts_file", "output", "root", "resume", "preview_every", "checkpoint_every", "viewer",
-       "viewer_port", "device", "dtype", "threads", "quiet")  # fmt: skip
+       "viewer_port", "device", "dtype", "graphs", "threads", "quiet")  # fmt: skip
 
 
 def main(flags: Flags) -> None:
@@ -203,8 +205,9 @@ def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
     weights, gpu_memory = run_memory.files_bytes(source.path), run_memory.memory_of(device)
     for config in {request.config: None for request in requests}:
         parts = run_memory.estimate(
-            source.config, config, weights, gpu_memory=gpu_memory, encoder_bytes=encoder.itemsize
-        )
+            source.config, config, weights, gpu_memory=gpu_memory, encoder_bytes=encoder.itemsize,
+            graphs=flags.graphs and device.type == "cuda",
+        )  # fmt: skip
         run_memory.check(parts, config, str(device))
 
 
@@ -226,7 +229,7 @@ def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
     """The model, on the device and in the type that the flags name."""
     from mvdream_fast.pipeline import MVDreamPipeline
 
-    return MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype)
+    return MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype, flags.graphs)
 
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:

@@ -43,6 +43,21 @@ def everything(folder: Path = Path()) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_symlink()}
 
 
+@pytest.mark.parametrize(("flags", "graphs"), [([], True), (["--no-graphs"], False)])
+def test_graphs_are_made_unless_they_are_switched_off(flags, graphs, model, monkeypatch):
+    made, plain = [], MVDreamPipeline.from_pretrained
+
+    def from_pretrained(*arguments):
+        made.append(plain(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(MVDreamPipeline, "from_pretrained", from_pretrained)
+    assert command("a green chair", "--model", model, "-o", "out", "--n-views", "1", *flags, *ARGUMENTS) == 0
+    (pipeline,) = made
+    assert (pipeline.graphs, pipeline._guided_call.enabled) == (graphs, graphs)
+    assert "graphs" not in json.loads(Path("out/config.json").read_text())  # the views are the same
+
+
 def test_views_sheet_and_config(model, capsys):
     assert command("a green chair", "--model", model, "-o", "out", "--n-views", "3", "--seed", "7", *ARGUMENTS) == 0
     assert everything(Path("out")) == {"view_0.png", "view_1.png", "view_2.png", "views.png", "config.json"}

@@ -21,6 +21,8 @@ from mvdream_fast import sds
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core import cli, memory, run_folder
 from mvdream_fast.core.errors import DivergedError, OutputError
+from mvdream_fast.distill.loop import new_guidance
+from mvdream_fast.distill.recipes import mini
 from mvdream_fast.guidance.sds import ScoreDistillation
 from mvdream_fast.scene.asset import Asset
 
@@ -47,6 +49,13 @@ def command(*arguments: str) -> int:
     except SystemExit as stop:
         return stop.code or 0
     return 0
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_graphs_are_made_unless_they_are_switched_off(graphs, model):
+    pipeline = sds.load_pipeline(model, sds.Flags(device="cpu", dtype="float32", graphs=graphs))
+    score = new_guidance(pipeline, "a red car", mini(), 0).distillation
+    assert (pipeline._guided_call.enabled, score._whole.enabled, score._guided_call.enabled) == (graphs,) * 3
 
 
 def latest() -> Path:

@@ -12,6 +12,8 @@ from mvdream_fast.core.machine import memory_limit, resident_memory, total_memor
 
 PROGRAM = "the program"  # the part of an estimate that is not anybody's choice
 PROGRAM_BYTES = 650 << 20  # Python, torch, diffusers and transformers once imported
+GRAPHS = "CUDA graphs"  # a part of estimates: what the driver keeps of them; their activations are counted as those
+KERNEL_BYTES = 64 << 10  # of a kernel in a graph, on the device; estimated, not measured
 ADDRESS_SPACE = 1000 << 20  # of the imported libraries
 RESERVED = 512 << 20  # address space for stacks and heaps of threads, hardly any of which is ever touched
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvdream_fast.models.unet import MultiViewUNet
+from mvdream_fast.models.captured import Captured
+from mvdream_fast.models.unet import MultiViewUNet, TextContext
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,15 @@ class Denoiser:
     Args:
         text: of B scenes. n_views: V, the views that see each other; 1 in 2D mode, where a view is a scene of its own.
         guided: False asks with the prompts alone.
+        captured: `guided_call()`, where calls are to be CUDA graphs; all denoisers of a UNet share it.
     """
 
-    def __init__(self, unet: MultiViewUNet, text: TextCond, n_views: int, guided: bool = True):
+    def __init__(
+        self, unet: MultiViewUNet, text: TextCond, n_views: int, guided: bool = True, captured: Captured | None = None
+    ):
         self.unet, self.n_views, self.n_prompts, self.dtype = unet, n_views, 1 + guided, text.cond.dtype
         self._context = unet.prepare_context(torch.cat([text.uncond, text.cond]) if guided else text.cond)
+        self._captured = captured
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, t: Tensor, camera: Tensor | None = None) -> Tensor:
@@ -49,8 +54,15 @@ class Denoiser:
             the dtype of the latents.
         """
         camera = camera if camera is None else camera.to(self.dtype)
+        if self._captured is not None and self._captured.is_active(latents.device):
+            return self._captured(self.unet, latents, t, camera, self.n_views, self.n_prompts, *self.told())[0]
         out = self.unet(latents.to(self.dtype), t, self._context, camera, self.n_views, self.n_prompts)
         return out.to(latents.dtype)
+
+    def told(self) -> list[Tensor]:
+        """What the UNet is told in words, as tensors: the embedding [G*B, L, Dt], then the keys and values of every
+        text attention in turn, while they hold."""
+        return [self._context.context, *(x for pair in self.unet.holding(self._context) for x in pair)]
 
     def for_sampler(self, camera: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """A function of (latents, t) for the samplers, whose latents are [2*B*V, C, h, w] where `guided`.
@@ -58,3 +70,20 @@ class Denoiser:
         Both halves are the same latents: given once, what comes before the first text attention is done once.
         """
         return lambda latents, t: self(latents[: len(latents) // self.n_prompts], t, camera)
+
+
+def guided_call(graphs: bool = True) -> Captured:
+    """The call of a UNet as CUDA graphs, whatever its prompts, cameras and steps."""
+    return Captured("the guided UNet call", lambda *arguments: (ask(*arguments),), enabled=graphs)
+
+
+@torch.no_grad()
+def ask(
+    unet: MultiViewUNet, latents: Tensor, t: Tensor, camera: Tensor | None, n_views: int, n_prompts: int,
+    context: Tensor, *keys_values: Tensor,
+) -> Tensor:  # fmt: skip
+    """A denoiser's call as a function of nothing but its arguments, for a graph; the last ones as from `told`."""
+    pairs = tuple(zip(keys_values[::2], keys_values[1::2], strict=True))
+    text = TextContext(context, pairs) if pairs else context
+    out = unet(latents.to(context.dtype), t, text, camera, n_views, n_prompts)
+    return out.to(latents.dtype)

@@ -58,11 +58,12 @@ def ddim_sample(
     following = _following(schedule, timesteps, n_steps, convention)
     last = 1.0 if schedule.config.set_alpha_to_one else abar[0]
     schedule, latents = schedule.to(noise.device), noise
+    times = torch.tensor(timesteps, device=noise.device)  # at once: each number that is sent waits for the device
     for i, t in list(enumerate(timesteps))[skip:]:
-        out = guided(model_fn, latents, torch.tensor(t, device=noise.device), guidance_scale)
+        out = guided(model_fn, latents, times[i], guidance_scale)
         abar_prev = abar[following[i]] if following[i] >= 0 else last
         sigma = eta * ((1 - abar_prev) / (1 - abar[t]) * (1 - abar[t] / abar_prev)) ** 0.5
-        x0, noise_pred = schedule.to_x0(latents, out, t), schedule.to_noise(latents, out, t)
+        x0, noise_pred = schedule.to_x0(latents, out, times[i]), schedule.to_noise(latents, out, times[i])
         latents = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * noise_pred
         if sigma and stream is not None:
             latents = latents + sigma * stream.normal(*latents.shape, device=latents.device).to(latents.dtype)

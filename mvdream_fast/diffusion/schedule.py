@@ -20,7 +20,7 @@ Convention = Literal["ldm", "diffusers"]
 Spacing = Literal["leading", "linspace", "trailing"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """z_t = alphas[t] x0 + sigmas[t] noise, with alphas² = alphas_cumprod and alphas² + sigmas² = 1.
 

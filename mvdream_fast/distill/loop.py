@@ -165,7 +165,7 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     model = pipeline.model
     own = text if config.mode == "3d" else None
     unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
-    score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance)
+    score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance, graphs=pipeline.graphs)
 
     def n_groups(step: int) -> int:
         return config.n_groups[config.stage(step)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "the model's weights"
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
+KERNELS = 1000  # of a guidance as one graph: 459 of the UNet, the VAE's encoder there and back, the loss
 VAE_FACTOR = 26  # feature maps of the first level that the encoder's backward pass keeps
 
 Parts = dict[str, int]
@@ -26,17 +27,19 @@ FLAGS = {
     "the VAE's encoder": "--n-views 4",
     "the renderer's samples": "--render-size 64",
     "the volume and its optimiser": "--preset mini",
+    memory.GRAPHS: "--no-graphs",
 }
 
 
 def estimate(
     model: ModelConfig | None, config: SDSConfig, weights: int = 0, *, gpu_memory: int | None = None,
-    encoder_bytes: int = 4,
+    encoder_bytes: int = 4, graphs: bool = False,
 ) -> Parts:  # fmt: skip
     """Bytes by part at the largest stage of a run.
 
     Args: weights: size of the model's files, in the dtype used. gpu_memory: of the GPU that it runs on, None for a CPU.
-        encoder_bytes: of a number in the VAE's encoder, 2 where it works in bfloat16.
+        encoder_bytes: of a number in the VAE's encoder, 2 where it works in bfloat16. graphs: whether there will be
+        CUDA graphs, one for each size of the rendered views.
     """
     renderer = config.representation.memory(config.n_rays(), gpu_memory)
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}
@@ -47,6 +50,8 @@ def estimate(
         side = model.vae.image_size // model.vae.patch_size
         maps = images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
         parts["the VAE's encoder"] = encoder_bytes * maps
+        if graphs:
+            parts[memory.GRAPHS] = len({*config.render_size}) * KERNELS * memory.KERNEL_BYTES
     return parts
 
 

@@ -16,11 +16,12 @@ from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
+from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, ask, guided_call
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.guidance.base import Timing, no_timing
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.prompts import view_words
+from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.models.vae import VAE
 from mvdream_fast.ops.sds_target import sds_target
@@ -46,17 +47,22 @@ def distance(z: Tensor, target: Tensor) -> Tensor:
 class ScoreDistillation:
     """Scores rendered views with a frozen diffusion model. The UNet runs without a graph, the VAE encoder with one.
 
+    On CUDA everything from the images to their gradient is one graph (models/captured.py).
+
     Args: text: of the one prompt (B = 1), in the UNet's dtype; None where every call brings its own.
         sample_posterior: False takes the mean of the VAE's posterior.
+        graphs: False makes no CUDA graphs.
     """
 
     def __init__(
         self, unet: MultiViewUNet, vae: VAE, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
-        sample_posterior: bool = True,
+        sample_posterior: bool = True, graphs: bool = True,
     ):  # fmt: skip
         self.unet, self.vae, self.schedule, self.text, self.config = unet, vae, schedule, text, config
         self.sample_posterior = sample_posterior
-        self._denoisers: dict[tuple[int, int], Denoiser] = {}  # by the numbers of groups and of views
+        self._guided_call = guided_call(graphs)
+        self._whole = Captured("score distillation", _with_gradient, enabled=graphs)
+        self._denoisers: dict[tuple[int, int], tuple[TextCond, Denoiser]] = {}  # by the numbers of groups and of views
 
     def timestep(self, step: int, stream: Stream) -> int:
         """One timestep for all images of the step, uniform over the annealed range (ends included)."""
@@ -74,47 +80,55 @@ class ScoreDistillation:
         stream: Stream,
         timing: Timing = no_timing,
         text: TextCond | None = None,
+        for_target: bool = False,
     ) -> SDSLoss:
         """L = sum (z - sg(target))^2 / (2 B V), whose gradient on the latents is that of the published formula.
 
         Args:
             rgb: [B*V, 3, Hp, Wp] in [0, 1], views fastest; resized to the model's image size (bilinear).
             c2w: [B*V, 4, 4] poses, normalised here; None asks the model in 2D mode (then n_views is 1).
-            timing: called after the encoder ("vae") and after the UNet ("unet").
+            timing: called after the encoder ("vae") and after the UNet ("unet"); a graph is "unet" as a whole.
             text: of each of the B groups; None takes the one prompt for all.
+            for_target: the loss will not be differentiated, so a graph need not hold its gradient.
 
         Returns:
-            SDSLoss.
+            SDSLoss. Where it comes from a graph its loss has first derivatives only.
 
         Source: Shi et al. 2023, "MVDream", section 3.3; Poole et al. 2022, "DreamFusion", equation 3.
         """
         t = self.timestep(step, stream)
-        z = self.encode(rgb, stream)
+        posterior, noise = self._noise(rgb, stream), self._noise(rgb, stream)
+        camera = None if c2w is None else to_device(normalize_camera(c2w), rgb.device)
+        at = to_device(torch.tensor([t]), rgb.device)
+        denoiser = self._denoiser(len(rgb) // n_views, n_views, text)
+        if self._whole.is_active(rgb.device) and not for_target:
+            loss, target, d_rgb = self._whole(
+                self.unet, self.vae, self.schedule, self.config, n_views, rgb,
+                posterior if self.sample_posterior else None, noise, at,
+                None if camera is None else camera.to(denoiser.dtype), *denoiser.told(),
+            )  # fmt: skip
+            timing("unet")
+            return SDSLoss(_with_known_gradient(loss, rgb, d_rgb), t, target)
+        z = self._encode(rgb, posterior)
         timing("vae")
-        noise = stream.normal(*z.shape, device=z.device).to(z.dtype)
-        with torch.no_grad():
-            times = torch.full((len(z),), t, device=z.device)
-            z_t = self.schedule.add_noise(z.detach(), noise, times)
-            camera = None if c2w is None else normalize_camera(c2w)
-            uncond, cond = self._denoiser(len(z_t) // n_views, n_views, text)(z_t, times, camera).chunk(2)
-        result = sds_target(
-            z, z_t, cond, uncond, noise, self.schedule.alphas_cumprod[t].reshape(1), self.config.guidance_scale,
-            self.schedule.prediction, self.config.rescale, self.config.loss, n_views,
-        )  # fmt: skip
+        z_t = self.schedule.add_noise(z.detach(), noise.to(z.dtype), at)
+        target = _target(z, z_t, denoiser(z_t, at, camera), noise, at, self.schedule, self.config, n_views)
         timing("unet")
-        # A zero-valued second term is not needed: d/dz of this is exactly `result.gradient`.
-        return SDSLoss(distance(z, result.target), t, result.target)
+        # A zero-valued second term is not needed: d/dz of this is exactly the gradient that sds_target names.
+        return SDSLoss(distance(z, target), t, target)
 
     def _denoiser(self, n_groups: int, n_views: int, text: TextCond | None) -> Denoiser:
         if text is not None:
-            return Denoiser(self.unet, text, n_views)
+            return Denoiser(self.unet, text, n_views, captured=self._guided_call)
         if self.text is None:
             raise ValueError(
                 "ScoreDistillation: text must be given once or with each call, got None; encode the prompt"
             )
-        if (n_groups, n_views) not in self._denoisers:
-            self._denoisers[n_groups, n_views] = Denoiser(self.unet, self.text.repeat(n_groups), n_views)
-        return self._denoisers[n_groups, n_views]
+        known = self._denoisers.get((n_groups, n_views))
+        if known is None or known[0] is not self.text or known[1].unet is not self.unet:
+            own = Denoiser(self.unet, self.text.repeat(n_groups), n_views, captured=self._guided_call)
+            known = self._denoisers[n_groups, n_views] = self.text, own
+        return known[1]
 
     @torch.no_grad()
     def decode(self, target: Tensor) -> Tensor:
@@ -123,12 +137,55 @@ class ScoreDistillation:
 
     def encode(self, rgb: Tensor, stream: Stream) -> Tensor:
         """Images in [0, 1] to scaled latents [B*V, C, h, w]; differentiable in the posterior's mean and deviation."""
-        size = self.vae.config.image_size
-        if rgb.shape[-2:] != (size, size):
-            rgb = torch.nn.functional.interpolate(rgb, (size, size), mode="bilinear", align_corners=False)
-        side = size // self.vae.config.downsampling
-        noise = stream.normal(len(rgb), self.vae.config.latent_channels, side, side, device=rgb.device)
-        return self.vae.encode(rgb * 2 - 1, noise.to(rgb.dtype) if self.sample_posterior else None)
+        return self._encode(rgb, self._noise(rgb, stream))
+
+    def _encode(self, rgb: Tensor, noise: Tensor) -> Tensor:
+        return _encoded(self.vae, rgb, noise if self.sample_posterior else None)
+
+    def _noise(self, rgb: Tensor, stream: Stream) -> Tensor:
+        """Standard normal latents of the images, [B*V, C, h, w], float32."""
+        side = self.vae.config.image_size // self.vae.config.downsampling
+        return stream.normal(len(rgb), self.vae.config.latent_channels, side, side, device=rgb.device)
+
+
+def _encoded(vae: VAE, rgb: Tensor, noise: Tensor | None) -> Tensor:
+    """Latents of images in [0, 1] of any size: a sample of their posterior, without noise its mean."""
+    size = vae.config.image_size
+    if rgb.shape[-2:] != (size, size):
+        rgb = torch.nn.functional.interpolate(rgb, (size, size), mode="bilinear", align_corners=False)
+    return vae.encode(rgb * 2 - 1, noise if noise is None else noise.to(rgb.dtype))
+
+
+def _target(
+    z: Tensor, z_t: Tensor, out: Tensor, noise: Tensor, at: Tensor, schedule: NoiseSchedule, config: GuidanceConfig,
+    n_views: int,
+) -> Tensor:  # fmt: skip
+    """The latents that the model would rather see, from what it says of z_t without and with the prompt."""
+    uncond, cond = out.chunk(2)
+    return sds_target(
+        z, z_t, cond, uncond, noise.to(z.dtype), schedule.alphas_cumprod[at], config.guidance_scale,
+        schedule.prediction, config.rescale, config.loss, n_views,
+    ).target  # fmt: skip
+
+
+def _with_gradient(
+    unet: MultiViewUNet, vae: VAE, schedule: NoiseSchedule, config: GuidanceConfig, n_views: int, rgb: Tensor,
+    posterior: Tensor | None, noise: Tensor, at: Tensor, camera: Tensor | None, *told: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, target and the loss' gradient on rgb: `ScoreDistillation` as a function of nothing but its arguments."""
+    with torch.enable_grad():
+        rgb = rgb.detach().requires_grad_()
+        z = _encoded(vae, rgb, posterior)
+        z_t = schedule.add_noise(z.detach(), noise.to(z.dtype), at)
+        target = _target(z, z_t, ask(unet, z_t, at, camera, n_views, 2, *told), noise, at, schedule, config, n_views)
+        loss = distance(z, target)
+        (d_rgb,) = torch.autograd.grad(loss, rgb)
+    return loss.detach(), target, d_rgb
+
+
+def _with_known_gradient(loss: Tensor, rgb: Tensor, d_rgb: Tensor) -> Tensor:
+    """The value of `loss`, with a graph to rgb whose gradient is d_rgb."""
+    return loss + ((rgb - rgb.detach()) * d_rgb).sum()
 
 
 class SDS:
@@ -177,7 +234,8 @@ class SDS:
         return loss, out.t
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:
-        return self.distillation(rgb, to_device(views.c2w, rgb.device), self.cameras.n_views, step, stream, timing)
+        for_target = self.match == "pixels"
+        return self.distillation(rgb, views.c2w, self.cameras.n_views, step, stream, timing, for_target=for_target)
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The model stays as it is."""
@@ -207,9 +265,9 @@ class SingleViewSDS(SDS):
         self._sides = sides
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:
-        rows = view_words(views.c2w).to(self._sides.cond.device)
+        rows = to_device(view_words(views.c2w), self._sides.cond.device)
         text = TextCond(self._sides.cond[rows], self._sides.uncond[rows])
-        return self.distillation(rgb, None, 1, step, stream, timing, text)
+        return self.distillation(rgb, None, 1, step, stream, timing, text, self.match == "pixels")
 
 
 def _resized(rgb: Tensor, like: Tensor) -> Tensor:

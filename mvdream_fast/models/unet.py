@@ -23,6 +23,7 @@ from mvdream_fast.models.blocks import (
     Upsample,
     zero,
 )
+from mvdream_fast.models.captured import is_capturing
 from mvdream_fast.models.config import UNetConfig
 from mvdream_fast.ops import MLP, camera_embedding, time_camera_embedding
 
@@ -36,11 +37,13 @@ class TextContext:
 
     They are used while the weights they came from are unchanged and nothing is differentiated; otherwise the UNet goes
     back to the embedding. Writes through `parameter.data` escape this watch: prepare again after those.
+
+    made_from: None where the caller has looked whether they hold, as a graph's caller must (`MultiViewUNet.holding`).
     """
 
     context: Tensor
     pairs: tuple[KeysValues, ...] = field(repr=False)
-    made_from: "_Snapshot" = field(repr=False)
+    made_from: "_Snapshot | None" = field(repr=False, default=None)
 
 
 class MultiViewUNet(nn.Module):
@@ -186,23 +189,28 @@ class MultiViewUNet(nn.Module):
         plain = [m for m in projections if type(m) is nn.Linear]
         return [context, *(m.weight for m in plain)] if len(plain) == len(projections) else None
 
+    def holding(self, prepared: TextContext) -> tuple[KeysValues, ...]:
+        """The prepared keys and values; none where the weights they came from have changed, or may have."""
+        holds = prepared.made_from is None or prepared.made_from.holds(self._text_sources(prepared.context))
+        return prepared.pairs if holds else ()
+
     def _prepared_pairs(self, prepared: TextContext | None) -> tuple[KeysValues | None, ...]:
         """The prepared keys and values of each transformer; None each where they do not hold (any more)."""
-        if prepared is None or torch.is_grad_enabled():
-            return (None,) * len(self._transformers)
-        holds = prepared.made_from.holds(self._text_sources(prepared.context))
-        return prepared.pairs if holds else (None,) * len(self._transformers)
+        pairs = () if prepared is None or torch.is_grad_enabled() else self.holding(prepared)
+        return pairs or (None,) * len(self._transformers)
 
     def _call(self, layer: nn.Module, *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False)
+            # Nothing in a layer is random, and a graph under capture has no state of random numbers to keep.
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
         return layer(*args)
 
     def _camera_embedding(self, camera: Tensor | None) -> Tensor | None:
-        """[B*V, E]; kept for the next call with the same, unchanged camera tensor when nothing is differentiated."""
+        """[B*V, E]; kept for the next call with the same, unchanged camera tensor when nothing is differentiated or
+        recorded: a graph must work it out, as it is replayed with other cameras."""
         if camera is None or self.config.camera_in == "none":
             return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_capturing():
             return camera_embedding(camera, _weights(self.camera_embed))
         sources = [camera, *self.camera_embed.parameters()]
         if self._camera_cache is None or not self._camera_cache[0].holds(sources):

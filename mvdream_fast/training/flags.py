@@ -92,6 +92,8 @@ class Flags:
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
+    graphs: bool = True
+    """on a GPU, forward and backward are one CUDA graph instead of thousands of launches"""
     threads: int | None = None
     """CPU threads (default: all, shared among the processes of a machine)"""
     workers: int | None = None

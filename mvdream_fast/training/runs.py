@@ -53,7 +53,7 @@ FIXED = (
     "stage", "config", "settings", "init", "vae", "text", "vocabulary", "stand_ins", "decoder_only", "freeze_text",
     "seed",
 )  # fmt: skip
-PASSING = ("output", "resume", "device", "threads", "workers", "given")  # not what a run is
+PASSING = ("output", "resume", "device", "graphs", "threads", "workers", "given")  # not what a run is
 
 
 def run_stage(args: Flags) -> int:
@@ -259,7 +259,7 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
     vae.to(device).train()
     given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **given)
-    trainer = VAETrainer(model.config, vae, source, options, _workers(args, device))
+    trainer = VAETrainer(model.config, vae, source, options, _workers(args, device), args.graphs)
     check = check.to(trainer.device)
 
     def report() -> dict[str, float]:
@@ -301,7 +301,7 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
             if workers and isinstance(source, LatentSource):
                 source.fill(workers)  # what draws batches cannot encode on a GPU
         ranks.wait()
-    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers)
+    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers, args.graphs)
     validation = ImageSource(held_out or shards)
     prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
 

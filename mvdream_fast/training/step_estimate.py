@@ -20,6 +20,7 @@ from mvdream_fast.models.lora import add_adapters
 
 FLOAT = 4  # bytes of a float32
 TEXT_ACTIVATIONS = 34  # numbers that a transformer layer keeps for each token and channel, about
+KERNELS = 2500  # of a step's forward and backward in a graph, about, at full size
 PROBE = 1024  # side of the matrix product that tells a machine's speed
 
 
@@ -48,9 +49,10 @@ def estimate_step(
     lora_rank: int = 0,
     train_text: bool = False,
     preserve: bool = True,
+    graphs: bool = False,
 ) -> Estimate:
     """A 2D training step of `batch` encoded images with AdamW, weights in float32; activations in bfloat16 where
-    `half`.
+    `half`. `graphs`: as a CUDA graph.
 
     Raises: ModelError for a configuration that cannot be built.
     """
@@ -80,6 +82,8 @@ def estimate_step(
     }
     if half:
         parts["weights in half precision"] = 2 * n_weights  # autocast keeps its casts for the length of a step
+    if graphs:
+        parts[memory.GRAPHS] = KERNELS * memory.KERNEL_BYTES
     return Estimate(accumulate * flops, parts, trained)
 
 

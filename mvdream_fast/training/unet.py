@@ -7,13 +7,14 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mvdream_fast.camera import get_camera
-from mvdream_fast.core import processes
+from mvdream_fast.core import processes, reads
+from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
@@ -21,6 +22,7 @@ from mvdream_fast.data.batches import Batch, Source
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
@@ -83,7 +85,7 @@ class TextAndUNet(nn.Module):
 
 
 class Inputs(NamedTuple):
-    """A batch with all that is random about its loss, on the CPU. B scenes of V views, views fastest.
+    """A batch with all that is random about its loss. B scenes of V views, views fastest.
 
     images, cameras, n_views, encoded: as in Batch; t [B*V] timesteps; noise [B*V, C, h, w]; posterior: the same for
     the autoencoder, or None where the images are encoded; ids [B, L] of the captions that were not dropped.
@@ -104,7 +106,7 @@ class Trainer(BaseTrainer):
 
     Several processes (`ranks`) take equal shares of each batch; with `shard` they also share the weights' memory, and
     `parts` is then a copy for samples and validation, which the first process alone holds. `workers` more processes
-    draw the coming batches.
+    draw the coming batches. Of a single process, forward and backward are a CUDA graph unless `graphs` is False.
     """
 
     kind = "train-unet"  # of its checkpoints
@@ -112,7 +114,7 @@ class Trainer(BaseTrainer):
 
     def __init__(
         self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False,
-        workers: int = 0,
+        workers: int = 0, graphs: bool = True,
     ):  # fmt: skip
         self.parts, self.source = parts, source
         parts.vae.requires_grad_(False).eval()
@@ -131,20 +133,31 @@ class Trainer(BaseTrainer):
             trained, optimizer, options, about, options.autocast == "fp16", ranks, self.module if shard else None
         )
         self.schedule = NoiseSchedule.from_config(parts.config.schedule, self.device)
+        alone = self.model is self.module  # what processes tell each other is not captured
+        self._descent = Captured("a training step", self._descend, self.parameters, graphs and alone)
         self.ahead = Ahead(self.draw, workers, pin=self.device.type == "cuda")
 
     def train_step(self) -> dict[str, float]:
         """One update; returns its loss, gradient norm and mode. Raises DivergedError before a weight is touched."""
-        options, total = self.options, 0.0
+        accumulate, losses = self.options.accumulate, []
         for micro, drawn in enumerate(self.ahead(self.step)):
-            with processes.unsynchronised(self.model, micro < options.accumulate - 1):
-                loss = self._loss(drawn)
-                self.scaler.scale(loss / options.accumulate).backward()
-            total += loss.item() / options.accumulate
-        total = self.ranks.mean(total)
+            with processes.unsynchronised(self.model, micro < accumulate - 1):
+                scale = self.scale() / accumulate
+                told = (self.options, self.schedule), self.module, self.parts.vae
+                losses += self._descent(*told, scale, *self._placed(drawn))
+        total = self.ranks.mean(sum(loss / accumulate for loss in reads.read(torch.stack(losses))))
         self.check_finite(total)
         norm = self.update()
         return {"loss": total, "grad_norm": norm, "multi_view": float(drawn.cameras is not None)}
+
+    def _descend(self, settings: Any, module: nn.Module, vae: VAE, scale: Tensor, *drawn: Any) -> tuple[Tensor]:
+        """Adds the gradients of `scale` times a micro-batch's loss; returns the loss.
+
+        Settings and modules are the trainer's own: a graph is told of them, so that it is made anew where they change.
+        """
+        loss = self._loss(Inputs(*drawn))
+        (loss * scale).backward()
+        return (loss.detach(),)
 
     def draw(self, step: int) -> list[Inputs]:
         """What an update learns from, of each micro-batch; a function of the step alone that needs no GPU."""
@@ -174,7 +187,7 @@ class Trainer(BaseTrainer):
 
         `batch` is the share of `ranks`: what is random is drawn for all of them, so it is what one process would draw.
         """
-        return self._loss(self._inputs(batch, stream, dropout, t, ranks))
+        return self._loss(self._placed(self._inputs(batch, stream, dropout, t, ranks)))
 
     def _inputs(self, batch: Batch, stream: Stream, dropout: float, t: Tensor | None, ranks: Ranks) -> Inputs:
         n, v, config = ranks.world * len(batch.captions), batch.n_views, self.parts.config
@@ -191,26 +204,26 @@ class Trainer(BaseTrainer):
         ids = self.parts.tokenizer.encode(captions).ids
         return Inputs(batch.images, batch.cameras, v, batch.encoded, t, noise, posterior, ids)
 
+    def _placed(self, drawn: Inputs) -> Inputs:
+        """The tensors on the device, without waiting for it."""
+        tensors = {name: x for name, x in drawn._asdict().items() if isinstance(x, Tensor)}
+        return drawn._replace(**{name: to_device(x, self.device) for name, x in tensors.items()})
+
     def _loss(self, drawn: Inputs) -> Tensor:
-        latents, t, noise = self.latents(drawn), self._to_device(drawn.t), self._to_device(drawn.noise)
-        cameras = drawn.cameras if drawn.cameras is None else self._to_device(drawn.cameras)
+        """As `loss`, of tensors on the device."""
+        latents, t, noise = self.latents(drawn), drawn.t, drawn.noise
         # Validation runs on the first process alone, so it must not meet the others in a shared model.
         model = self.model if torch.is_grad_enabled() else self.module
         with self._autocast():
             noisy = self.schedule.add_noise(latents, noise, t)
-            out = model(noisy, t, self._to_device(drawn.ids), cameras, drawn.n_views)
+            out = model(noisy, t, drawn.ids, drawn.cameras, drawn.n_views)
         error = (out.float() - self.schedule.target(latents, noise, t)).square().flatten(1).mean(1)
         return (error * self._weights(t)).mean()
 
     @torch.no_grad()
     def latents(self, drawn: Inputs) -> Tensor:
         """The latents [B*V, C, h, w]: as cached, or a sample of the VAE's posterior."""
-        images = self._to_device(drawn.images)
-        noise = None if drawn.posterior is None else self._to_device(drawn.posterior)
-        return images if drawn.encoded else self.parts.vae.encode(images, noise)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return drawn.images if drawn.encoded else self.parts.vae.encode(drawn.images, drawn.posterior)
 
     def context(self, captions: list[str]) -> Tensor:
         """Text states [B, L, width] of the captions."""

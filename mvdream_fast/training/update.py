@@ -84,6 +84,10 @@ class BaseTrainer:
                 )
         return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0  # a step that the scaler left out
 
+    def scale(self) -> Tensor:
+        """What a loss is multiplied by before its backward, a scalar on the device; 1 but for float16."""
+        return self.scaler.scale(torch.ones((), device=self.device))
+
     def descend(self, loss: Tensor) -> float:
         """One update down a scalar; returns its gradients' norm. Raises DivergedError before a weight is touched."""
         self.check_finite(loss.item())

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvdream_fast.core import reads
+from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
+from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.vae import LOGVAR_RANGE, VAE
 from mvdream_fast.training.update import BaseTrainer
@@ -40,11 +43,15 @@ class VAEOptions:
 
 
 class VAETrainer(BaseTrainer):
-    """One optimisation of the autoencoder. `workers` more processes draw the coming batches."""
+    """One optimisation of the autoencoder. `workers` more processes draw the coming batches; forward and backward are a
+    CUDA graph unless `graphs` is False."""
 
     options: VAEOptions
 
-    def __init__(self, config: ModelConfig, vae: VAE, source: "ImageSource", options: VAEOptions, workers: int = 0):
+    def __init__(
+        self, config: ModelConfig, vae: VAE, source: "ImageSource", options: VAEOptions, workers: int = 0,
+        graphs: bool = True,
+    ):  # fmt: skip
         self.config, self.vae, self.source = config, vae, source
         if options.decoder_only:
             for module in (vae.model.encoder, vae.model.quant_conv):
@@ -54,6 +61,7 @@ class VAETrainer(BaseTrainer):
         optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         sizes = json.loads(config.to_json())["vae"]
         super().__init__(vae, optimizer, options, {"kind": "train-vae", "config": {"vae": sizes}})
+        self._descent = Captured("a training step of the autoencoder", _descend, self.parameters, graphs)
         self.ahead = Ahead(self.draw, workers, pin=self.device.type == "cuda")
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
@@ -66,15 +74,21 @@ class VAETrainer(BaseTrainer):
 
     def train_step(self) -> dict[str, float]:
         """One update; raises DivergedError before a weight is touched."""
-        options = self.options
-        images, noise = (tensor.to(self.device, non_blocking=True) for tensor in self.ahead(self.step))
-        mean, logvar = self.vae.posterior(images)
-        out = self.vae.decode(self.vae.scaled(mean + torch.exp(0.5 * logvar) * noise))
-        mse = F.mse_loss(out, images)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
-        loss = mse + options.l1 * F.l1_loss(out, images) + options.edges * edge_loss(out, images) + options.kl * kl
-        norm = self.descend(loss)
-        return {"loss": loss.item(), "psnr": psnr(mse.item()), "kl": kl.item(), "grad_norm": norm}
+        images, noise = (to_device(x, self.device) for x in self.ahead(self.step))
+        loss, mse, kl = reads.read(torch.stack(self._descent(self.vae, self.options, self.scale(), images, noise)))
+        self.check_finite(loss)
+        return {"loss": loss, "psnr": psnr(mse), "kl": kl, "grad_norm": self.update()}
+
+
+def _descend(vae: VAE, options: VAEOptions, scale: Tensor, images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    """Adds the gradients of `scale` times the loss; returns it, the squared error and the divergence."""
+    mean, logvar = vae.posterior(images)
+    out = vae.decode(vae.scaled(mean + torch.exp(0.5 * logvar) * noise))
+    mse = F.mse_loss(out, images)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+    loss = mse + options.l1 * F.l1_loss(out, images) + options.edges * edge_loss(out, images) + options.kl * kl
+    (loss * scale).backward()
+    return loss.detach(), mse.detach(), kl.detach()
 
 
 def edge_loss(out: Tensor, images: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mvdream_fast.core import reads
 from mvdream_fast.data.batches import Source
 from mvdream_fast.models.lora import Adapted, adapted, change
 from mvdream_fast.training.learning_rate import rate
@@ -62,17 +63,20 @@ class Preservation:
     @torch.no_grad()
     def backward(self) -> float:
         """As `Pull`. The gradient is lambda / N times the sign of each change, 0 where there is none."""
-        total = 0.0
+        sums: list[Tensor] = []
+        unused: dict[int, tuple[nn.Parameter, Tensor]] = {}  # in 2D mode the camera embedding
         for p, initial in zip(self.parameters, self.initial):
             moved = p - initial
-            distance = moved.abs().sum(dtype=torch.float64).item()
-            total += distance
-            if not (self.weight and distance):
-                continue
-            if p.grad is None:  # the camera embedding in 2D mode, once multi-view steps have moved it
-                p.grad = torch.zeros_like(p)
-            p.grad.add_(moved.sign_(), alpha=self.weight / self.n)
-        return total / self.n
+            sums.append(moved.abs().sum(dtype=torch.float64))
+            if p.grad is None:
+                unused[len(sums) - 1] = p, moved
+            elif self.weight:
+                p.grad.add_(moved.sign_(), alpha=self.weight / self.n)
+        distances: list[float] = reads.read(torch.stack(sums))
+        for i, (p, moved) in unused.items():
+            if self.weight and distances[i]:  # once multi-view steps have moved it
+                p.grad = torch.zeros_like(p).add_(moved.sign_(), alpha=self.weight / self.n)
+        return sum(distances) / self.n
 
 
 class AdapterPreservation:
@@ -86,13 +90,13 @@ class AdapterPreservation:
 
     def backward(self) -> float:
         """As `Pull`; a layer at a time."""
-        total = 0.0
+        norms: list[Tensor] = []
         for layer in self.layers:
             norm = change(layer).abs().sum()
-            total += norm.item()
+            norms.append(norm.detach())
             if self.weight:
                 (norm * (self.weight / self.n)).backward()
-        return total / self.n
+        return sum(reads.read(torch.stack(norms))) / self.n
 
 
 class DreamBoothTrainer(Trainer):
@@ -104,8 +108,8 @@ class DreamBoothTrainer(Trainer):
     kind = "dreambooth"
     options: DreamBoothOptions
 
-    def __init__(self, parts: Parts, source: Source, options: DreamBoothOptions):
-        super().__init__(parts, source, options)
+    def __init__(self, parts: Parts, source: Source, options: DreamBoothOptions, graphs: bool = True):
+        super().__init__(parts, source, options, graphs=graphs)
         for group in self.optimizer.param_groups:
             group.update(betas=options.betas, eps=options.adam_eps)
         self.distance = 0.0

@@ -148,7 +148,7 @@ class Stages:
         return PseudoViews.load(self.folder / "4-pseudo/views.safetensors")
 
     def _pipeline(self, model: Path) -> MVDreamPipeline:
-        return MVDreamPipeline.from_pretrained(str(model), str(self.device))
+        return MVDreamPipeline.from_pretrained(str(model), str(self.device), graphs=self.plan.graphs)
 
     def _volume(self, model: Path, folder: Path, views: "PseudoViews | None" = None, weight: float = 0.0) -> int:
         """Score distillation into `folder`: turntable, asset, and, of the last volume, the mesh."""

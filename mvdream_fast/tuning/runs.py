@@ -31,7 +31,8 @@ RECIPES = {
     "paper": {"max_train_steps": 600, "learning_rate": 2e-6, "lambda_preserve": 1.0, "partial_steps": 150},
     "mini": {"max_train_steps": 400, "learning_rate": 2e-4, "lambda_preserve": 3000.0, "partial_steps": 100},
 }
-PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "threads", "quiet", "given")  # not what a run is
+# not what a run is
+PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "graphs", "threads", "quiet", "given")
 OBEYED = ("max_train_steps", "checkpointing_steps", "validation_steps", "validation_prompt")  # by a run that goes on
 
 
@@ -78,7 +79,7 @@ def _resume(given: dict[str, Any], named: Collection[str]) -> int:
         raise ArgumentError(
             f"--max-train-steps must be at least the {done} that are done, got {settings['max_train_steps']}"
         )
-    plan = Plan(settings, open_source(settings["model"]).config)
+    plan = Plan(settings, open_source(settings["model"]).config, given["graphs"])
     names = sorted((folder / "photos").glob("*.png"))
     if not names:
         raise InputFileError(f"{folder / 'photos'} holds no photos; start the run again")
@@ -152,7 +153,7 @@ def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
     if Path(settings["model"]).exists():
         settings["model"] = str(Path(settings["model"]).resolve())
     settings["instance_data_dir"] = str(Path(settings["instance_data_dir"]).resolve())
-    return Plan(settings, config)
+    return Plan(settings, config, given["graphs"])
 
 
 def announce(plan: Plan, n_photos: int, device: torch.device) -> step_estimate.Estimate:
@@ -161,6 +162,7 @@ def announce(plan: Plan, n_photos: int, device: torch.device) -> step_estimate.E
     step = step_estimate.estimate_step(
         plan.config, s["train_batch_size"], s["resolution"], accumulate=s["gradient_accumulation_steps"], half=half,
         checkpointing=s["gradient_checkpointing"], lora_rank=s["lora_rank"], train_text=s["train_text_encoder"],
+        graphs=plan.graphs and device.type == "cuda",
     )  # fmt: skip
     rate = step_estimate.measured_rate(device, half and device.type == "cuda")
     seconds = step.flops / rate

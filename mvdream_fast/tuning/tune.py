@@ -30,10 +30,12 @@ from mvdream_fast.tuning.photos import PhotoSource
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as it was asked for: every number settled, and the configuration of the model that it begins from."""
+    """A run as it was asked for: every number settled, and the configuration of the model that it begins from; graphs,
+    whether a GPU is given CUDA graphs."""
 
     settings: dict[str, Any]
     config: ModelConfig
+    graphs: bool = True
 
     @property
     def options(self) -> DreamBoothOptions:
@@ -134,7 +136,7 @@ def tune(
     """
     settings, options = plan.settings, options or plan.options
     folder.mkdir(exist_ok=True)
-    trainer = DreamBoothTrainer(parts, source, options)
+    trainer = DreamBoothTrainer(parts, source, options, plan.graphs)
     prompt = settings["validation_prompt"] or settings["instance_prompt"]
 
     def report() -> dict[str, float]:

@@ -52,6 +52,15 @@ def test_the_volume_counts_parameter_gradient_and_both_moments():
     assert run_memory.estimate(None, PAPER)["the volume and its optimiser"] == pytest.approx(16 * 12_599_920)
 
 
+def test_graphs_are_counted_by_the_sizes_of_the_rendered_views():
+    """The paper's recipe renders 64 and 256 pixels: two graphs of 1000 kernels, 64 KB each."""
+    plain, graphs = run_memory.estimate(SD21, PAPER), run_memory.estimate(SD21, PAPER, graphs=True)
+    assert graphs == {**plain, memory.GRAPHS: 2 * 1000 * 65536}
+    assert memory.GRAPHS not in run_memory.estimate(None, PAPER, graphs=True)
+    alone = {memory.GRAPHS: 2 << 30, run_memory.WEIGHTS: 1 << 30}
+    assert run_memory.advice(alone, PAPER).endswith("try --no-graphs")
+
+
 def test_too_little_is_refused_with_needs_and_a_way_out(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: (100 << 20, "left of the control group's limit"))
     parts = run_memory.estimate(MINI, SDS_PRESETS["mini"])

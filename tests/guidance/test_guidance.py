@@ -55,6 +55,7 @@ class Stub:
     def __init__(self):
         self.model = SimpleNamespace(unet=CountingUNet(), vae=PoolingVAE())
         self.schedule, self.dtype = NoiseSchedule.from_config(ScheduleConfig()), torch.float32
+        self.graphs = True
 
     def encode_prompt(self, prompt, negative_prompt, suffix, warn):
         return TextCond(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))

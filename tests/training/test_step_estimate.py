@@ -70,6 +70,8 @@ def test_the_parts_add_up(model):
     lora = step_estimate.estimate_step(model.config, BATCH, 16, lora_rank=2)
     assert lora.trained < 0.05 * n
     assert lora.memory["weights to stay close to"] == 0
+    graph = step_estimate.estimate_step(model.config, BATCH, 16, graphs=True)
+    assert graph.memory == {**full.memory, memory.GRAPHS: 2500 * 65536}
     both = step_estimate.estimate_step(model.config, BATCH, 16, train_text=True)
     assert both.trained == n + sum(p.numel() for p in model.text.parameters())
 

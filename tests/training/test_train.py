@@ -233,6 +233,23 @@ def test_checkpoints_of_another_configuration_are_refused(data, tmp_path):
         Loop(other, tmp_path, LoopOptions(steps=2)).resume()
 
 
+@pytest.mark.parametrize(("stage", "name"), [("unet", "Trainer"), ("vae", "VAETrainer")])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_graphs_are_made_unless_they_are_switched_off(stage, name, graphs, data, tmp_path, monkeypatch):
+    made, plain = [], getattr(runs, name)
+
+    class Noted(plain):
+        def train_step(self):
+            made.append(self)
+            raise DivergedError("that will do")
+
+    monkeypatch.setattr(runs, name, Noted)
+    monkeypatch.setattr(runs, "_begin", lambda *_: runs.new_model("mini", build_subset_vocabulary([]), seed=0))
+    with pytest.raises(DivergedError):
+        runs.run_stage(flags(data, tmp_path / "run", stage=stage, graphs=graphs))
+    assert made[0]._descent.enabled == graphs
+
+
 def vae_trainer(data, steps=4):
     shards = Shards(data)
     vae = runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0).vae

@@ -16,6 +16,8 @@ from torch import nn
 from mvdream_fast import dreambooth
 from mvdream_fast.checkpoints.open import Model, save_model
 from mvdream_fast.core import cli, run_folder
+from mvdream_fast.core.errors import DivergedError
+from mvdream_fast.core.files import read_json
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models import lora
 from mvdream_fast.models.config import TextConfig
@@ -295,6 +297,22 @@ def test_the_pull_on_adapters_is_that_on_the_weights_they_stand_for(base):
     sign = (b @ a).sign()
     torch.testing.assert_close(b.grad, 100 / n * sign @ a.detach().T)
     torch.testing.assert_close(a.grad, 100 / n * b.detach().T @ sign)
+
+
+@pytest.mark.parametrize(("flags", "graphs"), [((), True), (("--no-graphs",), False)])
+def test_graphs_are_made_unless_they_are_switched_off(flags, graphs, photos, model, monkeypatch):
+    made = []
+
+    class Noted(DreamBoothTrainer):
+        def train_step(self):
+            made.append(self)
+            raise DivergedError("that will do")
+
+    monkeypatch.setattr(tune, "DreamBoothTrainer", Noted)
+    assert command(*wanted(photos, model, "-o", "run", *flags)) == DivergedError.exit_code
+    assert made[0]._descent.enabled == graphs
+    settings = read_json(Path("run/config.json"))["settings"]
+    assert "graphs" not in settings  # a resume chooses anew
 
 
 # The token
