@@ -81,7 +81,7 @@ def cross_view_attention(
     if q.is_cuda and is_followed(q, k, v, camera_q, camera_k, camera_v):
         return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
     if q.is_cuda:
-        return _forward_kernels(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
+        return _forward_kernels(q, k, v, views, camera_q, camera_k, camera_v, scale, keep=False)[0]
     return _cpu(q, k, v, views, camera_q, camera_k, camera_v, scale)
 
 
@@ -238,8 +238,8 @@ def _allow_tf32(q: Tensor) -> bool:
     return q.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
-def _forward_kernels(q, *arguments) -> tuple[Tensor, Tensor]:
-    return run_kernels(OP, "q", q, "forward", q, *arguments, _allow_tf32(q))
+def _forward_kernels(q, *arguments, keep: bool = True) -> tuple[Tensor, Tensor | None]:
+    return run_kernels(OP, "q", q, "forward", q, *arguments, _allow_tf32(q), None, keep)
 
 
 def _backward_kernels(cotangents, kept, wanted, q, k, v, *arguments):
