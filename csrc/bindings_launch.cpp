@@ -131,7 +131,7 @@ int is_hooked(PyObject* hooks) {
 
 bool address_of(PyObject* tensor, uint64_t* address) {
   static PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* number = PyObject_VectorcallMethod(data_ptr, &tensor, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  PyObject* number = PyObject_CallMethodNoArgs(tensor, data_ptr);
   if (!number) return false;
   *address = PyLong_AsUnsignedLongLong(number);
   Py_DECREF(number);
@@ -187,9 +187,10 @@ PyObject* launch(PyObject*, PyObject* const* arguments, Py_ssize_t n_arguments) 
   const auto stream = reinterpret_cast<Handle>(PyLong_AsUnsignedLongLong(number));
   Py_DECREF(number);
   if (PyErr_Occurred()) return nullptr;
-  int status;
-  Py_BEGIN_ALLOW_THREADS status = submit(*driver(), *record, stream, parameters);
-  Py_END_ALLOW_THREADS if (status == 0) Py_RETURN_TRUE;
+  PyThreadState* thread = PyEval_SaveThread();  // the driver waits where its queue is full
+  const int status = submit(*driver(), *record, stream, parameters);
+  PyEval_RestoreThread(thread);
+  if (status == 0) Py_RETURN_TRUE;
   const char* text = nullptr;
   driver()->cuGetErrorString(status, &text);
   return PyErr_Format(PyExc_RuntimeError, "%U: the launch of the kernel failed with CUDA error %d: %s",

@@ -1,8 +1,9 @@
 """Which tiles the attention kernels take: one table for the forward kernel, one for both backward kernels.
 
-On an H100 was run what is now "cameras, whole" of 64, without cameras (414 TFLOP/s at 16,384 tokens); all other tiles,
-and what looking ahead gains, are predictions from the compiler's registers, shared memory and order of instructions. `python benchmarks/kernel_report` compiles every one of them; no forward kernel spills. Of the
-backward ones some do: d_q of float32 heads above 64 everywhere, the others are in docs/gpu_predicted.md.
+On an H100 was run what is now "cameras, whole" of 64, without cameras (414 TFLOP/s at 16,384 tokens). All other tiles,
+and what looking ahead gains, are predictions from the compiler's registers, shared memory and order of instructions:
+`python benchmarks/kernel_report` compiles every one. No forward kernel spills; of the backward ones some do: d_q of
+float32 heads above 64 everywhere, the others are in docs/gpu_predicted.md.
 """
 
 from typing import NamedTuple
@@ -22,10 +23,10 @@ class Tile(NamedTuple):
 
 # One column for cards of 8.0 (and all that is not named), of 9.x, of 10.x, and those with 99 KB of shared memory a
 # block (8.6, 8.9, 12.x). Rows: what is loaded, and the padded head width up to which a row holds.
-# - "plain": rows start at multiples of 16 bytes, and no camera vector is added. Tensor cores of 9.x read such keys from
-#   shared memory as they were copied, so that they work while exponentials do.
-# - "cameras, whole": camera vectors, heads that are not padded, and tokens flat as in `token_offsets`. Keys pass through
-#   registers, and looking ahead would gain nothing: every product is waited for.
+# - "plain": rows start at multiples of 16 bytes, and no camera vector is added. Tensor cores of 9.x read such keys
+#   from shared memory as they were copied, so that they work while exponentials do.
+# - "cameras, whole": camera vectors, heads that are not padded, and tokens flat as in `token_offsets`. Keys pass
+#   through registers, and looking ahead would gain nothing: every product is waited for.
 # - "cameras": the same without the rest; masks and addresses take registers.
 # - "numbers": each is loaded by an address of its own.
 # - "float32": exact products keep rows in registers; where 32 keys leave just over 128, ptxas takes 128 and spills.

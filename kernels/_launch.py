@@ -8,7 +8,7 @@ driver that does not confirm the kernel's parameters, or an extension that is no
 a layout's first call.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any

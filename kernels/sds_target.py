@@ -102,9 +102,7 @@ def forward(
     noise = noise if mode == "sds" else None
     inputs = [a.contiguous() for a in (z, z_t, cond, uncond, noise, abar) if a is not None]
     dtypes = tuple(a.dtype for a in inputs)
-    launch = _launch(
-        z.shape, dtypes, z.device, abar.numel() > 1, guidance_scale, prediction, rescale, mode, n_views
-    )
+    launch = _launch(z.shape, dtypes, z.device, abar.numel() > 1, guidance_scale, prediction, rescale, mode, n_views)
     target, gradient = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
     if launch:
         launch(*inputs, target, gradient)

@@ -178,7 +178,7 @@ def _dense_launch(
     x: Sizes, weight: Sizes, weight_strides: Sizes, n_in2: int, device: torch.device,
     dtypes: tuple[torch.dtype | None, ...], kind: int, allow_tf32: bool, second: bool,
 ) -> Launch | None:  # fmt: skip
-    """The kernel for a contiguous x of this shape; dtypes: of x, weight, bias, addend and pre, None where there is none."""
+    """The kernel for a contiguous x; dtypes: of x, weight, bias, addend and pre, None where there is none."""
     n_out, n_in = weight
     rows = x[0]
     if not rows * n_out:

@@ -1,25 +1,28 @@
 """Which launches the report compiles: MVDream's shapes, every configuration of the launchers, and extreme sizes.
 
-All on tensors of the device "meta"; what is made of them is report.py's.
+What is made of them is report.py's.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+DEVICE = "meta"  # of all tensors: none has storage
+
 
 @dataclass(frozen=True)
 class Workload:
-    """A call of launchers on tensors of the device "meta", for one compute capability."""
+    """A call of launchers, for one compute capability."""
 
     name: str
     quick: bool
     call: Callable[[int], None]
 
 
-def _empty(*shape: int, dtype: str = "float16"):
+def _empty(*shape: int, dtype: str = "float16", channels_last: bool = False):
     import torch
 
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=DEVICE, memory_format=memory_format)
 
 
 def attention(
@@ -53,11 +56,9 @@ def attention(
 
 def group_norm(shape: tuple[int, ...], dtype: str, channels_last: bool, n_groups: int = 32):
     def call(_: int) -> None:
-        import torch
         from mvdream_fast.kernels import group_norm_silu as kernels
 
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        x = _empty(*shape, dtype=dtype).to(memory_format=memory_format)
+        x = _empty(*shape, dtype=dtype, channels_last=channels_last)
         weight, emb = _empty(shape[1], dtype="float32"), _empty(*shape[:2], dtype=dtype)
         y, mean, rstd = kernels.forward(x, weight, weight, n_groups, 1e-5, emb, True)
         kernels.backward(y, x, weight, weight, n_groups, emb, True, mean, rstd)

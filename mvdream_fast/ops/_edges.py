@@ -5,7 +5,6 @@ C++ on a CPU and Triton on a GPU. No maths here.
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -168,8 +167,12 @@ def load_kernels(op: str, name: str, x: Tensor) -> ModuleType:
     """The module `mvdream_fast.kernels.<op>`, for a CUDA tensor `x`; says what to install where Triton is missing."""
     if x.dtype == torch.float64:
         raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16 on CUDA, got {x.dtype}; convert it first")
-    module = sys.modules.get(f"mvdream_fast.kernels.{op}")
-    return module if module is not None else _import_kernels(op, name, x)
+    if op not in _kernels:
+        _kernels[op] = _import_kernels(op, name, x)
+    return _kernels[op]
+
+
+_kernels: dict[str, ModuleType] = {}
 
 
 def _import_kernels(op: str, name: str, x: Tensor) -> ModuleType:
