@@ -1,4 +1,4 @@
-"""How the attention kernels read and write rows of tokens: any strides, camera vectors added, nothing outside.
+"""How the attention kernels read, write and sum rows of tokens: any strides, camera vectors added, nothing outside.
 
 Letters as in cross_view_attention.py, whose kernels call these.
 """
@@ -68,3 +68,17 @@ def store_tile(
         tl.store(pointers, tile.to(x.dtype.element_ty))
     else:
         tl.store(pointers, tile.to(x.dtype.element_ty), mask=inside_mask(rows, cols, views * tokens, D, EVEN))
+
+
+@triton.jit
+def sum_tokens(x, out, tokens, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[B*V, N, H, D] contiguous -> [B*V, H, D], one head of one image a program, in the order of the tokens."""
+    image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    cols = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        offsets = ((image * tokens + rows) * heads + head)[:, None] * D + cols[None, :]
+        inside = (rows < tokens)[:, None] & (cols < D)[None, :]
+        acc += tl.sum(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), 0)
+    tl.store(out + (image * heads + head) * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)

@@ -12,7 +12,7 @@ import triton
 
 
 class Tile(NamedTuple):
-    """BLOCK_M queries, BLOCK_N keys; AHEAD: whether the forward kernel asks for scores a tile ahead."""
+    """BLOCK_M queries, BLOCK_N keys; AHEAD: whether a product is asked for before exponentials that do not need it."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -50,10 +50,10 @@ FORWARD = {
     ("numbers", WIDEST_HEADS): (Tile(32, 16, 8, 1),) * 4,
     ("float32", WIDEST_HEADS): (Tile(32, 16, 8, 1),) * 4,
 }  # fmt: skip
-# Two accumulators are held, so the tiles are smaller.
+# Two accumulators are held, so the tiles are smaller. Exact float32 products ahead would spill.
 BACKWARD = {
-    ("half", SMALL_HEADS): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-    ("half", WIDE_HEADS): (*(Tile(64, 64, 8, 2),) * 3, Tile(64, 32, 8, 2)),
+    ("half", SMALL_HEADS): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    ("half", WIDE_HEADS): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2, True), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
     ("half", WIDEST_HEADS): (Tile(32, 32, 8, 1),) * 4,
     ("float32", SMALL_HEADS): (Tile(32, 32, 8, 1),) * 4,
     ("float32", WIDE_HEADS): (Tile(16, 32, 8, 1),) * 4,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvdream_fast.kernels._attention_rows import load_tile, store_tile
+from mvdream_fast.kernels._attention_rows import load_tile, store_tile, sum_tokens
 from mvdream_fast.kernels._attention_tiles import Tile, backward_tile, block_width, forward_tile
 from mvdream_fast.kernels._launch import Launch, by_layout
 
@@ -142,8 +142,12 @@ def attention_backward_kv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
     FLAT_D_OUT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: d_k and d_v of BLOCK_N keys of one head of one scene, over all its queries; scores transposed."""
+    """One program: d_k and d_v of BLOCK_N keys of one head of one scene, over all its queries; scores transposed.
+
+    AHEAD asks for d_out v' before the exponentials of the scores.
+    """
     length = views * tokens
     n_blocks = tl.cdiv(length, BLOCK_N)
     pair = tl.program_id(0) // n_blocks
@@ -170,14 +174,22 @@ def attention_backward_kv(
         row_peak = tl.load(peaks + line + rows, mask=rows < length, other=float("inf"))
         row_log_sum = tl.load(log_sums + line + rows, mask=rows < length, other=0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-        cotangent = load_tile(
-            d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides,
-            D, BLOCK_D, FLAT_D_OUT, EVEN, ALIGN, False,
-        )  # fmt: skip
-        d_weights = tl.dot(values, tl.trans(cotangent), input_precision=PRECISION)  # runs during the exponentials
+        if AHEAD:
+            cotangent = load_tile(
+                d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides,
+                D, BLOCK_D, FLAT_D_OUT, EVEN, ALIGN, False,
+            )  # fmt: skip
+            d_weights = tl.dot(values, tl.trans(cotangent), input_precision=PRECISION)
         exponents = tl.fma(scores, scale_log2, -row_peak[None, :])
         weights = tl.exp2(exponents - row_log_sum[None, :])
+        if not AHEAD:
+            cotangent = load_tile(
+                d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides,
+                D, BLOCK_D, FLAT_D_OUT, EVEN, ALIGN, False,
+            )  # fmt: skip
         acc_v = tl.dot(weights.to(cotangent.dtype), cotangent, acc_v, input_precision=PRECISION)
+        if not AHEAD:
+            d_weights = tl.dot(values, tl.trans(cotangent), input_precision=PRECISION)
         row_delta = tl.load(delta + line + rows, mask=rows < length, other=0.0)
         d_scores = weights * (d_weights - row_delta[None, :])
         acc_k = tl.dot(d_scores.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
@@ -193,8 +205,9 @@ def attention_backward_q(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
     FLAT_D_OUT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: d_q of BLOCK_M queries of one head of one scene, over all its keys."""
+    """One program: d_q of BLOCK_M queries of one head of one scene, over all its keys; AHEAD as above."""
     length = views * tokens
     n_blocks = tl.cdiv(length, BLOCK_M)
     pair = tl.program_id(0) // n_blocks
@@ -219,32 +232,25 @@ def attention_backward_q(
             queries, k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides,
             D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K, PRECISION,
         )  # fmt: skip
-        values = load_tile(
-            v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides,
-            D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_V,
-        )  # fmt: skip
-        d_weights = tl.dot(cotangent, tl.trans(values), input_precision=PRECISION)  # runs during the exponentials
+        if AHEAD:
+            values = load_tile(
+                v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides,
+                D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_V,
+            )  # fmt: skip
+            d_weights = tl.dot(cotangent, tl.trans(values), input_precision=PRECISION)
         if not EVEN:
             scores = tl.where((cols < length)[None, :], scores, float("-inf"))
         exponents = tl.fma(scores, scale_log2, -row_peak[:, None])
         weights = tl.exp2(exponents - row_log_sum[:, None])
+        if not AHEAD:
+            values = load_tile(
+                v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides,
+                D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_V,
+            )  # fmt: skip
+            d_weights = tl.dot(cotangent, tl.trans(values), input_precision=PRECISION)
         d_scores = weights * (d_weights - row_delta[:, None])
         acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
     store_tile(d_q, acc * scale, scene, head, rows, views, tokens, heads, D, BLOCK_D, EVEN)
-
-
-@triton.jit
-def sum_tokens(x, out, tokens, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[B*V, N, H, D] contiguous -> [B*V, H, D], one head of one image a program, in the order of the tokens."""
-    image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    cols = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, tokens, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
-        offsets = ((image * tokens + rows) * heads + head)[:, None] * D + cols[None, :]
-        inside = (rows < tokens)[:, None] & (cols < D)[None, :]
-        acc += tl.sum(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), 0)
-    tl.store(out + (image * heads + head) * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)
 
 
 def forward(
@@ -256,18 +262,19 @@ def forward(
 
     `views` = 1 attends within a view; `tile` overrides the tile sizes (for tests).
     """
+    cameras = _camera_strides(camera_q, camera_k, camera_v)
     launch = _forward_launch(
-        q.shape, q.stride(), k.stride(), v.stride(), _camera_strides(camera_q, camera_k, camera_v), q.dtype, q.device,
-        views, scale, allow_tf32, keep, tile,
-    )  # fmt: skip
-    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), None
+        q.shape, q.stride(), k.stride(), v.stride(), cameras, q.dtype, q.device, views, scale, allow_tf32, keep, tile
+    )
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), None
     peaks = log_sums = out  # not written
     if keep:
         images, tokens, heads, _ = q.shape
         lse = torch.empty((2, images // views, heads, views * tokens), dtype=torch.float32, device=q.device)
         peaks, log_sums = lse.unbind()
     if launch:
-        launch(q, k, v, *_pointers(q, camera_q, camera_k, camera_v), out, peaks, log_sums)
+        vectors = (q, q, q) if cameras is NO_CAMERAS else _pointers(q, camera_q, camera_k, camera_v)
+        launch(q, k, v, *vectors, out, peaks, log_sums)
     return out, lse
 
 
@@ -286,7 +293,7 @@ def _forward_launch(
         tile = forward_tile(block_d, dtype.itemsize, _capability(device), align > 1, whole, cameras != NO_CAMERAS)
     programs = triton.cdiv(views * tokens, tile.BLOCK_M) * (images // views) * heads
     settings = _constants(views, tokens, width, cameras, allow_tf32, tile)
-    settings |= {"FLAT": flat, "ALIGN": align, "AHEAD": tile.AHEAD, "KEEP": keep}
+    settings |= {"FLAT": flat, "ALIGN": align, "KEEP": keep}
     values = (q, k, v, *_or_unread(cameras), views, tokens, heads, _scale_log2(scale))
     return Launch(attention_forward, programs, values, settings)
 
@@ -327,7 +334,7 @@ def _backward_launches(
     tile = tile or backward_tile(block_width(width), dtype.itemsize, _capability(device))
     pairs, length = (images // views) * heads, views * tokens
     constants = _constants(views, tokens, width, cameras, allow_tf32, tile)
-    delta = {name: constants[name] for name in ("D", "BLOCK_D", "BLOCK_M", "EVEN", "num_warps", "num_stages")}
+    delta = {name: constants[name] for name in ("D", "BLOCK_D", "BLOCK_M", "EVEN")}
     delta |= {"ALIGN": _align(dtype.itemsize, out, d_out), **OPTIONS}
     constants |= {"FLAT": _flat(views, tokens, q, k, v), "FLAT_D_OUT": _flat(views, tokens, d_out)}
     constants |= {"ALIGN": _align(dtype.itemsize, q, k, v, d_out, *cameras)}
@@ -382,8 +389,8 @@ def _constants(
     views: int, tokens: int, width: int, cameras: Cameras, allow_tf32: bool, tile: Tile
 ) -> dict[str, object]:  # fmt: skip
     """What every kernel with products is told, Triton's options among it."""
-    length, names = views * tokens, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return {name: getattr(tile, name) for name in names} | {
+    length = views * tokens
+    return tile._asdict() | {
         "D": width,
         "BLOCK_D": block_width(width),
         "EVEN": length % tile.BLOCK_M == 0 and length % tile.BLOCK_N == 0,

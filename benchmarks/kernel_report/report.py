@@ -221,11 +221,15 @@ def _faults(r: dict[str, Any], before: dict[tuple[str, str, int], dict[str, Any]
     if old is None:
         yield f"not in {BASELINE.name}; write it with --output"
         return
-    if r["exp2_meanwhile"] < old["exp2_meanwhile"] / GROWTH:
+    if r["exp2_meanwhile"] < old.get("exp2_meanwhile", 0) / GROWTH:
         yield f"exponentials during products fell from {old['exp2_meanwhile']} to {r['exp2_meanwhile']}"
     counts = ("registers", "stack_bytes", "shared_bytes", "spill_instructions", "instructions", "shared_loads")
     for what in counts:
-        if r[what] > GROWTH * old[what] and r[what] - old[what] >= (1 if what.startswith("spill") else 8):
+        if (
+            what in old
+            and r[what] > GROWTH * old[what]
+            and r[what] - old[what] >= (1 if what.startswith("spill") else 8)
+        ):
             yield f"{what} grew from {old[what]} to {r[what]}"
 
 

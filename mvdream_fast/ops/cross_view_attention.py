@@ -3,6 +3,7 @@
 Projections before and after it live in models/; attention to text is torch's own scaled_dot_product_attention.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -28,6 +29,7 @@ MAX_HEAD_DIM = 256
 # and head width -> from how many tokens on (docs/gpu_measured.md; float16, taken to hold for bfloat16). Elsewhere ours
 # was faster, or nothing but the launch was measured.
 TORCH_FROM = {(90, 64): 16_384}
+SHORTEST = min(TORCH_FROM.values())
 
 
 def cross_view_attention(
@@ -199,8 +201,9 @@ def _is_torchs(q, k, v, views, camera_q, camera_k, camera_v) -> bool:
     """Whether a call on CUDA is torch's: where TORCH_FROM says so, without camera vectors, views regrouped without a
     copy, and nobody asked for deterministic gradients. All others are our kernel's."""
     _, tokens, _, width = q.shape
-    least = TORCH_FROM.get((_capability(q.device), width))
-    if least is None or views * tokens < least or not camera_q is camera_k is camera_v is None:
+    if views * tokens < SHORTEST or not camera_q is camera_k is camera_v is None:
+        return False
+    if views * tokens < TORCH_FROM.get((_capability(q.device), width), math.inf):
         return False
     if q.dtype not in (torch.float16, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
         return False

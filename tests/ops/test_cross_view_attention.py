@@ -65,7 +65,7 @@ def small_tiles(monkeypatch, request):
     from mvdream_fast.kernels import cross_view_attention as kernels
 
     monkeypatch.setattr(kernels, "forward_tile", lambda *_: request.param)
-    monkeypatch.setattr(kernels, "backward_tile", lambda *_: SMALL)
+    monkeypatch.setattr(kernels, "backward_tile", lambda *_: request.param)
     kept = (kernels._forward_launch, kernels._backward_launches)  # by layout, with the tiles they were made for
     for launches in kept:
         launches.cache_clear()
