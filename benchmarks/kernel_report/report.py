@@ -221,7 +221,7 @@ def _faults(r: dict[str, Any], before: dict[tuple[str, str, int], dict[str, Any]
     if old is None:
         yield f"not in {BASELINE.name}; write it with --output"
         return
-    if r["exp2_meanwhile"] < old.get("exp2_meanwhile", 0) / GROWTH:
+    if r.get("exp2_meanwhile", 0) < old.get("exp2_meanwhile", 0) / GROWTH:
         yield f"exponentials during products fell from {old['exp2_meanwhile']} to {r['exp2_meanwhile']}"
     counts = ("registers", "stack_bytes", "shared_bytes", "spill_instructions", "instructions", "shared_loads")
     for what in counts:

@@ -64,6 +64,8 @@ def of_another_kind(stub) -> dict:
     import triton
     from mvdream_fast.kernels import geglu
 
+    from mvdream_fast import _C
+
     x = torch.empty(5, 48, dtype=torch.float16)
     shifted = torch.empty(5 * 48 + 1, dtype=torch.float16)[1:].view(5, 48)
     cases = {"aligned": records_of(stub, lambda: geglu.forward(x))}
@@ -82,6 +84,16 @@ def of_another_kind(stub) -> dict:
         geglu.forward(x)
         cases[name] = {"ours": stub_driver.taken(stub), "device": stub.stub_device()}
         stub.stub_set_device(0, 1)
+    launch, _ = geglu._forward_launch(x.shape, (), x.dtype, x.device)
+    cases["kept"] = {
+        name: _C.launch_record("k", launch.binary.function, 1, 128, 0, 0, 3, kinds, values, id, None) is not None
+        for name, kinds, values in (
+            ("as compiled", "ppiiill", (48, 5, 24, 0, 0)),
+            ("one more", "ppiiilll", (48, 5, 24, 0, 0, 0)),
+            ("one less", "ppiiil", (48, 5, 24, 0)),
+            ("a wider one", "pplliil", (48, 5, 24, 0, 0)),
+        )
+    }
     stub.stub_fail_next(700)
     try:
         geglu.forward(x)

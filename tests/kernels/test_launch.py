@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mvdream_fast.kernels import _launch
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -109,6 +111,41 @@ def test_a_launch_goes_to_the_device_of_its_tensors(facts, name, device):
     found = facts["others"][name]
     assert [part(record, "device") for record in found["ours"]] == [["0"]]
     assert found["device"] == device  # as it was before
+
+
+METADATA = {
+    "target": SimpleNamespace(backend="cuda", warp_size=32),
+    "num_ctas": 1,
+    "shared": 65536,
+    "global_scratch_size": 0,
+    "profile_scratch_size": 0,
+    "launch_cooperative_grid": False,
+    "launch_pdl": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        ({}, True),
+        ({"cluster_dims": (1, 1, 1)}, True),  # Triton 3.5 and 3.6 have them
+        ({"cluster_dims": (2, 1, 1)}, False),
+        ({"num_ctas": 2}, False),
+        ({"global_scratch_size": 128}, False),
+        ({"profile_scratch_size": 128}, False),
+        ({"launch_cooperative_grid": True}, False),
+        ({"launch_pdl": True}, False),
+        ({"instrumentation_mode": "gsan"}, False),
+        ({"shared": 229 * 1024}, False),
+        ({"target": SimpleNamespace(backend="hip", warp_size=64)}, False),
+    ],
+)
+def test_what_is_launched_so(change, plain):
+    assert _launch._is_plain(SimpleNamespace(**METADATA | change)) is plain
+
+
+def test_parameters_that_the_driver_does_not_confirm_leave_a_launch_to_triton(facts):
+    assert facts["others"]["kept"] == {"as compiled": True, "one more": False, "one less": False, "a wider one": False}
 
 
 def test_an_error_names_the_kernel(facts):
