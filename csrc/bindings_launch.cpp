@@ -1,5 +1,5 @@
 // A kernel's launch in one call: what a layout fixes is kept, and the addresses of its tensors are all that comes in.
-// libcuda is looked up at run time, so that a build without CUDA has this, too. mvdream_fast/kernels/_launch.py says
+// libcuda is looked up at run time, so that a build without CUDA has this, too. kernels/_launch.py says
 // what may be launched so.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
