@@ -16,11 +16,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mvdream_fast.kernels._attention_rows import load_tile, store_tile, sum_tokens
 from mvdream_fast.kernels._attention_tiles import Tile, backward_tile, block_width, forward_tile
 from mvdream_fast.kernels._launch import Launch, by_layout
+from torch import Tensor
 
 Sizes = tuple[int, ...]  # a shape, or the strides of a tensor
 Cameras = tuple[Sizes | None, Sizes | None, Sizes | None]  # strides of the camera vectors that there are

@@ -13,9 +13,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mvdream_fast.kernels._launch import Launch, by_layout
+from torch import Tensor
 
 Sizes = tuple[int, ...]  # a shape, or the strides of a tensor
 

@@ -12,9 +12,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mvdream_fast.kernels._launch import Launch, by_layout
+from torch import Tensor
 
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 8}
 BLOCK = 2048

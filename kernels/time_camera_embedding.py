@@ -12,9 +12,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mvdream_fast.kernels._launch import Launch, by_layout
+from torch import Tensor
 
 Sizes = tuple[int, ...]  # a shape, or the strides of a tensor
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
