@@ -1,7 +1,14 @@
 """A call of every UNet op on tensors too small to matter, recorded by autograd and not: what its Python costs.
 
 Beside it the torch calls that do the op's work; the difference is what our checks and choices cost. A table at the end.
+A second one has calls on CUDA without a GPU, launched by us and by Triton: launch_overhead.py, in its own process.
 """
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +18,7 @@ from mvdream_fast import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _best: dict[str, dict[str, float]] = {}
+_launches: dict[str, dict[str, float]] = {}
 
 
 def attention(recorded):
@@ -64,6 +72,17 @@ def bench_overhead(benchmark, op, recorded, name):
         _best.setdefault(benchmark.group, {})[name] = 1e6 * benchmark.stats.stats.min
 
 
+def bench_launches(benchmark):
+    command = [sys.executable, str(Path(__file__).with_name("launch_overhead.py"))]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def measured():
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout)
+
+    _launches.update(benchmark.pedantic(measured, rounds=1))
+    benchmark.extra_info["us"] = _launches
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _table(request):
     """Prints, once all are through, the fastest of each in microseconds: what a busy machine adds is not the op's."""
@@ -73,6 +92,8 @@ def _table(request):
         if len(by_name) == 2:
             ours, torchs = by_name["ours"], by_name["torch"]
             lines.append(f"{group:46} {ours:8.1f} {torchs:8.1f} {ours - torchs:8.1f}")
+    lines.append(f"\n{'a call under no_grad, by a stub for a driver':46} {'ours':>8} {'Triton':>8}  us")
+    lines += [f"{name:46} {x['ours']:8.1f} {x['triton']:8.1f}" for name, x in _launches.items()]
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         print("", *lines, sep="\n")
 

@@ -19,6 +19,7 @@ void bind_field(py::module_& m);
 void bind_render(py::module_& m);
 void bind_cuda(py::module_& m);
 void bind_unet(py::module_& m);
+void bind_launch(py::module_& m);
 }  // namespace mvdream_fast
 
 PYBIND11_MODULE(_C, m) {
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   mvdream_fast::bind_cuda(cuda);
 #endif
   mvdream_fast::bind_unet(m);
+  mvdream_fast::bind_launch(m);
 }

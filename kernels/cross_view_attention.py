@@ -16,8 +16,14 @@ import math
 import torch
 import triton
 import triton.language as tl
+from mvdream_fast.kernels._attention_rows import load_tile, store_tile, sum_tokens
+from mvdream_fast.kernels._attention_tiles import Tile, backward_tile, block_width, forward_tile
+from mvdream_fast.kernels._launch import Launch, by_layout
 from torch import Tensor
 
+Sizes = tuple[int, ...]  # a shape, or the strides of a tensor
+Cameras = tuple[Sizes | None, Sizes | None, Sizes | None]  # strides of the camera vectors that there are
+NO_CAMERAS: Cameras = (None, None, None)
 # Multiply-add contraction is chosen here, not by Triton's default, which differs between versions.
 OPTIONS = {"enable_fp_fusion": True}
 LOG2_E = math.log2(math.e)
@@ -26,66 +32,17 @@ SUM_ROWS = 32
 
 
 @triton.jit
-def token_offsets(scene, rows, views, tokens, strides, FLAT: tl.constexpr):
-    """int64 offsets of the rows (token numbers within a scene) of a [B*V, N, H, D] tensor, head and width apart."""
-    first = scene * views
-    if FLAT:  # the batch stride is N token strides: the views of a scene follow each other
-        return first * strides[0] + rows.to(tl.int64) * strides[1]
-    return (first + rows // tokens) * strides[0] + (rows % tokens).to(tl.int64) * strides[1]
-
-
-@triton.jit
-def inside_mask(rows, cols, length, D: tl.constexpr, EVEN: tl.constexpr):
-    """Which of [rows, cols] there are; EVEN says that no tile has a row past the end, and only the padding is left."""
-    mask = (cols < D)[None, :]
-    if not EVEN:
-        mask = (rows < length)[:, None] & mask
-    return mask
-
-
-@triton.jit
-def load_tile(
-    x, camera, scene, head, rows, views, tokens, strides, camera_strides,
+def key_scores(
+    queries, k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides,
     D: tl.constexpr, BLOCK_D: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
-    CAMERA: tl.constexpr,
+    CAMERA_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[rows, BLOCK_D] of one head, zero outside, with each row's camera vector added and rounded as torch would."""
-    cols = tl.arange(0, BLOCK_D)
-    starts = token_offsets(scene, rows, views, tokens, strides, FLAT) + head * strides[2]
-    if ALIGN > 1:  # Triton knows no stride that does not divide by 16, and would load a head of 40 number by number
-        starts = tl.multiple_of(starts, ALIGN)
-    pointers = x + starts[:, None] + cols.to(tl.int64)[None, :] * strides[3]
-    if EVEN and D == BLOCK_D:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=inside_mask(rows, cols, views * tokens, D, EVEN), other=0.0)
-    if CAMERA:
-        image = scene * views + rows // tokens
-        starts = image * camera_strides[0] + head * camera_strides[1]
-        if ALIGN > 1:
-            starts = tl.multiple_of(starts, ALIGN)
-        vectors = camera + starts[:, None] + cols.to(tl.int64)[None, :] * camera_strides[2]
-        if EVEN and D == BLOCK_D:
-            vector = tl.load(vectors)
-        else:
-            vector = tl.load(vectors, mask=inside_mask(rows, cols, views * tokens, D, EVEN), other=0.0)
-        tile = (tile.to(tl.float32) + vector.to(tl.float32)).to(tile.dtype)
-    return tile
-
-
-@triton.jit
-def store_tile(
-    x, tile, scene, head, rows, views, tokens, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Writes [rows, BLOCK_D] of one head into a contiguous [B*V, N, H, D]."""
-    cols = tl.arange(0, BLOCK_D)
-    offsets = ((scene * views * tokens + rows) * heads + head) * D
-    pointers = x + offsets[:, None] + cols[None, :]
-    if EVEN and D == BLOCK_D:
-        tl.store(pointers, tile.to(x.dtype.element_ty))
-    else:
-        tl.store(pointers, tile.to(x.dtype.element_ty), mask=inside_mask(rows, cols, views * tokens, D, EVEN))
+    """The keys of `cols`, and the queries' products with them, unscaled."""
+    keys = load_tile(
+        k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides,
+        D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K,
+    )  # fmt: skip
+    return keys, tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
 
 
 @triton.jit
@@ -96,8 +53,13 @@ def attention_forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
     EVEN: tl.constexpr, ALIGN: tl.constexpr,
     CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one scene against all its keys."""
+    """One program: BLOCK_M queries of one head of one scene against all its keys.
+
+    AHEAD asks for the next tile's scores before this tile's softmax, so that tensor cores work during exponentials.
+    KEEP stores what the backward needs.
+    """
     length = views * tokens
     n_blocks = tl.cdiv(length, BLOCK_M)
     pair = tl.program_id(0) // n_blocks
@@ -110,13 +72,25 @@ def attention_forward(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if AHEAD:
+        _, ahead = key_scores(
+            queries, k, camera_k, scene, head, tl.arange(0, BLOCK_N), views, tokens, k_strides, camera_k_strides,
+            D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K, PRECISION,
+        )  # fmt: skip
     for start in range(0, length, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        keys = load_tile(
-            k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides,
-            D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K,
-        )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if AHEAD:
+            scores = ahead
+            following = (start + BLOCK_N) % length + tl.arange(0, BLOCK_N)  # after the last tile, one that is not used
+            _, ahead = key_scores(
+                queries, k, camera_k, scene, head, following, views, tokens, k_strides, camera_k_strides,
+                D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K, PRECISION,
+            )  # fmt: skip
+        else:
+            _, scores = key_scores(
+                queries, k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides,
+                D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K, PRECISION,
+            )  # fmt: skip
         if not EVEN:
             scores = tl.where((cols < length)[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -131,9 +105,10 @@ def attention_forward(
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
     store_tile(out, acc / total[:, None], scene, head, rows, views, tokens, heads, D, BLOCK_D, EVEN)
-    line = (scene * heads + head) * length
-    tl.store(peaks + line + rows, peak * scale_log2, mask=rows < length)
-    tl.store(log_sums + line + rows, tl.log2(total), mask=rows < length)
+    if KEEP:
+        line = (scene * heads + head) * length
+        tl.store(peaks + line + rows, peak * scale_log2, mask=rows < length)
+        tl.store(log_sums + line + rows, tl.log2(total), mask=rows < length)
 
 
 @triton.jit
@@ -166,8 +141,12 @@ def attention_backward_kv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
     FLAT_D_OUT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: d_k and d_v of BLOCK_N keys of one head of one scene, over all its queries; scores transposed."""
+    """One program: d_k and d_v of BLOCK_N keys of one head of one scene, over all its queries; scores transposed.
+
+    AHEAD asks for d_out v' before the exponentials of the scores.
+    """
     length = views * tokens
     n_blocks = tl.cdiv(length, BLOCK_N)
     pair = tl.program_id(0) // n_blocks
@@ -194,14 +173,22 @@ def attention_backward_kv(
         row_peak = tl.load(peaks + line + rows, mask=rows < length, other=float("inf"))
         row_log_sum = tl.load(log_sums + line + rows, mask=rows < length, other=0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        if AHEAD:
+            cotangent = load_tile(
+                d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides,
+                D, BLOCK_D, FLAT_D_OUT, EVEN, ALIGN, False,
+            )  # fmt: skip
+            d_weights = tl.dot(values, tl.trans(cotangent), input_precision=PRECISION)
         exponents = tl.fma(scores, scale_log2, -row_peak[None, :])
         weights = tl.exp2(exponents - row_log_sum[None, :])
-        cotangent = load_tile(
-            d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides,
-            D, BLOCK_D, FLAT_D_OUT, EVEN, ALIGN, False,
-        )  # fmt: skip
+        if not AHEAD:
+            cotangent = load_tile(
+                d_out, d_out, scene, head, rows, views, tokens, d_out_strides, d_out_strides,
+                D, BLOCK_D, FLAT_D_OUT, EVEN, ALIGN, False,
+            )  # fmt: skip
         acc_v = tl.dot(weights.to(cotangent.dtype), cotangent, acc_v, input_precision=PRECISION)
-        d_weights = tl.dot(values, tl.trans(cotangent), input_precision=PRECISION)
+        if not AHEAD:
+            d_weights = tl.dot(values, tl.trans(cotangent), input_precision=PRECISION)
         row_delta = tl.load(delta + line + rows, mask=rows < length, other=0.0)
         d_scores = weights * (d_weights - row_delta[None, :])
         acc_k = tl.dot(d_scores.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
@@ -217,8 +204,9 @@ def attention_backward_q(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
     FLAT_D_OUT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: d_q of BLOCK_M queries of one head of one scene, over all its keys."""
+    """One program: d_q of BLOCK_M queries of one head of one scene, over all its keys; AHEAD as above."""
     length = views * tokens
     n_blocks = tl.cdiv(length, BLOCK_M)
     pair = tl.program_id(0) // n_blocks
@@ -239,163 +227,144 @@ def attention_backward_q(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, length, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        keys = load_tile(
-            k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides,
-            D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K,
+        keys, scores = key_scores(
+            queries, k, camera_k, scene, head, cols, views, tokens, k_strides, camera_k_strides,
+            D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_K, PRECISION,
         )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if AHEAD:
+            values = load_tile(
+                v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides,
+                D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_V,
+            )  # fmt: skip
+            d_weights = tl.dot(cotangent, tl.trans(values), input_precision=PRECISION)
         if not EVEN:
             scores = tl.where((cols < length)[None, :], scores, float("-inf"))
         exponents = tl.fma(scores, scale_log2, -row_peak[:, None])
         weights = tl.exp2(exponents - row_log_sum[:, None])
-        values = load_tile(
-            v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides,
-            D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_V,
-        )  # fmt: skip
-        d_weights = tl.dot(cotangent, tl.trans(values), input_precision=PRECISION)
+        if not AHEAD:
+            values = load_tile(
+                v, camera_v, scene, head, cols, views, tokens, v_strides, camera_v_strides,
+                D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_V,
+            )  # fmt: skip
+            d_weights = tl.dot(cotangent, tl.trans(values), input_precision=PRECISION)
         d_scores = weights * (d_weights - row_delta[:, None])
         acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
     store_tile(d_q, acc * scale, scene, head, rows, views, tokens, heads, D, BLOCK_D, EVEN)
 
 
-@triton.jit
-def sum_tokens(x, out, tokens, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[B*V, N, H, D] contiguous -> [B*V, H, D], one head of one image a program, in the order of the tokens."""
-    image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    cols = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, tokens, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
-        offsets = ((image * tokens + rows) * heads + head)[:, None] * D + cols[None, :]
-        inside = (rows < tokens)[:, None] & (cols < D)[None, :]
-        acc += tl.sum(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), 0)
-    tl.store(out + (image * heads + head) * D + cols, acc.to(out.dtype.element_ty), mask=cols < D)
-
-
-def block_width(width: int) -> int:
-    """The head width padded to what a tensor core takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def forward_tile(block_d: int, itemsize: int, capability: int, aligned: bool, whole: bool) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, num_warps, num_stages of the forward kernel for a compute capability (86 is 8.6).
-
-    `aligned` as `_align` says: otherwise every number is loaded by an address of its own, which takes registers.
-    `whole`: heads are not padded and tokens flat as in `token_offsets`; otherwise masks and addresses take some too.
-
-    This and `backward_tile` are the whole list of configurations; report.py compiles each, and none of these spills.
-    """
-    if itemsize == 4:  # exact float32 GEMMs keep whole rows in registers
-        # Where a tile of 32 keys leaves just over 128 registers, ptxas takes 128 and spills.
-        if block_d <= 64:
-            return _tile(64, 16 if capability // 10 == 10 else 32, 8, 1)
-        return _tile(32, 16 if block_d > 128 or capability == 80 else 32, 8, 1)
-    if not aligned:
-        return _tile(64, 32, 4, 2) if block_d <= 64 else _tile(64, 32, 8, 2) if block_d == 128 else _tile(32, 16, 8, 1)
-    if block_d <= 64:
-        # Tensor cores of 9.x read keys from shared memory; elsewhere they pass through registers.
-        if capability // 10 == 9:
-            return _tile(128 if whole else 64, 64, 4, 3)
-        return _tile(128, 128, 8, 3) if capability // 10 == 10 else _tile(128, 32, 4, 3)
-    if block_d == 128:
-        return _tile(128, 64, 8, 2)
-    return _tile(64, 16 if _small_shared(capability) else 32, 8, 2)
-
-
-def backward_tile(block_d: int, itemsize: int, capability: int) -> dict[str, int]:
-    """The same for both backward kernels; they hold two accumulators, so their tiles are smaller.
-
-    Some spill: d_q of float32 heads above 64 on every device, 95 to 140 instructions; the others are in
-    docs/gpu_predicted.md.
-    """
-    if itemsize == 4:
-        return _tile(32, 32, 8, 1) if block_d <= 64 else _tile(16, 32, 8, 1) if block_d == 128 else _tile(16, 16, 8, 1)
-    if block_d <= 64:
-        return _tile(64, 64, 4, 2) if capability // 10 in (9, 10) else _tile(64, 32, 4, 2)
-    if block_d == 128:
-        return _tile(64, 32 if _small_shared(capability) else 64, 8, 2)
-    return _tile(32, 32, 8, 1)
-
-
-def _small_shared(capability: int) -> bool:
-    """Whether a block has 99 KB of shared memory, as on consumer cards, and not 163 or more."""
-    return capability in (86, 89) or capability >= 120
-
-
-def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-
-
-def _capability(x: Tensor) -> int:
-    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-    return 10 * major + minor
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, views: int,
     camera_q: Tensor | None, camera_k: Tensor | None, camera_v: Tensor | None,
-    scale: float, allow_tf32: bool = False, tile: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[B*V, N, H, D] and the log-sum-exp's two parts [2, B, H, V*N] float32; `views` = 1 attends within a view.
+    scale: float, allow_tf32: bool = False, tile: Tile | None = None, keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """[B*V, N, H, D] and, where it is kept for the backward, the log-sum-exp's two parts [2, B, H, V*N] float32.
 
-    `tile` overrides the tile sizes (for tests).
+    `views` = 1 attends within a view; `tile` overrides the tile sizes (for tests).
     """
-    images, tokens, heads, width = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((2, images // views, heads, views * tokens), dtype=torch.float32, device=q.device)
-    cameras = (camera_q, camera_k, camera_v)
-    align, flat = _align(q, k, v, *cameras), _flat(views, q, k, v)
-    whole = flat and width == block_width(width)
-    tile = tile or forward_tile(block_width(width), q.element_size(), _capability(q), align > 1, whole)
-    grid = (triton.cdiv(views * tokens, tile["BLOCK_M"]) * (images // views) * heads,)
-    if q.numel():
-        attention_forward[grid](
-            q, k, v, *_pointers(cameras, q), out, *lse, *_strides(q, k, v), *_camera_strides(cameras),
-            views, tokens, heads, _scale_log2(scale),
-            **_constants(views, tokens, width, cameras, allow_tf32, tile), FLAT=flat, ALIGN=align,
-            **tile, **OPTIONS,
-        )  # fmt: skip
+    cameras = _camera_strides(camera_q, camera_k, camera_v)
+    launch = _forward_launch(
+        q.shape, q.stride(), k.stride(), v.stride(), cameras, q.dtype, q.device, views, scale, allow_tf32, keep, tile
+    )
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), None
+    peaks = log_sums = out  # not written
+    if keep:
+        images, tokens, heads, _ = q.shape
+        lse = torch.empty((2, images // views, heads, views * tokens), dtype=torch.float32, device=q.device)
+        peaks, log_sums = lse.unbind()
+    if launch:
+        vectors = (q, q, q) if cameras is NO_CAMERAS else _pointers(q, camera_q, camera_k, camera_v)
+        launch(q, k, v, *vectors, out, peaks, log_sums)
     return out, lse
+
+
+@by_layout
+def _forward_launch(
+    shape: Sizes, q: Sizes, k: Sizes, v: Sizes, cameras: Cameras, dtype: torch.dtype, device: torch.device,
+    views: int, scale: float, allow_tf32: bool, keep: bool, tile: Tile | None,
+) -> Launch | None:  # fmt: skip
+    """The forward kernel for these shapes and strides; None where there is nothing to do."""
+    images, tokens, heads, width = shape
+    if not math.prod(shape):
+        return None
+    align, flat = _align(dtype.itemsize, q, k, v, *cameras), _flat(views, tokens, q, k, v)
+    if tile is None:
+        whole, block_d = flat and width == block_width(width), block_width(width)
+        tile = forward_tile(block_d, dtype.itemsize, _capability(device), align > 1, whole, cameras != NO_CAMERAS)
+    programs = triton.cdiv(views * tokens, tile.BLOCK_M) * (images // views) * heads
+    settings = _constants(views, tokens, width, cameras, allow_tf32, tile)
+    settings |= {"FLAT": flat, "ALIGN": align, "KEEP": keep}
+    values = (q, k, v, *_or_unread(cameras), views, tokens, heads, _scale_log2(scale))
+    return Launch(attention_forward, programs, values, settings)
 
 
 def backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, views: int,
     camera_q: Tensor | None, camera_k: Tensor | None, camera_v: Tensor | None,
-    scale: float, allow_tf32: bool = False, tile: dict[str, int] | None = None,
+    scale: float, allow_tf32: bool = False, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """d_q, d_k, d_v [B*V, N, H, D] contiguous, and the camera rows' gradients [B*V, H, D] (None where none came)."""
-    images, tokens, heads, width = q.shape
-    length, pairs = views * tokens, (images // views) * heads
-    tile = tile or backward_tile(block_width(width), q.element_size(), _capability(q))
     cameras = (camera_q, camera_k, camera_v)
+    launches = _backward_launches(
+        q.shape, q.stride(), k.stride(), v.stride(), _camera_strides(*cameras), out.stride(), d_out.stride(),
+        q.dtype, q.device, views, scale, allow_tf32, tile,
+    )  # fmt: skip
     d_q, d_k, d_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    if q.numel():
-        delta = torch.empty_like(lse[0])
-        constants = _constants(views, tokens, width, cameras, allow_tf32, tile)
-        attention_delta[(triton.cdiv(length, tile["BLOCK_M"]) * pairs,)](
-            out, d_out, delta, out.stride(), d_out.stride(), views, tokens, heads,
-            D=width, BLOCK_D=constants["BLOCK_D"], BLOCK_M=tile["BLOCK_M"], EVEN=constants["EVEN"],
-            ALIGN=_align(out, d_out), **OPTIONS,
-        )  # fmt: skip
-        inputs = (q, k, v, *_pointers(cameras, q), d_out, *lse, delta)
-        layout = (*_strides(q, k, v, d_out), *_camera_strides(cameras), views, tokens, heads, scale, _scale_log2(scale))
-        constants |= {"FLAT": _flat(views, q, k, v), "FLAT_D_OUT": _flat(views, d_out)}
-        constants |= {"ALIGN": _align(q, k, v, d_out, *cameras)}
-        grid = (triton.cdiv(length, tile["BLOCK_N"]) * pairs,)
-        attention_backward_kv[grid](*inputs, d_k, d_v, *layout, **constants, **tile, **OPTIONS)
-        grid = (triton.cdiv(length, tile["BLOCK_M"]) * pairs,)
-        attention_backward_q[grid](*inputs, d_q, *layout, **constants, **tile, **OPTIONS)
+    if launches:
+        of_delta, of_kv, of_q = launches
+        peaks, log_sums = lse.unbind()
+        delta = torch.empty_like(peaks)
+        inputs = (q, k, v, *_pointers(q, *cameras), d_out, peaks, log_sums, delta)
+        of_delta(out, d_out, delta)
+        of_kv(*inputs, d_k, d_v)
+        of_q(*inputs, d_q)
     d_cameras = (None if c is None else _sum_tokens(d, c) for c, d in zip(cameras, (d_q, d_k, d_v)))
     return d_q, d_k, d_v, *d_cameras
+
+
+@by_layout
+def _backward_launches(
+    shape: Sizes, q: Sizes, k: Sizes, v: Sizes, cameras: Cameras, out: Sizes, d_out: Sizes,
+    dtype: torch.dtype, device: torch.device, views: int, scale: float, allow_tf32: bool, tile: Tile | None,
+) -> tuple[Launch, Launch, Launch] | None:  # fmt: skip
+    """delta's kernel, that of d_k and d_v, and that of d_q; None where there is nothing to do."""
+    images, tokens, heads, width = shape
+    if not math.prod(shape):
+        return None
+    tile = tile or backward_tile(block_width(width), dtype.itemsize, _capability(device))
+    pairs, length = (images // views) * heads, views * tokens
+    constants = _constants(views, tokens, width, cameras, allow_tf32, tile)
+    delta = {name: constants[name] for name in ("D", "BLOCK_D", "BLOCK_M", "EVEN")}
+    delta |= {"ALIGN": _align(dtype.itemsize, out, d_out), **OPTIONS}
+    constants |= {"FLAT": _flat(views, tokens, q, k, v), "FLAT_D_OUT": _flat(views, tokens, d_out)}
+    constants |= {"ALIGN": _align(dtype.itemsize, q, k, v, d_out, *cameras)}
+    values = (q, k, v, d_out, *_or_unread(cameras), views, tokens, heads, float(scale), _scale_log2(scale))
+    queries, keys = (triton.cdiv(length, block) * pairs for block in (tile.BLOCK_M, tile.BLOCK_N))
+    return (
+        Launch(attention_delta, queries, (out, d_out, views, tokens, heads), delta),
+        Launch(attention_backward_kv, keys, values, constants),
+        Launch(attention_backward_q, queries, values, constants),
+    )
 
 
 def _sum_tokens(d_x: Tensor, camera: Tensor) -> Tensor:
     images, tokens, heads, width = d_x.shape
     out = torch.empty((images, heads, width), dtype=camera.dtype, device=camera.device)
     if out.numel():
-        grid = (images * heads,)
-        sum_tokens[grid](d_x, out, tokens, heads, D=width, BLOCK_D=block_width(width), BLOCK_N=SUM_ROWS, **OPTIONS)
+        _sum_launch(images, tokens, heads, width, out.dtype, out.device)(d_x, out)
     return out
+
+
+@by_layout
+def _sum_launch(
+    images: int, tokens: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Launch:  # fmt: skip
+    settings = {"D": width, "BLOCK_D": block_width(width), "BLOCK_N": SUM_ROWS, **OPTIONS}
+    return Launch(sum_tokens, images * heads, (tokens, heads), settings)
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
 
 
 def _scale_log2(scale: float) -> float:
@@ -404,41 +373,45 @@ def _scale_log2(scale: float) -> float:
     return max(scale * LOG2_E, SMALLEST)
 
 
-def _flat(views: int, *tensors: Tensor) -> bool:
-    return views == 1 or all(x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+def _flat(views: int, tokens: int, *strides: Sizes) -> bool:
+    return views == 1 or all(x[0] == tokens * x[1] for x in strides)
 
 
-def _align(*tensors: Tensor | None) -> int:
+def _align(itemsize: int, *strides: Sizes | None) -> int:
     """Numbers in 16 bytes where every row of every tensor starts at a multiple of so many, and 1 otherwise."""
-    whole = 16 // tensors[0].element_size()
-    given = (x for x in tensors if x is not None)
-    return whole if all(x.stride(-1) == 1 and not any(s % whole for s in x.stride()[:-1]) for x in given) else 1
+    whole = 16 // itemsize
+    given = (x for x in strides if x is not None)
+    return whole if all(x[-1] == 1 and not any(s % whole for s in x[:-1]) for x in given) else 1
 
 
 def _constants(
-    views: int, tokens: int, width: int, cameras: tuple[Tensor | None, ...], allow_tf32: bool, tile: dict[str, int]
+    views: int, tokens: int, width: int, cameras: Cameras, allow_tf32: bool, tile: Tile
 ) -> dict[str, object]:  # fmt: skip
-    block_d = block_width(width)
+    """What every kernel with products is told, Triton's options among it."""
     length = views * tokens
-    return {
+    return tile._asdict() | {
         "D": width,
-        "BLOCK_D": block_d,
-        "EVEN": length % tile["BLOCK_M"] == 0 and length % tile["BLOCK_N"] == 0,
+        "BLOCK_D": block_width(width),
+        "EVEN": length % tile.BLOCK_M == 0 and length % tile.BLOCK_N == 0,
         "CAMERA_Q": cameras[0] is not None,
         "CAMERA_K": cameras[1] is not None,
         "CAMERA_V": cameras[2] is not None,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
+        **OPTIONS,
     }
 
 
-def _pointers(cameras: tuple[Tensor | None, ...], other: Tensor) -> list[Tensor]:
+def _pointers(other: Tensor, *cameras: Tensor | None) -> list[Tensor]:
     """A pointer that is never read stands for a camera that is not there."""
     return [other if c is None else c for c in cameras]
 
 
-def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
-    return [x.stride() for x in tensors]
+def _camera_strides(camera_q: Tensor | None, camera_k: Tensor | None, camera_v: Tensor | None) -> Cameras:
+    if camera_q is camera_k is camera_v is None:
+        return NO_CAMERAS
+    q, k, v = (None if c is None else c.stride() for c in (camera_q, camera_k, camera_v))
+    return q, k, v
 
 
-def _camera_strides(cameras: tuple[Tensor | None, ...]) -> list[tuple[int, ...]]:
-    return [(0, 0, 1) if c is None else c.stride() for c in cameras]
+def _or_unread(cameras: Cameras) -> list[Sizes]:
+    return [(0, 0, 1) if strides is None else strides for strides in cameras]

@@ -5,9 +5,12 @@ Formula: y = a g Phi(g), Phi(g) = (1 + erf(g / sqrt 2)) / 2, phi(g) = exp(-g^2 /
 Source: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
+from mvdream_fast.kernels._launch import Launch, by_layout
 from torch import Tensor
 
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 4}
@@ -60,29 +63,62 @@ def geglu_backward(
 
 def forward(x: Tensor) -> Tensor:
     """[..., 2C] -> [..., C] contiguous; leading axes that do not flatten are copied."""
-    width = x.shape[-1] // 2
-    y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
-    if y.numel():
-        rows = x.reshape(-1, 2 * width)
-        grid, tile = _tile(rows.shape[0], width)
-        geglu_forward[grid](rows, y, *rows.stride(), rows.shape[0], width, **tile, **OPTIONS)
+    rows, strides = _rows(x)
+    launch, shape = _forward_launch(x.shape, strides, x.dtype, x.device)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    if launch:
+        launch(rows, y)
     return y
 
 
 def backward(d_y: Tensor, x: Tensor) -> Tensor:
     """d_x [..., 2C] contiguous."""
-    width = x.shape[-1] // 2
+    (rows, strides), (d_rows, d_strides) = _rows(x), _rows(d_y)
+    launch = _backward_launch(x.shape, strides, d_strides, x.dtype, x.device)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if d_x.numel():
-        rows, d_rows = x.reshape(-1, 2 * width), d_y.reshape(-1, width)
-        grid, tile = _tile(rows.shape[0], width)
-        geglu_backward[grid](
-            d_rows, rows, d_x, *d_rows.stride(), *rows.stride(), rows.shape[0], width, **tile, **OPTIONS
-        )
+    if launch:
+        launch(d_rows, rows, d_x)
     return d_x
 
 
-def _tile(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows of the last axis, one after another, and their strides, () where they are contiguous."""
+    if x.is_contiguous():
+        return x, ()
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x
+    return rows, rows.stride()
+
+
+@by_layout
+def _forward_launch(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Launch | None, tuple[int, ...]]:  # fmt: skip
+    """The kernel, None where there is nothing to do, and the result's shape."""
+    *leading, columns = shape
+    rows, width = math.prod(leading), columns // 2
+    if not rows * width:
+        return None, (*leading, width)
+    programs, tile = _tile(rows, width)
+    values = (*(strides or (columns, 1)), rows, width)
+    return Launch(geglu_forward, programs, values, tile), (*leading, width)
+
+
+@by_layout
+def _backward_launch(
+    shape: tuple[int, ...], strides: tuple[int, ...], d_strides: tuple[int, ...], dtype: torch.dtype,
+    device: torch.device,
+) -> Launch | None:  # fmt: skip
+    *leading, columns = shape
+    rows, width = math.prod(leading), columns // 2
+    if not rows * width:
+        return None
+    programs, tile = _tile(rows, width)
+    values = (*(d_strides or (width, 1)), *(strides or (columns, 1)), rows, width)
+    return Launch(geglu_backward, programs, values, tile)
+
+
+def _tile(rows: int, width: int) -> tuple[int, dict[str, object]]:
     block_c = min(BLOCK, triton.next_power_of_2(width))
     block_r = BLOCK // block_c
-    return (triton.cdiv(rows, block_r) * triton.cdiv(width, block_c),), {"BLOCK_R": block_r, "BLOCK_C": block_c}
+    programs = triton.cdiv(rows, block_r) * triton.cdiv(width, block_c)
+    return programs, {"BLOCK_R": block_r, "BLOCK_C": block_c, **OPTIONS}

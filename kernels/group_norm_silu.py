@@ -8,10 +8,15 @@ Every sum has a fixed order: one program owns a group of an image; images are ad
 Source: Wu and He 2018, "Group Normalization".
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
+from mvdream_fast.kernels._launch import Launch, by_layout
 from torch import Tensor
+
+Sizes = tuple[int, ...]  # a shape, or the strides of a tensor
 
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 4}
 BLOCK_CHANNELS = 64
@@ -39,9 +44,9 @@ def _load(x, emb, image, channel, pixel, strides, channels, inside, channel_insi
 @triton.jit
 def group_norm_silu_forward(
     x, emb, weight, bias, y, mean, rstd, strides, channels, pixels, n_groups, eps,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EMB: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, EMB: tl.constexpr, SILU: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One group of one image; y has x's strides."""
+    """One group of one image; y has x's strides. KEEP stores what the backward needs."""
     image, group = (tl.program_id(0) // n_groups).to(tl.int64), tl.program_id(0) % n_groups
     size = channels // n_groups
     sums = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
@@ -65,8 +70,9 @@ def group_norm_silu_forward(
             u = tl.where(inside, u - mu, 0.0)
             squares += u * u
     r = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, 1), 0) / n + eps)
-    tl.store(mean + tl.program_id(0), mu)
-    tl.store(rstd + tl.program_id(0), r)
+    if KEEP:
+        tl.store(mean + tl.program_id(0), mu)
+        tl.store(rstd + tl.program_id(0), r)
     for c in range(0, size, BLOCK_C):
         local = c + tl.arange(0, BLOCK_C)
         channel = (group * size + local).to(tl.int64)
@@ -161,19 +167,35 @@ def sum_images(part_weight, part_bias, d_weight, d_bias, images, channels, BLOCK
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y like x (x is contiguous or channels_last), mean and 1/std [B*V, n_groups] float32."""
-    images, channels = x.shape[:2]
-    y = torch.empty_like(x)
-    mean, rstd = (torch.empty((images, n_groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    if x.numel():
-        group_norm_silu_forward[(images * n_groups,)](
-            x, x if emb is None else emb.contiguous(), weight.contiguous(), bias.contiguous(), y, mean, rstd,
-            _strides(x), channels, x[0, 0].numel(), n_groups, eps,
-            **_tile(x, n_groups), EMB=emb is not None, SILU=silu, **OPTIONS,
-        )  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float, emb: Tensor | None, silu: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """y like x (x is contiguous or channels_last); mean and 1/std [B*V, n_groups] float32 for a backward to come."""
+    launch = _forward_launch(
+        x.shape, x.stride(), x.dtype, x.device, weight.dtype, bias.dtype, None if emb is None else emb.dtype,
+        n_groups, eps, silu, keep,
+    )  # fmt: skip
+    y, mean, rstd = torch.empty_like(x), None, None
+    if keep:
+        mean, rstd = (torch.empty((x.shape[0], n_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    if launch:
+        emb = x if emb is None else emb.contiguous()  # x stands for what is not read, y for what is not written
+        statistics = (mean, rstd) if keep else (y, y)
+        launch(x, emb, weight.contiguous(), bias.contiguous(), y, *statistics)
     return y, mean, rstd
+
+
+@by_layout
+def _forward_launch(
+    shape: Sizes, strides: Sizes, dtype: torch.dtype, device: torch.device,
+    weight: torch.dtype, bias: torch.dtype, emb: torch.dtype | None, n_groups: int, eps: float, silu: bool, keep: bool,
+) -> Launch | None:  # fmt: skip
+    """The kernel of an x of this shape and strides; None where there is nothing to do."""
+    if not math.prod(shape):
+        return None
+    values = (_strides(shape, strides), shape[1], shape[2] * shape[3], n_groups, float(eps))
+    settings = _settings(shape, n_groups) | {"EMB": emb is not None, "SILU": silu, "KEEP": keep}
+    return Launch(group_norm_silu_forward, shape[0] * n_groups, values, settings)
 
 
 def backward(
@@ -183,28 +205,49 @@ def backward(
     """d_x like x, d_weight, d_bias [C], d_emb [B*V, C]; d_y is contiguous or channels_last."""
     images, channels = x.shape[:2]
     d_x = torch.empty_like(x)
-    if not x.numel():
+    launches = _backward_launches(
+        x.shape, x.stride(), d_y.stride(), x.dtype, d_y.dtype, x.device, weight.dtype, bias.dtype,
+        None if emb is None else emb.dtype, n_groups, silu,
+    )  # fmt: skip
+    if launches is None:
         return d_x, *(None if p is None else torch.zeros_like(p) for p in (weight, bias, emb))
+    of_groups, of_images = launches
     d_emb = None if emb is None else torch.empty(emb.shape, dtype=emb.dtype, device=emb.device)
     parts = [torch.empty((images, channels), dtype=torch.float32, device=x.device) for _ in range(2)]
-    group_norm_silu_backward[(images * n_groups,)](
+    of_groups(
         d_y, x, x if emb is None else emb.contiguous(), weight.contiguous(), bias.contiguous(), mean, rstd,
-        d_x, d_x if emb is None else d_emb, *parts, _strides(d_y), _strides(x),
-        channels, x[0, 0].numel(), n_groups,
-        **_tile(x, n_groups), EMB=emb is not None, SILU=silu, **OPTIONS,
+        d_x, d_x if emb is None else d_emb, *parts,
     )  # fmt: skip
     d_weight, d_bias = (torch.empty(channels, dtype=p.dtype, device=x.device) for p in (weight, bias))
-    grid = (triton.cdiv(channels, SUM_CHANNELS),)
-    sum_images[grid](*parts, d_weight, d_bias, images, channels, BLOCK_C=SUM_CHANNELS, **OPTIONS)
+    of_images(*parts, d_weight, d_bias)
     return d_x, d_weight, d_bias, d_emb
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+@by_layout
+def _backward_launches(
+    shape: Sizes, strides: Sizes, d_y_strides: Sizes, dtype: torch.dtype, d_y: torch.dtype, device: torch.device,
+    weight: torch.dtype, bias: torch.dtype, emb: torch.dtype | None, n_groups: int, silu: bool,
+) -> tuple[Launch, Launch] | None:  # fmt: skip
+    """The kernel of groups and the one that adds images; None where there is nothing to do."""
+    if not math.prod(shape):
+        return None
+    images, channels = shape[:2]
+    places = (_strides(shape, d_y_strides), _strides(shape, strides))
+    values = (*places, channels, shape[2] * shape[3], n_groups)
+    settings = _settings(shape, n_groups) | {"EMB": emb is not None, "SILU": silu}
+    sums = {"BLOCK_C": SUM_CHANNELS, **OPTIONS}
+    return (
+        Launch(group_norm_silu_backward, images * n_groups, values, settings),
+        Launch(sum_images, triton.cdiv(channels, SUM_CHANNELS), (images, channels), sums),
+    )
+
+
+def _strides(shape: Sizes, strides: Sizes) -> Sizes:
     """Of image, channel and pixel; rows of pixels follow each other in both memory formats."""
-    return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    return strides[0], strides[1], strides[3] if shape[3] > 1 else strides[2]
 
 
-def _tile(x: Tensor, n_groups: int) -> dict[str, int]:
-    block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(x.shape[1] // n_groups))
-    block_p = min(BLOCK // block_c, triton.next_power_of_2(x[0, 0].numel()))
-    return {"BLOCK_C": block_c, "BLOCK_P": block_p}
+def _settings(shape: Sizes, n_groups: int) -> dict[str, object]:
+    block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(shape[1] // n_groups))
+    block_p = min(BLOCK // block_c, triton.next_power_of_2(shape[2] * shape[3]))
+    return {"BLOCK_C": block_c, "BLOCK_P": block_p, **OPTIONS}

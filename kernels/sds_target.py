@@ -7,9 +7,12 @@ Formula: m = u + s (c - u); x0(o) = a z_t - b o with (a, b) = (abar^-1/2, (1/aba
 Source: Shi et al. 2023, "MVDream", section 3.3; Poole et al. 2022, "DreamFusion"; Lin et al. 2023, section 3.4.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
+from mvdream_fast.kernels._launch import Launch, by_layout
 from torch import Tensor
 
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 8}
@@ -95,19 +98,28 @@ def forward(
     guidance_scale: float, prediction: str, rescale: float, mode: str, n_views: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """target and gradient, contiguous [B*V, C, h, w] in z's dtype; inputs that are not contiguous are copied."""
+    noise = noise if mode == "sds" else None
+    inputs = [a.contiguous() for a in (z, z_t, cond, uncond, noise, abar) if a is not None]
+    dtypes = tuple(a.dtype for a in inputs)
+    launch = _launch(z.shape, dtypes, z.device, abar.numel() > 1, guidance_scale, prediction, rescale, mode, n_views)
     target, gradient = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
-    if not z.numel():
-        return target, gradient
-    images, size = z.shape[0], z[0].numel()
-    x = [a.contiguous() for a in (z, z_t, cond, uncond)]
-    constants = {"ABAR_STEP": int(abar.numel() > 1), "V": prediction == "v", "BLOCK": BLOCK, **OPTIONS}
-    abar = abar.contiguous()
-    if mode == "sds":
-        sds_target_noise[(triton.cdiv(z.numel(), BLOCK),)](
-            *x, noise.contiguous(), abar, target, gradient, size, z.numel(), guidance_scale, 1 / images, **constants
-        )
-    else:
-        sds_target_x0[(images // n_views,)](
-            *x, abar, target, gradient, size, n_views * size, guidance_scale, rescale, 1 / images, **constants
-        )
+    if launch:
+        launch(*inputs, target, gradient)
     return target, gradient
+
+
+@by_layout
+def _launch(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, many_steps: bool,
+    guidance_scale: float, prediction: str, rescale: float, mode: str, n_views: int,
+) -> Launch | None:  # fmt: skip
+    """The kernel of a mode; None where there is nothing to do."""
+    images, size = shape[0], math.prod(shape[1:])
+    if not images * size:
+        return None
+    settings = {"ABAR_STEP": int(many_steps), "V": prediction == "v", "BLOCK": BLOCK, **OPTIONS}
+    if mode == "sds":
+        values = (size, images * size, float(guidance_scale), 1 / images)
+        return Launch(sds_target_noise, triton.cdiv(images * size, BLOCK), values, settings)
+    values = (size, n_views * size, float(guidance_scale), float(rescale), 1 / images)
+    return Launch(sds_target_x0, images // n_views, values, settings)

@@ -12,8 +12,10 @@ import math
 import torch
 import triton
 import triton.language as tl
+from mvdream_fast.kernels._launch import Launch, by_layout
 from torch import Tensor
 
+Sizes = tuple[int, ...]  # a shape, or the strides of a tensor
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
 ROWS, OUT, IN = 16, 64, 64  # tile: a batch of images is one tile of rows
 PLAIN, SILU, SINUSOID = 0, 1, 2  # what is done to a GEMM's input as it is loaded
@@ -155,23 +157,42 @@ def _dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, allow_tf32: bool, *,
     second: tuple[Tensor, Tensor, Tensor] | None = None, addend: Tensor | None = None, pre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    n_out, n_in = weight.shape
-    x = x.contiguous()
-    y = torch.empty((x.shape[0], n_out), dtype=weight.dtype, device=x.device)
-    if not y.numel():
-        return y
+    x, others = x.contiguous(), (bias, addend, pre)
     x2, weight2, bias2 = second or (x, weight, weight)
-    block_out = OUT if weight.element_size() == 2 else OUT // 2  # exact float32 GEMMs keep more in registers
-    block_in = IN // 4 if kind == SINUSOID else IN  # sin and cos take registers
-    grid = (triton.cdiv(x.shape[0], ROWS) * triton.cdiv(n_out, block_out),)
-    dense[grid](
-        x, weight, weight if bias is None else bias, x2, weight2, bias2,
-        y if addend is None else addend.contiguous(), y if pre is None else pre, y,
-        x.shape[0], n_in, weight2.shape[1], n_out, x.stride(0), x2.stride(0), *weight.stride(), _log_step(n_in),
-        KIND=kind, SECOND=second is not None, ADD=addend is not None, BIAS=bias is not None, D_SILU=pre is not None,
-        BLOCK_R=ROWS, BLOCK_OUT=block_out, BLOCK_IN=block_in, PRECISION="tf32" if allow_tf32 else "ieee", **OPTIONS,
+    launch = _dense_launch(
+        x.shape, weight.shape, weight.stride(), weight2.shape[1], weight.device,
+        tuple(None if a is None else a.dtype for a in (x, weight, *others)), kind, allow_tf32, second is not None,
     )  # fmt: skip
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=weight.dtype, device=x.device)
+    if launch:
+        launch(
+            x, weight, weight if bias is None else bias, x2, weight2, bias2,
+            y if addend is None else addend.contiguous(), y if pre is None else pre, y,
+        )  # fmt: skip
     return y
+
+
+@by_layout
+def _dense_launch(
+    x: Sizes, weight: Sizes, weight_strides: Sizes, n_in2: int, device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...], kind: int, allow_tf32: bool, second: bool,
+) -> Launch | None:  # fmt: skip
+    """The kernel for a contiguous x; dtypes: of x, weight, bias, addend and pre, None where there is none."""
+    n_out, n_in = weight
+    rows = x[0]
+    if not rows * n_out:
+        return None
+    _, kept_in, bias, addend, pre = dtypes
+    block_out = OUT if kept_in.itemsize == 2 else OUT // 2  # exact float32 GEMMs keep more in registers
+    block_in = IN // 4 if kind == SINUSOID else IN  # sin and cos take registers
+    stride = math.prod(x[1:])
+    values = (rows, n_in, n_in2, n_out, stride, n_in2 if second else stride, *weight_strides, _log_step(n_in))
+    settings = {
+        "KIND": kind, "SECOND": second, "ADD": addend is not None, "BIAS": bias is not None, "D_SILU": pre is not None,
+        "BLOCK_R": ROWS, "BLOCK_OUT": block_out, "BLOCK_IN": block_in, "PRECISION": "tf32" if allow_tf32 else "ieee",
+        **OPTIONS,
+    }  # fmt: skip
+    return Launch(dense, triton.cdiv(rows, ROWS) * triton.cdiv(n_out, block_out), values, settings)
 
 
 def _dense_backward_weight(
@@ -179,15 +200,28 @@ def _dense_backward_weight(
 ) -> tuple[Tensor, Tensor]:
     n_out, n_in = weight.shape
     x = x.contiguous()
+    launch = _backward_weight_launch(
+        x.shape, n_out, n_in, (d_y.dtype, x.dtype, weight.dtype), x.device, kind, allow_tf32
+    )
     d_weight = torch.empty((n_out, n_in), dtype=weight.dtype, device=x.device)
     d_bias = torch.empty(n_out, dtype=weight.dtype, device=x.device)
-    grid = (triton.cdiv(n_out, OUT) * triton.cdiv(n_in, IN),)
-    if d_weight.numel():
-        dense_backward_weight[grid](
-            d_y, x, d_weight, d_bias, x.shape[0], n_in, n_out, x.stride(0), _log_step(n_in),
-            KIND=kind, BLOCK_R=ROWS, BLOCK_OUT=OUT, BLOCK_IN=IN, PRECISION="tf32" if allow_tf32 else "ieee", **OPTIONS,
-        )  # fmt: skip
+    if launch:
+        launch(d_y, x, d_weight, d_bias)
     return d_weight, d_bias
+
+
+@by_layout
+def _backward_weight_launch(
+    x: Sizes, n_out: int, n_in: int, dtypes: tuple[torch.dtype, ...], device: torch.device, kind: int, allow_tf32: bool
+) -> Launch | None:  # fmt: skip
+    if not n_out * n_in:
+        return None
+    settings = {
+        "KIND": kind, "BLOCK_R": ROWS, "BLOCK_OUT": OUT, "BLOCK_IN": IN, "PRECISION": "tf32" if allow_tf32 else "ieee",
+        **OPTIONS,
+    }  # fmt: skip
+    values = (x[0], n_in, n_out, math.prod(x[1:]), _log_step(n_in))
+    return Launch(dense_backward_weight, triton.cdiv(n_out, OUT) * triton.cdiv(n_in, IN), values, settings)
 
 
 def _log_step(width: int) -> float:

@@ -32,4 +32,8 @@ if DEVICE == "cpu":
     interpreter._patch_lang = _patch_once
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
-SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}  # attention tiles for tests: few tokens give several blocks
+from mvdream_fast.kernels._attention_tiles import Tile  # noqa: E402
+
+# Attention tiles for tests, of which few tokens give several.
+SMALL = Tile(16, 16, 4, 1)
+SMALL_AHEAD = SMALL._replace(AHEAD=True)

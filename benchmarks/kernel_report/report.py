@@ -5,6 +5,7 @@ ahead of time for each architecture and read back from the machine code. Which l
 predicted times: rates.py.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -48,6 +49,8 @@ FEWER_ROWS = (
     r"attention d150 .*/attention_forward",  # loads number by number: an address each
     r"embedding.*/dense( \d)?$",  # a batch of images is 16 rows
 )
+# What is counted of the order in which an H100's instructions stand: its products, the waits for them, exponentials.
+IN_ORDER = {"HGMMA": "product", "WARPGROUP.DEPBAR": "wait", "MUFU.EX2": "exp2"}
 TABLE_BYTES = 28  # sin and cos of large arguments keep a table in local memory, from the first byte of the stack
 
 
@@ -113,12 +116,33 @@ def inspect(cubin: bytes, local_table: bool = False) -> dict[str, Any]:
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     found = sorted(set(re.findall(TENSOR_CORE, code)))
+    order = order_of(code) if "HGMMA" in found else ""
     return {
         "registers": registers,
         "stack_bytes": stack,
         "spill_instructions": spills(code, local_table),
         "tensor_cores": found,
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/ ", code)),
+        "shared_loads": len(re.findall(r"\bLDSM?\b", code)),
+        "order": order,
+        "exp2_meanwhile": exp2_meanwhile(order),
     }
+
+
+def order_of(code: str) -> str:
+    """Products, waits for them and exponentials as they stand in the code: "product 8, wait, exp2 68"."""
+    names = "|".join(map(re.escape, IN_ORDER))
+    runs = itertools.groupby(re.findall(rf"\b({names})\b", code), key=IN_ORDER.get)
+    return ", ".join(f"{name} {len(list(run))}" if name != "wait" else name for name, run in runs)
+
+
+def exp2_meanwhile(order: str) -> int:
+    """The exponentials that stand between a product and the wait for it: tensor cores work during them."""
+    count, busy = 0, False
+    for name, _, n in (part.partition(" ") for part in order.split(", ")):
+        busy = name == "product" or (busy and name != "wait")
+        count += int(n) if busy and name == "exp2" else 0
+    return count
 
 
 def spills(code: str, local_table: bool = False) -> int:
@@ -197,8 +221,15 @@ def _faults(r: dict[str, Any], before: dict[tuple[str, str, int], dict[str, Any]
     if old is None:
         yield f"not in {BASELINE.name}; write it with --output"
         return
-    for what in ("registers", "stack_bytes", "shared_bytes", "spill_instructions"):
-        if r[what] > GROWTH * old[what] and r[what] - old[what] >= (1 if what.startswith("spill") else 8):
+    if r.get("exp2_meanwhile", 0) < old.get("exp2_meanwhile", 0) / GROWTH:
+        yield f"exponentials during products fell from {old['exp2_meanwhile']} to {r['exp2_meanwhile']}"
+    counts = ("registers", "stack_bytes", "shared_bytes", "spill_instructions", "instructions", "shared_loads")
+    for what in counts:
+        if (
+            what in old
+            and r[what] > GROWTH * old[what]
+            and r[what] - old[what] >= (1 if what.startswith("spill") else 8)
+        ):
             yield f"{what} grew from {old[what]} to {r[what]}"
 
 

@@ -1,32 +1,38 @@
 """Which launches the report compiles: MVDream's shapes, every configuration of the launchers, and extreme sizes.
 
-All on tensors of the device "meta"; what is made of them is report.py's.
+What is made of them is report.py's.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+DEVICE = "meta"  # of all tensors: none has storage
+
 
 @dataclass(frozen=True)
 class Workload:
-    """A call of launchers on tensors of the device "meta", for one compute capability."""
+    """A call of launchers, for one compute capability."""
 
     name: str
     quick: bool
     call: Callable[[int], None]
 
 
-def _empty(*shape: int, dtype: str = "float16"):
+def _empty(*shape: int, dtype: str = "float16", channels_last: bool = False):
     import torch
 
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=DEVICE, memory_format=memory_format)
 
 
 def attention(
     shape: tuple[int, ...], *, dtype: str = "float16", camera: bool, tf32: bool = False, flat: bool = True,
     backward: bool = True,
 ):  # fmt: skip
-    """Forward and backward on slices of a packed projection; the tiles are those of the compute capability."""
+    """On slices of a packed projection: forward and backward, or the forward of inference, which keeps nothing.
+
+    The tiles are those of the compute capability.
+    """
 
     def call(capability: int) -> None:
         from mvdream_fast.kernels import cross_view_attention as kernels
@@ -36,12 +42,13 @@ def attention(
         q, k, v = (packed if flat else packed[::2]).unbind(2)
         cameras = [_empty(images, heads, width, dtype=dtype) if camera else None] * 3
         block_d, itemsize = kernels.block_width(width), q.element_size()
-        d_out = _empty(images, tokens, heads, width, dtype=dtype)
-        layout = kernels._align(q, k, v, *cameras) > 1, kernels._flat(views, q, k, v) and width == block_d
-        tile = kernels.forward_tile(block_d, itemsize, capability, *layout)
-        out, lse = kernels.forward(q, k, v, views, *cameras, 0.125, tf32, tile)
-        tile = kernels.backward_tile(block_d, itemsize, capability)
+        strides, whole = (q.stride(), k.stride(), v.stride()), flat and width == block_d
+        aligned = kernels._align(itemsize, *strides, *kernels._camera_strides(*cameras)) > 1
+        tile = kernels.forward_tile(block_d, itemsize, capability, aligned, whole, camera)
+        out, lse = kernels.forward(q, k, v, views, *cameras, 0.125, tf32, tile, backward)
         if backward:
+            d_out = _empty(images, tokens, heads, width, dtype=dtype)
+            tile = kernels.backward_tile(block_d, itemsize, capability)
             kernels.backward(d_out, q, k, v, out, lse, views, *cameras, 0.125, tf32, tile)
 
     return call
@@ -49,14 +56,13 @@ def attention(
 
 def group_norm(shape: tuple[int, ...], dtype: str, channels_last: bool, n_groups: int = 32):
     def call(_: int) -> None:
-        import torch
         from mvdream_fast.kernels import group_norm_silu as kernels
 
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        x = _empty(*shape, dtype=dtype).to(memory_format=memory_format)
+        x = _empty(*shape, dtype=dtype, channels_last=channels_last)
         weight, emb = _empty(shape[1], dtype="float32"), _empty(*shape[:2], dtype=dtype)
         y, mean, rstd = kernels.forward(x, weight, weight, n_groups, 1e-5, emb, True)
         kernels.backward(y, x, weight, weight, n_groups, emb, True, mean, rstd)
+        kernels.forward(x, weight, weight, n_groups, 1e-5, emb, True, False)
 
     return call
 
@@ -105,6 +111,11 @@ def workloads() -> Iterator[Workload]:
     """
     main = (16, 4, 1024, 5, 64)
     yield Workload("attention d64", False, attention(main, camera=False))
+    for odd, flat in ((True, True), (False, False), (True, False)):
+        shape = (16, 4, 1001 if odd else 1024, 5, 64)
+        name = "attention d64" + " odd" * odd + " strided" * (not flat)
+        yield Workload(name, False, attention(shape, camera=False, flat=flat, backward=False))
+    yield Workload("attention d128", False, attention((16, 4, 1024, 5, 128), camera=False, backward=False))
     yield Workload("attention d64 bf16", False, attention(main, dtype="bfloat16", camera=False, backward=False))
     for width in (64, 40, 80, 160):
         for odd, flat in ((False, True), (True, True), (False, False), (True, False)):

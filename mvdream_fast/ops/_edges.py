@@ -159,17 +159,23 @@ def vjp(
 
 
 def run_kernels(op: str, name: str, x: Tensor, function: str, *arguments: Any) -> Any:
-    """mvdream_fast.kernels.<op>.<function>(*arguments), where the tensors of the CUDA tensor `x` live: Triton launches
-    on the current device, whichever that is."""
-    kernels = load_kernels(op, name, x)
-    with torch.cuda.device_of(x):
-        return getattr(kernels, function)(*arguments)
+    """mvdream_fast.kernels.<op>.<function>(*arguments) for a CUDA tensor `x`; it launches on its tensors' device."""
+    return getattr(load_kernels(op, name, x), function)(*arguments)
 
 
 def load_kernels(op: str, name: str, x: Tensor) -> ModuleType:
     """The module `mvdream_fast.kernels.<op>`, for a CUDA tensor `x`; says what to install where Triton is missing."""
     if x.dtype == torch.float64:
         raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16 on CUDA, got {x.dtype}; convert it first")
+    if op not in _kernels:
+        _kernels[op] = _import_kernels(op, name, x)
+    return _kernels[op]
+
+
+_kernels: dict[str, ModuleType] = {}
+
+
+def _import_kernels(op: str, name: str, x: Tensor) -> ModuleType:
     from importlib import import_module
 
     try:

@@ -3,6 +3,9 @@
 Projections before and after it live in models/; attention to text is torch's own scaled_dot_product_attention.
 """
 
+import math
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +25,11 @@ from mvdream_fast.ops._registered import differentiable, register
 
 OP = "cross_view_attention"
 MAX_HEAD_DIM = 256
+# Where torch's own attention was measured to be faster than our kernel, forward and with backward: compute capability
+# and head width -> from how many tokens on (docs/gpu_measured.md; float16, taken to hold for bfloat16). Elsewhere ours
+# was faster, or nothing but the launch was measured.
+TORCH_FROM = {(90, 64): 16_384}
+SHORTEST = min(TORCH_FROM.values())
 
 
 def cross_view_attention(
@@ -40,8 +48,9 @@ def cross_view_attention(
 
     Views are the fastest batch index, so the regrouping of views is no copy when the batch stride is N token strides
     (slices of one packed QKV projection are); other strides are read as they are by the CUDA kernel and copied on the
-    CPU. Softmax and sums are float32 for every dtype; the gradient is deterministic on CUDA. float32 GEMMs are
-    exact there unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to its dtype
+    CPU. Softmax and sums are float32 for every dtype. The gradient is deterministic on CUDA, but for what is left to
+    torch's attention there (`_is_torchs`, never under torch.use_deterministic_algorithms). float32 GEMMs are exact
+    there unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to its dtype
     (float64 stays). First derivatives only.
 
     Args:
@@ -78,11 +87,13 @@ def cross_view_attention(
         return torch.ops.mvdream_fast.cross_view_attention(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
     if is_batched(q, k, v, camera_q, camera_k, camera_v):
         raise vmap_error(OP)
+    if q.is_cuda and _is_torchs(q, k, v, views, camera_q, camera_k, camera_v):
+        return _by_torch(q, k, v, views, None, None, None, scale)
     if q.is_cuda and is_followed(q, k, v, camera_q, camera_k, camera_v):
         return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
     if q.is_cuda:
-        return _forward_kernels(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
-    return _cpu(q, k, v, views, camera_q, camera_k, camera_v, scale)
+        return _forward_kernels(q, k, v, views, camera_q, camera_k, camera_v, scale, keep=False)[0]
+    return _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale)
 
 
 def cross_view_attention_ref(
@@ -186,7 +197,27 @@ def _scene_shape(q: Tensor, views: int) -> tuple[int, ...]:
     return images // views, views * tokens, heads, width
 
 
-def _cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> Tensor:
+def _is_torchs(q, k, v, views, camera_q, camera_k, camera_v) -> bool:
+    """Whether a call on CUDA is torch's: where TORCH_FROM says so, without camera vectors, views regrouped without a
+    copy, and nobody asked for deterministic gradients. All others are our kernel's."""
+    _, tokens, _, width = q.shape
+    if views * tokens < SHORTEST or not camera_q is camera_k is camera_v is None:
+        return False
+    if views * tokens < TORCH_FROM.get((_capability(q.device), width), math.inf):
+        return False
+    if q.dtype not in (torch.float16, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
+        return False
+    strides = (q.stride(), k.stride(), v.stride())
+    return all(s[3] == 1 and (views == 1 or s[0] == tokens * s[1]) for s in strides)
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale) -> Tensor:
     """torch's attention on regrouped views, under torch's own autograd; views = 1 attends within a view."""
     shape, scenes = q.shape, _scene_shape(q, views)
     q, k, v = _scenes(q, scenes, camera_q), _scenes(k, scenes, camera_k), _scenes(v, scenes, camera_v)
@@ -238,8 +269,8 @@ def _allow_tf32(q: Tensor) -> bool:
     return q.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
-def _forward_kernels(q, *arguments) -> tuple[Tensor, Tensor]:
-    return run_kernels(OP, "q", q, "forward", q, *arguments, _allow_tf32(q))
+def _forward_kernels(q, *arguments, keep: bool = True) -> tuple[Tensor, Tensor | None]:
+    return run_kernels(OP, "q", q, "forward", q, *arguments, _allow_tf32(q), None, keep)
 
 
 def _backward_kernels(cotangents, kept, wanted, q, k, v, *arguments):

@@ -65,7 +65,7 @@ def group_norm_silu(
     if x.is_cuda and is_followed(x, weight, bias, emb):
         return _GroupNormSiLU.apply(x, weight, bias, n_groups, eps, emb, silu)
     if x.is_cuda:
-        return _forward_kernels(x, weight, bias, n_groups, eps, emb, silu)[0]
+        return _forward_kernels(x, weight, bias, n_groups, eps, emb, silu, keep=False)[0]
     if _is_native(x, weight, bias, emb):
         if is_recorded(x, weight, bias, emb):
             return _OnCpu.apply(x, weight, bias, n_groups, eps, emb, silu)
@@ -215,8 +215,8 @@ def _dense(x: Tensor) -> Tensor:
     return x if known else x.contiguous()
 
 
-def _forward_kernels(x, weight, bias, n_groups, eps, emb, silu) -> tuple[Tensor, Tensor, Tensor]:
-    return run_kernels("group_norm_silu", "x", x, "forward", _dense(x), weight, bias, n_groups, eps, emb, silu)
+def _forward_kernels(x, *arguments, keep: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return run_kernels("group_norm_silu", "x", x, "forward", _dense(x), *arguments, keep)
 
 
 def _backward_kernels(cotangents, kept, wanted, x, weight, bias, n_groups, eps, emb, silu):

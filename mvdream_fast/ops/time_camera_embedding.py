@@ -281,8 +281,8 @@ def _check_mlp(name: str, mlp: MLP, width: int, weight: Tensor) -> None:
 def _weights(name: str, mlp: MLP) -> MLP:
     if not isinstance(mlp, tuple) or len(mlp) != 4:
         raise TypeError(f"{OP}: {name} must be an MLP (w0, b0, w2, b2), got {type(mlp).__name__}; pass ops.MLP(...)")
-    w0, b0, w2, b2 = mlp
-    check_tensors(OP, **{f"{name}.w0": w0, f"{name}.b0": b0, f"{name}.w2": w2, f"{name}.b2": b2})
+    if not all(isinstance(x, Tensor) for x in mlp):
+        check_tensors(OP, **{f"{name}.{part}": x for part, x in zip(MLP._fields, mlp)})
     return mlp
 
 

@@ -24,6 +24,10 @@ ROW = {
     "spill_instructions": 0,
     "local_table": False,
     "tensor_cores": ["HGMMA"],
+    "instructions": 1000,
+    "shared_loads": 100,
+    "order": "product 8, exp2 60, wait, exp2 8, product 8, wait",
+    "exp2_meanwhile": 60,
     "precision": "float16",
     "occupancy": 0.125,
 }
@@ -97,6 +101,9 @@ def test_what_the_check_finds_even_if_it_was_kept(change, text):
     [
         ({"registers": 221}, "registers grew from 200 to 221"),
         ({"shared_bytes": 80000}, "shared_bytes grew from 65536 to 80000"),
+        ({"instructions": 1101}, "instructions grew from 1000 to 1101"),
+        ({"shared_loads": 111}, "shared_loads grew from 100 to 111"),
+        ({"exp2_meanwhile": 50}, "exponentials during products fell from 60 to 50"),
         ({"workload": "attention d65"}, "not in gpu_static.json"),
     ],
 )
@@ -151,17 +158,39 @@ def test_spills_are_told_from_the_table_of_sin_and_cos():
     assert report.spills(code, local_table=True) == 1
 
 
+def test_the_order_of_products_and_exponentials_is_read():
+    code = """
+        /*0f90*/                   HGMMA.64x64x16.F32 R24, R4, gdesc[UR8] ;
+        /*0fa0*/                   HGMMA.64x64x16.F32 R24, R8, gdesc[UR8], gsb0 ;
+        /*0fb0*/                   MUFU.EX2 R2, R14 ;
+        /*0fc0*/                   MUFU.RCP R3, R14 ;
+        /*0fd0*/               @P0 MUFU.EX2 R4, R14 ;
+        /*0fe0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0ff0*/                   MUFU.EX2 R5, R14 ;"""
+    assert report.order_of(code) == "product 2, exp2 2, wait, exp2 1"
+    assert report.exp2_meanwhile(report.order_of(code)) == 2
+    assert report.exp2_meanwhile("product 8, wait, exp2 68, product 8, wait") == 0
+    assert report.exp2_meanwhile("") == 0
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_kv", "attention_backward_q"])
+def test_exponentials_run_during_products_on_an_h100(kernel):
+    (row,) = (r for r in report.load()["rows"] if report.key(r) == ("attention d64", kernel, 90))
+    assert row["exp2_meanwhile"] >= 20
+
+
 def test_cards_with_99_kb_a_block_get_smaller_tiles():
     # The interpreter has no device: the tiles are chosen by the number, and compiled for sm_120 above.
     code = """if True:
+        import itertools
         from mvdream_fast.kernels import cross_view_attention as k
         for d in (16, 32, 64, 128, 256):
             for size in (2, 4):
                 for c in (86, 89, 121):
                     assert k.backward_tile(d, size, c) == k.backward_tile(d, size, 120)
-                    for layout in ((True, True), (True, False), (False, False)):
+                    for layout in itertools.product((True, False), repeat=3):
                         assert k.forward_tile(d, size, c, *layout) == k.forward_tile(d, size, 120, *layout)
-        assert k.forward_tile(256, 2, 86, True, True) != k.forward_tile(256, 2, 80, True, True)"""
+        assert k.forward_tile(256, 2, 86, True, True, True) != k.forward_tile(256, 2, 80, True, True, True)"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=BENCHMARKS)
     assert max(r["shared_bytes"] for r in report.load()["rows"] if r["arch"] == 120) <= 101376
 

@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from mvdream_fast.kernels import cross_view_attention as kernels
+from mvdream_fast.kernels import group_norm_silu
 from mvdream_fast.kernels.group_norm_silu import group_size
 from tolerances import close
-from triton_on_cpu import DEVICE, SMALL
+from triton_on_cpu import DEVICE, SMALL, SMALL_AHEAD
 
 from mvdream_fast.ops import cross_view_attention_ref
 
@@ -40,11 +41,12 @@ def draw(tokens, width, heads=2, seed=0):
     return rows, cameras, torch.randn(2 * VIEWS, tokens, heads, width, generator=generator).to(DEVICE)
 
 
+@pytest.mark.parametrize("tile", [SMALL, SMALL_AHEAD], ids=["small", "ahead"])
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-30])
 @pytest.mark.parametrize("tokens", [16, 24, 21])  # even tiles; a view across tiles; a tile that is not full
-def test_a_scale_of_zero_is_a_mean_over_all_keys(tokens, scale):
+def test_a_scale_of_zero_is_a_mean_over_all_keys(tokens, scale, tile):
     rows, cameras, d_out = draw(tokens, 16)
-    results = by_kernels(rows, cameras, d_out, scale)
+    results = by_kernels(rows, cameras, d_out, scale, tile)
     for out, ref in zip(results, by_reference(rows, cameras, d_out, scale), strict=True):
         assert torch.isfinite(out).all()
         close("cross_view_attention", out, ref)
@@ -66,13 +68,31 @@ def test_padded_heads(width, tokens, with_cameras):
 
 def test_rows_are_aligned_only_where_every_stride_is():
     packed = torch.empty(2, 8, 3, 5, 40, dtype=torch.float16)
-    assert kernels._align(*packed.unbind(2), None) == 8
-    assert kernels._align(*packed.float().unbind(2)) == 4
-    assert kernels._align(packed[..., :20].unbind(2)[0]) == 8  # its strides are still those of 40
-    assert kernels._align(packed[..., ::2].unbind(2)[0]) == 1  # numbers that do not follow each other
-    odd = torch.empty(2, 8, 5, 20, dtype=torch.float16)
-    assert kernels._align(odd) == 1
-    assert kernels._align(packed[:, :, 0], odd) == 1  # one tensor is enough
+    rows = packed[:, :, 0].stride()
+    assert kernels._align(2, rows, rows, None) == 8
+    assert kernels._align(4, rows, rows) == 4
+    assert kernels._align(2, packed[:, :, 0, :, :20].stride()) == 8  # its strides are still those of 40
+    assert kernels._align(2, packed[:, :, 0, :, ::2].stride()) == 1  # numbers that do not follow each other
+    odd = torch.empty(2, 8, 5, 20).stride()
+    assert kernels._align(2, odd) == 1
+    assert kernels._align(2, rows, odd) == 1  # one tensor is enough
+
+
+def test_what_is_not_kept_changes_nothing_else():
+    rows, cameras, _ = draw(21, 16)
+    for tile in (SMALL, SMALL_AHEAD):
+        out, lse = kernels.forward(*rows, VIEWS, *cameras, 0.25, tile=tile)
+        lean, nothing = kernels.forward(*rows, VIEWS, *cameras, 0.25, tile=tile, keep=False)
+        assert torch.equal(out, lean)
+        assert lse is not None
+        assert nothing is None
+    x, weight = torch.randn(2, 6, 3, 5).to(DEVICE), torch.randn(6).to(DEVICE)
+    y, mean, rstd = group_norm_silu.forward(x, weight, weight, 3, 1e-5, None, True)
+    lean, *nothing = group_norm_silu.forward(x, weight, weight, 3, 1e-5, None, True, False)
+    assert torch.equal(y, lean)
+    assert torch.allclose(mean, x.reshape(2, 3, -1).mean(-1), atol=1e-6)
+    assert nothing == [None, None]
+    assert rstd is not None
 
 
 @triton.jit

@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from mvdream_fast.kernels.cross_view_attention import token_offsets
+from mvdream_fast.kernels._attention_rows import token_offsets
 from tolerances import close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
-from triton_on_cpu import DEVICE, SMALL
+from triton_on_cpu import DEVICE, SMALL, SMALL_AHEAD
 
 from mvdream_fast.ops import cross_view_attention as attention
 from mvdream_fast.ops import cross_view_attention_ref as attention_ref
@@ -60,12 +60,18 @@ def by_kernels(q, k, v, n_views, *, camera_q=None, camera_k=None, camera_v=None,
     return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[SMALL, SMALL_AHEAD], ids=["small", "ahead"])
+def small_tiles(monkeypatch, request):
     from mvdream_fast.kernels import cross_view_attention as kernels
 
-    monkeypatch.setattr(kernels, "forward_tile", lambda *_: SMALL)
-    monkeypatch.setattr(kernels, "backward_tile", lambda *_: SMALL)
+    monkeypatch.setattr(kernels, "forward_tile", lambda *_: request.param)
+    monkeypatch.setattr(kernels, "backward_tile", lambda *_: request.param)
+    kept = (kernels._forward_launch, kernels._backward_launches)  # by layout, with the tiles they were made for
+    for launches in kept:
+        launches.cache_clear()
+    yield
+    for launches in kept:
+        launches.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["plain", "packed", "heads first", "every other", "stride 0"])
@@ -356,6 +362,7 @@ def test_a_cuda_tensor_without_triton_says_what_to_install(monkeypatch):
 
     from mvdream_fast.ops import _edges
 
+    monkeypatch.setattr(_edges, "_kernels", {})
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "mvdream_fast.kernels.cross_view_attention", raising=False)
     with pytest.raises(
