@@ -95,7 +95,7 @@ def _entries(args: Flags):
         held_out = plan.held_out_ids()
     else:
         entries = catalogue.read_folder(Path(args.source))
-        held_out = plan.random_held_out(entries, 0.05 if args.held_out is None else args.held_out, args.seed)
+        held_out = plan.random_held_out(entries, 0.05 if args.held_out is None else args.held_out)
     if args.limit and args.limit < len(entries):
         entries = [entries[k * len(entries) // args.limit] for k in range(args.limit)]
     return entries, held_out

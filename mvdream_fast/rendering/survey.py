@@ -28,6 +28,7 @@ class Survey:
     material: str | None
     thumbnail: list[int]  # four 16 x 16 views on grey, uint8, flattened
     notes: list[str]  # what of its file is not drawn
+    extent: list[float]  # of the normalised mesh along x, y and z
 
 
 def survey(mesh: Mesh, renderer) -> Survey:
@@ -52,7 +53,13 @@ def survey(mesh: Mesh, renderer) -> Survey:
         material=captions.material_word(names),
         thumbnail=_thumbnail(base[list(THUMBNAIL_VIEWS)]),
         notes=list(mesh.notes),
+        extent=_extent(mesh),
     )
+
+
+def _extent(mesh: Mesh) -> list[float]:
+    points = np.concatenate([part.positions for part in mesh.parts])
+    return np.ptp(points, axis=0).round(4).tolist()
 
 
 def _part_ids(mesh: Mesh, c2w, fovy, renderer) -> np.ndarray:
