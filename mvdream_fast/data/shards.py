@@ -102,7 +102,7 @@ def decode_views(content: bytes, n: int, columns: int, size: int) -> np.ndarray:
     with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
         if image.size != (columns * size, rows * size):
             raise ValueError(f"the strip has {image.size} pixels, {columns * size} x {rows * size} were promised")
-        grid = np.asarray(image.convert("RGBA"))
+        grid = np.array(image.convert("RGBA"))
     grid = grid.reshape(rows, size, columns, size, 4).transpose(0, 2, 1, 3, 4)
     return grid.reshape(rows * columns, size, size, 4)[:n]
 
@@ -118,6 +118,18 @@ def shrunk(views: np.ndarray, factor: int) -> np.ndarray:
     total = alpha.sum((2, 4))  # [V, s, s, 1]
     rgb = (tiles[..., :3] * alpha).sum((2, 4)) / np.maximum(total, 1)
     return np.concatenate([rgb, total / factor**2], -1).round().astype(np.uint8)
+
+
+def read_metas(path: Path) -> Iterator[dict]:
+    """The JSON of a shard's records, without their images. Raises InputFileError naming the file."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                file = tar.extractfile(info) if info.isfile() and info.name.endswith(".json") else None
+                if file is not None:
+                    yield json.loads(file.read())
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
 
 
 def read_shard(path: Path) -> Iterator[Sample]:

@@ -35,7 +35,8 @@ def synonyms(name: str) -> list[str]:
             others += kinds.get(end, ())
         if others:
             before = words[k - 1] + " " if k else ""  # a wooden crate is no "wooden wooden box"
-            return [" ".join([*words[:k], other.removeprefix(before)]) + rest for other in others[:MOST]]
+            found = (" ".join([*words[:k], other.removeprefix(before)]) + rest for other in others)
+            return list(dict.fromkeys(found))[:MOST]
     return []
 
 

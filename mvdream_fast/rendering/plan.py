@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 SHARD_ASSETS = 16
 KIND_STAYS = 2  # of a kind of which one is held out
 PEERS, UNLIKE = 4, 1.35  # a thing is tall that is so much taller than the median of so many of its kind
-SHAPELESS = {"characters", "character", "animal", "robot"}  # a sitting man is not low
+UNPAINTED = "person"  # a category: their clothes have all colours, their skin should not
+SHAPELESS = {UNPAINTED, "characters", "character", "animal", "robot"}  # a sitting man is not low
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _asset(words: "_Words", split: str, seed: int, n_plain: int, n_painted: int)
     stream = Stream(seed, 0, f"orbits/{entry.id}")
     cameras = stream.uniform(n_plain + n_painted, 4).tolist()
     orbits = [words.orbit(tuple(c), captions.mentioned(look.colors), words.phrase) for c in cameras[:n_plain]]
-    if entry.caption is None:
+    if entry.caption is None and entry.category != UNPAINTED:
         repaints = _repaints(look, stream, n_painted)
         for camera, (paint, target, colors) in zip(cameras[n_plain:], repaints):
             orbit = words.orbit(tuple(camera), colors)
