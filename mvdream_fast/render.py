@@ -19,8 +19,8 @@ class Flags:
     """Renders captioned multi-view images of 3D assets into webdataset shards; run it again to go on."""
 
     source: tyro.conf.Positional[cli.Place]
-    """a folder of meshes (GLB, glTF 2, OBJ, DAE, PLY, STL, 3MF, OFF; captions from captions.csv, .tsv, .json or .jsonl,
-    else the file's name), or `sweethome3d`"""
+    """a folder of meshes (GLB, glTF 2, OBJ, DAE, PLY, STL, 3MF, OFF; words from metadata.csv, else captions.csv, .tsv,
+    .json or .jsonl, else the file's name), or `sweethome3d`"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """folder of the shards"""
     preset: Literal["embedded", "paper"] = "embedded"

@@ -42,7 +42,6 @@ FACTORIES = {
     "food bag": ("tableware.food_bag", "FoodBagFactory", "food", True),
     "food box": ("tableware.food_box", "FoodBoxFactory", "food", True),
     "plant pot": ("tableware.plant_container", "PlantPotFactory", "plant", False),
-    "potted plant": ("tableware.plant_container", "PlantContainerFactory", "plant", False),
     "apple": ("fruits.apple", "FruitFactoryApple", "food", False),
     "pineapple": ("fruits.pineapple", "FruitFactoryPineapple", "food", False),
     "blackberry": ("fruits.blackberry", "FruitFactoryBlackberry", "food", False),

@@ -239,9 +239,10 @@ def submeshes(content: bytes) -> list[tuple[str, np.ndarray, dict]]:
                 shared = geometry(reader, inner_end)
             elif inner == SUBMESH:
                 found.append(submesh(reader, inner_end))
-    if not found:
-        raise ValueError("no triangles")
-    return [(material, faces, own or shared) for material, faces, own in found]
+    whole = [(material, faces, own or shared) for material, faces, own in found]
+    if not whole or any(POSITION not in data for _, _, data in whole):
+        raise ValueError("no triangles, or none with positions")
+    return whole
 
 
 def submesh(reader: Reader, end: int) -> tuple[str, np.ndarray, dict]:
@@ -285,7 +286,7 @@ def materials(text: str) -> dict[str, tuple[tuple[float, ...], str | None, str |
     """
     found = {}
     for block in re.split(r"(?m)^\s*material\s+", text)[1:]:
-        name, _, parent = (part.strip() for part in block.split("\n")[0].partition(":"))
+        name, _, parent = (part.strip() for part in re.split(r"[\n{]", block)[0].partition(":"))
         color = re.search(r"diffuse\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)", block)
         names = [
             t for t in re.findall(r"(?m)^\s*texture\s+(\S+)", block) if not re.search("overlay|normal|nrm", t.lower())

@@ -172,14 +172,16 @@ def _surveys(entries, folder, pool, report) -> tuple[dict[str, Survey], dict[str
         if files is not None:
             known[entry.id] = stored[entry.id] | {"files": files}
     unknown, bad = [entry for entry in entries if entry.id not in known], {}
-    for done, (entry, look) in enumerate(pool.map(survey_entry, unknown), 1):
-        if isinstance(look, str):
-            bad[entry.id] = look
-        else:
-            known[entry.id] = look
-        report("assets", done, len(unknown), 0)
-    if known != stored:
-        atomic_write(folder / SURVEYS, json.dumps(known))
+    try:
+        for done, (entry, look) in enumerate(pool.map(survey_entry, unknown), 1):
+            if isinstance(look, str):
+                bad[entry.id] = look
+            else:
+                known[entry.id] = look
+            report("assets", done, len(unknown), 0)
+    finally:  # whoever is stopped goes on from here
+        if known != stored:
+            atomic_write(folder / SURVEYS, json.dumps(known))
     hashes = {k: [stamp and stamp[2] for stamp in record["files"].values()] for k, record in known.items()}
     return {k: Survey(**record["survey"]) for k, record in known.items()}, hashes, bad
 

@@ -378,7 +378,7 @@ def _loop_options(args: Flags) -> LoopOptions:
 def _source(cache: Path | None, parts: Parts, shards: Shards, pictures: Shards | None, workers: int) -> Source:
     """What the steps draw: renders, and pictures for some of the 2D ones."""
     sources = []
-    for name, kind in (("", shards), ("pictures", pictures)):
+    for name, kind in (("", shards), ("-pictures", pictures)):
         if kind is None:
             continue
         source = source_of(cache and Path(f"{cache}{name}"), parts.config, parts.vae, kind)
