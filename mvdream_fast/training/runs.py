@@ -5,14 +5,12 @@ The optimisations themselves are unet.py and vae.py.
 
 import copy
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
 from mvdream_fast.checkpoints.open import Model, load_model, needed, read_stand_ins, save_model
@@ -21,18 +19,18 @@ from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, 
 from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import HELD_OUT, PICTURES, ImageSource, LatentSource, Shards, Source, WithPictures
+from mvdream_fast.data.batches import HELD_OUT, PICTURES, ImageSource, Shards
 from mvdream_fast.evaluation.classifier import is_installed, load_classifier
 from mvdream_fast.evaluation.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.evaluation.reference import measure
 from mvdream_fast.models.blocks import zero
-from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
+from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
-from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.prediction import pretrained
+from mvdream_fast.training.sources import mixed_source
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
     Linear,
@@ -122,7 +120,7 @@ def _output(args: Flags) -> Path:
 
 
 def _beside(data: Path, split: str) -> Shards | None:
-    """A split that need not be there: the held-out one for validation, pictures for the 2D steps."""
+    """A split that need not be there."""
     return Shards(data, split) if any(Path(data).glob(f"{split}-*.tar")) else None
 
 
@@ -279,7 +277,7 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
 
 def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
     pictures = _beside(args.data, PICTURES)
-    texts = list(dict.fromkeys([*shards.captions(), *(pictures.captions() if pictures else ())]))
+    texts = [*dict.fromkeys(text for split in (shards, pictures) if split for text in split.captions())]
     model = _begin(args, folder, texts)
     unet, vae, text, tokenizer = model.whole()
     unknown = tokenizer.encode(texts).unknown
@@ -295,7 +293,7 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
     workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
         if ranks.first == (turn == 0):
-            source = _source(cache, parts, shards, pictures, workers)
+            source = mixed_source(cache, parts, shards, pictures, workers)
         ranks.wait()
     trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers)
     validation = ImageSource((held_out or shards).at(parts.config.vae.image_size))
@@ -328,7 +326,8 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
     vocabulary = _vocabulary(args, folder, shards.captions())
     torch.manual_seed(args.seed)
     config = EvaluatorConfig(vocabulary_size=len(vocabulary))
-    shards, held_out = (split.at(2 * config.image_size) for split in (shards, held_out))  # what models draw, or near it
+    # What models draw, or near it.
+    shards, held_out = (split.at(min(split.size, 2 * config.image_size)) for split in (shards, held_out))
     device = _device(args)
     evaluator = Evaluator(config, vocabulary).to(device)
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
@@ -373,39 +372,6 @@ def _options(args: Flags) -> TrainOptions:
 
 def _loop_options(args: Flags) -> LoopOptions:
     return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
-
-
-def _source(cache: Path | None, parts: Parts, shards: Shards, pictures: Shards | None, workers: int) -> Source:
-    """What the steps draw: renders, and pictures for some of the 2D ones."""
-    sources = []
-    for name, kind in (("", shards), ("-pictures", pictures)):
-        if kind is None:
-            continue
-        source = source_of(cache and Path(f"{cache}{name}"), parts.config, parts.vae, kind)
-        if workers and isinstance(source, LatentSource):
-            source.fill(workers)  # what draws batches cannot encode on a GPU
-        sources.append(source)
-    return WithPictures(*sources) if pictures else sources[0]
-
-
-def source_of(cache: Path | None, config: ModelConfig, autoencoder: VAE, shards: Shards) -> Source:
-    """Latents from a cache, or where there is none images that the trainer encodes."""
-    vae = config.vae
-    shards = shards.at(vae.image_size)
-    if cache is None:
-        return ImageSource(shards)
-    device = next(autoencoder.parameters()).device
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in autoencoder.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    for record in shards.records:
-        digest.update(f"{record.meta['key']} {record.size}".encode())
-
-    def encode(images: Tensor) -> Tensor:
-        return autoencoder.encode(images.to(device))
-
-    size = config.latent_size
-    return LatentSource(shards, encode, cache, (vae.latent_channels, size, size), digest.hexdigest())
 
 
 def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:
