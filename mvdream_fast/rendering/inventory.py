@@ -1,6 +1,6 @@
-"""What folders of shards hold: `python -m mvdream_fast.rendering.inventory SHARDS...` prints a line for each, and all.
+"""What folders hold: `python -m mvdream_fast.rendering.inventory FOLDER...` prints a line for each, and one for all.
 
-Counts alone; no image is decoded.
+Counts alone, of shards (no image is decoded) or of a source that is not drawn yet (no mesh is read).
 """
 
 import sys
@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.data.captions import head_noun
 from mvdream_fast.data.shards import n_views, read_metas
+from mvdream_fast.rendering.catalogue import read_folder, read_sweethome3d
+from mvdream_fast.rendering.metadata import NAME
 
 SPLITS = ("train", "held_out", "pictures")
 COLUMNS = ("folder", "objects", "kinds", "captions", "orbits", "images", "held out", "pictures")
@@ -49,14 +52,25 @@ class Count:
 
 
 def counted(folder: Path, *sums: Count) -> Count:
-    """What there is in a folder of shards; `sums` are added to. Raises InputFileError where there is nothing."""
+    """What there is in a folder; `sums` are added to. Raises InputFileError where there is nothing."""
     own, files = Count(), [path for split in SPLITS for path in sorted(folder.glob(f"{split}-*.tar"))]
+    counts = (own, *sums)
     for path in files:
         for meta in read_metas(path):
-            for count in (own, *sums):
+            for count in counts:
                 count.add(meta)
-    if not files:
-        raise InputFileError(f"no shards in {folder}; make some with `python -m mvdream_fast.render`")
+    if files:
+        return own
+    if (folder / NAME).exists():
+        entries = read_folder(folder)
+    elif any(folder.rglob("*.sh3f")):
+        entries = read_sweethome3d(folder)
+    else:
+        raise InputFileError(f"no shards and no {NAME} in {folder}; `python -m mvdream_fast.render` makes shards")
+    for entry in entries:
+        for count in counts:
+            count.objects.add(entry.id)
+            count.kinds.add(entry.kind or head_noun(entry.noun))
     return own
 
 

@@ -33,11 +33,21 @@ def test_a_table_of_what_there_is(tmp_path, capsys):
         "| two | 0 | 1 | 1 | 0 | 0 | 0 | 1 |",
         "| all | 2 | 2 | 4 | 3 | 48 | 1 | 1 |",
     ]
-    with pytest.raises(InputFileError, match="no shards in"):
+    with pytest.raises(InputFileError, match="no shards and no metadata.csv in"):
         inventory.main([str(tmp_path)])
     (two / "train-00000.tar").write_bytes(b"no tar")
     with pytest.raises(InputFileError, match="train-00000.tar: not a whole shard"):
         inventory.main([str(two)])
+
+
+def test_sources_that_are_not_drawn_yet_are_counted_too(tmp_path, capsys):
+    for name in ("a.glb", "b.glb", "c.glb"):
+        (tmp_path / name).write_bytes(b"not read")
+    (tmp_path / "metadata.csv").write_text(
+        "file,caption,noun\na.glb,red car,car\nb.glb,blue car,car\nc.glb,old van,van\n"
+    )
+    inventory.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == [f"| {tmp_path.name} | 3 | 2 | 0 | 0 | 0 | 0 | 0 |"]
 
 
 def test_credits_name_creators_and_packs():
