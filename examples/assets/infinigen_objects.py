@@ -1,6 +1,6 @@
 """Household things, fruit and sea creatures from Infinigen's generators, as PLY files with baked colours.
 
-    python examples/assets/infinigen_objects.py OUT --seeds 30 --minutes 60
+    python examples/assets/infinigen_objects.py OUT --seeds 14 --minutes 180
 
 runs in an environment of its own (Python 3.11, bpy 4.2.0, infinigen 1.15.5 without python-fcl and coacd; BSD-3). One
 process makes the seeds of one factory; whatever hangs is ended from outside after --patience seconds of CPU time and
@@ -112,14 +112,14 @@ FACTORIES = {
 
 
 def main() -> None:
-    """Makes what is missing, one seed of all nouns after the other, until the minutes of CPU time are used up."""
+    """Makes what is missing, one seed of all nouns after the other, until the minutes are used up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=12, help="variants of each noun")
+    parser.add_argument("--seeds", type=int, default=14, help="variants of each noun")
     parser.add_argument("--batch", type=int, default=4, help="seeds that one process makes")
     parser.add_argument("--nouns", nargs="*", default=list(FACTORIES), help="only these")
     parser.add_argument("--patience", type=float, default=40, help="seconds for one object")
-    parser.add_argument("--minutes", type=float, default=60, help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=180, help="stop after so many")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
