@@ -85,7 +85,7 @@ class Shards:
     def __init__(self, folder: Path, split: str = "train"):
         self.records = [record for path in list_shards(folder, split) for record in _index(path)]
         if split != HELD_OUT:
-            others = [record for path in sorted(folder.glob(f"{HELD_OUT}-*.tar")) for record in _index(path)]
+            others = [record for path in sorted(Path(folder).glob(f"{HELD_OUT}-*.tar")) for record in _index(path)]
             self.records = _without({record.meta["caption"] for record in others}, self.records)
         if not self.records:
             raise InputFileError(f"the {split} shards in {folder} hold no renders; render them again")
