@@ -35,7 +35,7 @@ from mvdream_fast.core.machine import choose_device
 from mvdream_fast.core.run_folder import JsonlLog
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.pipeline import MVDreamPipeline
-from mvdream_fast.training import runs
+from mvdream_fast.training.sources import source_of
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 
 COLUMNS = {
@@ -286,7 +286,7 @@ def fill_latents(args: argparse.Namespace, start: Path) -> None:
     """Encodes all views before several processes read them, which may not make the cache's files at once."""
     model = load_model(start, torch.float32, ("vae",))
     vae = model.vae.to(choose_device(args.device))
-    runs.source_of(args.out / LATENTS, model.config, vae, Shards(args.data)).fill()
+    source_of(args.out / LATENTS, model.config, vae, Shards(args.data)).fill()
 
 
 @contextmanager

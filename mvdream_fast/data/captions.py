@@ -1,12 +1,15 @@
 """Words for assets: colours named from base colours, tidy nouns, articles and plurals, and the variants of a caption.
 
-Pure functions on strings and small arrays; which caption belongs to which render is decided in rendering/plan.py.
+Pure functions on strings and small arrays; which caption belongs to which render is decided in rendering/plan.py, and
+what else a thing may be called in synonyms.py.
 """
 
 import re
 import unicodedata
 
 import numpy as np
+
+from mvdream_fast.data.synonyms import NUMBERS, PLAIN, synonyms
 
 # What recolouring paints with (sRGB); the same words that color_names finds.
 TARGETS = {
@@ -27,7 +30,29 @@ DULL, DULL_WEIGHT = ("black", "white", "gray"), 0.6
 MAX_LENGTH = 300  # of a caption; CLIP's text tower reads 75 tokens
 SHARE = 0.22  # a colour with less of the visible surface is not mentioned
 
-_MASS = {"bread", "butter", "milk", "sugar", "bamboo", "tape", "soap", "sand"}
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_MASS = _words(
+    "bread butter milk sugar bamboo tape soap sand grass asparagus broccoli lettuce corn rice cheese meat bacon "
+    "celery garlic wheat water snow ice lava gravel hay straw rubble paper ivy moss seaweed seagrass kelp furniture "
+    "clothing armor jewelry luggage popcorn sushi toast ham tofu spaghetti stew soup honey chocolate gold coal dirt "
+    "coffee tea juice barracks debris"
+)
+_SINGULAR = {"lens", "canvas", "atlas", "gas", "chess", "series", "tennis"}
+_COLOR = (
+    "(?:(?:light|dark|bright|pale|deep|olive) )?(?:red|green|blue|yellow|orange|purple|pink|brown|black|white|gray|grey"
+    "|beige|golden|gold|silver|cyan|teal|turquoise|violet|(?:light|dark)(?= (?:wood|stone|metal|card|leather)))"
+)
+# Colours before what they are said of; "an orange with leaves" is none.
+_COLORS = re.compile(rf"\b{_COLOR}(?:(?:,| and|, and)? {_COLOR})*(?: and)? (?!(?:and|with|on|in|of|for)\b)(?=\w)")
+_WEARS = re.compile(rf"(?: in| of)? {_COLOR}$")  # "a rogue in green", "a chest of gold"
+_NO_COLORS = re.compile(
+    r"\b(orange (?:juice|slice|tree)|red (?:panda|snapper|cabbage|onion|wine)|white (?:wine|board)|black hole"
+    r"|green (?:onion|bean|pepper)|blue whale|brown bear|gold (?:bars?|coins?|ingots?))\b"
+)
 _AN = re.compile(r"^(?:[aeio]|mp3|u(?!ni|ri|te|su|ro)|suv|led)", re.IGNORECASE)
 _A = re.compile(r"^(?:one|eu)", re.IGNORECASE)
 _MATERIALS = (
@@ -50,15 +75,26 @@ def noun(name: str) -> str:
 
 def head_noun(phrase: str) -> str:
     """The word that says what it is: "chair with cushion" -> "chair", "wooden bench" -> "bench"."""
-    head = re.split(r" (?:with|on|of|and|under|for|holding|lying) ", phrase)[0]
+    head = re.split(r" (?:with|on|of|and|under|for|holding|lying|in|at) ", phrase)[0]
     return head.split()[-1] if head.split() else phrase
+
+
+def without_colors(phrase: str) -> str:
+    """ "a white house with a red roof" is "house with a roof" no more when it is painted blue: "house".
+
+    Colours before a word go, and whole additions ("with a red roof", "in a black suit") that name one.
+    """
+    held = _NO_COLORS.sub(lambda m: m[0].replace(" ", "_"), phrase)
+    first, *more = re.split(r"(?= (?:with|in|on) )", held)
+    kept = [_COLORS.sub("", first), *(part for part in more if not (_COLORS.search(part) or _WEARS.search(part)))]
+    return "".join(kept).replace("_", " ") or phrase
 
 
 def is_countable(phrase: str) -> bool:
     """Whether a name takes an article: not "tulips", not "bread"; but "bus", "glass" and "cactus" do."""
     word = head_noun(phrase)
-    plural = word.endswith("s") and not word.endswith(("ss", "us", "is"))
-    return not plural and word not in _MASS
+    plural = word.endswith("s") and not word.endswith(("ss", "us", "is")) and word not in _SINGULAR
+    return not plural and word not in _MASS and phrase.split()[0] not in NUMBERS
 
 
 def with_article(phrase: str, countable: bool = True) -> str:
@@ -69,15 +105,22 @@ def with_article(phrase: str, countable: bool = True) -> str:
 
 
 def caption(colors: tuple[str, ...], name: str, material: str | None = None) -> str:
-    """ "a blue and white wooden chair"; words that the name holds already are not said twice."""
+    """ "a blue and white wooden chair", "a small blue chair"; what the name says already is not said twice."""
     words = name.split()
+    n_first = next((k for k, word in enumerate(words[:-1]) if word not in PLAIN | NUMBERS), len(words) - 1)
     said = " and ".join(c for c in colors[:2] if c not in words)
     stuff = material if material and material not in words and material.rstrip("en") not in words else None
-    return with_article(" ".join(part for part in (said, stuff, name) if part), is_countable(name))
+    parts = (*words[: max(n_first, 0)], said, stuff, *words[max(n_first, 0) :])
+    return with_article(" ".join(part for part in parts if part), is_countable(name))
 
 
-def variants(colors: tuple[str, ...], name: str, material: str | None, tags: tuple[str, ...]) -> list[str]:
-    """Other true captions of the same render, without repeats: name alone, one colour, material, category or tag."""
+def variants(
+    colors: tuple[str, ...], name: str, material: str | None, tags: tuple[str, ...], shape: str | None = None
+) -> list[str]:
+    """Other true captions of the same render, without repeats.
+
+    The name alone, one colour, material, `shape` ("tall"), category or tag, and other names with and without colours.
+    """
     full = caption(colors, name)
     options = [
         caption((), name),
@@ -85,7 +128,11 @@ def variants(colors: tuple[str, ...], name: str, material: str | None, tags: tup
         caption(colors, name, material),
         caption((), name, material),
     ]
+    if shape and not PLAIN & set(name.split()):
+        options += [caption(colors, f"{shape} {name}"), caption((), f"{shape} {name}")]
     options += [f"{full}, {tag}" for tag in tags if tag not in name]
+    for other in synonyms(name):
+        options += [caption(colors, other), caption((), other)]
     return [text for text in dict.fromkeys(options) if text != full]
 
 

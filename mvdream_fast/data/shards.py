@@ -1,6 +1,7 @@
 """Webdataset shards of multi-view renders: plain tar files with `KEY.json` and `KEY.webp` for each object.
 
 The WebP is lossless RGBA, the views side by side (row-major in `columns`); the JSON holds cameras, words and credits.
+A picture that is no render has a JSON without c2w and fovy: it is one view without a camera, in `pictures-*.tar`.
 Writing is atomic; reading accepts nothing but these two members, and never uses a member's name as a path.
 """
 
@@ -25,7 +26,8 @@ class Sample:
 
     `meta` holds id, key, caption, variants, colours, painted, split, c2w (V lists of 16, row-major, OpenGL axes),
     fovy (V, radians), azimuth_deg (V), elevation_deg, distance, size, columns, name, category, tags, creator, library,
-    licence.
+    licence, and kind and has_front where the source says so. A picture has no c2w, fovy, azimuth_deg, elevation_deg and
+    distance.
     """
 
     meta: dict
@@ -40,6 +42,11 @@ class Sample:
     def fovy(self) -> np.ndarray:
         """Vertical fields of view [V], in radians."""
         return np.asarray(self.meta["fovy"], np.float32)  # [V]
+
+
+def n_views(meta: dict) -> int:
+    """V, the views of a record by its JSON: one a camera; a picture without cameras is one view."""
+    return len(meta["fovy"]) if "fovy" in meta else 1
 
 
 def list_shards(folder: Path, split: str = "train") -> list[Path]:
@@ -87,17 +94,42 @@ def encode_views(views: np.ndarray, columns: int) -> bytes:
     return out.getvalue()
 
 
-def decode_views(content: bytes, n_views: int, columns: int, size: int) -> np.ndarray:
+def decode_views(content: bytes, n: int, columns: int, size: int) -> np.ndarray:
     """The views of a strip, [V, s, s, 4] uint8. Raises ValueError where the image is not the promised one."""
     from PIL import Image
 
-    rows = -(-n_views // columns)
+    rows = -(-n // columns)
     with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
         if image.size != (columns * size, rows * size):
             raise ValueError(f"the strip has {image.size} pixels, {columns * size} x {rows * size} were promised")
-        grid = np.asarray(image.convert("RGBA"))
+        grid = np.array(image.convert("RGBA"))
     grid = grid.reshape(rows, size, columns, size, 4).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * columns, size, size, 4)[:n_views]
+    return grid.reshape(rows * columns, size, size, 4)[:n]
+
+
+def shrunk(views: np.ndarray, factor: int) -> np.ndarray:
+    """Views of 1 / factor of the size, [V, s, s, 4] -> [V, s / factor, s / factor, 4]: means of factor^2 pixels.
+
+    Of sRGB values weighted by alpha, as backgrounds are put behind: it makes no difference which comes first.
+    """
+    v, s = views.shape[0], views.shape[1] // factor
+    tiles = views.reshape(v, s, factor, s, factor, 4).astype(np.float32)
+    alpha = tiles[..., 3:]
+    total = alpha.sum((2, 4))  # [V, s, s, 1]
+    rgb = (tiles[..., :3] * alpha).sum((2, 4)) / np.maximum(total, 1)
+    return np.concatenate([rgb, total / factor**2], -1).round().astype(np.uint8)
+
+
+def read_metas(path: Path) -> Iterator[dict]:
+    """The JSON of a shard's records, without their images. Raises InputFileError naming the file."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                file = tar.extractfile(info) if info.isfile() and info.name.endswith(".json") else None
+                if file is not None:
+                    yield json.loads(file.read())
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
@@ -111,7 +143,7 @@ def read_shard(path: Path) -> Iterator[Sample]:
                 if info.name.endswith(".json"):
                     meta = json.loads(content)
                 elif info.name.endswith(".webp") and meta is not None:
-                    yield Sample(meta, decode_views(content, len(meta["fovy"]), meta["columns"], meta["size"]))
+                    yield Sample(meta, decode_views(content, n_views(meta), meta["columns"], meta["size"]))
                     meta = None
     except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None

@@ -16,11 +16,12 @@ import numpy as np
 from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import lines
-from mvdream_fast.data.captions import MAX_LENGTH, clean, noun
+from mvdream_fast.data.captions import MAX_LENGTH, clean, noun, without_colors
 from mvdream_fast.rendering.caption_files import read_captions
 from mvdream_fast.rendering.furniture import furniture_noun
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part
 from mvdream_fast.rendering.mesh_file import FOREIGN, FORMATS, WORLD_FROM_GLTF, load_mesh
+from mvdream_fast.rendering.metadata import Metadata, read_metadata
 from mvdream_fast.rendering.reading import MAX_FILE_BYTES
 
 GAIN = 1.2  # these libraries' plain whites are Blender's old default, 0.64: the catalogue's own icons show them white
@@ -46,10 +47,14 @@ class Entry:
     licence: str = ""
     rotation: tuple[float, ...] | None = None  # 3x3, row-major, in the asset's own axes
     caption: str | None = None  # the user's own words, used as they are
+    kind: str = ""  # what kind of thing it is, where metadata.csv says so; then `name` is a whole phrase with colours
+    has_front: bool | None = None  # whether azimuth 0 means anything; None where that is not known
 
     @property
     def noun(self) -> str:
-        """The name as a caption says it; only the furniture catalogue's names are translated."""
+        """The name as a caption says it, without colours; only the furniture catalogue's names are translated."""
+        if self.kind:
+            return without_colors(self.name)
         return furniture_noun(self.name) if self.member else noun(self.name)
 
     def load(self) -> Mesh:
@@ -74,7 +79,7 @@ def read_sweethome3d(folder: Path) -> list[Entry]:
 
 
 def read_folder(folder: Path, say: Callable[[str], None] = print) -> list[Entry]:
-    """Every mesh file under `folder`, by id; captions from captions.csv or captions.json, else the file's name.
+    """Every mesh file under `folder`, by id; words from metadata.csv, else captions.csv and its like, else file names.
 
     `say` is told what of the captions is of no use. Hidden files are passed over, such as macOS's `._box.glb`.
 
@@ -89,16 +94,27 @@ def read_folder(folder: Path, say: Callable[[str], None] = print) -> list[Entry]
     meshes = {name: p for name, p in meshes.items() if not re.search(r"(^|/)(\.|__MACOSX/)", name)}
     if not meshes:
         raise InputFileError(f"no meshes in {folder}; the formats are {', '.join(FORMATS)}")
-    captions = read_captions(folder, list(meshes), say)
+    known = read_metadata(folder, meshes, say)
+    captions = {} if known else read_captions(folder, list(meshes), say)
     long = [name for name, text in captions.items() if len(clean(text, len(text))) > MAX_LENGTH]
     if long:
         say(f"{len(long)} captions are cut to {MAX_LENGTH} characters, the first that of {long[0]}")
     entries = []
     for relative, path in meshes.items():
+        if relative in known:
+            entries.append(_described(_safe_id(relative), path, known[relative], folder.name))
+            continue
         name = re.sub(r"[\s_\-]+", " ", path.stem).strip()
         caption = clean(captions.get(relative, "")) or None
         entries.append(Entry(_safe_id(relative), clean(name), path, library=folder.name, caption=caption))
     return _unique(entries)
+
+
+def _described(entry_id: str, path: Path, known: Metadata, library: str) -> Entry:
+    return Entry(
+        entry_id, known.phrase, path, category=known.category, tags=known.tags, creator=known.creator,
+        library=known.pack or library, licence=known.licence, kind=known.noun, has_front=known.has_front,
+    )  # fmt: skip
 
 
 def _safe_id(text: str) -> str:

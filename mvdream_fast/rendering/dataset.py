@@ -25,6 +25,7 @@ import numpy as np
 from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputError
 from mvdream_fast.core.files import atomic_write, remove_stale
 from mvdream_fast.core.run_folder import locked
+from mvdream_fast.data import captions
 from mvdream_fast.data.shards import Sample, columns_for, write_shard
 from mvdream_fast.rendering import sources
 from mvdream_fast.rendering.catalogue import Entry
@@ -34,7 +35,7 @@ from mvdream_fast.rendering.plan import SHARD_ASSETS, AssetPlan, Selection, plan
 from mvdream_fast.rendering.survey import Survey, survey
 
 SETTINGS, SURVEYS, DRAWN, SUMMARY = "render.json", "surveys.json", "drawn.json", "summary.json"
-VERSION = 3  # of the images and captions: a folder begun by another version is not continued
+VERSION = 4  # of the images and captions: a folder begun by another version is not continued
 
 _renderer = None
 
@@ -111,9 +112,9 @@ def render_dataset(
             drawn[job.path.name] = plans[job.path.name]
             atomic_write(folder / DRAWN, json.dumps(drawn))
             report("views", len(jobs) - len(missing) + done, len(jobs), n_views)
-        captions = {item.caption for asset in assets for item in asset.orbits}
+        texts = {item.caption for asset in assets for item in asset.orbits}
         notes = {id_: look.notes for id_, look in surveys.items() if look.notes}
-        return Result(selection, bad, notes, n_views, [job.path for job in jobs], captions)
+        return Result(selection, bad, notes, n_views, [job.path for job in jobs], texts)
     return None
 
 
@@ -171,14 +172,16 @@ def _surveys(entries, folder, pool, report) -> tuple[dict[str, Survey], dict[str
         if files is not None:
             known[entry.id] = stored[entry.id] | {"files": files}
     unknown, bad = [entry for entry in entries if entry.id not in known], {}
-    for done, (entry, look) in enumerate(pool.map(survey_entry, unknown), 1):
-        if isinstance(look, str):
-            bad[entry.id] = look
-        else:
-            known[entry.id] = look
-        report("assets", done, len(unknown), 0)
-    if known != stored:
-        atomic_write(folder / SURVEYS, json.dumps(known))
+    try:
+        for done, (entry, look) in enumerate(pool.map(survey_entry, unknown), 1):
+            if isinstance(look, str):
+                bad[entry.id] = look
+            else:
+                known[entry.id] = look
+            report("assets", done, len(unknown), 0)
+    finally:  # whoever is stopped goes on from here
+        if known != stored:
+            atomic_write(folder / SURVEYS, json.dumps(known))
     hashes = {k: [stamp and stamp[2] for stamp in record["files"].values()] for k, record in known.items()}
     return {k: Survey(**record["survey"]) for k, record in known.items()}, hashes, bad
 
@@ -285,6 +288,8 @@ def _words(asset: AssetPlan, number: int, item) -> dict:
         "painted": bool(item.paint),
         "name": entry.name,
         "noun": entry.noun,
+        "kind": entry.kind or captions.head_noun(entry.noun),
+        "has_front": entry.has_front,
         "category": entry.category,
         "tags": list(entry.tags),
         "creator": entry.creator,

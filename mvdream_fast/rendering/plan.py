@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from mvdream_fast.core.rng import Stream
 
 SHARD_ASSETS = 16
+KIND_STAYS = 2  # of a kind of which one is held out
+PEERS, UNLIKE = 4, 1.35  # a thing is tall that is so much taller than the median of so many of its kind
+UNPAINTED = "person"  # a category: their clothes have all colours, their skin should not
+SHAPELESS = {UNPAINTED, "characters", "character", "animal", "robot"}  # a sitting man is not low
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,21 @@ def held_out_ids() -> set[str]:
     return {line.split("\t")[0] for line in rows if line and not line.startswith("#")}
 
 
-def random_held_out(entries: list[Entry], share: float, seed: int) -> set[str]:
-    """The ids of a random share of a user's assets; none where that is less than one."""
+def random_held_out(entries: list[Entry], share: float) -> set[str]:
+    """The ids of a random share of a user's assets; none where that is less than one. The same for every --seed.
+
+    Of a kind that metadata.csv names two assets stay in training.
+    """
     from mvdream_fast.core.rng import Stream
 
-    order = Stream(seed, 0, "held_out").permutation(len(entries)).tolist()
-    return {entries[i].id for i in order[: int(share * len(entries))]}
+    left = Counter(e.kind for e in entries)
+    chosen: set[str] = set()
+    for i in Stream(0, 0, "held_out").permutation(len(entries)).tolist():
+        entry = entries[i]
+        if len(chosen) < int(share * len(entries)) and (not entry.kind or left[entry.kind] > KIND_STAYS):
+            chosen.add(entry.id)
+            left[entry.kind] -= 1
+    return chosen
 
 
 def plan(
@@ -86,24 +99,45 @@ def plan(
 
     Training captions and variants that a held-out orbit carries as its caption are left out.
     """
-    held = [_asset(e, surveys[e.id], "held_out", seed, n_plain, n_painted, set()) for e in entries if e.id in held_out]
+    shapes = shape_words(entries, surveys)
+
+    def asset(entry: Entry, split: str, taken: set[str]) -> AssetPlan:
+        words = _Words(entry, surveys[entry.id], taken, shapes.get(entry.id))
+        return _asset(words, split, seed, n_plain, n_painted)
+
+    held = [asset(e, "held_out", set()) for e in entries if e.id in held_out]
     taken = {orbit.caption for asset in held for orbit in asset.orbits}
-    train = [
-        _asset(e, surveys[e.id], "train", seed, n_plain, n_painted, taken) for e in entries if e.id not in held_out
-    ]
+    train = [asset(e, "train", taken) for e in entries if e.id not in held_out]
     return [asset for asset in train if asset.orbits] + held
 
 
-def _asset(
-    entry: Entry, look: Survey, split: str, seed: int, n_plain: int, n_painted: int, taken: set[str]
-) -> AssetPlan:
+def shape_words(entries: list[Entry], surveys: dict[str, Survey]) -> dict[str, str]:
+    """Id -> "tall", "low" or "long", for what differs much from the median of its kind."""
+    kinds: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.category.lower() not in SHAPELESS:
+            kinds.setdefault(entry.kind or captions.head_noun(entry.noun), []).append(entry)
+    out = {}
+    for group in kinds.values():
+        extents = np.array([surveys[e.id].extent for e in group])
+        width, depth, height = np.maximum(extents, 1e-3).T
+        upright = height / np.maximum(width, depth)
+        long = np.maximum(width, depth) / np.minimum(width, depth)
+        for entry, u, v in zip(group, upright / np.median(upright), long / np.median(long)):
+            word = "tall" if u > UNLIKE else "low" if u < 1 / UNLIKE else "long" if v > UNLIKE else None
+            if word and len(group) >= PEERS:
+                out[entry.id] = word
+    return out
+
+
+def _asset(words: "_Words", split: str, seed: int, n_plain: int, n_painted: int) -> AssetPlan:
     from mvdream_fast.core.rng import Stream  # torch comes with it, and the processes that only draw need none
 
+    entry, look = words.entry, words.look
     stream = Stream(seed, 0, f"orbits/{entry.id}")
     cameras = stream.uniform(n_plain + n_painted, 4).tolist()
-    words = _Words(entry, look, taken)
-    orbits = [words.orbit(tuple(c), captions.mentioned(look.colors)) for c in cameras[:n_plain]]
-    if entry.caption is None:
+    orbits = [words.orbit(tuple(c), captions.mentioned(look.colors), words.phrase) for c in cameras[:n_plain]]
+    if entry.caption is None and entry.category != UNPAINTED:
         repaints = _repaints(look, stream, n_painted)
         for camera, (paint, target, colors) in zip(cameras[n_plain:], repaints):
             orbit = words.orbit(tuple(camera), colors)
@@ -115,19 +149,24 @@ def _asset(
 class _Words:
     """Captions of one asset; none of them is in `taken`."""
 
-    def __init__(self, entry: Entry, look: Survey, taken: set[str]):
-        self.entry, self.look, self.taken = entry, look, taken
+    def __init__(self, entry: Entry, look: Survey, taken: set[str], shape: str | None):
+        self.entry, self.look, self.taken, self.shape = entry, look, taken, shape
         self.tags = usable_tags(entry.tags, entry.category)
         self.noun = entry.noun
+        self.phrase = entry.name if entry.kind and entry.name != self.noun else None  # the source's own, with colours
 
-    def orbit(self, camera, colors: tuple[str, ...]) -> OrbitPlan | None:
+    def orbit(self, camera, colors: tuple[str, ...], phrase: str | None = None) -> OrbitPlan | None:
+        """An orbit in these colours; `phrase` says it better than they do where the source has one."""
         if self.entry.caption is not None:
             return OrbitPlan(camera, captions.clean(self.entry.caption) or self.noun, (), colors)
-        full = captions.caption(colors, self.noun)
-        others = captions.variants(colors, self.noun, self.look.material, self.tags)
+        named = captions.caption(colors, self.noun)
+        full = captions.caption((), phrase) if phrase else named
+        others = [named, *captions.variants(colors, self.noun, self.look.material, self.tags, self.shape)]
+        if self.entry.kind and self.entry.kind not in (self.noun, ""):
+            others += [captions.caption(colors, self.entry.kind), captions.caption((), self.entry.kind)]
         if full in self.taken:
             return None
-        return OrbitPlan(camera, full, tuple(v for v in others if v not in self.taken), colors)
+        return OrbitPlan(camera, full, tuple(v for v in dict.fromkeys(others) if v not in {full, *self.taken}), colors)
 
 
 Repaint = tuple[tuple[int, ...], tuple[float, ...], tuple[str, ...]]

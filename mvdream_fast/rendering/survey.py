@@ -28,6 +28,7 @@ class Survey:
     material: str | None
     thumbnail: list[int]  # four 16 x 16 views on grey, uint8, flattened
     notes: list[str]  # what of its file is not drawn
+    extent: list[float]  # of the normalised mesh along x, y and z
 
 
 def survey(mesh: Mesh, renderer) -> Survey:
@@ -52,7 +53,13 @@ def survey(mesh: Mesh, renderer) -> Survey:
         material=captions.material_word(names),
         thumbnail=_thumbnail(base[list(THUMBNAIL_VIEWS)]),
         notes=list(mesh.notes),
+        extent=_extent(mesh),
     )
+
+
+def _extent(mesh: Mesh) -> list[float]:
+    points = np.concatenate([part.positions for part in mesh.parts])
+    return np.ptp(points, axis=0).round(4).tolist()
 
 
 def _part_ids(mesh: Mesh, c2w, fovy, renderer) -> np.ndarray:
@@ -80,10 +87,13 @@ def _thumbnail(views: np.ndarray) -> list[int]:
 
 def near_duplicates(thumbnails: np.ndarray) -> np.ndarray:
     """True for each [K, D] uint8 thumbnail that an earlier kept one equals up to an RMS of DUPLICATE_RMS."""
-    kept: list[np.ndarray] = []
-    drop = np.zeros(len(thumbnails), bool)
-    for i, row in enumerate(thumbnails.astype(np.float32) / 255):
-        drop[i] = bool(kept) and np.square(np.stack(kept) - row).mean(1).min() < DUPLICATE_RMS**2
+    rows = thumbnails.astype(np.float64)  # whole numbers: the squares below are exact
+    squares = np.square(rows).sum(1)
+    kept, n = np.empty_like(rows), 0
+    drop = np.zeros(len(rows), bool)
+    for i, row in enumerate(rows):
+        distances = squares[~drop][:n] + squares[i] - 2 * kept[:n] @ row
+        drop[i] = n > 0 and distances.min() < (255 * DUPLICATE_RMS) ** 2 * rows.shape[1]
         if not drop[i]:
-            kept.append(row)
+            kept[n], n = row, n + 1
     return drop

@@ -90,6 +90,8 @@ class EvaluatorSource:
         return EvaluatorBatch(images / 2 + 0.5, azimuths, fronts, captions, true & ~own)
 
     def _has_front(self, i: int) -> bool:
+        if self.shards.records[i].meta.get("has_front") is False:  # its source says so
+            return False
         orbit = Orbit.read(self.shards, i)
         return opposite_difference(orbit.images, orbit.masks) >= HAS_FRONT
 

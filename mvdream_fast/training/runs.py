@@ -5,14 +5,12 @@ The optimisations themselves are unet.py and vae.py.
 
 import copy
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
 from mvdream_fast.checkpoints.open import Model, load_model, needed, read_stand_ins, save_model
@@ -21,18 +19,18 @@ from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, 
 from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source
+from mvdream_fast.data.batches import HELD_OUT, PICTURES, ImageSource, Shards
 from mvdream_fast.evaluation.classifier import is_installed, load_classifier
 from mvdream_fast.evaluation.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.evaluation.reference import measure
 from mvdream_fast.models.blocks import zero
-from mvdream_fast.models.config import NAMED, ModelConfig, with_settings
+from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
-from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.prediction import pretrained
+from mvdream_fast.training.sources import mixed_source
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
     Linear,
@@ -61,7 +59,7 @@ def run_stage(args: Flags) -> int:
     args = _settled(args)
     shards = Shards(args.data)
     _check_ranks(args, launched()[0], shards)
-    held_out = _held_out(args.data)
+    held_out = _beside(args.data, HELD_OUT)
     folder = _output(args)
     if not is_first():
         return _train(args, folder, shards, held_out)
@@ -121,14 +119,9 @@ def _output(args: Flags) -> Path:
     return folder
 
 
-def _held_out(data: Path) -> Shards | None:
-    """The held-out split, which validation uses where there is one."""
-    try:
-        return Shards(data, "held_out")
-    except InputFileError:
-        if any(Path(data).glob("held_out-*.tar")):
-            raise
-        return None
+def _beside(data: Path, split: str) -> Shards | None:
+    """A split that need not be there."""
+    return Shards(data, split) if any(Path(data).glob(f"{split}-*.tar")) else None
 
 
 def new_model(name: str, vocabulary: list[str], seed: int, settings: Sequence[str] = ()) -> Model:
@@ -248,9 +241,10 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
         model = load_model(args.init, torch.float32)
     else:
         model = new_model(args.config, _vocabulary(args, folder, shards.captions()), args.seed)
-    source = ImageSource(shards)
+    size = model.config.vae.image_size
+    source = ImageSource(shards.at(size))
     fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
-    check = ImageSource(held_out or shards).images(Stream(0, 0, "vae/check"), N_CHECK)
+    check = ImageSource((held_out or shards).at(size)).images(Stream(0, 0, "vae/check"), N_CHECK)
     linear, vae = Linear.fit(fit, model.config.vae.downsampling), needed(model.vae, "vae")
     bound = linear.bound(check, model.config.vae.latent_channels)
     if not args.init and len(model.config.vae.block_out_channels) == 1:
@@ -282,9 +276,11 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
 
 
 def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
-    model = _begin(args, folder, shards.captions())
+    pictures = _beside(args.data, PICTURES)
+    texts = [*dict.fromkeys(text for split in (shards, pictures) if split for text in split.captions())]
+    model = _begin(args, folder, texts)
     unet, vae, text, tokenizer = model.whole()
-    unknown = tokenizer.encode(shards.captions()).unknown
+    unknown = tokenizer.encode(texts).unknown
     words = sorted({word for found in unknown for word in found})
     if words and ranks.first:
         print(f"{len(words)} words of the captions are outside the vocabulary: {', '.join(words[:8])}", flush=True)
@@ -297,12 +293,10 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
     workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
         if ranks.first == (turn == 0):
-            source = source_of(cache, parts.config, parts.vae, shards)
-            if workers and isinstance(source, LatentSource):
-                source.fill(workers)  # what draws batches cannot encode on a GPU
+            source = mixed_source(cache, parts, shards, pictures, workers)
         ranks.wait()
     trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers, args.graphs)
-    validation = ImageSource(held_out or shards)
+    validation = ImageSource((held_out or shards).at(parts.config.vae.image_size))
     prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
 
     def report() -> dict[str, float]:
@@ -332,6 +326,8 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
     vocabulary = _vocabulary(args, folder, shards.captions())
     torch.manual_seed(args.seed)
     config = EvaluatorConfig(vocabulary_size=len(vocabulary))
+    # What models draw, or near it.
+    shards, held_out = (split.at(min(split.size, 2 * config.image_size)) for split in (shards, held_out))
     device = _device(args)
     evaluator = Evaluator(config, vocabulary).to(device)
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
@@ -376,27 +372,6 @@ def _options(args: Flags) -> TrainOptions:
 
 def _loop_options(args: Flags) -> LoopOptions:
     return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
-
-
-def source_of(cache: Path | None, config: ModelConfig, autoencoder: VAE, shards: Shards) -> Source:
-    """Latents from a cache, or where there is none images that the trainer encodes."""
-    vae = config.vae
-    if shards.size != vae.image_size:
-        raise ArgumentError(f"the model must be given images of {vae.image_size} px, got shards of {shards.size} px")
-    if cache is None:
-        return ImageSource(shards)
-    device = next(autoencoder.parameters()).device
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in autoencoder.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    for record in shards.records:
-        digest.update(f"{record.meta['key']} {record.size}".encode())
-
-    def encode(images: Tensor) -> Tensor:
-        return autoencoder.encode(images.to(device))
-
-    size = config.latent_size
-    return LatentSource(shards, encode, cache, (vae.latent_channels, size, size), digest.hexdigest())
 
 
 def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:

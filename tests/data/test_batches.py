@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.core.processes import Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data import batches
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, on_background, view_group
@@ -193,3 +194,65 @@ def test_latents_are_encoded_once_and_survive_a_restart(folder):
     assert torch.allclose(first[0].images, torch.nn.functional.avg_pool2d(plain.images, 8), atol=1e-3)
     latents(folder, encoder, "another autoencoder").batch(Stream(0, 0, "x"), 2, 4, True)
     assert encoder.calls > calls
+
+
+def picture(i: int) -> Sample:
+    """A picture without a camera, all of the opaque colour (i, 255, 255)."""
+    meta = {"key": f"p{i}", "caption": f"a picture{i}", "variants": [], "size": SIZE, "columns": 1}
+    views = np.full((1, SIZE, SIZE, 4), 255, np.uint8)
+    views[..., 0] = i
+    return Sample(meta, views)
+
+
+@pytest.fixture
+def with_pictures(folder):
+    write_shard(folder / "pictures-00000.tar", [picture(i) for i in range(8)])
+    return batches.WithPictures(ImageSource(Shards(folder)), ImageSource(Shards(folder, batches.PICTURES)))
+
+
+def test_a_quarter_of_a_2d_batch_is_pictures(with_pictures):
+    batch = with_pictures.batch(Stream(0, 0, "x"), 2, 4, False)
+    assert [f"picture{i}" in text for text in batch.captions for i in range(8)].count(True) == 2
+    assert (batch.images[:, 1, 0, 0] == 1).tolist() == [False] * 6 + [True] * 2  # their green
+    assert (batch.cameras, batch.n_views) == (None, 1)
+    assert with_pictures.batch(Stream(0, 0, "x"), 1, 2, False).images.shape[0] == 2  # too few for one
+    assert not any("picture" in text for text in with_pictures.batch(Stream(0, 0, "x"), 2, 4, True).captions)
+
+
+def test_each_process_has_its_part_of_the_pictures(with_pictures):
+    whole = with_pictures.batch(Stream(0, 1, "x"), 4, 4, False)
+    parts = [with_pictures.batch(Stream(0, 1, "x"), 4, 4, False, Ranks(rank, 2)) for rank in range(2)]
+    assert sorted(whole.captions) == sorted([*parts[0].captions, *parts[1].captions])
+    assert [sum("picture" in text for text in part.captions) for part in parts] == [2, 2]
+
+
+def test_pictures_are_encoded_as_renders_are(with_pictures, folder, tmp_path):
+    pictures = Shards(folder, batches.PICTURES)
+    source = LatentSource(pictures, lambda images: images[:, :, :2, :2], tmp_path / "l", (3, 2, 2), "k")
+    source.fill()
+    batch = source.batch(Stream(0, 0, "x"), 4, 1, False)
+    assert (batch.images[:, 1:] == 1).all()
+
+
+def test_smaller_images_of_larger_renders(folder):
+    shards = Shards(folder)
+    small = shards.at(SIZE // 2)
+    assert small.views(1).shape == (N_VIEWS, SIZE // 2, SIZE // 2, 4)
+    np.testing.assert_array_equal(small.views(1)[5, 0, 0], shards.views(1)[5, 0, 0])
+    assert shards.at(SIZE) is shards
+    for size in (2 * SIZE, SIZE - 1):
+        with pytest.raises(ArgumentError, match=f"images of {size} px, got shards of {SIZE} px"):
+            shards.at(size)
+
+
+def test_training_has_no_caption_that_is_held_out_beside_it(folder):
+    held = make_sample(0, split="held_out")
+    held.meta.update(caption="a red thing1")
+    write_shard(folder / "held_out-00000.tar", [held])
+    only = make_sample(7)
+    only.meta.update(key="only", caption="a red thing1", variants=[])
+    write_shard(folder / "train-00002.tar", [only])
+    shards = Shards(folder)
+    assert [r.meta["key"] for r in shards.records] == [f"thing{i}-o0" for i in range(6)]
+    assert (shards.records[1].meta["caption"], shards.records[1].meta["variants"]) == ("a thing1", [])
+    assert Shards(folder, "held_out").captions()[0] == "a red thing1"

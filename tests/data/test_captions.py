@@ -99,6 +99,42 @@ def test_variants_are_other_true_captions():
     assert C.caption((), "glass table", "glass") == "a glass table"
 
 
+@pytest.mark.parametrize(
+    ("phrase", "left"),
+    [
+        ("white house with a red roof", "house"), ("house with a flat roof", "house with a flat roof"),
+        ("black, blue and yellow tang fish", "tang fish"), ("blue whale", "blue whale"),
+        ("gray and wooden chest", "wooden chest"), ("dark wooden chair", "wooden chair"), ("orange", "orange"),
+        ("sliced orange", "sliced orange"), ("orange with leaves", "orange with leaves"), ("red panda", "red panda"),
+        ("hooded rogue in green", "hooded rogue"), ("jar with yellow liquid", "jar"), ("golden crown", "crown"),
+        ("row of red, white and green books", "row of books"), ("man in red shorts", "man"),
+        ("reddish box", "reddish box"),
+    ],
+)  # fmt: skip
+def test_what_is_left_of_a_phrase_without_its_colors(phrase, left):
+    assert C.without_colors(phrase) == left
+
+
+@pytest.mark.parametrize(
+    ("colors", "name", "expected"),
+    [
+        (("red",), "small barn", "a small red barn"), (("blue",), "three banners", "three blue banners"),
+        (("red",), "open round box", "an open round red box"), ((), "man in shorts", "a man in shorts"),
+        (("green",), "grass", "green grass"), ((), "lens", "a lens"), ((), "small", "a small"),
+    ],
+)  # fmt: skip
+def test_sizes_and_numbers_come_before_colors(colors, name, expected):
+    assert C.caption(colors, name) == expected
+
+
+def test_shapes_and_other_names_are_variants():
+    texts = C.variants(("red",), "sofa", None, (), "long")
+    assert texts == [
+        "a sofa", "a long red sofa", "a long sofa", "a red couch", "a couch", "a red settee", "a settee",
+    ]  # fmt: skip
+    assert "a tall small sofa" not in C.variants((), "small sofa", None, (), "tall")
+
+
 def test_material_needs_more_than_half():
     assert C.material_word([("Wood_01", 0.4), ("oak leg", 0.2), ("Chrome", 0.4)]) == "wooden"
     assert C.material_word([("Wood_01", 0.5), ("Chrome", 0.5)]) is None

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,33 @@ def test_foreign_contents_are_named(tmp_path, meta):
         list(read_shard(tmp_path / "x.tar"))
 
 
+def test_means_of_pixels_are_those_behind_any_background():
+    rng = np.random.default_rng(0)
+    views = rng.integers(0, 256, (2, 8, 8, 4), np.uint8)
+    small = shards.shrunk(views, 4)
+    assert small.shape == (2, 2, 2, 4)
+    for grey in (0, 128, 255):
+
+        def flat(rgba, grey=grey):
+            alpha = rgba[..., 3:] / 255
+            return rgba[..., :3] * alpha + grey * (1 - alpha)
+
+        tiles = flat(views).reshape(2, 2, 4, 2, 4, 3).mean((2, 4))
+        assert np.abs(flat(small) - tiles).max() < 1.0  # both are rounded
+    clear = np.zeros((1, 2, 2, 4), np.uint8)
+    clear[..., :3] = 200
+    assert shards.shrunk(clear, 2)[0, 0, 0, 3] == 0
+
+
+def test_a_picture_is_one_view_without_a_camera(tmp_path):
+    picture = sample()
+    meta = {k: v for k, v in picture.meta.items() if k not in ("c2w", "fovy")} | {"columns": 1}
+    write_shard(tmp_path / "pictures-00000.tar", [shards.Sample(meta, picture.views[:1])])
+    (back,) = read_shard(tmp_path / "pictures-00000.tar")
+    np.testing.assert_array_equal(back.views, picture.views[:1])
+    assert list(shards.read_metas(tmp_path / "pictures-00000.tar")) == [meta]
+
+
 def test_no_shards(tmp_path):
     with pytest.raises(InputFileError, match=r"no train shards in .*mvdream_fast.render"):
         list_shards(tmp_path)
@@ -141,11 +169,11 @@ def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
     assert len(list(read_shard(tmp_path / "train-00000.tar"))) == 1
 
 
-def look(colors, n_parts=2, seed=0, coverage=0.3) -> survey.Survey:
+def look(colors, n_parts=2, seed=0, coverage=0.3, extent=(1.0, 1.0, 1.0)) -> survey.Survey:
     thumbnail = np.random.default_rng(seed).integers(0, 256, 3072).tolist()
     names = list(colors)
     return survey.Survey(
-        coverage, colors, [1 / n_parts] * n_parts, (names * n_parts)[:n_parts], [], None, thumbnail, []
+        coverage, colors, [1 / n_parts] * n_parts, (names * n_parts)[:n_parts], [], None, thumbnail, [], list(extent)
     )
 
 
@@ -207,8 +235,10 @@ def test_painted_orbits_are_called_by_their_color(tmp_path):
 
 
 def test_glass_keeps_its_color_unless_all_is_glass():
-    window = survey.Survey(0.3, {"white": 0.8, "blue": 0.2}, [0.8, 0.2], ["white", "blue"], [1], None, [], [])
-    tumbler = survey.Survey(0.3, {"blue": 1.0}, [1.0], ["blue"], [0], None, [], [])
+    window = survey.Survey(
+        0.3, {"white": 0.8, "blue": 0.2}, [0.8, 0.2], ["white", "blue"], [1], None, [], [], [1, 1, 1]
+    )
+    tumbler = survey.Survey(0.3, {"blue": 1.0}, [1.0], ["blue"], [0], None, [], [], [1, 1, 1])
     from mvdream_fast.core.rng import Stream
 
     assert all(paint == (0,) for paint, _, _ in planning._repaints(window, Stream(0, 0, "x"), 4))
@@ -219,6 +249,49 @@ def test_the_users_own_captions_are_kept_and_nothing_is_repainted(tmp_path):
     entry = Entry("e", "thing", tmp_path, caption="my grandmother's clock")
     (asset,) = planning.plan([entry], {"e": look({"red": 1.0})}, set(), 0, 2, 3)
     assert [o.caption for o in asset.orbits] == ["my grandmother's clock"] * 2
+
+
+def described(entry_id, phrase, kind, **more) -> Entry:
+    """An entry as metadata.csv makes it."""
+    return Entry(entry_id, phrase, Path("x.glb"), kind=kind, **more)
+
+
+def test_a_source_s_own_phrase_is_said_until_the_thing_is_painted():
+    entry = described("e", "small white house with a red roof", "house", category="building")
+    (asset,) = planning.plan([entry], {"e": look({"white": 0.7, "red": 0.3}, 1)}, set(), 0, 1, 1)
+    own, painted = asset.orbits
+    assert own.caption == "a small white house with a red roof"
+    texts = {"a small white and red house", "a small house", "a house", "a small white and red house, building"}
+    assert texts <= set(own.variants)
+    assert painted.caption == f"a small {painted.colors[0]} house"
+    assert not any("roof" in text for text in painted.variants)
+
+
+def test_people_keep_their_colors():
+    entry = described("e", "young man in a red shirt", "man", category="person")
+    (asset,) = planning.plan([entry], {"e": look({"red": 1.0}, 1)}, set(), 0, 2, 3)
+    assert [o.caption for o in asset.orbits] == ["a young man in a red shirt"] * 2
+
+
+def test_shapes_are_said_of_what_is_unlike_its_kind():
+    entries = [described(f"e{k}", "lamp", "lamp") for k in range(5)]
+    extents = [(1, 1, 1), (1, 1, 1), (0.5, 0.5, 1.5), (1, 1, 0.4), (2, 0.7, 2)]
+    surveys = {e.id: look({"red": 1.0}, extent=x) for e, x in zip(entries, extents)}
+    assert planning.shape_words(entries, surveys) == {"e2": "tall", "e3": "low", "e4": "long"}
+    assert planning.shape_words(entries[:3], surveys) == {}, "three are no kind to compare with"
+    men = [described(e.id, "man", "man", category="person") for e in entries]
+    assert planning.shape_words(men, surveys) == {}
+    texts = planning.plan(entries, surveys, set(), 0, 1, 0)[2].orbits[0].variants
+    assert {"a tall red lamp", "a tall lamp", "a red light"} <= set(texts)
+
+
+def test_two_of_a_kind_stay_in_training():
+    entries = [described(f"e{k}", "lamp", "lamp") for k in range(6)] + [described("f", "harp", "harp")]
+    held = planning.random_held_out(entries, 0.99)
+    assert len(held) == 4
+    assert "f" not in held
+    plain = [Entry(f"e{k}", f"thing {k}", Path("x.glb")) for k in range(10)]
+    assert len(planning.random_held_out(plain, 0.3)) == 3
 
 
 def test_choosing_what_is_held_out(tmp_path):

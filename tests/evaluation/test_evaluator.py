@@ -201,6 +201,15 @@ def test_batches_pair_the_colors_of_an_asset(shards):
     assert batch.fronts.tolist() == [int(value) // 20 % 2 == 0 for value in values]
 
 
+def test_what_its_source_calls_frontless_has_no_front(tmp_path):
+    samples = [render(0, orbit) for orbit in range(2)]
+    for sample, stated in zip(samples, (False, True)):
+        sample.meta.update(id=f"is-{stated}", has_front=stated)
+    write_shard(tmp_path / "train-00000.tar", samples)
+    source = EvaluatorSource(Shards(tmp_path))
+    assert [source.has_front(i) for i in range(2)] == [False, True]
+
+
 def test_other_true_captions_are_no_negatives(shards):
     batch = EvaluatorSource(shards).batch(Stream(0, 2, "x"), 6, 1, 9)
     for i, j in ((i, j) for i in range(6) for j in range(15)):

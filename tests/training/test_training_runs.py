@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from reference import stable_diffusion, upstream
-from test_batches import make_sample
+from test_batches import make_sample, picture
 from test_train import TINY, data, flags, pictures, tiny
 
 from mvdream_fast.checkpoints.open import load_model
@@ -224,3 +225,26 @@ def test_sigterm_saves_and_says_143(data, vae_model, tmp_path):
         ModelError, match=r"is a run that is not finished \(step \d+ of 1000000\): go on with it by --res"
     ):
         load_model(tmp_path)
+
+
+def test_smaller_images_and_pictures_beside_the_renders(vae_model, tmp_path):
+    """Renders of twice the model's size, and pictures: both are encoded, and their words are in the vocabulary."""
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    write_shard(shards_file(shards, "train"), [make_sample(30 * i, size=32) for i in range(4)])
+    write_shard(shards_file(shards, "held_out"), [make_sample(200, size=32)])
+    write_shard(shards_file(shards, "pictures"), [picture(i) for i in range(8)])
+    share = {"multi_view_share": 0.0, "cache_latents": True, "steps": 1}
+    main(flags(shards, out, vae=str(vae_model), **share))
+    files = sorted(path.name for path in out.glob("latents*.npy"))
+    assert files == ["latents-pictures.filled.npy", "latents-pictures.npy", "latents.filled.npy", "latents.npy"]
+    assert np.load(out / "latents-pictures.npy").shape == (8, 3, 1, 4, 4, 4)
+    assert np.load(out / "latents.npy").shape == (4, 3, 16, 4, 4, 4)
+    assert load_model(out / "model").tokenizer.encode("a picture3").unknown == [[]]
+    write_shard(shards_file(shards, "train"), [make_sample(0, size=24)])
+    with pytest.raises(ArgumentError, match="the model must be given images of 16 px, got shards of 24 px"):
+        main(flags(shards, tmp_path / "other", vae=str(vae_model), **share))
+
+
+def shards_file(folder, split):
+    folder.mkdir(exist_ok=True)
+    return folder / f"{split}-00000.tar"
