@@ -176,7 +176,7 @@ def test_the_order_of_products_and_exponentials_is_read():
 @pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_kv", "attention_backward_q"])
 def test_exponentials_run_during_products_on_an_h100(kernel):
     (row,) = (r for r in report.load()["rows"] if report.key(r) == ("attention d64", kernel, 90))
-    assert row["exp2_meanwhile"] >= 20
+    assert row["exp2_meanwhile"] >= 16  # half of those in a loop over 64 x 64 scores, by each of 128 threads
 
 
 def test_cards_with_99_kb_a_block_get_smaller_tiles():
