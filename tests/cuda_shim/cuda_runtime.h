@@ -260,6 +260,10 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, shim::lane() ^ bits);
 }
 template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int delta) {
+  return __shfl_sync(mask, value, std::min(shim::lane() + delta, 31));
+}
+template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int delta) {
   return __shfl_sync(mask, value, shim::lane() >= delta ? shim::lane() - delta : shim::lane());
 }
