@@ -135,7 +135,7 @@ def ray_count(op: str, n_rays: object) -> int:
 
 
 def check_range(op: str, name: str, indices: Tensor, n_rays: int) -> None:
-    """Indices of rays lie in [0, n_rays); one look at them, none in a graph and on CUDA, where index_add checks them."""
+    """Indices of rays lie in [0, n_rays): one look at them, none in a graph or on CUDA, where index_add checks them."""
     if indices.numel() and not torch.compiler.is_compiling() and not reads.reads_wait(indices.device):
         ends = [int(x) for x in torch.aminmax(indices)]
         require(ends[0] >= 0 and ends[1] < n_rays, op, name, f"in [0, {n_rays})", ends, "check n_rays")

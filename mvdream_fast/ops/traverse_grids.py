@@ -54,8 +54,8 @@ def traverse_grids(
     """Intervals of the rays inside occupied cells, with steps of max(step_size, t * cone_angle).
 
     Where several boxes hold a point, the first in the list decides. A step_size of 0 or less gives one interval per
-    occupied cell. Rays outside rays_mask have none. Not differentiable; the result's size needs one synchronisation on a
-    GPU, which also says whether the rays are fine.
+    occupied cell. Rays outside rays_mask have none. Not differentiable; the result's size, and whether the rays are
+    fine, needs one synchronisation on a GPU.
 
     rays_o, rays_d: [R, 3]. binaries: [n_grids, Gx, Gy, Gz] bool. aabbs: [n_grids, 6]. near, far: [R]. rays_mask: [R]
     bool, None for all rays.

@@ -219,6 +219,12 @@ inline cudaError_t cudaSetDevice(int device) {
   return shim::device = device, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 99 * 1024, cudaSuccess; }
+struct CUmemPool_st;
+using cudaMemPool_t = CUmemPool_st*;
+constexpr int cudaMemPoolAttrReleaseThreshold = 4;
+inline cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t*, int) { return cudaSuccess; }
+inline cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, int, void*) { return cudaSuccess; }
+inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, int, void*) { return cudaSuccess; }
 inline cudaError_t cudaMallocAsync(void** out, size_t bytes, cudaStream_t) {
   *out = std::malloc(bytes);
   if (*out != nullptr) std::memset(*out, 0xff, bytes);  // NaNs

@@ -106,6 +106,7 @@ def test_a_packing_that_is_none_touches_nothing_else(as_on_a_gpu):
         assert gradient[2:].tolist() == [6.0, 5, 4, 3, 2, 1]
 
 
+TOO_FINE = "rays_d must be of a length that crosses the box in at most"
 BAD_RAYS = [
     ({"far": torch.tensor([9, 9, math.nan, 9])}, "far must be a number, got NaN"),
     ({"near": torch.tensor([0, math.inf, 0, 0])}, "rays_o, rays_d and near must be finite"),
@@ -115,7 +116,7 @@ BAD_RAYS = [
         {"rays_d": torch.full((4, 3), 1e-12), "far": torch.full((4,), math.inf)},
         "rays_d must be of a length that crosses the box in at most",
     ),
-    ({"step_size": 1e-11}, "rays_d must be of a length that crosses the box in at most"),
+    ({"step_size": 1e-11}, TOO_FINE),
     ({"aabbs": torch.tensor([[-1.0, -1, 1, 1, 1, 1]])}, "aabbs must be finite, minimum below maximum"),
     ({"aabbs": torch.tensor([[-1.0, -1, -math.inf, 1, 1, 1]])}, "aabbs must be finite, minimum below maximum"),
     ({"aabbs": torch.tensor([[-1.0, -1, -1, 1, 1, math.nan]])}, "aabbs must be finite, minimum below maximum"),
