@@ -16,7 +16,7 @@ namespace mvdream_fast::cuda {
 struct Queue {
   CUstream_st* stream = nullptr;
   bool deterministic = false;  // sums into the table in fixed point, which any order of the threads leaves alike
-  bool tf32 = false;           // one tensor-core GEMM for a float32 one, to 10 bits, instead of three, to 21
+  bool tf32 = false;           // one tensor-core GEMM for a float32 one, to 10 bits, instead of three, to 20
   int device = -1;             // of the stream and of every pointer; -1 for the one that is current
 };
 

@@ -62,7 +62,7 @@ def field(
     feature_weights: Sequence[Tensor],
     spec: FieldSpec,
 ) -> tuple[Tensor, Tensor]:
-    """Density and colour of points of a hash-grid field; features never travel through memory.
+    """Density and colour of points of a hash-grid field.
 
     positions: [P, 3] float32 or float64 in scene units; the grid covers [-radius, radius]^3, points
                outside take the features of the nearest point in it (the density bias keeps falling). NaN is refused.
@@ -71,9 +71,10 @@ def field(
                64, 128, ending in 1 row (density) or 3 rows (colour).
     Gradients flow to positions, table and weights and are recomputed from the inputs: nothing is kept per sample.
     float32 runs natively. On a CPU: bit-identical for any number of threads, with at most 40 MB of scratch memory at
-    the default widths. On CUDA: on tensor cores, each GEMM as three of tf32 (21 bits), or as one (10 bits) where
-    torch.backends.cuda.matmul.allow_tf32 is set; bit-identical under torch.use_deterministic_algorithms, which costs 4
-    bytes a column and sample; a NaN position makes NaN outputs instead of an error, which would cost a synchronisation.
+    the default widths. On CUDA: on tensor cores, each GEMM as three of tf32 (20 bits), or as one (10 bits) where
+    torch.backends.cuda.matmul.allow_tf32 is set; 2^16 samples and more are encoded level by level, with 4 bytes of
+    scratch memory a column for 2^18 of them at most; bit-identical under torch.use_deterministic_algorithms, where the
+    backward pass takes them for every sample; a NaN position makes NaN outputs instead of an error, which would cost a synchronisation.
     float64 and second derivatives run through the plain-torch reference.
 
     Returns (sigmas [P], rgb [P, 3]).
