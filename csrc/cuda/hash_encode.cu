@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // Gradients of clamped coordinates vanish outside the cube, whose faces count as inside.
 template <int F>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, F == 8 ? 2 : 4)
     d_positions_kernel(const __grid_constant__ HashGrid grid, const float* table, Points points, const float* d_out,
                        Strides strides, bool add, float* d_positions) {
   for (int64_t i = thread_index(); i < points.n; i += n_threads()) {

@@ -26,7 +26,7 @@ __device__ Span span_of(const ScanArgs& args, int64_t ray) {
 }
 
 template <bool kWide, bool kProduct>
-__global__ void __launch_bounds__(kThreads) packed_scan_kernel(const __grid_constant__ ScanArgs args) {
+__global__ void __launch_bounds__(kThreads, 8) packed_scan_kernel(const __grid_constant__ ScanArgs args) {
   using T = Number<kWide>;
   const T* in = static_cast<const T*>(args.values);
   T* out = static_cast<T*>(args.out);
@@ -45,25 +45,23 @@ __global__ void __launch_bounds__(kThreads) packed_scan_kernel(const __grid_cons
   }
 }
 
-// The map x -> add + times x.
-struct Affine {
-  double add, times;
-};
-
-// The maps of this lane and of all after it, the last one first.
-__device__ Affine from_the_end(Affine own) {
+// Of maps x -> add + times x, one a lane: this lane's after those of all lanes behind it, the last one's first.
+__device__ inline void join_from_the_end(double* add, double* times) {
+#pragma unroll
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const Affine after = {__shfl_down_sync(kAllLanes, own.add, offset), __shfl_down_sync(kAllLanes, own.times, offset)};
-    if (lane_index() + offset < kWarp) own = {own.add + own.times * after.add, own.times * after.times};
+    const double add_behind = __shfl_down_sync(kAllLanes, *add, offset);
+    const double times_behind = __shfl_down_sync(kAllLanes, *times, offset);
+    if (lane_index() + offset >= kWarp) continue;
+    *add += *times * add_behind;
+    *times *= times_behind;
   }
-  return own;
 }
 
 // d_i = (product before i) * behind_i, with behind_i = d_out_i + x_{i+1} behind_{i+1}; exclusive products move d_out by
 // one. No division, so a factor of zero has its true gradient. The first pass goes from the end and leaves behind_i in
 // the result.
 template <bool kWide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     product_backward_kernel(const __grid_constant__ ScanArgs args, const Number<kWide>* d_out) {
   using T = Number<kWide>;
   const T* in = static_cast<const T*>(args.values);
@@ -74,10 +72,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t start = (span.n - 1) / kWarp * kWarp; start >= 0 && span.n > 0; start -= kWarp) {
       const int64_t j = start + lane_index(), i = span.first + j;
       const bool here = j < span.n, has_next = j + 1 < span.n;
-      Affine own = {0, 1};
-      if (here) own = {args.exclusive ? (has_next ? double(d_out[i + 1]) : 0.0) : d_out[i], has_next ? in[i + 1] : 0.0};
-      own = from_the_end(own);
-      const double value = own.add + own.times * behind;
+      double add = 0, times = 1;
+      if (here) add = !args.exclusive ? d_out[i] : has_next ? d_out[i + 1] : T(0);
+      if (here) times = has_next ? in[i + 1] : T(0);
+      join_from_the_end(&add, &times);
+      const double value = add + times * behind;
       if (here) out[i] = static_cast<T>(value);
       behind = __shfl_sync(kAllLanes, value, 0);
     }

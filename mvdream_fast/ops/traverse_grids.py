@@ -71,7 +71,7 @@ def traverse_grids(
     tensors = [_plain(rays_o), _plain(rays_d), rays_mask, _plain(near), _plain(far), binaries, _plain(aabbs)]
     tensors = [x if x is None else x.contiguous() for x in tensors]
     counts = torch.empty(2, n_rays, dtype=torch.int64, device=rays_o.device)  # of edges and of samples
-    status, t_last = counts.new_zeros(1, dtype=torch.int32), tensors[0].new_empty(n_rays)
+    status, t_last = counts.new_zeros(1, dtype=torch.int32), counts.new_empty(n_rays, dtype=torch.float32)
     rules = (n_rays, binaries.shape[0], tuple(binaries.shape[1:]), step_size, cone_angle)
     rules += (-1 if max_samples is None else max_samples,)
     inputs, found = list(map(address, tensors)), list(map(address, (*counts, t_last, status)))
