@@ -134,6 +134,7 @@ def bench_points(benchmark, op, backward):
     sizes = {"ours": ("", N_SAMPLES), "plain torch": ("_ref", N_SAMPLES)}
     if op == "field" and not backward:
         sizes["ours, 4 times the samples"] = "", 4 * N_SAMPLES
+    sizes["ours, a 32nd of the samples"] = "", N_SAMPLES >> 5  # few enough to be encoded where they are used
     row = f"{op} {'forward+backward' if backward else 'forward'}"
     builds = {f"{row}, {who}": partial(points_call, op, k, backward, n) for who, (k, n) in sizes.items()}
     compare(benchmark, "ns a sample", builds)
@@ -168,6 +169,27 @@ def bench_march_and_composite(benchmark, n_views):
     for who, op in (("ours", ops.composite), ("plain torch", ops.composite_ref)):
         builds[f"composite forward+backward {n_views} x 64 x 64, {who}"] = partial(composite_call, op, n_views)
     compare(benchmark, "ns a sample", builds)
+
+
+def scan_call(op, product: bool) -> Built:
+    _, samples, factor = marched(4)
+    values = torch.rand(samples.n_samples, device=DEVICE, requires_grad=True)
+    d_out = torch.rand_like(values)
+
+    def call():
+        torch.autograd.grad(op(values, samples.packed_info, product, True), values, d_out)
+
+    return call, factor
+
+
+@pytest.mark.parametrize("product", [False, True], ids=["sum", "product"])
+def bench_packed_scan(benchmark, product):
+    """Exclusive scans along the march's rays."""
+    row, contestants = (
+        f"packed_scan forward+backward, {'product' if product else 'sum'}",
+        (("ours", ops.packed_scan), ("plain torch", ops.packed_scan_ref)),
+    )
+    compare(benchmark, "ns a sample", {f"{row}, {who}": partial(scan_call, op, product) for who, op in contestants})
 
 
 def bench_update_occupancy(benchmark):

@@ -29,6 +29,7 @@ struct Queued {
 };
 using QueuedMarch = Queued<MarchArgs>;
 using QueuedPacked = Queued<Packed>;
+using QueuedScan = Queued<ScanArgs>;
 
 QueuedMarch march_args(Address rays_o, Address rays_d, Address jitter, Address near, Address far, float near_all,
                        float far_all, int64_t n_rays, Address bits, std::array<int, 3> resolution,
@@ -143,6 +144,65 @@ void bind_composite(py::module_& m) {
       NoGil());
 }
 
+void bind_scan(py::module_& m) {
+  py::class_<QueuedScan>(m, "ScanArgs")
+      .def(py::init([](Address values, Address packed_info, int64_t n_rays, int64_t n_samples, bool wide, bool product,
+                       bool exclusive, bool reverse, Address out, cuda::Queue queue) {
+        const ScanArgs args{at<void>(values),
+                            at<int64_t>(packed_info),
+                            n_rays,
+                            n_samples,
+                            wide,
+                            product,
+                            exclusive,
+                            reverse,
+                            at<void>(out),
+                            1};
+        return QueuedScan{args, queue};
+      }));
+  m.def("packed_scan", [](const QueuedScan& scan) { cuda::packed_scan(scan.args, scan.queue); }, NoGil());
+  m.def(
+      "packed_product_backward",
+      [](const QueuedScan& scan, Address d_out) {
+        cuda::packed_product_backward(scan.args, at<void>(d_out), scan.queue);
+      },
+      NoGil());
+}
+
+void bind_traverse(py::module_& m) {
+  m.def(
+      "traverse",
+      [](std::array<Address, 7> inputs, int64_t n_rays, int n_grids, std::array<int, 3> n, float step, float cone,
+         int64_t limit, std::array<Address, 4> counts, std::array<Address, 6> fill, cuda::Queue queue) {
+        cuda::traverse({at<float>(inputs[0]),
+                        at<float>(inputs[1]),
+                        at<uint8_t>(inputs[2]),
+                        at<float>(inputs[3]),
+                        at<float>(inputs[4]),
+                        at<uint8_t>(inputs[5]),
+                        at<float>(inputs[6]),
+                        n_rays,
+                        n_grids,
+                        {n[0], n[1], n[2]},
+                        step,
+                        cone,
+                        limit,
+                        at<int64_t>(counts[0]),
+                        at<int64_t>(counts[1]),
+                        at<float>(counts[2]),
+                        at<int>(counts[3]),
+                        at<int64_t>(fill[0]),
+                        at<int64_t>(fill[1]),
+                        at<float>(fill[2]),
+                        at<uint8_t>(fill[3]),
+                        at<uint8_t>(fill[4]),
+                        at<float>(fill[5]),
+                        1},
+                       queue);
+      },
+      NoGil());
+}
+
 void bind_hash_encode(py::module_& m) {
   m.def(
       "hash_encode_forward",
@@ -198,6 +258,8 @@ void bind_cuda(py::module_& m) {
   bind_march(m);
   bind_prune(m);
   bind_occupancy(m);
+  bind_scan(m);
+  bind_traverse(m);
   bind_hash_encode(m);
   bind_field(m);
   bind_render(m);
@@ -207,9 +269,16 @@ void bind_cuda(py::module_& m) {
 
 #ifdef MVDREAM_FAST_CUDA_HOST
 #include <cuda_runtime.h>
+
+#include "cuda/levels.h"
+
 PYBIND11_MODULE(_cuda_host, m) {
   mvdream_fast::bind_cuda(m);
   m.def("devices", [] { return std::array<int, 2>{shim::device, shim::launched_on}; });  // now, and of the last launch
   m.def("syncs", [] { return shim::syncs; });                                            // waits for a stream so far
+  m.def("set_slabs", [](int64_t from, int64_t samples) {
+    mvdream_fast::cuda::level_major_from = from;
+    mvdream_fast::cuda::slab_samples = samples;
+  });
 }
 #endif

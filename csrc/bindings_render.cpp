@@ -168,11 +168,18 @@ static void bind_rounds(py::module_& m) {
 static void bind_scan(py::module_& m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<ScanArgs>(m, "ScanArgs")
-      .def(py::init([](Address values, Address packed_info, int64_t n_rays, bool wide, bool product, bool exclusive,
-                       bool reverse, Address out, int n_threads) {
-        return ScanArgs{
-            at<void>(values), at<int64_t>(packed_info), n_rays, wide, product, exclusive, reverse, at<void>(out),
-            n_threads};
+      .def(py::init([](Address values, Address packed_info, int64_t n_rays, int64_t n_samples, bool wide, bool product,
+                       bool exclusive, bool reverse, Address out, int n_threads) {
+        return ScanArgs{at<void>(values),
+                        at<int64_t>(packed_info),
+                        n_rays,
+                        n_samples,
+                        wide,
+                        product,
+                        exclusive,
+                        reverse,
+                        at<void>(out),
+                        n_threads};
       }));
   m.def("packed_scan", [](const ScanArgs& args) { MVDREAM_FAST_CPU(packed_scan)(args); }, NoGil());
   m.def(
@@ -182,7 +189,7 @@ static void bind_scan(py::module_& m) {
   m.def(
       "traverse",
       [](std::array<Address, 7> inputs, int64_t n_rays, int n_grids, std::array<int, 3> n, float step, float cone,
-         int64_t limit, std::array<Address, 3> counts, std::array<Address, 6> fill, int n_threads) {
+         int64_t limit, std::array<Address, 4> counts, std::array<Address, 6> fill, int n_threads) {
         const TraverseArgs args{at<float>(inputs[0]),
                                 at<float>(inputs[1]),
                                 at<uint8_t>(inputs[2]),
@@ -199,6 +206,7 @@ static void bind_scan(py::module_& m) {
                                 at<int64_t>(counts[0]),
                                 at<int64_t>(counts[1]),
                                 at<float>(counts[2]),
+                                at<int>(counts[3]),
                                 at<int64_t>(fill[0]),
                                 at<int64_t>(fill[1]),
                                 at<float>(fill[2]),

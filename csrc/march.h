@@ -21,6 +21,7 @@ enum MarchStatus {
   kMarchJitter = 3,
   kMarchFar = 4,
   kMarchTooFine = 5,
+  kMarchBox = 6,
 };
 
 // A component of a direction this small moves no midpoint out of its cell: its axis never bounds a stretch.

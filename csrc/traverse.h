@@ -7,9 +7,37 @@
 
 #include <cmath>
 
-#include "hd.h"
+#include "march.h"
 
 namespace mvdream_fast {
+
+struct TraverseArgs {
+  const float* rays_o;   // [R, 3]
+  const float* rays_d;   // [R, 3]
+  const uint8_t* mask;   // [R], or null for all rays
+  const float* near;     // [R]
+  const float* far;      // [R]
+  const uint8_t* cells;  // [n_grids, n[0], n[1], n[2]]
+  const float* aabbs;    // [n_grids, 6]
+  int64_t n_rays;
+  int n_grids;
+  int n[3];
+  float step, cone;
+  int64_t limit;  // samples of a ray, negative for none
+  int64_t* n_edges;
+  int64_t* n_samples;
+  float* t_last;  // [R]
+  int* status;    // [1], raised to the highest MarchStatus of the rays; those with another than kMarchFine have nothing
+  // Filled where not null.
+  const int64_t* edge_starts;
+  const int64_t* sample_starts;
+  float* edges;
+  uint8_t* is_left;
+  uint8_t* is_right;
+  float* mids;
+  int n_threads;
+};
+
 namespace MVDREAM_FAST_ISA {
 
 constexpr int kMaxGrids = 16;
@@ -170,6 +198,63 @@ struct RayTraversal {
     }
   }
 };
+
+MVDREAM_FAST_HD GridStack grids_of(const TraverseArgs& args) {
+  return {args.cells, args.aabbs, args.n_grids, {args.n[0], args.n[1], args.n[2]}};
+}
+
+// Whether every box is finite and has its minimum below its maximum.
+MVDREAM_FAST_HD bool boxes_fine(const GridStack& grids) {
+  for (int i = 0; i < grids.n_grids; ++i) {
+    for (int a = 0; a < 3; ++a) {
+      const float low = grids.aabbs[6 * i + a], high = grids.aabbs[6 * i + a + 3];
+      if (!(low < high && 0.0f * low == 0.0f && 0.0f * high == 0.0f)) return false;
+    }
+  }
+  return true;
+}
+
+// Whether a ray can be traversed, of boxes that are fine.
+MVDREAM_FAST_HD MarchStatus status_of_traversal(const GridStack& grids, const float* o, const float* d, float near,
+                                                float far, float step) {
+  float finite = 0.0f * near, longest = 0;
+  for (int a = 0; a < 3; ++a) {
+    finite += 0.0f * o[a] + 0.0f * d[a];  // NaN if anything is infinite or NaN
+    longest = fmaxf(longest, fabsf(d[a]));
+  }
+  if (!(finite == 0.0f)) return kMarchNotFinite;
+  if (far != far) return kMarchFar;
+  if (longest < kParallel) return kMarchNoDirection;
+  if (!(step > 0)) return kMarchFine;
+  double extent = 0;
+  for (int i = 0; i < 3 * grids.n_grids; ++i) {
+    const float* side = grids.aabbs + i / 3 * 6 + i % 3;
+    extent = fmax(extent, static_cast<double>(side[3]) - side[0]);
+  }
+  const double way = fmin(extent / longest, static_cast<double>(far) - near);
+  return way <= static_cast<double>(kMostSteps) * step ? kMarchFine : kMarchTooFine;
+}
+
+// Counts what ray `ray` meets or, where the arguments have room for it, writes it down; `fine` is of the boxes.
+MVDREAM_FAST_HD MarchStatus traverse_ray(const TraverseArgs& args, const GridStack& grids, bool fine, int64_t ray) {
+  const float *o = args.rays_o + 3 * ray, *d = args.rays_d + 3 * ray, near = args.near[ray], far = args.far[ray];
+  const MarchStatus status = fine ? status_of_traversal(grids, o, d, near, far, args.step) : kMarchBox;
+  const Traversal rules{args.step, args.cone, args.limit < 0 ? INT64_MAX : args.limit};
+  TraversalSink sink;
+  RayTraversal walk{grids, rules, o, d, near, far, near, sink};
+  if (args.edges) {
+    const int64_t edge = args.edge_starts[ray], sample = args.sample_starts[ray];
+    sink.edges = args.edges + edge;
+    sink.is_left = args.is_left + edge;
+    sink.is_right = args.is_right + edge;
+    sink.mids = args.mids + sample;
+  }
+  if (status == kMarchFine && (args.mask == nullptr || args.mask[ray])) walk.run();
+  args.n_edges[ray] = sink.n_edges;
+  args.n_samples[ray] = sink.n_samples;
+  args.t_last[ray] = static_cast<float>(walk.t_last);
+  return status;
+}
 
 }  // namespace MVDREAM_FAST_ISA
 }  // namespace mvdream_fast

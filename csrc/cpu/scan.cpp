@@ -1,11 +1,6 @@
 // Sums and products along the rays of packed samples, and the general grid traversal, on CPUs.
 #include "cpu/scan.h"
 
-#include <cmath>
-#include <limits>
-
-#include "traverse.h"
-
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
 
@@ -59,25 +54,15 @@ void packed_product_backward(const ScanArgs& args, const void* d_out) {
 }
 
 void traverse(const TraverseArgs& args) {
-  const GridStack grids{args.cells, args.aabbs, args.n_grids, {args.n[0], args.n[1], args.n[2]}};
-  const Traversal rules{args.step, args.cone, args.limit < 0 ? std::numeric_limits<int64_t>::max() : args.limit};
-#pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(args.n_threads)
+  const GridStack grids = grids_of(args);
+  const bool fine = boxes_fine(grids);
+  int worst = fine ? kMarchFine : kMarchBox;
+#pragma omp parallel for schedule(dynamic, kRaysPerChunk) num_threads(args.n_threads) reduction(max : worst)
   for (int64_t ray = 0; ray < args.n_rays; ++ray) {
-    TraversalSink sink;
-    RayTraversal walk{grids, rules, args.rays_o + 3 * ray, args.rays_d + 3 * ray, args.near[ray], args.far[ray],
-                      0,     sink};
-    if (args.edges) {
-      const int64_t edge = args.edge_starts[ray], sample = args.sample_starts[ray];
-      sink.edges = args.edges + edge;
-      sink.is_left = args.is_left + edge;
-      sink.is_right = args.is_right + edge;
-      sink.mids = args.mids + sample;
-    }
-    if (args.mask[ray]) walk.run();
-    args.n_edges[ray] = sink.n_edges;
-    args.n_samples[ray] = sink.n_samples;
-    args.t_last[ray] = static_cast<float>(args.mask[ray] ? walk.t_last : args.near[ray]);
+    const int status = traverse_ray(args, grids, fine, ray);
+    worst = status > worst ? status : worst;
   }
+  *args.status = worst;
 }
 
 }  // namespace MVDREAM_FAST_ISA

@@ -1,8 +1,11 @@
 // The field's backward pass on GPUs, by recomputation: a block takes 16 samples for each of its warps, whose
 // activations lie in shared memory because the gradients of the weights are sums over all of them. Every sum of such a
 // gradient belongs to one lane of one block and blocks are added in their order, so that only the table's atomics
-// depend on the order of the threads.
-#include "cuda/fixed_point.h"
+// depend on the order of the threads. Of many samples the features come level by level from scratch memory, where their
+// gradients take their place.
+#include <algorithm>
+
+#include "cuda/levels.h"
 #include "cuda/networks.cuh"
 #include "cuda/ops.h"
 
@@ -21,10 +24,9 @@ struct Arguments {
   const float* d_sigmas;
   const float* d_rgb;
   float* d_table;
-  float* d_features;  // [n, width] instead of d_table in deterministic mode
-  float* d_positions;
-  float* partials;  // [blocks, networks.size], zeroed; null if no weight wants its gradient
-  bool staged;      // weights and their sums in shared memory
+  float* features;     // [n_levels, n, F] where not fused: read, then overwritten by their gradients
+  float* d_positions;  // where not fused the density bias's share only
+  float* partials;     // [blocks, networks.size], added to; null if no weight wants its gradient
 };
 
 // What a block keeps in shared memory, as offsets in floats; rows are samples.
@@ -60,7 +62,7 @@ __device__ void add_weight_gradient(const float* d, int d_stride, int rows, cons
       const float a[4] = {d[k * d_stride + row], d[k * d_stride + row + 8], d[(k + 4) * d_stride + row],
                           d[(k + 4) * d_stride + row + 8]};
       const float b[2] = {x[k * x_stride + column + g], x[(k + 4) * x_stride + column + g]};
-      multiply_add<kTf32>(c, split<4>(a), b);
+      multiply_add<kTf32>(c, factor_of<kTf32>(a), b);
     }
     for (int e = 0; e < 4; ++e) {
       const int r = row + e / 2 * 8;
@@ -75,7 +77,7 @@ __device__ inline void add_transposed(const Rows<W>& d, const float* weights, in
   const float* at = weights + column_of_lane() * stride + column + row_of_lane();
 #pragma unroll
   for (int k = 0; k < W / 8; ++k) {
-    const Split<4> a = as_factor(d.v[k]);
+    const Factor<4, kTf32> a = as_factor<kTf32>(d.v[k]);
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
       const float b[2] = {at[8 * k * stride + 8 * n], at[(8 * k + 1) * stride + 8 * n]};
@@ -123,8 +125,8 @@ __device__ inline float d_raw(const Field& field, const Arguments& args, int whi
 // to this warp's rows but in `block`, which is the block's memory. Returns the raw outputs' gradients of this lane.
 template <int W, bool kTf32>
 __device__ void network(const Field& field, const Networks& networks, const Layout& layout, const Arguments& args,
-                        int which, const float* weights, float* block, float* sums, const Sample (&samples)[2],
-                        float* d_out) {
+                        int which, const float* weights, float* block, bool with_sums, float* sums,
+                        const Sample (&samples)[2], float* d_out) {
   const Networks::Layer* layers = networks.layers[which];
   const int last = networks.n_layers[which] - 1, warp_row = threadIdx.x / kWarp * kRows;
   const int stride = layout.hidden_stride, per_layer = layout.n_rows * stride;
@@ -138,7 +140,7 @@ __device__ void network(const Field& field, const Networks& networks, const Layo
   for (int n = 0; n < networks.n_in / 8; ++n) {
     float v[4];
     for (int e = 0; e < 4; ++e) v[e] = x[at_fragment(layout.in_stride, n, e)];
-    add_product<W, kTf32>(as_factor(v), weights + layers[0].offset + 8 * n, layers[0].stride, rows.v);
+    add_product<W, kTf32>(as_factor<kTf32>(v), weights + layers[0].offset + 8 * n, layers[0].stride, rows.v);
   }
   relu(&rows);
   store_rows(rows, hidden, stride);
@@ -165,7 +167,7 @@ __device__ void network(const Field& field, const Networks& networks, const Layo
       rows.v[n][e] = sum;
     }
   }
-  if (sums != nullptr) {
+  if (with_sums) {
     add_weight_gradient<kTf32>(block + layout.outputs, kOutputStride, layers[last].rows,
                                block + layout.hidden + (last - 1) * per_layer, stride, W, layout.n_rows,
                                sums + layers[last].offset, layers[last].stride);
@@ -177,7 +179,7 @@ __device__ void network(const Field& field, const Networks& networks, const Layo
     store_rows(rows, hidden + i * per_layer, stride);
     __syncthreads();
     const float* in = i == 0 ? block + layout.features : block + layout.hidden + (i - 1) * per_layer;
-    if (sums != nullptr) {
+    if (with_sums) {
       add_weight_gradient<kTf32>(block + layout.hidden + i * per_layer, stride, W, in,
                                  i == 0 ? layout.in_stride : stride, i == 0 ? networks.n_in : W, layout.n_rows,
                                  sums + layers[i].offset, layers[i].stride);
@@ -205,7 +207,6 @@ __device__ inline void pass_on_pair(const Field& field, const Arguments& args, c
   const HashGrid& grid = field.grid;
   for (int f = 0; f < 2; ++f) {
     if (column + f >= grid.width()) return;
-    if (args.d_features != nullptr) args.d_features[sample.i * grid.width() + column + f] = d[f];
     if (grid.n_features > 1 && f == 1) return;
     const GridLevel& level = grid.levels[(column + f) / grid.n_features];
     const Cell cell = locate(level, sample.unit);
@@ -223,12 +224,36 @@ __device__ inline void pass_on_pair(const Field& field, const Arguments& args, c
   }
 }
 
-// The encoding's and the bias's share of d_positions; d_density is the raw density's gradient where t = 0.
+// A lane's pairs of columns of its two samples, 8 apart in its warp's rows `x` of features; their gradients begin at 0.
+template <bool kFused>
+__device__ inline void load_features(const Field& field, const Networks& networks, const Arguments& args,
+                                     const Sample (&samples)[2], int stride, float* x, float* d_x) {
+#pragma unroll 1
+  for (int n = 0; n < networks.n_in / 8; ++n) {
+    const int column = 8 * n + column_of_lane();
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const int64_t at = at_fragment(stride, n, 2 * s);
+      if constexpr (kFused) {
+        encode_pair(field.grid, field.table, samples[s].unit, column, x + at);
+      } else {
+        load_pair(field.grid, args.features, args.n, samples[s].i, column, x + at);
+      }
+      d_x[at] = d_x[at + 1] = 0;
+    }
+  }
+}
+
+// The bias's share of d_positions and, where fused, the encoding's: d_unit is this lane's, d_density the raw density's
+// gradient where t = 0.
+template <bool kFused>
 __device__ inline void store_d_positions(const Field& field, const Arguments& args, const Sample& sample, float* d_unit,
                                          float d_density) {
-  for (int axis = 0; axis < 3; ++axis) {
-    d_unit[axis] += __shfl_xor_sync(kAllLanes, d_unit[axis], 1);
-    d_unit[axis] += __shfl_xor_sync(kAllLanes, d_unit[axis], 2);
+  if constexpr (kFused) {
+    for (int axis = 0; axis < 3; ++axis) {
+      d_unit[axis] += __shfl_xor_sync(kAllLanes, d_unit[axis], 1);
+      d_unit[axis] += __shfl_xor_sync(kAllLanes, d_unit[axis], 2);
+    }
   }
   if (column_of_lane() != 0 || sample.i >= args.n) return;
   const float* p = sample.position;
@@ -241,18 +266,36 @@ __device__ inline void store_d_positions(const Field& field, const Arguments& ar
   }
 }
 
-template <int W, bool kTf32>
+// The way back out of the networks for one of the samples: its gradients are in `d`, 8 columns apart.
+template <bool kFused>
+__device__ inline void pass_on(const Field& field, const Networks& networks, const Arguments& args,
+                               const Sample& sample, const float* d, float d_density) {
+  float d_unit[3] = {0, 0, 0};
+#pragma unroll 1
+  for (int n = 0; n < networks.n_in; n += 8) {
+    const int column = n + column_of_lane();
+    if constexpr (kFused) {
+      if (sample.numbers) pass_on_pair(field, args, sample, column, d + n, d_unit);
+    } else {
+      store_pair(field.grid, d + n, args.n, sample.i, column, args.features);
+    }
+  }
+  if (args.d_positions != nullptr) store_d_positions<kFused>(field, args, sample, d_unit, d_density);
+}
+
+template <int W, bool kTf32, bool kStaged, bool kFused>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     field_backward_kernel(const __grid_constant__ Field field, const __grid_constant__ Networks networks,
                           const __grid_constant__ Arguments args) {
   MVDREAM_FAST_DYNAMIC_SHARED(float, block);
   const int n_warps = blockDim.x / kWarp, warp_row = threadIdx.x / kWarp * kRows;
-  const Layout layout(networks, n_warps, args.staged, args.partials != nullptr);
-  const float* weights = stage_weights(networks, args.weights, args.staged ? block + layout.weights : nullptr);
+  const Layout layout(networks, n_warps, kStaged, args.partials != nullptr);
+  const float* weights = stage_weights<kStaged>(networks, args.weights, block + layout.weights);
   float* partial = args.partials == nullptr ? nullptr : args.partials + int64_t(blockIdx.x) * networks.size;
-  float* sums = partial != nullptr && args.staged ? block + layout.sums : partial;
-  if (sums != nullptr && sums != partial) {
-    for (int i = threadIdx.x; i < networks.size; i += blockDim.x) sums[i] = 0;
+  float* sums = kStaged ? block + layout.sums : partial;
+  const bool with_sums = partial != nullptr;
+  if (kStaged && with_sums) {
+    for (int i = threadIdx.x; i < networks.size; i += blockDim.x) sums[i] = partial[i];
   }
   float* x = block + layout.features + warp_row * layout.in_stride;
   float* d_x = block + layout.d_features + warp_row * layout.in_stride;
@@ -263,35 +306,22 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
       const int64_t i = first + warp_row + row_of_lane() + 8 * s;
       samples[s] = make_sample(field, args.positions + 3 * i, i < args.n, i);
     }
-#pragma unroll 1
-    for (int n = 0; n < networks.n_in / 8; ++n) {
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        float* pair = x + at_fragment(layout.in_stride, n, 2 * s);
-        encode_pair(field.grid, field.table, samples[s].unit, 8 * n + column_of_lane(), pair);
-        d_x[at_fragment(layout.in_stride, n, 2 * s)] = d_x[at_fragment(layout.in_stride, n, 2 * s + 1)] = 0;
-      }
-    }
+    load_features<kFused>(field, networks, args, samples, layout.in_stride, x, d_x);
     float d_density[4], d_color[4];
-    network<W, kTf32>(field, networks, layout, args, 0, weights, block, sums, samples, d_density);
+    network<W, kTf32>(field, networks, layout, args, 0, weights, block, with_sums, sums, samples, d_density);
     if (args.d_rgb != nullptr) {
-      network<W, kTf32>(field, networks, layout, args, 1, weights, block, sums, samples, d_color);
+      network<W, kTf32>(field, networks, layout, args, 1, weights, block, with_sums, sums, samples, d_color);
     }
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      float d_unit[3] = {0, 0, 0};
-      const bool passes = args.d_features != nullptr ? samples[s].i < args.n : samples[s].numbers;
-#pragma unroll 1
-      for (int n = 0; passes && n < networks.n_in / 8; ++n) {
-        const float* d = d_x + at_fragment(layout.in_stride, n, 2 * s);
-        pass_on_pair(field, args, samples[s], 8 * n + column_of_lane(), d, d_unit);
-      }
-      if (args.d_positions != nullptr) store_d_positions(field, args, samples[s], d_unit, d_density[2 * s]);
+      const float* d = d_x + at_fragment(layout.in_stride, 0, 2 * s);
+      pass_on<kFused>(field, networks, args, samples[s], d, d_density[2 * s]);
     }
   }
-  if (sums == nullptr || sums == partial) return;
-  __syncthreads();
-  for (int i = threadIdx.x; i < networks.size; i += blockDim.x) partial[i] = sums[i];
+  if (kStaged && with_sums) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < networks.size; i += blockDim.x) partial[i] = sums[i];
+  }
 }
 
 // The blocks' parts in their order, in float64; d_density and d_color may be null.
@@ -320,37 +350,56 @@ bool field_backward(const Field& field, const float* positions, int64_t n, const
                     const FieldGradients& gradients, Queue queue) {
   const DeviceGuard guard(queue.device);
   const Networks networks = make_networks(field);
+  const HashGrid& grid = field.grid;
   const bool with_sums = gradients.density != nullptr || gradients.color != nullptr;
   const size_t limit = shared_limit();
   int n_warps = kMostWarps;
   const auto bytes = [&](bool staged) { return Layout(networks, n_warps, staged, with_sums).total * sizeof(float); };
-  const bool staged = bytes(true) <= limit;
+  const bool staged = bytes(true) <= limit, fused = is_fused(staged, n) && !queue.deterministic;
   while (n_warps > 1 && bytes(staged) > limit) --n_warps;
 
-  const int64_t n_blocks = blocks_for(n, n_warps * kRows, kGradientBlocks);
-  const bool fixed = gradients.table != nullptr && queue.deterministic;
+  // Fixed point is scaled by the largest of all gradients, so that they all have to be there.
+  const int64_t slab = fused || queue.deterministic ? n : std::min(n, slab_samples);
+  const int64_t n_blocks = blocks_for(slab, n_warps * kRows, kGradientBlocks);
   const Scratch<float> weights(networks.size, queue.stream);
   const Scratch<float> partials(with_sums ? n_blocks * networks.size : 0, queue.stream);
-  const Scratch<float> d_features(fixed ? n * field.grid.width() : 0, queue.stream);
+  const Scratch<float> features(fused ? 0 : slab * grid.width(), queue.stream);
   pad_networks(field, networks, weights.get(), queue.stream);
   if (with_sums) partials.zero(n_blocks * networks.size);
   if (gradients.table != nullptr) {
-    const int64_t size = field.grid.n_entries() * field.grid.n_features;
+    const int64_t size = grid.n_entries() * grid.n_features;
     check(cudaMemsetAsync(gradients.table, 0, size * sizeof(float), queue.stream), "field backward");
   }
-  const Arguments args = {
-      weights.get(),       positions,      n,     d_sigmas, d_rgb, fixed ? nullptr : gradients.table, d_features.get(),
-      gradients.positions, partials.get(), staged};
-  with_width(networks.width, queue.tf32, [&](auto width, auto tf32) {
-    launch("field backward", field_backward_kernel<width, tf32>, n_blocks, n_warps * kWarp, bytes(staged), queue.stream,
-           field, networks, args);
-  });
+  for (int64_t first = 0; first < n; first += slab) {
+    const Points points = {positions + 3 * first, std::min(slab, n - first), field.to_unit, 0.5f};
+    const Strides strides = level_major(grid, points.n);
+    if (!fused) encode_levels(grid, field.table, points, false, features.get(), strides, queue.stream);
+    float* d_positions = gradients.positions == nullptr ? nullptr : gradients.positions + 3 * first;
+    const Arguments args = {weights.get(),
+                            points.positions,
+                            points.n,
+                            d_sigmas == nullptr ? nullptr : d_sigmas + first,
+                            d_rgb == nullptr ? nullptr : d_rgb + 3 * first,
+                            gradients.table,
+                            features.get(),
+                            d_positions,
+                            partials.get()};
+    with_way(networks, queue.tf32, staged, fused, [&](auto width, auto tf32, auto staged, auto fused) {
+      launch("field backward", field_backward_kernel<width, tf32, staged, fused>, n_blocks, n_warps * kWarp,
+             bytes(staged), queue.stream, field, networks, args);
+    });
+    if (fused) continue;
+    if (gradients.table != nullptr) {
+      const auto scatter = queue.deterministic ? scatter_fixed : scatter_levels;
+      scatter(grid, points, features.get(), strides, gradients.table, queue.stream);
+    }
+    if (d_positions != nullptr) {
+      pull_positions(grid, field.table, points, features.get(), strides, true, d_positions, queue.stream);
+    }
+  }
   if (with_sums) {
     launch("field backward", add_parts_kernel, 32, 256, 0, queue.stream, field, networks, partials.get(), n_blocks,
            gradients.density, gradients.color);
-  }
-  if (fixed) {
-    scatter_fixed(field.grid, positions, field.to_unit, 0.5f, n, d_features.get(), gradients.table, queue.stream);
   }
   return true;
 }

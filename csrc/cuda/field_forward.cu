@@ -1,11 +1,15 @@
-// The field's forward pass on GPUs: no feature and no activation leaves the registers of its warp.
+// The field's forward pass on GPUs. Of few samples no feature leaves the registers of its warp; those of many are
+// encoded level by level into scratch memory first. Activations never leave the registers.
+#include <algorithm>
+
+#include "cuda/levels.h"
 #include "cuda/networks.cuh"
 #include "cuda/ops.h"
 
 namespace mvdream_fast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kMostBlocks = 1056;  // 8 of the H100's 132 processors' each
+constexpr int kThreads = 128, kMostBlocks = 2112;  // 16 of the H100's 132 processors' each
 constexpr float kNotANumber = __builtin_nanf("");
 
 __global__ void pad_kernel(const __grid_constant__ Field field, const __grid_constant__ Networks networks, float* out) {
@@ -22,21 +26,28 @@ __global__ void pad_kernel(const __grid_constant__ Field field, const __grid_con
   }
 }
 
-template <int W, bool kTf32>
-__global__ void __launch_bounds__(kThreads, W == 32 ? 2 : 1)
+template <int W, bool kTf32, bool kStaged, bool kFused>
+__global__ void __launch_bounds__(kThreads, W == 32 ? 4 : 2)
     field_forward_kernel(const __grid_constant__ Field field, const __grid_constant__ Networks networks,
-                         const float* padded_weights, bool staged, const float* positions, int64_t n, float* sigmas,
-                         float* rgb) {
+                         const float* padded_weights, const float* features, const float* positions, int64_t n,
+                         float* sigmas, float* rgb) {
   MVDREAM_FAST_DYNAMIC_SHARED(float, shared);
-  const float* weights = stage_weights(networks, padded_weights, staged ? shared : nullptr);
+  const float* weights = stage_weights<kStaged>(networks, padded_weights, shared);
   for (int64_t first = warp_index() * kRows; first < n; first += n_warps() * kRows) {
     Sample samples[2];
     for (int s = 0; s < 2; ++s) {
       const int64_t i = first + row_of_lane() + 8 * s;
       samples[s] = make_sample(field, positions + 3 * i, i < n, i);
     }
+    const auto pair = [&](int s, int column, float* out) {
+      if constexpr (kFused) {
+        encode_pair(field.grid, field.table, samples[s].unit, column, out);
+      } else {
+        load_pair(field.grid, features, n, samples[s].i, column, out);
+      }
+    };
     float density[4], color[4];
-    evaluate<W, kTf32>(field, networks, weights, samples, density, color);
+    evaluate<W, kTf32>(networks, weights, pair, density, color);
     for (int e = 0; e < 4; ++e) {
       const Sample& sample = samples[e / 2];
       const int column = column_of_lane() + e % 2;
@@ -62,15 +73,24 @@ void pad_networks(const Field& field, const Networks& networks, float* out, cuda
 bool field_forward(const Field& field, const float* positions, int64_t n, float* sigmas, float* rgb, Queue queue) {
   const DeviceGuard guard(queue.device);
   const Networks networks = make_networks(field);
+  const bool staged = fits_shared(networks), fused = is_fused(staged, n);
+  const int64_t slab = fused ? n : std::min(n, slab_samples);
   const Scratch<float> weights(networks.size, queue.stream);
+  const Scratch<float> features(fused ? 0 : slab * field.grid.width(), queue.stream);
   pad_networks(field, networks, weights.get(), queue.stream);
-  const size_t bytes = networks.size * sizeof(float);
-  const bool staged = bytes <= shared_limit() / 2;
-  with_width(networks.width, queue.tf32, [&](auto width, auto tf32) {
-    launch("field forward", field_forward_kernel<width, tf32>, blocks_for(n, kThreads / kWarp * kRows, kMostBlocks),
-           kThreads, staged ? bytes : 0, queue.stream, field, networks, weights.get(), staged, positions, n, sigmas,
-           rgb);
-  });
+  for (int64_t first = 0; first < n; first += slab) {
+    const Points points = {positions + 3 * first, std::min(slab, n - first), field.to_unit, 0.5f};
+    if (!fused) {
+      const Strides strides = level_major(field.grid, points.n);
+      encode_levels(field.grid, field.table, points, false, features.get(), strides, queue.stream);
+    }
+    with_way(networks, queue.tf32, staged, fused, [&](auto width, auto tf32, auto staged, auto fused) {
+      launch("field forward", field_forward_kernel<width, tf32, staged, fused>,
+             blocks_for(points.n, kThreads / kWarp * kRows, kMostBlocks), kThreads,
+             staged ? networks.size * sizeof(float) : 0, queue.stream, field, networks, weights.get(), features.get(),
+             points.positions, points.n, sigmas + first, rgb == nullptr ? nullptr : rgb + 3 * first);
+    });
+  }
   return true;
 }
 

@@ -80,12 +80,33 @@ inline size_t shared_limit() {
   return static_cast<size_t>(bytes);
 }
 
+// Lets the current device's pool keep so much of what is freed, about two calls' scratch memory: by itself it gives all
+// back whenever someone waits for the device, and the next call has to map it anew.
+constexpr uint64_t kKeptBytes = 96 << 20;
+inline void keep_scratch() {
+  thread_local int known = -1;  // the device that this was done for last
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  if (device == known) return;
+  cudaMemPool_t pool = nullptr;
+  uint64_t kept = 0;
+  check(cudaDeviceGetDefaultMemPool(&pool, device), "scratch memory");
+  check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "scratch memory");
+  if (kept < kKeptBytes) {
+    kept = kKeptBytes;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "scratch memory");
+  }
+  known = device;
+}
+
 // Memory between kernels of one call, freed in the stream's order.
 template <typename T>
 class Scratch {
  public:
   Scratch(int64_t n, cudaStream_t stream) : stream_(stream) {
-    if (n > 0) check(cudaMallocAsync(reinterpret_cast<void**>(&data_), n * sizeof(T), stream), "scratch memory");
+    if (n <= 0) return;
+    keep_scratch();
+    check(cudaMallocAsync(reinterpret_cast<void**>(&data_), n * sizeof(T), stream), "scratch memory");
   }
   ~Scratch() {
     if (data_ != nullptr) cudaFreeAsync(data_, stream_);

@@ -1,5 +1,5 @@
-// march_rays and prune_samples on GPUs: a thread takes a ray and makes the CPU's steps in the CPU's order, so that both
-// find the same samples to the bit.
+// march_rays, traverse_grids and prune_samples on GPUs: a thread takes a ray and makes the CPU's steps in the CPU's
+// order, so that both find the same samples to the bit.
 #include "cuda/launch.cuh"
 #include "cuda/ops.h"
 #include "cuda/walks.cuh"
@@ -102,6 +102,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads) traverse_kernel(const __grid_constant__ TraverseArgs args) {
+  const GridStack grids = grids_of(args);
+  const bool fine = boxes_fine(grids);
+  int worst = fine ? kMarchFine : kMarchBox;
+  for (int64_t ray = thread_index(); ray < args.n_rays; ray += n_threads()) {
+    const int status = traverse_ray(args, grids, fine, ray);
+    worst = status > worst ? status : worst;
+  }
+  if (worst != kMarchFine) atomicMax(args.status, worst);
+}
+
 }  // namespace
 
 static void find_worst(const MarchArgs& args, Worst* worst, Queue queue) {
@@ -154,6 +165,13 @@ void prune_fill(const Packed& samples, const uint8_t* keep, const int64_t* packe
   const DeviceGuard guard(queue.device);
   launch("prune fill", prune_fill_kernel, blocks_for(samples.n_rays, kThreads), kThreads, 0, queue.stream, samples,
          keep, packed_info, t_starts, t_ends);
+}
+
+void traverse(const TraverseArgs& args, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  // A block even without rays: every thread looks at the boxes.
+  const int64_t n_blocks = blocks_for(args.n_rays > 0 ? args.n_rays : 1, kThreads);
+  launch("traverse", traverse_kernel, n_blocks, kThreads, 0, queue.stream, args);
 }
 
 }  // namespace mvdream_fast::cuda

@@ -11,19 +11,22 @@
 
 namespace mvdream_fast::cuda {
 
-// To the nearest number of 10 bits behind the point.
+// To the nearest number of 10 bits behind the point: one instruction from sm_90 on.
 __device__ inline uint32_t to_tf32(float x) {
   uint32_t bits;
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#elif defined(__CUDACC__)
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
 #else
   std::memcpy(&bits, &x, sizeof bits);
-  if ((bits >> 23 & 0xff) != 0xff) bits += 0x1000;
+  if ((bits >> 23 & 0xff) != 0xff) bits += 0xfff + (bits >> 13 & 1);
   bits &= ~0x1fffu;
 #endif
   return bits;
 }
 
+// Tensor cores read the upper 19 bits of a factor, whatever the others are.
 __device__ inline void mma_tf32(float* c, const uint32_t* a, const uint32_t* b) {
 #ifdef __CUDACC__
   asm volatile(
@@ -35,8 +38,14 @@ __device__ inline void mma_tf32(float* c, const uint32_t* a, const uint32_t* b) 
   struct Fragments {
     float a[4], b[2];
   } own;
-  std::memcpy(own.a, a, sizeof own.a);
-  std::memcpy(own.b, b, sizeof own.b);
+  const auto read = [](const uint32_t* from, int n, float* to) {
+    for (int i = 0; i < n; ++i) {
+      const uint32_t bits = from[i] & ~0x1fffu;
+      std::memcpy(to + i, &bits, sizeof bits);
+    }
+  };
+  read(a, 4, own.a);
+  read(b, 2, own.b);
   const int g = lane_index() / 4, t = lane_index() % 4;
   shim::exchange(kAllLanes, own, [&](auto of) {
     for (int e = 0; e < 4; ++e) {
@@ -51,33 +60,43 @@ __device__ inline void mma_tf32(float* c, const uint32_t* a, const uint32_t* b) 
 #endif
 }
 
-// A float32 fragment as the sum of two of tf32: their three larger products carry 21 bits.
-template <int N>
-struct Split {
+// A float32 fragment for the tensor cores: rounded to tf32 where that is asked for (kTf32), else as a sum of two whose
+// three larger products carry about 20 bits. The high part is cut off rather than rounded, one logical operation; what
+// is left has 13 bits, of which the tensor cores read 11.
+template <int N, bool kTf32>
+struct Factor {
   uint32_t high[N], low[N];
 };
 
-template <int N>
-__device__ inline Split<N> split(const float* x) {
-  Split<N> result;
+template <bool kTf32, int N>
+__device__ inline Factor<N, kTf32> factor_of(const float (&x)[N]) {
+  Factor<N, kTf32> factor;
+#pragma unroll
   for (int i = 0; i < N; ++i) {
+    if (kTf32) {
+      factor.high[i] = to_tf32(x[i]);
+      continue;
+    }
+    uint32_t bits;
     float high;
-    result.high[i] = to_tf32(x[i]);
-    memcpy(&high, &result.high[i], sizeof high);
-    result.low[i] = to_tf32(x[i] - high);
+    memcpy(&bits, x + i, sizeof bits);
+    bits &= ~0x1fffu;
+    memcpy(&high, &bits, sizeof high);
+    factor.high[i] = bits;
+    const float low = x[i] - high;
+    memcpy(&factor.low[i], &low, sizeof low);
   }
-  return result;
+  return factor;
 }
 
-// kTf32 takes the larger product alone.
 template <bool kTf32>
-__device__ inline void multiply_add(float* c, const Split<4>& a, const float* b) {
-  const Split<2> both = split<2>(b);
+__device__ inline void multiply_add(float* c, const Factor<4, kTf32>& a, const float (&b)[2]) {
+  const Factor<2, kTf32> other = factor_of<kTf32>(b);
   if (!kTf32) {
-    mma_tf32(c, a.low, both.high);
-    mma_tf32(c, a.high, both.low);
+    mma_tf32(c, a.low, other.high);
+    mma_tf32(c, a.high, other.low);
   }
-  mma_tf32(c, a.high, both.high);
+  mma_tf32(c, a.high, other.high);
 }
 
 }  // namespace mvdream_fast::cuda

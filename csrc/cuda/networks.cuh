@@ -4,7 +4,10 @@
 // 4: the order of k is free as long as both factors keep it. So no activation is moved between lanes.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/encode.cuh"
+#include "cuda/levels.h"
 #include "cuda/mma.cuh"
 #include "field_types.h"
 
@@ -87,6 +90,24 @@ __device__ inline void encode_pair(const HashGrid& grid, const float* table, con
   }
 }
 
+// The same two columns of sample i out of level-major features [n_levels, n, F]; 0 outside. `column` is even.
+__device__ inline int64_t feature_at(const HashGrid& grid, int64_t n, int64_t i, int column) {
+  return (column / grid.n_features * n + i) * grid.n_features + column % grid.n_features;
+}
+__device__ inline void load_pair(const HashGrid& grid, const float* features, int64_t n, int64_t i, int column,
+                                 float* out) {
+  for (int f = 0; f < 2; ++f) {
+    out[f] = i < n && column + f < grid.width() ? features[feature_at(grid, n, i, column + f)] : 0.0f;
+  }
+}
+
+__device__ inline void store_pair(const HashGrid& grid, const float* v, int64_t n, int64_t i, int column,
+                                  float* features) {
+  for (int f = 0; f < 2; ++f) {
+    if (i < n && column + f < grid.width()) features[feature_at(grid, n, i, column + f)] = v[f];
+  }
+}
+
 // A lane's part of kRows rows and W columns: v[n] is its fragment of columns 8 n to 8 n + 7.
 template <int W>
 struct Rows {
@@ -109,14 +130,15 @@ __device__ inline void relu(Rows<W>* rows) {
 }
 
 // A result's fragment as a factor's.
-__device__ inline Split<4> as_factor(const float* v) {
+template <bool kTf32>
+__device__ inline Factor<4, kTf32> as_factor(const float* v) {
   const float a[4] = {v[0], v[2], v[1], v[3]};
-  return split<4>(a);
+  return factor_of<kTf32>(a);
 }
 
 // out += 8 columns of activations times the matrix's columns from `weights` on; N / 8 fragments of rows of weights.
 template <int N, bool kTf32>
-__device__ inline void add_product(const Split<4>& a, const float* weights, int stride, float (*out)[4]) {
+__device__ inline void add_product(const Factor<4, kTf32>& a, const float* weights, int stride, float (*out)[4]) {
   const float* row = weights + row_of_lane() * stride + column_of_lane();
 #pragma unroll
   for (int n = 0; n < N / 8; ++n) {
@@ -130,7 +152,7 @@ __device__ inline Rows<W> hidden_layer(const Rows<W>& in, const float* weights, 
   Rows<W> out;
   clear(&out);
 #pragma unroll
-  for (int k = 0; k < W / 8; ++k) add_product<W, kTf32>(as_factor(in.v[k]), weights + 8 * k, stride, out.v);
+  for (int k = 0; k < W / 8; ++k) add_product<W, kTf32>(as_factor<kTf32>(in.v[k]), weights + 8 * k, stride, out.v);
   relu(&out);
   return out;
 }
@@ -140,7 +162,7 @@ template <int W, bool kTf32>
 __device__ inline void output_layer(const Rows<W>& in, const float* weights, int stride, float* out) {
   float c[1][4] = {};
 #pragma unroll
-  for (int k = 0; k < W / 8; ++k) add_product<8, kTf32>(as_factor(in.v[k]), weights + 8 * k, stride, c);
+  for (int k = 0; k < W / 8; ++k) add_product<8, kTf32>(as_factor<kTf32>(in.v[k]), weights + 8 * k, stride, c);
   for (int e = 0; e < 4; ++e) out[e] = c[0][e];
 }
 
@@ -178,10 +200,11 @@ __device__ inline float density_slope(const Field& field, float raw) {
   return field.activation == DensityActivation::exp ? expf(raw) : sigmoid(raw);
 }
 
-// Raw outputs of a warp's 16 samples: the encoding goes into both first layers eight columns at a time.
-template <int W, bool kTf32>
-__device__ inline void evaluate(const Field& field, const Networks& networks, const float* weights,
-                                const Sample (&samples)[2], float* density, float* color) {
+// Raw outputs of a warp's 16 samples, whose features go into both first layers eight columns at a time:
+// features(s, column, out) writes columns `column` and `column + 1` of sample s of the lane's two.
+template <int W, bool kTf32, typename Features>
+__device__ inline void evaluate(const Networks& networks, const float* weights, Features features, float* density,
+                                float* color) {
   Rows<W> of_density, of_color;
   clear(&of_density);
   clear(&of_color);
@@ -189,10 +212,10 @@ __device__ inline void evaluate(const Field& field, const Networks& networks, co
 #pragma unroll 1
   for (int column = 0; column < networks.n_in; column += 8) {
     float first[2], second[2];
-    encode_pair(field.grid, field.table, samples[0].unit, column + column_of_lane(), first);
-    encode_pair(field.grid, field.table, samples[1].unit, column + column_of_lane(), second);
+    features(0, column + column_of_lane(), first);
+    features(1, column + column_of_lane(), second);
     const float a[4] = {first[0], second[0], first[1], second[1]};
-    const Split<4> factor = split<4>(a);
+    const Factor<4, kTf32> factor = factor_of<kTf32>(a);
     const Networks::Layer &d = networks.layers[0][0], &c = networks.layers[1][0];
     add_product<W, kTf32>(factor, weights + d.offset + column, d.stride, of_density.v);
     if (with_color) add_product<W, kTf32>(factor, weights + c.offset + column, c.stride, of_color.v);
@@ -204,27 +227,44 @@ __device__ inline void evaluate(const Field& field, const Networks& networks, co
   later_layers<W, kTf32>(networks, 1, weights, of_color, color);
 }
 
-// The padded networks in this block's shared memory, or where they were if they do not fit.
+// The padded networks in this block's shared memory. Those that don't fit stay where they are, in kernels of their own
+// (not kStaged): a pointer that may be either costs every load its address space.
+template <bool kStaged>
 __device__ inline const float* stage_weights(const Networks& networks, const float* weights, float* shared) {
-  if (shared == nullptr) return weights;
-  for (int i = threadIdx.x; i < networks.size; i += blockDim.x) shared[i] = weights[i];
-  __syncthreads();
-  return shared;
+  if constexpr (kStaged) {
+    for (int i = threadIdx.x; i < networks.size; i += blockDim.x) shared[i] = weights[i];
+    __syncthreads();
+    return shared;
+  } else {
+    return weights;
+  }
 }
+
+// Whether a block that evaluates the networks has room for them, with another beside it on the same processor.
+inline bool fits_shared(const Networks& networks) { return networks.size * sizeof(float) <= shared_limit() / 2; }
 
 // Queues the padding of a field's networks into `out` [networks.size].
 void pad_networks(const Field& field, const Networks& networks, float* out, cudaStream_t stream);
 
-// Calls body(width of the hidden layers, tf32) with both as compile-time constants.
+// Whether samples are encoded where they are used. Many are encoded level by level, for the sake of the L2 cache, and
+// so are all in front of networks that are read from global memory anyway, which saves that kernel an instantiation.
+inline bool is_fused(bool staged, int64_t n) { return staged && n < level_major_from; }
+
+// Calls body(width of the hidden layers, tf32, staged, fused) with all four as compile-time constants.
 template <typename Body>
-void with_width([[maybe_unused]] int width, bool tf32, Body body) {
-  const auto with_precision = [&](auto w) {
-    if (tf32) return body(w, std::true_type());
-    return body(w, std::false_type());
+void with_way(const Networks& networks, bool tf32, bool staged, bool fused, Body body) {
+  const auto with_memory = [&](auto width, auto precision) {
+    if (fused) return body(width, precision, std::true_type(), std::true_type());
+    if (staged) return body(width, precision, std::true_type(), std::false_type());
+    return body(width, precision, std::false_type(), std::false_type());
+  };
+  const auto with_precision = [&](auto width) {
+    if (tf32) return with_memory(width, std::true_type());
+    return with_memory(width, std::false_type());
   };
 #ifndef MVDREAM_FAST_DEFAULT_WIDTH_ONLY  // what a quick look at the compiler's output sets
-  if (width == 32) return with_precision(std::integral_constant<int, 32>());
-  if (width == 128) return with_precision(std::integral_constant<int, 128>());
+  if (networks.width == 32) return with_precision(std::integral_constant<int, 32>());
+  if (networks.width == 128) return with_precision(std::integral_constant<int, 128>());
 #endif
   return with_precision(std::integral_constant<int, 64>());
 }

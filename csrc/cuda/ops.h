@@ -6,6 +6,7 @@
 
 #include "cpu/field.h"
 #include "cpu/rays.h"
+#include "cpu/scan.h"
 
 struct CUstream_st;  // as the CUDA headers declare it, so that the bindings need none of them
 
@@ -15,7 +16,7 @@ namespace mvdream_fast::cuda {
 struct Queue {
   CUstream_st* stream = nullptr;
   bool deterministic = false;  // sums into the table in fixed point, which any order of the threads leaves alike
-  bool tf32 = false;           // one tensor-core GEMM for a float32 one, to 10 bits, instead of three, to 21
+  bool tf32 = false;           // one tensor-core GEMM for a float32 one, to 10 bits, instead of three, to 20
   int device = -1;             // of the stream and of every pointer; -1 for the one that is current
 };
 
@@ -47,6 +48,13 @@ bool field_backward(const Field& field, const float* positions, int64_t n, const
 // samples evaluated, which it returns.
 int64_t render(const Field& field, const MarchArgs& march, double least, double most, const float* background,
                int64_t background_stride, float* rgb, float* opacity, float* depth, Queue queue);
+
+// Of a packing that is none every ray takes what lies within the samples.
+void packed_scan(const ScanArgs& args, Queue queue);
+void packed_product_backward(const ScanArgs& args, const void* d_out, Queue queue);
+
+// The status must be 0 before.
+void traverse(const TraverseArgs& args, Queue queue);
 
 void composite_forward(const Packed& samples, const CompositeForward& args, Queue queue);
 void composite_backward(const Packed& samples, const CompositeBackward& args, Queue queue);

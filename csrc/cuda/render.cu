@@ -17,8 +17,7 @@ struct Arguments {
   MarchArgs march;
   OccupancyView grid;
   const float* weights;  // padded
-  bool staged;
-  double least, most;  // optical depths, as in prune_count
+  double least, most;    // optical depths, as in prune_count
   const float* background;
   int64_t background_stride;
   float* rgb;
@@ -79,7 +78,10 @@ __device__ inline void evaluate_lanes(const Field& field, const Networks& networ
       samples[s] = make_sample(field, p, true, 0);
     }
     float density[4], color[4] = {};
-    evaluate<W, kTf32>(field, networks, weights, samples, density, color);
+    const auto pair = [&](int s, int column, float* out) {
+      encode_pair(field.grid, field.table, samples[s].unit, column, out);
+    };
+    evaluate<W, kTf32>(networks, weights, pair, density, color);
     const int source = lane_index() % 8 * 4;  // of this lane's row, which is lane % 16
     const bool own = lane_index() / 16 == half, second = lane_index() % 16 >= 8;
     const auto take = [&](const float* v, int e, int lane, float* to) {
@@ -95,12 +97,12 @@ __device__ inline void evaluate_lanes(const Field& field, const Networks& networ
   for (int c = 0; c < 3; ++c) rgb[c] = field.color_sigmoid ? sigmoid(rgb[c]) : rgb[c];
 }
 
-template <int W, bool kTf32>
+template <int W, bool kTf32, bool kStaged>
 __global__ void __launch_bounds__(kThreads)
     render_kernel(const __grid_constant__ Field field, const __grid_constant__ Networks networks,
                   const __grid_constant__ Arguments args) {
   MVDREAM_FAST_DYNAMIC_SHARED(float, shared);
-  const float* weights = stage_weights(networks, args.weights, args.staged ? shared : nullptr);
+  const float* weights = stage_weights<kStaged>(networks, args.weights, shared);
   Ray ray;
   bool has = true;
   unsigned long long n_samples = 0;
@@ -136,14 +138,13 @@ int64_t render(const Field& field, const MarchArgs& march, double least, double 
   const Blocks blocks(march, queue.stream);
   pad_networks(field, networks, weights.get(), queue.stream);
   counters.zero(2);
-  const size_t bytes = networks.size * sizeof(float);
-  const bool staged = bytes <= shared_limit() / 2;
+  const bool staged = fits_shared(networks);
   const OccupancyView grid = make_view(march.bits, blocks.get(), march.resolution, march.aabb);
-  const Arguments args = {march, grid,    weights.get(), staged,        least, most, background, background_stride,
+  const Arguments args = {march, grid,    weights.get(), least,         most, background, background_stride,
                           rgb,   opacity, depth,         counters.get()};
-  with_width(networks.width, queue.tf32, [&](auto width, auto tf32) {
-    launch("render", render_kernel<width, tf32>, blocks_for(march.n_rays, kThreads, kMostBlocks), kThreads,
-           staged ? bytes : 0, queue.stream, field, networks, args);
+  with_way(networks, queue.tf32, staged, staged, [&](auto width, auto tf32, auto staged, auto) {
+    launch("render", render_kernel<width, tf32, staged>, blocks_for(march.n_rays, kThreads, kMostBlocks), kThreads,
+           staged ? networks.size * sizeof(float) : 0, queue.stream, field, networks, args);
   });
   unsigned long long taken[2] = {0, 0};
   check(cudaMemcpyAsync(taken, counters.get(), sizeof taken, cudaMemcpyDeviceToHost, queue.stream), "render");

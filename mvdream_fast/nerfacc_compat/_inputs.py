@@ -1,6 +1,8 @@
 """What the functions of this folder ask of their arguments, in the caller's names, before anything is broadcast.
 
 Every dtype of real numbers is taken: sums are made in at least float32, and results come back in the caller's dtype.
+Where to read a tensor's numbers is to wait for them, on CUDA, they are not read, as nerfacc doesn't: what is wrong with
+rays is then found by the traversal, and wrong packings give wrong results, which torch's indexing refuses at best.
 """
 
 from collections.abc import Sequence
@@ -10,8 +12,9 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from mvdream_fast.core import reads
 from mvdream_fast.ops._edges import FLOATS, check_same_device, check_shaped, require
-from mvdream_fast.ops._packing import check_packing, pack_sorted
+from mvdream_fast.ops._packing import check_packing, pack_runs, pack_sorted
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -48,10 +51,12 @@ def check_fits(op: str, name: str, x: Tensor, shape: Sequence[int], like: Tensor
 
 
 def check_rays(op: str, rays_o: Tensor, rays_d: Tensor) -> int:
-    """How many rays there are, both [R, 3] and numbers, directions not zero; one look at the device."""
+    """How many rays there are, both [R, 3] and numbers, directions not zero; one look at the numbers."""
     check_shaped(op, "rays_o", rays_o, (None, 3), FLOATS)
     check_shaped(op, "rays_d", rays_d, tuple(rays_o.shape), FLOATS)
     check_same_device(op, rays_o=rays_o, rays_d=rays_d)
+    if reads.reads_wait(rays_o.device):
+        return rays_o.shape[0]
     longest = rays_d.detach().double().abs().amax(-1)
     if bool((torch.isfinite(rays_o).all(-1) & torch.isfinite(longest) & (longest >= 1e-30)).all()):
         return rays_o.shape[0]
@@ -64,6 +69,8 @@ def check_rays(op: str, rays_o: Tensor, rays_d: Tensor) -> int:
 def check_bound(op: str, name: str, bound: Tensor, rays_o: Tensor, least: bool) -> None:
     """One distance a ray, [R]: finite where it is the least one, a number or infinity where it is the largest."""
     check_fits(op, name, bound, rays_o.shape[:1], rays_o)
+    if reads.reads_wait(bound.device):
+        return
     fine = bool((torch.isfinite(bound) if least else ~bound.isnan()).all())
     wanted, got = ("finite", "NaN or infinity") if least else ("a number", "NaN")
     require(fine, op, name, wanted, got, "look at what computes it")
@@ -87,19 +94,27 @@ def packing(
         packed_info = whole(op, "packed_info", packed_info, values)
         if torch.compiler.is_compiling():  # a graph cannot read values: the registered scan checks them when it runs
             return packed_info
-        return check_packing(op, shape[0], None, packed_info, n_rays)
+        return check_packing(op, shape[0], None, packed_info, n_rays, bounded=True)
     if ray_indices is None:
         return None
-    return pack(op, index_name, whole(op, index_name, ray_indices, values), shape[0], n_rays)
+    indices = whole(op, index_name, ray_indices, values)
+    if n_rays is None and reads.reads_wait(indices.device):
+        _check_indices(op, index_name, indices, shape[0])
+        return pack_runs(indices)
+    return pack(op, index_name, indices, shape[0], n_rays)
 
 
 def pack(op: str, name: str, indices: Tensor, n_samples: int, n_rays: int | None) -> Tensor:
     """Start and count of each ray, [R, 2], of sorted int64 indices [S]; without n_rays the last + 1."""
-    got = list(indices.shape)
-    require(got == [n_samples], op, name, f"of shape [{n_samples}]", got, "one ray a sample")
+    _check_indices(op, name, indices, n_samples)
     if n_rays is None:
         n_rays = max(int(indices[-1]) + 1, 0) if n_samples else 0
-    return pack_sorted(op, indices, ray_count(op, n_rays), name)
+    return pack_sorted(op, indices, ray_count(op, n_rays), name, bounded=True)
+
+
+def _check_indices(op: str, name: str, indices: Tensor, n_samples: int) -> None:
+    got = list(indices.shape)
+    require(got == [n_samples], op, name, f"of shape [{n_samples}]", got, "one ray a sample")
 
 
 def whole(op: str, name: str, x: Tensor, like: Tensor) -> Tensor:
@@ -120,8 +135,8 @@ def ray_count(op: str, n_rays: object) -> int:
 
 
 def check_range(op: str, name: str, indices: Tensor, n_rays: int) -> None:
-    """Indices of rays lie in [0, n_rays); one look at the device, none in a graph, where index_add checks them."""
-    if indices.numel() and not torch.compiler.is_compiling():
+    """Indices of rays lie in [0, n_rays): one look at them, none in a graph or on CUDA, where index_add checks them."""
+    if indices.numel() and not torch.compiler.is_compiling() and not reads.reads_wait(indices.device):
         ends = [int(x) for x in torch.aminmax(indices)]
         require(ends[0] >= 0 and ends[1] < n_rays, op, name, f"in [0, {n_rays})", ends, "check n_rays")
 

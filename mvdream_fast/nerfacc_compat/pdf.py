@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from mvdream_fast.core import reads
+from mvdream_fast.core.reads import read
 from mvdream_fast.nerfacc_compat._inputs import check_alike, floats, promoted, whole
 from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples, layouts
 from mvdream_fast.ops._edges import require
@@ -49,14 +51,13 @@ def importance_sampling(
     dtype, n_rays = promoted(intervals.vals, cdfs), edges.shape[0]
     vals, cdfs = floats(intervals.vals).flatten(), floats(cdfs).flatten()
     batched = not isinstance(n_intervals_per_ray, Tensor)
-    counts = _counts(n_intervals_per_ray, n_rays, vals)
+    counts, n_samples, n_edges = _counts(n_intervals_per_ray, n_rays, vals)
     packed = torch.stack([counts.cumsum(0) - counts, counts], -1)
-    n_samples = n_rays * int(n_intervals_per_ray) if batched else int(counts.sum())
     rays = rows_of(packed, n_samples)
     order = torch.arange(n_samples, device=cdfs.device) - packed[rays, 0]
     bias = torch.rand(n_rays, device=cdfs.device, dtype=cdfs.dtype) if stratified else cdfs.new_full((n_rays,), 0.5)
     samples = _invert(vals, cdfs, edges, counts, rays, order, bias)
-    new_edges, *new = _surround(vals, edges, packed, samples)
+    new_edges, *new = _surround(vals, edges, packed, samples, n_edges)
     new_edges, samples = new_edges.to(dtype), samples.to(dtype)
     if batched:
         shape, n = intervals.vals.shape[:-1] if intervals.vals.ndim > 1 else (n_rays,), int(n_intervals_per_ray)
@@ -64,18 +65,20 @@ def importance_sampling(
     return RayIntervals(new_edges, *new), RaySamples(samples, packed, rays)
 
 
-def _counts(n_intervals_per_ray: Tensor | int, n_rays: int, like: Tensor) -> Tensor:
-    """Samples of each ray, [R] int64."""
+def _counts(n_intervals_per_ray: Tensor | int, n_rays: int, like: Tensor) -> tuple[Tensor, int, int]:
+    """Samples of each ray, [R] int64, and how many samples and edges there are in all."""
     op, name = "importance_sampling", "n_intervals_per_ray"
     if isinstance(n_intervals_per_ray, Tensor):
         counts = whole(op, name, n_intervals_per_ray, like)
         got = list(counts.shape)
         require(got == [n_rays], op, name, f"of shape [{n_rays}]", got, "one number a ray")
-        require(bool((counts >= 0).all()), op, name, "at least 0", "a negative number", "pass counts")
-        return counts
+        n_samples, n_without, n_negative = read(torch.stack([counts.sum(), (counts == 0).sum(), (counts < 0).sum()]))
+        require(n_negative == 0, op, name, "at least 0", "a negative number", "pass counts")
+        return counts, n_samples, n_samples + n_rays - n_without
     positive = hasattr(n_intervals_per_ray, "__index__") and int(n_intervals_per_ray) > 0
     require(positive, op, name, "a number above 0, or one a ray", n_intervals_per_ray, "pass a count")
-    return torch.full((n_rays,), int(n_intervals_per_ray), device=like.device)
+    n = int(n_intervals_per_ray)
+    return torch.full((n_rays,), n, device=like.device), n_rays * n, n_rays * (n + 1)
 
 
 def _sample_from_weighted(
@@ -103,7 +106,10 @@ def _upper_bound(keys: Tensor, values: Tensor, base: Tensor, last: Tensor) -> Te
     low, high = base.clone(), last.clone()
     if keys.numel() == 0:
         return low
-    for _ in range(int((high - low).max()).bit_length() if low.numel() else 0):
+    longest = keys.shape[0]
+    if low.numel() and not reads.reads_wait(keys.device):
+        longest = int((high - low).max())
+    for _ in range(longest.bit_length()):
         middle = (low + high) // 2
         above = keys[middle.clamp(max=keys.shape[0] - 1)] > values
         searching = low < high
@@ -130,12 +136,12 @@ def _invert(vals, cdfs, edges, counts, rays, order, bias) -> Tensor:
     return torch.where(empty, 0, t)
 
 
-def _surround(vals, edges, packed, samples) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _surround(vals, edges, packed, samples, n_edges: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Edges halfway between a ray's samples, the outer ones as far out again but inside the ray: the packed fields."""
     counts = packed[:, 1]
-    n_edges = torch.where(counts > 0, counts + 1, 0)
-    info = torch.stack([n_edges.cumsum(0) - n_edges, n_edges], -1)
-    rays = rows_of(info, int(n_edges.sum()))
+    of_ray = torch.where(counts > 0, counts + 1, 0)
+    info = torch.stack([of_ray.cumsum(0) - of_ray, of_ray], -1)
+    rays = rows_of(info, n_edges)
     order = torch.arange(rays.shape[0], device=vals.device) - info[rays, 0]
     is_left, is_right = order < counts[rays], order > 0
     if rays.numel() == 0:

@@ -5,6 +5,7 @@ What the samples are, and where they come from, lives in the ops.
 
 import torch
 
+from mvdream_fast.core import reads
 from mvdream_fast.ops._edges import (
     check_tensors,
     require,
@@ -13,7 +14,17 @@ from mvdream_fast.ops._edges import (
 
 def pack_info(ray_indices: torch.Tensor, n_rays: int) -> torch.Tensor:
     """Start and count of each ray's samples, [R, 2] int64, from sorted ray_indices [S]."""
+    if reads.reads_wait(ray_indices.device):  # bincount reads the largest index
+        rays = torch.arange(n_rays + 1, device=ray_indices.device)
+        return packed_counts(torch.searchsorted(ray_indices, rays).diff())
     return packed_counts(torch.bincount(ray_indices, minlength=n_rays))
+
+
+def pack_runs(indices: torch.Tensor) -> torch.Tensor:
+    """Start and count of each run of equal indices [S], and of runs without samples after them, [S, 2] int64: for who
+    may not ask how many rays there are."""
+    runs = torch.nn.functional.pad((indices[1:] != indices[:-1]).cumsum(0), (1, 0))[: indices.shape[0]]
+    return pack_info(runs, indices.shape[0])
 
 
 def packed_counts(counts: torch.Tensor) -> torch.Tensor:
@@ -38,8 +49,12 @@ def exclusive_sum_packed(values: torch.Tensor, packed_info: torch.Tensor) -> tor
     return padded.cumsum(-1)[rows, columns]
 
 
-def check_packing(op, n_samples, ray_indices, packed_info, n_rays) -> torch.Tensor:
-    """The packing of n_samples samples as packed_info [R, 2], from whichever of the two descriptions is given."""
+def check_packing(op, n_samples, ray_indices, packed_info, n_rays, bounded=False) -> torch.Tensor:
+    """The packing of n_samples samples as packed_info [R, 2], from whichever of the two descriptions is given.
+
+    bounded: for an op that reads nothing outside of the samples, whatever the packing says: where reads wait, its
+    numbers are not looked at.
+    """
     one = (ray_indices is None) != (packed_info is None)
     require(one, op, "one of ray_indices and packed_info", "given", "both or none", "pass exactly one")
     check_tensors(op, **({"ray_indices": ray_indices} if packed_info is None else {"packed_info": packed_info}))
@@ -50,12 +65,14 @@ def check_packing(op, n_samples, ray_indices, packed_info, n_rays) -> torch.Tens
         )
         fits = tuple(ray_indices.shape) == (n_samples,)
         require(fits, op, "ray_indices", f"of shape [{n_samples}]", list(ray_indices.shape), "one ray a sample")
-        return pack_sorted(op, ray_indices, n_rays)
+        return pack_sorted(op, ray_indices, n_rays, bounded=bounded)
     require(packed_info.dtype == torch.int64, op, "packed_info", "int64", packed_info.dtype, "use .long()", TypeError)
     two = packed_info.ndim == 2 and packed_info.shape[1] == 2
     require(two, op, "packed_info", "of shape [n_rays, 2]", list(packed_info.shape), "pass start and count of each ray")
     same = n_rays is None or n_rays == packed_info.shape[0]
     require(same, op, "n_rays", f"{packed_info.shape[0]} as in packed_info", n_rays, "leave it out")
+    if bounded and reads.reads_wait(packed_info.device):
+        return packed_info
     starts, counts = packed_info.unbind(-1)
     tight = bool((counts >= 0).all() & (starts == counts.cumsum(0) - counts).all()) and int(counts.sum()) == n_samples
     require(
@@ -64,9 +81,9 @@ def check_packing(op, n_samples, ray_indices, packed_info, n_rays) -> torch.Tens
     return packed_info
 
 
-def pack_sorted(op, ray_indices, n_rays, name="ray_indices") -> torch.Tensor:
-    """`pack_info` of int64 indices that are checked to be sorted and in range."""
-    if ray_indices.numel():
+def pack_sorted(op, ray_indices, n_rays, name="ray_indices", bounded=False) -> torch.Tensor:
+    """`pack_info` of int64 indices that are checked to be sorted and in range; bounded: as in `check_packing`."""
+    if ray_indices.numel() and not (bounded and reads.reads_wait(ray_indices.device)):
         ordered = bool((ray_indices[1:] >= ray_indices[:-1]).all())
         require(ordered, op, name, "sorted", "a decreasing index", "sort the samples by ray")
         first, last = int(ray_indices[0]), int(ray_indices[-1])

@@ -3,7 +3,7 @@
 No weights live here (`field.volume` owns them) and nothing about rays (`ops.march_rays`, `ops.composite`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from dataclasses import field as default
 from functools import cache
@@ -30,6 +30,7 @@ from mvdream_fast.ops.hash_encode import (
     HashGrid,
     check_positions_and_table,
     check_same_dtype,
+    hash_encode_at_once,
     hash_encode_ref,
     require_no_nan,
 )
@@ -62,7 +63,7 @@ def field(
     feature_weights: Sequence[Tensor],
     spec: FieldSpec,
 ) -> tuple[Tensor, Tensor]:
-    """Density and colour of points of a hash-grid field; features never travel through memory.
+    """Density and colour of points of a hash-grid field.
 
     positions: [P, 3] float32 or float64 in scene units; the grid covers [-radius, radius]^3, points
                outside take the features of the nearest point in it (the density bias keeps falling). NaN is refused.
@@ -71,10 +72,11 @@ def field(
                64, 128, ending in 1 row (density) or 3 rows (colour).
     Gradients flow to positions, table and weights and are recomputed from the inputs: nothing is kept per sample.
     float32 runs natively. On a CPU: bit-identical for any number of threads, with at most 40 MB of scratch memory at
-    the default widths. On CUDA: on tensor cores, each GEMM as three of tf32 (21 bits), or as one (10 bits) where
-    torch.backends.cuda.matmul.allow_tf32 is set; bit-identical under torch.use_deterministic_algorithms, which costs 4
-    bytes a column and sample; a NaN position makes NaN outputs instead of an error, which would cost a synchronisation.
-    float64 and second derivatives run through the plain-torch reference.
+    the default widths. On CUDA: on tensor cores, each GEMM as three of tf32 (20 bits), or as one (10 bits) where
+    torch.backends.cuda.matmul.allow_tf32 is set; 2^16 samples and more are encoded level by level, with 4 bytes of
+    scratch memory a column for 2^18 of them at most; bit-identical under torch.use_deterministic_algorithms, where the
+    backward pass takes them for every sample; a NaN position makes NaN outputs instead of an error, which would cost a
+    synchronisation. float64 and second derivatives run through plain torch.
 
     Returns (sigmas [P], rgb [P, 3]).
     Raises ValueError for wrong shapes and NaN, TypeError for other dtypes, RuntimeError for mixed devices.
@@ -126,8 +128,8 @@ def field_ref(
 ) -> tuple[Tensor, Tensor]:
     """The contract of `field` in plain torch, in any floating dtype and on any device."""
     features = _encode_ref(positions, table, spec)
-    rgb = _mlp_ref(features, feature_weights)
-    return _density_ref(features, positions, density_weights, spec), rgb.sigmoid() if spec.color_sigmoid else rgb
+    rgb = _color_ref(features, feature_weights, spec)
+    return _density_ref(features, positions, density_weights, spec), rgb
 
 
 def field_density_ref(positions: Tensor, table: Tensor, density_weights: Sequence[Tensor], spec: FieldSpec) -> Tensor:
@@ -135,17 +137,22 @@ def field_density_ref(positions: Tensor, table: Tensor, density_weights: Sequenc
     return _density_ref(_encode_ref(positions, table, spec), positions, density_weights, spec)
 
 
-def _encode_ref(positions: Tensor, table: Tensor, spec: FieldSpec) -> Tensor:
+def _encode_ref(positions: Tensor, table: Tensor, spec: FieldSpec, encode: Callable = hash_encode_ref) -> Tensor:
     # Scene units to the unit cube, rounded once, as one fused multiply-add does.
     to_unit = torch.tensor(0.5 / spec.radius, dtype=positions.dtype).double()
     unit = (positions.double() * to_unit + 0.5).to(positions.dtype)
-    return hash_encode_ref(unit, table, spec.grid)
+    return encode(unit, table, spec.grid)
 
 
 def _mlp_ref(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     for weight in weights[:-1]:
         x = F.relu(F.linear(x, weight))
     return F.linear(x, weights[-1])
+
+
+def _color_ref(features: Tensor, weights: Sequence[Tensor], spec: FieldSpec) -> Tensor:
+    rgb = _mlp_ref(features, weights)
+    return rgb.sigmoid() if spec.color_sigmoid else rgb
 
 
 def _density_ref(features: Tensor, positions: Tensor, weights: Sequence[Tensor], spec: FieldSpec) -> Tensor:
@@ -235,10 +242,9 @@ def _spec_of(numbers: tuple[float, ...], activation: Literal["softplus", "exp"],
 
 def _twice(*arguments) -> tuple[Tensor, Tensor | None]:
     positions, table, *weights, spec, n_density = arguments
-    density, color = weights[:n_density], weights[n_density:]
-    if not color:
-        return field_density_ref(positions, table, density, spec), None
-    return field_ref(positions, table, density, color, spec)
+    features = _encode_ref(positions, table, spec, hash_encode_at_once)
+    rgb = _color_ref(features, weights[n_density:], spec) if len(weights) > n_density else None
+    return _density_ref(features, positions, weights[:n_density], spec), rgb
 
 
 def _fake(positions, table, density_weights, feature_weights, *_):

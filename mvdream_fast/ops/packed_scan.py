@@ -2,7 +2,7 @@
 
 import torch
 
-from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, thread_count
+from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, queue_of
 from mvdream_fast.ops._packing import check_packing, rows_of
 from mvdream_fast.ops._registered import differentiable, register
 
@@ -12,25 +12,24 @@ def packed_scan(
 ) -> torch.Tensor:
     """Running sum (or product) of values [S] along each ray, of the samples up to each one, or (exclusive) before it.
 
-    Differentiable once on a CPU; the gradient of a product is right for factors of zero, too.
-    packed_info: [R, 2] int64, start and count of each ray, ray after ray without gaps.
+    Differentiable, twice through the plain-torch reference; the gradient of a product is right for factors of zero,
+    too. packed_info: [R, 2] int64, start and count of each ray, ray after ray without gaps; on CUDA that is not looked
+    at, which would cost a synchronisation: of another packing the values come as they come.
 
     Returns: [S]. Raises: ValueError, TypeError, RuntimeError for unfitting arguments.
     """
-    if torch.compiler.is_compiling() and not values.is_cuda:
+    if torch.compiler.is_compiling():
         return torch.ops.mvdream_fast.packed_scan(values, packed_info, product, exclusive)
     check_shaped("packed_scan", "values", values, (None,))
     check_same_device("packed_scan", values=values, packed_info=packed_info)
-    packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None)
+    packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None, bounded=True)
     return checked_scan(values, packed_info, product, exclusive)
 
 
 def checked_scan(values, packed_info, product=False, exclusive=False) -> torch.Tensor:
     """`packed_scan` of arguments that have been checked."""
-    if torch.compiler.is_compiling() and not values.is_cuda:
+    if torch.compiler.is_compiling():
         return torch.ops.mvdream_fast.packed_scan(values, packed_info, product, exclusive)
-    if values.is_cuda:
-        return packed_scan_ref(values, packed_info, product, exclusive)
     return _PackedScan.apply(values, packed_info, product, exclusive)
 
 
@@ -50,12 +49,12 @@ def packed_scan_ref(values, packed_info, product=False, exclusive=False) -> torc
 
 def _forward(values, packed_info, product, exclusive) -> torch.Tensor:
     values, packed_info, out = values.contiguous(), packed_info.contiguous(), torch.empty_like(values)
-    load_native("packed_scan").packed_scan(_args(values, packed_info, product, exclusive, False, out))
+    load_native("packed_scan", values).packed_scan(_args(values, packed_info, product, exclusive, False, out))
     return out
 
 
 def _backward(cotangents, kept, wanted, values, packed_info, product, exclusive) -> list[torch.Tensor]:
-    native, values, d_out = load_native("packed_scan"), values.contiguous(), cotangents[0].contiguous()
+    native, values, d_out = load_native("packed_scan", values), values.contiguous(), cotangents[0].contiguous()
     packed_info, d_values = packed_info.contiguous(), torch.empty_like(values)
     if product:
         native.packed_product_backward(_args(values, packed_info, True, exclusive, False, d_values), d_out.data_ptr())
@@ -65,20 +64,23 @@ def _backward(cotangents, kept, wanted, values, packed_info, product, exclusive)
 
 
 def _checked(values, packed_info, product, exclusive) -> torch.Tensor:
-    return _forward(values, check_packing("packed_scan", values.shape[0], None, packed_info, None), product, exclusive)
+    packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None, bounded=True)
+    return _forward(values, packed_info, product, exclusive)
 
 
-_PackedScan = differentiable(_forward, _backward)
+_PackedScan = differentiable(_forward, _backward, twice=packed_scan_ref)
+_in_graphs = differentiable(_checked, _backward)
 register(
     "packed_scan(Tensor values, Tensor packed_info, bool product, bool exclusive) -> Tensor",
-    cpu=differentiable(_checked, _backward),
+    cpu=_in_graphs,
+    cuda=_in_graphs,
     fake=lambda values, *_: values.new_empty(values.shape),
 )
 
 
 def _args(values, packed_info, product, exclusive, reverse, out):
     flags = (values.dtype == torch.float64, product, exclusive, reverse)
-    native = load_native("packed_scan")
-    return native.ScanArgs(
-        *(address(values), address(packed_info), packed_info.shape[0], *flags, address(out)), thread_count()
+    sizes = packed_info.shape[0], values.shape[0]
+    return load_native("packed_scan", values).ScanArgs(
+        *(address(values), address(packed_info), *sizes, *flags, address(out), queue_of(values))
     )

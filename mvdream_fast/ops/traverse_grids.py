@@ -1,6 +1,6 @@
 """Traversal of nested occupancy grids with steps that may grow, or cell by cell: what `march_rays` does not cover.
 
-Runs on the CPU for tensors of any device. One grid with a fixed step is `march_rays`, which is faster and exact.
+One grid with a fixed step is `march_rays`, which is faster and exact.
 """
 
 import math
@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import torch
 
+from mvdream_fast.core.reads import read
 from mvdream_fast.ops._edges import (
     address,
+    check_same_device,
     check_shaped,
     check_tensors,
     load_native,
+    queue_of,
     require,
-    thread_count,
 )
 from mvdream_fast.ops.march_rays import raise_for
 
@@ -52,7 +54,8 @@ def traverse_grids(
     """Intervals of the rays inside occupied cells, with steps of max(step_size, t * cone_angle).
 
     Where several boxes hold a point, the first in the list decides. A step_size of 0 or less gives one interval per
-    occupied cell. Rays outside rays_mask have none. Not differentiable.
+    occupied cell. Rays outside rays_mask have none. Not differentiable; the result's size, and whether the rays are
+    fine, needs one synchronisation on a GPU.
 
     rays_o, rays_d: [R, 3]. binaries: [n_grids, Gx, Gy, Gz] bool. aabbs: [n_grids, 6]. near, far: [R]. rays_mask: [R]
     bool, None for all rays.
@@ -63,28 +66,36 @@ def traverse_grids(
     Source: the conventions of nerfacc 0.5.3.
     """
     _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, rays_mask)
-    n_rays, device = rays_o.shape[0], rays_o.device
-    mask = torch.ones(n_rays, dtype=torch.bool) if rays_mask is None else rays_mask
-    tensors = [_host(x) for x in (rays_o, rays_d, mask.to(torch.uint8), near, far, binaries.to(torch.uint8), aabbs)]
-    native, limit = load_native("traverse_grids"), -1 if max_samples is None else max_samples
-    n_edges, n_samples = torch.empty(2, n_rays, dtype=torch.int64)
-    t_last = torch.empty(n_rays, dtype=torch.float32)
-    rules = (n_rays, binaries.shape[0], tuple(binaries.shape[1:]), step_size, cone_angle, limit)
-    inputs, counts = list(map(address, tensors)), list(map(address, (n_edges, n_samples, t_last)))
-    native.traverse(inputs, *rules, counts, [0] * 6, thread_count())
-    edge_starts, sample_starts = n_edges.cumsum(0) - n_edges, n_samples.cumsum(0) - n_samples
-    edges, mids = t_last.new_empty(int(n_edges.sum())), t_last.new_empty(int(n_samples.sum()))
-    is_left, is_right = torch.empty(2, edges.shape[0], dtype=torch.uint8)
-    fill = list(map(address, (edge_starts, sample_starts, edges, is_left, is_right, mids)))
-    native.traverse(inputs, *rules, counts, fill, thread_count())
-    edge_info, sample_info = torch.stack([edge_starts, n_edges], -1), torch.stack([sample_starts, n_samples], -1)
-    out = (edges, is_left.bool(), is_right.bool(), edge_info, mids, sample_info, t_last)
-    return Traversed(*(x.to(device) for x in out))
+    n_rays, native = rays_o.shape[0], load_native("traverse_grids", rays_o)
+    # [R] bool, and [n_grids, x, y, z]: one byte each
+    tensors = [_plain(rays_o), _plain(rays_d), rays_mask, _plain(near), _plain(far), binaries, _plain(aabbs)]
+    tensors = [x if x is None else x.contiguous() for x in tensors]
+    counts = torch.empty(2, n_rays, dtype=torch.int64, device=rays_o.device)  # of edges and of samples
+    status, t_last = counts.new_zeros(1, dtype=torch.int32), counts.new_empty(n_rays, dtype=torch.float32)
+    rules = (n_rays, binaries.shape[0], tuple(binaries.shape[1:]), step_size, cone_angle)
+    rules += (-1 if max_samples is None else max_samples,)
+    inputs, found = list(map(address, tensors)), list(map(address, (*counts, t_last, status)))
+    native.traverse(inputs, *rules, found, [0] * 6, queue_of(rays_o))
+    starts = counts.cumsum(1) - counts
+    worst, n_edges, n_samples = read(torch.cat([status, counts.sum(1)]))
+    _raise_for(worst)
+    edges, mids = t_last.new_empty(n_edges), t_last.new_empty(n_samples)
+    is_left, is_right = torch.empty(2, n_edges, dtype=torch.bool, device=rays_o.device)
+    fill = list(map(address, (*starts, edges, is_left, is_right, mids)))
+    native.traverse(inputs, *rules, found, fill, queue_of(rays_o))
+    edge_info, sample_info = torch.stack([starts, counts], -1)
+    return Traversed(edges, is_left, is_right, edge_info, mids, sample_info, t_last)
 
 
-def _host(x: torch.Tensor) -> torch.Tensor:
-    x = x.detach().cpu().contiguous()
-    return x.float() if x.is_floating_point() else x
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().float()
+
+
+def _raise_for(status: int) -> None:
+    op = "traverse_grids"
+    boxes = "finite, minimum below maximum"
+    require(status != 6, op, "aabbs", boxes, "other boxes", "pass (x0, y0, z0, x1, y1, z1)")
+    raise_for(op, status)
 
 
 def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, rays_mask) -> None:
@@ -96,19 +107,10 @@ def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, ra
     check_shaped(op, "far", far, (n_rays,))
     require(binaries.ndim == 4, op, "binaries", "[n_grids, x, y, z]", list(binaries.shape), "add the axis of the grids")
     check_shaped(op, "aabbs", aabbs, (binaries.shape[0], 6))
+    check_same_device(op, rays_o=rays_o, rays_d=rays_d, binaries=binaries, aabbs=aabbs, near=near, far=far)
     few = 0 < binaries.shape[0] <= MAX_GRIDS and binaries.numel() > 0
     require(few, op, "binaries", f"1 to {MAX_GRIDS} grids of at least a cell", list(binaries.shape), "use fewer levels")
-    boxes = bool(torch.isfinite(aabbs).all() & (aabbs[:, :3] < aabbs[:, 3:]).all())
-    require(boxes, op, "aabbs", "finite, minimum below maximum", "other boxes", "pass (x0, y0, z0, x1, y1, z1)")
-    finite = bool(torch.isfinite(rays_o).all() & torch.isfinite(rays_d).all() & torch.isfinite(near).all())
-    raise_for(op, 0 if finite else 1)
-    longest = rays_d.double().abs().amax(-1)
-    raise_for(op, 0 if bool((longest >= 1e-30).all()) else 2)
-    raise_for(op, 4 if bool(far.isnan().any()) else 0)
     require(not math.isnan(step_size), op, "step_size", "a number", "NaN", "pass 0 for one interval per cell")
-    if step_size > 0 and n_rays:  # the limit of march_rays, with more steps than which a ray would not end
-        way = torch.minimum((aabbs[:, 3:] - aabbs[:, :3]).max() / longest, far.double() - near.double())
-        raise_for(op, 0 if float(way.max()) <= 2**32 * step_size else 5)
     require(cone_angle >= 0, op, "cone_angle", "at least 0", cone_angle, "pass the growth of the step per distance")
     if rays_mask is not None:
         is_bool = isinstance(rays_mask, torch.Tensor) and rays_mask.dtype == torch.bool
@@ -116,3 +118,4 @@ def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, ra
         require(is_bool, op, "rays_mask", "a bool tensor", got, "compare it with something", TypeError)
         fits = tuple(rays_mask.shape) == (n_rays,)
         require(fits, op, "rays_mask", f"of shape [{n_rays}]", list(rays_mask.shape), "one value a ray")
+        check_same_device(op, rays_o=rays_o, rays_mask=rays_mask)

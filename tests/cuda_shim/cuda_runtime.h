@@ -219,6 +219,12 @@ inline cudaError_t cudaSetDevice(int device) {
   return shim::device = device, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 99 * 1024, cudaSuccess; }
+struct CUmemPool_st;
+using cudaMemPool_t = CUmemPool_st*;
+constexpr int cudaMemPoolAttrReleaseThreshold = 4;
+inline cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t*, int) { return cudaSuccess; }
+inline cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, int, void*) { return cudaSuccess; }
+inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, int, void*) { return cudaSuccess; }
 inline cudaError_t cudaMallocAsync(void** out, size_t bytes, cudaStream_t) {
   *out = std::malloc(bytes);
   if (*out != nullptr) std::memset(*out, 0xff, bytes);  // NaNs
@@ -258,6 +264,10 @@ T __shfl_sync(unsigned mask, T value, int source) {
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, shim::lane() ^ bits);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int delta) {
+  return __shfl_sync(mask, value, std::min(shim::lane() + delta, 31));
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int delta) {

@@ -24,13 +24,16 @@ GROWTH = 1.1
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 # Kernels a training step or a rendered image spends its time in, at the default widths.
 HOT = re.compile(
-    r"composite_|march_|prune_|sample_positions|encode_kernel<2>|scatter_kernel<2>|(field_\w+|render)_kernel<64"
+    r"composite_|march_|prune_|sample_positions|encode_kernel<2>|scatter_kernel<2>|(field_\w+|render)_kernel<64|packed_|"
+    r"product_|transpose_"
 )
-CLASSES = {"MarchArgs", "Packed", "Queue"}
+# Instructions on sm_90 of the field's kernels for few samples, with three products of tf32 for each of float32.
+MOST_INSTRUCTIONS = {"field_forward_kernel<64,0,1,1>": 3800, "field_backward_kernel<64,0,1,1>": 8000}
+CLASSES = {"MarchArgs", "Packed", "Queue", "ScanArgs"}
 FUNCTIONS = {
     *("march_status", "march_count", "march_fill", "sample_positions", "prune_count", "prune_fill", "update_occupancy"),
     *("composite_forward", "composite_backward", "hash_encode_forward", "hash_encode_backward"),
-    *("field_forward", "field_backward", "render"),
+    *("field_forward", "field_backward", "render", "packed_scan", "packed_product_backward", "traverse"),
 }
 
 pytestmark = [
@@ -78,6 +81,30 @@ def parse_usage(dump):
     return found
 
 
+def count_instructions(dump):
+    """architecture -> name -> how many instructions, of `cuobjdump --dump-sass`, how many of them load from shared
+    memory, and how many from where only a run can tell."""
+    found, arch, name = {}, None, None
+    for line in dump.splitlines():
+        if here := re.search(r"^\s*arch = (sm_\d+)|^\s*code for (sm_\d+)", line):
+            arch = here[1] or here[2]
+        elif entry := re.search(r"Function : (\w+)", line):
+            name = kernel_name(entry[1])
+            found.setdefault(arch, {})[name] = {"instructions": 0, "shared_loads": 0, "generic_loads": 0}
+        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
+            kernel = found[arch][name]
+            kernel["instructions"] += 1
+            kernel["shared_loads"] += code[1] == "LDS"
+            kernel["generic_loads"] += code[1] == "LD"
+    return found
+
+
+def cuobjdump(option, path):
+    triton = importlib.util.find_spec("triton") or pytest.skip("cuobjdump comes with triton, which is not installed")
+    command = [Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump", option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def compile_all(arch, folder, flags=()):
     """Every kernel of csrc/cuda for one architecture; warnings are errors."""
 
@@ -87,7 +114,9 @@ def compile_all(arch, folder, flags=()):
         command += [ROOT / f"csrc/cuda/{source}.cu", "-o", folder / f"{source}.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{source} for sm_{arch}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        return parse(done.stdout + done.stderr)
+        kernels = parse(done.stdout + done.stderr)
+        counts = count_instructions(cuobjdump("--dump-sass", folder / f"{source}.cubin"))[f"sm_{arch}"]
+        return {name: kernel | counts[name] for name, kernel in kernels.items()}
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return {name: kernel for kernels in pool.map(compile_one, SOURCES) for name, kernel in kernels.items()}
@@ -105,6 +134,8 @@ def check(arch, kernels, part=False):
     assert len(hot) >= 12
     # A spilled register lies in the stack frame.
     assert {name: kernels[name]["stack_bytes"] for name in hot if kernels[name]["stack_bytes"]} == {}
+    # Of which memory it is, each load knows when it is compiled.
+    assert {name: kernel["generic_loads"] for name, kernel in kernels.items() if kernel["generic_loads"]} == {}
     known = json.loads(RECORD.read_text())[arch]
     assert kernels.keys() <= known.keys() if part else kernels.keys() == known.keys()
     worse = {
@@ -117,7 +148,13 @@ def check(arch, kernels, part=False):
 
 
 def test_hopper_at_the_default_width(tmp_path):
-    check("sm_90", compile_all(90, tmp_path, ["-DMVDREAM_FAST_DEFAULT_WIDTH_ONLY"]), part=True)
+    kernels = compile_all(90, tmp_path, ["-DMVDREAM_FAST_DEFAULT_WIDTH_ONLY"])
+    check("sm_90", kernels, part=True)
+    assert {
+        name: kernels[name]["instructions"]
+        for name, most in MOST_INSTRUCTIONS.items()
+        if kernels[name]["instructions"] > most
+    } == {}
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +173,11 @@ def extension():
 
 @pytest.fixture(scope="module")
 def usage(extension):
-    triton = importlib.util.find_spec("triton") or pytest.skip("cuobjdump comes with triton, which is not installed")
-    cuobjdump = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
-    dumped = subprocess.run([cuobjdump, "--dump-resource-usage", extension], capture_output=True, text=True, check=True)
-    found = parse_usage(dumped.stdout)
+    found, counts = (
+        read(cuobjdump(option, extension))
+        for read, option in ((parse_usage, "--dump-resource-usage"), (count_instructions, "--dump-sass"))
+    )
+    found = {arch: {name: k | counts[arch][name] for name, k in kernels.items()} for arch, kernels in found.items()}
     if os.environ.get("MVDREAM_FAST_RECORD"):
         write_record(found)
     return found
@@ -179,6 +217,7 @@ def say_what_it_can(library):
     field = native.Field(grid, 0.5, 10.0, 0.5, False, True, 0, [(0, 16, 2), (0, 1, 16)], [(0, 16, 2), (0, 3, 16)])
     march = cuda.MarchArgs(*[0] * 5, 0.0, 9.0, 4, 0, [4, 4, 4], box, 0.1, -1, queue)
     packed = cuda.Packed(0, 0, 0, 4, queue)
+    scan = cuda.ScanArgs(0, 0, 4, 0, False, True, False, False, 0, queue)
     calls = {
         "march_status": (march,),
         "march_count": (march, 0, 0),
@@ -188,6 +227,9 @@ def say_what_it_can(library):
         "prune_fill": (packed, 0, 0, 0, 0),
         "update_occupancy": (0, 8, 0, 0, 8, 0.95, 0.01, 0, 0, queue),
         "composite_forward": (packed, *[0] * 9),
+        "packed_scan": (scan,),
+        "packed_product_backward": (scan, 0),
+        "traverse": ([0] * 7, 4, 1, [4, 4, 4], 0.1, 0.0, -1, [0] * 4, [0] * 6, queue),
         "composite_backward": (packed, *[0] * 6, [0] * 5, 0, 0, 0),
         "hash_encode_forward": (grid, 0, 0, 4, 0, queue),
         "hash_encode_backward": (grid, 0, 0, 4, 0, 1 << 20, 0, queue),
@@ -221,6 +263,14 @@ Resource usage:
  Function _ZN4cuda20field_forward_kernelILi64ELb0EEEv:
   REG:40 STACK:8 SHARED:1152 LOCAL:0 CONSTANT[0]:424"""
     assert parse_usage(dump) == {"sm_90": {"field_forward_kernel<64,0>": expected}}
+    dump = """	code for sm_90
+		Function : _ZN4cuda20field_forward_kernelILi64ELb0EEEv
+        /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
+                                                               /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDS.64 R2, [R0] ;           /* 0x00000a00ff017b82 */
+        /*0020*/               @P0 LD.E R2, [R0] ;             /* 0x00000a00ff017b82 */"""
+    counts = {"instructions": 3, "shared_loads": 1, "generic_loads": 1}
+    assert count_instructions(dump) == {"sm_90": {"field_forward_kernel<64,0>": counts}}
 
 
 if __name__ == "__main__":

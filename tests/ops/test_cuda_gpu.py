@@ -12,9 +12,11 @@ import pytest
 import test_composite
 import test_cuda_host
 import test_field
+import test_grid
 import test_hash_encode
 import test_march_rays
 import test_render_op
+import test_scan
 import test_update_occupancy
 import torch
 
@@ -80,8 +82,9 @@ def ops_on_the_gpu(monkeypatch):
         test_composite: ("composite", "march_rays"),
         test_march_rays: ("march_rays", "prune_samples"),
         test_render_op: ("render",),
+        test_scan: ("packed_scan",),
         test_update_occupancy: ("update_occupancy",),
-        ops: ("composite", "field", "field_density", "hash_encode", "march_rays", "prune_samples"),
+        ops: ("composite", "field", "field_density", "hash_encode", "march_rays", "prune_samples", "traverse_grids"),
         Samples: ("positions",),
     }.items():
         for name in names:
@@ -113,6 +116,8 @@ borrow(
         "test_bounds_of_each_ray_follow_it_into_its_chunk",
     ],
 )
+borrow(test_scan, only="parity_with_the_reference")
+borrow(test_grid, only="traversal")
 for what in ("fused_render", "deterministic_", "fixed_point_", "nan_positions_"):
     borrow(test_cuda_host, only=what)
 

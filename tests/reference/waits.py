@@ -57,7 +57,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         indices = args[1] if str(func) in BY_INDEX else ()
-        if str(func).startswith(READS) or any(i is not None and i.dtype == torch.bool for i in indices):
+        sized = (kwargs or {}).get("output_size") is not None  # repeat_interleave, told
+        if (str(func).startswith(READS) and not sized) or any(i is not None and i.dtype == torch.bool for i in indices):
             self._count()
         return func(*args, **(kwargs or {}))
 

@@ -14,7 +14,7 @@ from mvdream_fast.nerfacc_compat.volrend import render_visibility_from_alpha, re
 from mvdream_fast.ops._edges import require
 from mvdream_fast.ops.march_rays import unpack_bits
 from mvdream_fast.ops.traverse_grids import MAX_GRIDS
-from mvdream_fast.ops.update_occupancy import update_occupancy
+from mvdream_fast.ops.update_occupancy import run_update
 
 
 class OccGridEstimator(AbstractEstimator):
@@ -99,7 +99,8 @@ class OccGridEstimator(AbstractEstimator):
         answer = alpha_fn if sigma_fn is None else sigma_fn
         if answer is None or not (alpha_thre > 0 or early_stop_eps > 0) or not t_starts.numel():
             return ray_indices, t_starts, t_ends
-        alpha_thre = min(alpha_thre, self.occs.mean().item())
+        if alpha_thre > 0:
+            alpha_thre = min(alpha_thre, self.occs.mean().item())
         packed_info = pack_info(ray_indices, rays_o.shape[0])
         values = answer(t_starts, t_ends, ray_indices)
         check_alike("sampling", t_starts=t_starts, **{"alphas" if sigma_fn is None else "sigmas": values})
@@ -111,7 +112,8 @@ class OccGridEstimator(AbstractEstimator):
             keep = render_visibility_from_alpha(
                 values, packed_info, early_stop_eps=early_stop_eps, alpha_thre=alpha_thre
             )
-        return ray_indices[keep], t_starts[keep], t_ends[keep]
+        kept = torch.nonzero(keep)[:, 0]
+        return ray_indices[kept], t_starts[kept], t_ends[kept]
 
     def _check_sampling(self, rays_o, rays_d, near_plane, far_plane, t_min, t_max, step_size, cone_angle) -> None:
         op = "sampling"
@@ -205,7 +207,7 @@ class OccGridEstimator(AbstractEstimator):
         chosen = self._get_all_cells() if warm else self._sample_uniform_and_occupied_cells(self.cells_per_lvl // 4)
         values = [self._probe(level, cells, occ_eval_fn) for level, cells in enumerate(chosen)]
         cells = [level * self.cells_per_lvl + cells for level, cells in enumerate(chosen)]
-        occs, bits = update_occupancy(widened(self.occs), torch.cat(values), torch.cat(cells), ema_decay, occ_thre)
+        occs, bits = run_update(widened(self.occs), torch.cat(values), torch.cat(cells), ema_decay, occ_thre)
         self.occs.copy_(occs)
         self.binaries.copy_(unpack_bits(bits, occs.shape[0]).view_as(self.binaries))
 

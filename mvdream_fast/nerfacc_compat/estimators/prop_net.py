@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mvdream_fast.core import reads
 from mvdream_fast.nerfacc_compat._inputs import check_alike, check_fits, check_tensor, floats, ray_count
 from mvdream_fast.nerfacc_compat.data_specs import RayIntervals
 from mvdream_fast.nerfacc_compat.estimators.base import AbstractEstimator
@@ -77,6 +78,8 @@ class PropNetEstimator(AbstractEstimator):
         for name, x in planes.items():
             check_fits("sampling", name, x, (n_rays, 1), x)
         near, far = planes.values()
+        if any(reads.reads_wait(x.device) for x in (near, far)):
+            return [x.to(self.device) for x in (near, far)]
         require(bool((near < far).all()), "sampling", "far_plane", "above near_plane", far_plane, "swap them")
         if sampling_type == "lindisp":
             remedy = 'move it away from the camera, or pass sampling_type="uniform"'

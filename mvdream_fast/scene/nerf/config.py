@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 BYTES_PER_SAMPLE = 80  # of a training step of the renderer
 PRUNE_BYTES = 8192 * 110  # a block of rays before pruning on a CPU, per sample of a ray
 MARCHED_BYTES = 28  # of a sample before pruning on a GPU: two distances, a position, a density, whether it stays, room
+FEATURES_AT_ONCE = 1 << 18  # samples whose features the field's kernels write down together
 LearningRate = Annotated[float, Interval(ge=0, lt=10)]
 
 
@@ -97,7 +98,8 @@ class NerfConfig(Checked):
         if gpu_memory is not None:
             block = min(n_rays, rays_at_once(gpu_memory, self.samples_per_ray))
             before_pruning = block * self.samples_per_ray * MARCHED_BYTES
+        features = 4 * volume.n_levels * volume.n_features * min(samples, FEATURES_AT_ONCE)
         return {
-            "the renderer's samples": samples * BYTES_PER_SAMPLE + before_pruning,
+            "the renderer's samples": samples * BYTES_PER_SAMPLE + before_pruning + features,
             "the volume and its optimiser": 16 * volume.spec.grid.n_entries * volume.n_features,
         }
