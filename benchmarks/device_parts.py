@@ -191,7 +191,7 @@ def launches() -> Found:
     x, weight, hidden = random(8, 320, 8, 8), random(320), random(8 * 64, 2560)
     calls = {
         "cross_view_attention": lambda: ops.cross_view_attention(q, k, v, 4),
-        "group_norm_silu": lambda: ops.group_norm_silu(x, 32, weight, weight),
+        "group_norm_silu": lambda: ops.group_norm_silu(x, weight, weight, 32),
         "geglu": lambda: ops.geglu(hidden),
         "torch.empty_like": lambda: torch.empty_like(hidden),
     }
@@ -262,8 +262,8 @@ def field() -> Found:
 
 def _marched_points(n: int) -> torch.Tensor:
     """Points along rays, in the order in which a march makes them, in [-1, 1]^3: [n, 3]."""
-    _, samples, _ = marched(1)
-    points = samples.positions()
+    march, samples, _ = marched(1)
+    points = samples.positions(*march.args[:2])  # of the march's rays
     return (points.repeat(-(-n // len(points)), 1)[:n] / points.abs().max()).contiguous()
 
 
