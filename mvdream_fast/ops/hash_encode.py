@@ -168,10 +168,16 @@ def hash_encode_at_once(positions: Tensor, table: Tensor, grid: HashGrid) -> Ten
 
 @cache
 def _level_columns(grid: HashGrid, device: torch.device) -> list[Tensor]:
-    """Scale (float64), resolution, size, offset and whether it is hashed, of each level: [levels, 1] each."""
-    names = ("scale", "resolution", "size", "offset", "hashed")
-    columns = [np.array([getattr(level, name) for level in grid.levels]) for name in names]
-    return [torch.from_numpy(column).to(device)[:, None] for column in columns]
+    """Scale (float64), resolution, size, offset and whether it is hashed, of each level: [levels, 1] each.
+
+    Filled in where they are used: a copy to a GPU would wait for it.
+    """
+    names = {"scale": torch.float64, "resolution": torch.int64, "size": torch.int64, "offset": torch.int64}
+    names["hashed"] = torch.bool
+    return [
+        torch.stack([torch.full((1,), getattr(level, name), dtype=dtype, device=device) for level in grid.levels])
+        for name, dtype in names.items()
+    ]
 
 
 def _forward(positions: Tensor, table: Tensor, grid: HashGrid) -> Tensor:
