@@ -233,8 +233,8 @@ def test_not_enough_memory_is_4_and_leaves_nothing(model, capsys, monkeypatch):
 
 
 def test_a_run_that_diverges_is_6_and_leaves_a_report(model, capsys, monkeypatch):
-    plain = ScoreDistillation.encode
-    monkeypatch.setattr(ScoreDistillation, "encode", lambda *arguments: plain(*arguments) * float("nan"))
+    plain = ScoreDistillation._encode
+    monkeypatch.setattr(ScoreDistillation, "_encode", lambda *arguments: plain(*arguments) * float("nan"))
     assert command("a red car", "--model", model, "--steps", "30", *SETTLED) == 6
     captured = capsys.readouterr()
     assert "not finite, again after a recovery" in captured.err
