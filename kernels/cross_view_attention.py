@@ -51,14 +51,12 @@ def attention_forward(
     q_strides, k_strides, v_strides, camera_q_strides, camera_k_strides, camera_v_strides,
     views, tokens, heads, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
-    EVEN: tl.constexpr, ALIGN: tl.constexpr,
-    CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr, PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr, KEEP: tl.constexpr,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, CAMERA_Q: tl.constexpr, CAMERA_K: tl.constexpr, CAMERA_V: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one scene against all its keys.
+    """One program: BLOCK_M queries of one head of one scene against all its keys. KEEP stores what the backward needs.
 
     AHEAD asks for the next tile's scores before this tile's softmax, so that tensor cores work during exponentials.
-    KEEP stores what the backward needs.
     """
     length = views * tokens
     n_blocks = tl.cdiv(length, BLOCK_M)
@@ -69,8 +67,7 @@ def attention_forward(
         q, camera_q, scene, head, rows, views, tokens, q_strides, camera_q_strides,
         D, BLOCK_D, FLAT, EVEN, ALIGN, CAMERA_Q,
     )  # fmt: skip
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    peak, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if AHEAD:
         _, ahead = key_scores(

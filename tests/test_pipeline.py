@@ -217,6 +217,7 @@ def test_words_that_others_stand_in_for_are_named_first():
         "'violin' was not trained on: it is read as 'electric guitar'",
         "the model does not know 'zyxw'",
     ]
+    assert not pipe.unseen_words("a brown shelf, roses, vehicles")  # tags in its captions, and plurals of other words
     read, meant = (pipe.encode_prompt(p, warn=lambda _: None).cond for p in ("a violin", "a electric guitar"))
     assert torch.equal(read, meant)
 

@@ -191,18 +191,19 @@ def _open_own(folder: Path) -> Source:
     files = {part: open_tensors(folder / f"{part}.safetensors") for part in PARTS}
     lines = folder / VOCABULARY
     vocabulary = read_lines(lines, ModelError) if lines.exists() else None
+    words = folder / STAND_INS
     return Source(
         folder, "folder of mvdream_fast", config, files, lambda part: layouts.own(part, config), vocabulary,
-        read_stand_ins(folder / STAND_INS),
+        read_stand_ins(words) if words.exists() else {},
     )  # fmt: skip
 
 
 def read_stand_ins(path: Path) -> dict[str, str]:
-    """Lines of a word, a space, and the words that the model reads instead; none where there is no file.
+    """Lines of a word, a space, and the words that the model reads instead.
 
-    Raises: ModelError where a line has no stand-in.
+    Raises: ModelError where there is no such file, or a line has no stand-in.
     """
-    pairs = [line.split(maxsplit=1) for line in read_lines(path, ModelError)] if path.exists() else []
+    pairs = [line.split(maxsplit=1) for line in read_lines(path, ModelError)]
     for line, pair in enumerate(pairs, 1):
         if len(pair) != 2:
             raise ModelError(f"{path}, line {line}: it must be a word and its stand-in, as 'couch sofa', got {pair}")

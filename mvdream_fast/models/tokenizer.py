@@ -59,7 +59,7 @@ class Tokenizer:
         vocabulary: the lines of `vocabulary.txt`. A subset lists every row (see `build_subset_vocabulary`); `clip`
             needs none, or the added words alone.
         stand_ins: for words that a subset's model was not trained on, those that it reads in their place: "couch":
-            "sofa". The plural in s of such a word has the same one.
+            "sofa". The plural in s of such a word has the same one, unless the model knows it.
 
     Raises:
         ModelError: if the vocabulary is missing, has rows that CLIP's table has not, or another number of rows; if a
@@ -150,9 +150,11 @@ class Tokenizer:
         for begin, end in _pieces(encoding):
             span = (encoding.offsets[begin][0], encoding.offsets[end - 1][1])
             word = text[span[0] : span[1]]
-            stand_in = self.stand_ins.get(word) or self.stand_ins.get(word.removesuffix("s"))
-            rows = self._known_rows(encoding.ids[begin:end]) if stand_in is None else self._rows_of(stand_in)
+            rows, stand_in = self._known_rows(encoding.ids[begin:end]), self.stand_ins.get(word)
+            if rows is None and stand_in is None:
+                stand_in = self.stand_ins.get(word.removesuffix("s"))
             if stand_in is not None:
+                rows = self._rows_of(stand_in)
                 split.replaced.append((word, stand_in))
             elif rows is None:
                 split.unknown.append(word)

@@ -73,16 +73,7 @@ def cross_view_attention(
     views = n_views if cross_view else 1
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_autocast(q):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (_autocast(x, dtype) for x in (q, k, v))
-        cameras = (camera_q, camera_k, camera_v)
-        camera_q, camera_k, camera_v = (x if x is None else _autocast(x, dtype) for x in cameras)
-        cast = (q, k, v, camera_q, camera_k, camera_v)
-        if any(x is not None and x.dtype != q.dtype for x in cast):
-            dtypes = ", ".join(str(x.dtype) for x in cast if x is not None)
-            raise TypeError(
-                f"{OP}: all tensors must be float64 under autocast where one is, got {dtypes}; convert them"
-            )
+        q, k, v, camera_q, camera_k, camera_v = _autocast(q, k, v, camera_q, camera_k, camera_v)
     if by_name(q):
         return torch.ops.mvdream_fast.cross_view_attention(q, k, v, views, camera_q, camera_k, camera_v, scale)[0]
     if is_batched(q, k, v, camera_q, camera_k, camera_v):
@@ -176,9 +167,16 @@ def _check_like(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], why: st
         raise TypeError(f"{OP}: {name} must be {q.dtype} as q, got {x.dtype}; convert it first")
 
 
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch does for its own attention: float64 stays."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As torch does for its own attention: float64 stays. Raises: TypeError where only some of them are."""
+    given = [x for x in tensors if x is not None]
+    dtype = torch.get_autocast_dtype(given[0].device.type)
+    cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in given]
+    if len({x.dtype for x in cast}) > 1:
+        dtypes = ", ".join(str(x.dtype) for x in cast)
+        raise TypeError(f"{OP}: all tensors must be float64 under autocast where one is, got {dtypes}; convert them")
+    rest = iter(cast)
+    return tuple(x if x is None else next(rest) for x in tensors)
 
 
 def _scenes(x: Tensor, shape: tuple[int, ...], camera: Tensor | None = None) -> Tensor:

@@ -31,7 +31,7 @@ class Count:
 
     def add(self, meta: dict) -> None:
         """Counts one record."""
-        self.kinds.add(meta["kind"])
+        self.kinds.add(meta.get("kind") or head_noun(meta["noun"]))  # older shards name no kind
         self.captions.add(meta["caption"])
         if "fovy" not in meta:
             self.pictures.add(meta["id"])

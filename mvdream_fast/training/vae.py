@@ -52,7 +52,7 @@ class VAETrainer(BaseTrainer):
         self, config: ModelConfig, vae: VAE, source: "ImageSource", options: VAEOptions, workers: int = 0,
         graphs: bool = True,
     ):  # fmt: skip
-        self.config, self.vae, self.source = config, vae, source
+        self.config, self.vae, self.source = config, vae.float(), source  # a pipeline's may have an encoder in bfloat16
         if options.decoder_only:
             for module in (vae.model.encoder, vae.model.quant_conv):
                 if module is not None:

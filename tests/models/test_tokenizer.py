@@ -194,6 +194,15 @@ def test_words_that_were_not_trained_on_are_read_as_their_stand_ins():
     assert torch.equal(encoded.ids[2], plain.encode("a red bulldog's pot").ids[0])
 
 
+def test_a_plural_that_is_known_needs_no_stand_in():
+    config = dataclasses.replace(subset().config, vocabulary_size=len(build_subset_vocabulary(["old roses"])))
+    tokenizer = Tokenizer(config, build_subset_vocabulary(["old roses"]), {"rose": "old"})
+    encoded = tokenizer.encode(["old roses", "old rose"])
+    assert encoded.replaced == [[], [("rose", "old")]]
+    row = {line: i for i, line in enumerate(tokenizer.vocabulary)}
+    assert encoded.ids[0, 2] == row["roses</w>"]
+
+
 def test_a_stand_in_counts_as_many_tokens_as_it_has():
     plain = subset(6)
     tokenizer = Tokenizer(plain.config, plain.vocabulary, {"settee": "red armchair"})

@@ -256,6 +256,15 @@ def vae_trainer(data, steps=4):
     return VAETrainer(TINY, vae, ImageSource(shards), VAEOptions(steps=steps, batch_size=4, warmup=1))
 
 
+def test_an_encoder_in_16_bits_is_trained_in_float32(data):
+    shards = Shards(data)
+    vae = runs.build("vae", TINY)
+    vae.encode_in(torch.bfloat16)  # as a pipeline leaves it on a GPU
+    trainer = VAETrainer(TINY, vae, ImageSource(shards), VAEOptions(steps=1, batch_size=4, warmup=1))
+    trainer.train_step()
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+
+
 def test_the_autoencoder_resumes_with_the_same_bytes(data, tmp_path):
     straight, first, second = (vae_trainer(data) for _ in range(3))
     losses = [straight.train_step()["loss"] for _ in range(4)]

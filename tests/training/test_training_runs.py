@@ -185,6 +185,11 @@ def test_stand_ins_are_kept_but_for_words_of_the_captions(vae_model, data, tmp_p
     assert tokenizer.encode("a scarlet thing0").replaced == [[("scarlet", "red")]]
 
 
+def test_a_list_of_stand_ins_that_is_not_there_is_refused(vae_model, data, tmp_path):
+    with pytest.raises(ModelError, match="wrong.txt"):
+        main(flags(data, tmp_path / "out", vae=str(vae_model), stand_ins=tmp_path / "wrong.txt", steps=1))
+
+
 def command(*arguments):
     return [sys.executable, "-m", "mvdream_fast.train", *map(str, arguments)]
 
