@@ -5,6 +5,7 @@ Projections before and after it live in models/; attention to text is torch's ow
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,7 @@ def _check_like(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], why: st
         raise TypeError(f"{OP}: {name} must be {q.dtype} as q, got {x.dtype}; convert it first")
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """As torch does for its own attention: float64 stays. Raises: TypeError where only some of them are."""
     given = [x for x in tensors if x is not None]
     dtype = torch.get_autocast_dtype(given[0].device.type)
