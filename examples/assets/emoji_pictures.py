@@ -3,7 +3,7 @@
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0   # unpack each
     python examples/assets/emoji_pictures.py FLUENT/package/assets NAMES/package/data-by-emoji.json SHARDS
 
-writes SHARDS/pictures-*.tar beside the renders: about 830 pictures of 128 px, one view each, no camera. Names are those
+writes SHARDS/pictures-*.tar beside the renders: 805 pictures of 128 px, one view each, no camera. Names are those
 of the Unicode emoji data (unicode-emoji-json, MIT).
 """
 

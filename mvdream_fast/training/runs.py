@@ -124,6 +124,11 @@ def _beside(data: Path, split: str) -> Shards | None:
     return Shards(data, split) if any(Path(data).glob(f"{split}-*.tar")) else None
 
 
+def _near(shards: Shards, size: int) -> Shards:
+    """The same at `size` pixels where that can be, else as they are."""
+    return shards if shards.size % size else shards.at(size)
+
+
 def new_model(name: str, vocabulary: list[str], seed: int, settings: Sequence[str] = ()) -> Model:
     """A model of a named configuration, changed by `settings`, with random weights.
 
@@ -153,7 +158,7 @@ def _vocabulary(args: Flags, folder: Path, captions: list[str]) -> list[str]:
 def _begin(args: Flags, folder: Path, captions: list[str]) -> Model:
     """The model to train; a word of the captions is learned, so nothing stands in for it."""
     model = _model(args, folder, captions)
-    tokenizer, trained = needed(model.tokenizer, "text"), {word for text in captions for word in text.lower().split()}
+    tokenizer, trained = needed(model.tokenizer, "text"), set(re.findall(r"\w+", " ".join(captions).lower()))
     found = read_stand_ins(args.stand_ins) if args.stand_ins else tokenizer.stand_ins
     stand_ins = {word: other for word, other in found.items() if word not in trained}
     model.tokenizer = Tokenizer(tokenizer.config, tokenizer.vocabulary, stand_ins)
@@ -327,7 +332,7 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
     torch.manual_seed(args.seed)
     config = EvaluatorConfig(vocabulary_size=len(vocabulary))
     # What models draw, or near it.
-    shards, held_out = (split.at(min(split.size, 2 * config.image_size)) for split in (shards, held_out))
+    shards, held_out = (_near(split, 2 * config.image_size) for split in (shards, held_out))
     device = _device(args)
     evaluator = Evaluator(config, vocabulary).to(device)
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)

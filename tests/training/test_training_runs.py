@@ -15,6 +15,7 @@ from test_train import TINY, data, flags, pictures, tiny
 
 from mvdream_fast.checkpoints.open import load_model
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.models.config import with_settings
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
@@ -183,6 +184,19 @@ def test_stand_ins_are_kept_but_for_words_of_the_captions(vae_model, data, tmp_p
     tokenizer = load_model(tmp_path / "out" / "model", parts=("text",)).tokenizer
     assert tokenizer.stand_ins == {"scarlet": "red"}
     assert tokenizer.encode("a scarlet thing0").replaced == [[("scarlet", "red")]]
+
+
+def test_nothing_stands_in_for_a_word_before_a_comma(vae_model, data, tmp_path):
+    words = tmp_path / "stand_ins.txt"
+    words.write_text("box red\n")
+    args = flags(data, tmp_path / "out", vae=str(vae_model), stand_ins=words)
+    assert runs._begin(args, tmp_path, ["a red box, old"]).tokenizer.stand_ins == {}
+
+
+@pytest.mark.parametrize(("size", "near"), [(8, 8), (16, 16), (24, 24), (32, 16)])
+def test_the_evaluator_takes_shards_of_any_size(size, near, tmp_path):
+    write_shard(tmp_path / "train-00000.tar", [make_sample(0, size)])
+    assert runs._near(Shards(tmp_path), 16).size == near
 
 
 def test_a_list_of_stand_ins_that_is_not_there_is_refused(vae_model, data, tmp_path):
