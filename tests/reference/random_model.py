@@ -1,11 +1,12 @@
 """Whole models so small that a test can sample them, with random weights."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from mvdream_fast.checkpoints.manifest import PARTS, build
-from mvdream_fast.checkpoints.open import Model
+from mvdream_fast.checkpoints.open import Model, load_model
 from mvdream_fast.models.config import SD21, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 
@@ -50,3 +51,10 @@ def random_model(seed: int = 0, prediction: str = "v", config: ModelConfig = TIN
             for parameter in (p for module in parts.values() for p in module.parameters() if not p.any()):
                 parameter.normal_(std=0.05)
     return Model(config, **parts, tokenizer=Tokenizer(config.text, VOCABULARY))
+
+
+MODELS: dict[str, Callable[[], Model]] = {  # what graphs are tested with
+    "tiny": random_model,
+    "narrow sd21": lambda: random_model(prediction="eps", config=NARROW_SD21),
+    "embedded": lambda: load_model("embedded", torch.float32),
+}
