@@ -12,11 +12,12 @@
 # batches are small: 0.25 to 0.5 s a step on 2 cores, so a night and more for as many images.
 # STEPS and DECAY: the diffusion model's updates, and how many of them its learning rate falls over.
 # INIT=embedded goes on from the weights that ship, instead of a new model.
+# STAND_INS: a list that examples/stand_ins.py makes, for words that no caption has.
 set -eu
 ASSETS=$1
 WORK=$2
 PYTHON=${PYTHON:-python}
-INIT=${INIT:-}
+INIT=${INIT:-} STAND_INS=${STAND_INS:-}
 if $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     STEPS=${STEPS:-2862} DECAY=${DECAY:-1001} VAE="--steps 928 --batch-size 256 --lr 5e-4 --warmup 300 --ema 0.999"
     UNET="--batch-size 256 --lr 1e-3 --warmup 500 --dtype bf16"
@@ -71,7 +72,7 @@ fi
 # shellcheck disable=SC2046,SC2086
 $PYTHON -m mvdream_fast.train --data "$WORK/shards" -o "$WORK/unet" ${INIT:+--init "$INIT"} \
     $([ -n "$INIT" ] || echo "--vae $WORK/vae/model") --cache-latents --steps "$STEPS" --decay "$DECAY" $UNET \
-    --timestep-shift 2 --ema 0.999 --sheet-guidance 4 --seed 0 $(resume "$WORK/unet")
+    ${STAND_INS:+--stand-ins "$STAND_INS"} --timestep-shift 2 --ema 0.999 --sheet-guidance 4 --seed 0 $(resume "$WORK/unet")
 
 # 0.26 s of one core a step: 48 minutes.
 # shellcheck disable=SC2046
