@@ -345,7 +345,7 @@ def test_a_run_that_is_in_use_is_not_resumed(begun, capsys):
     assert f"is in use by process {holder.pid}; wait until it is done, or stop it first" in capsys.readouterr().err
     assert (begun / "config.json").read_bytes() == config
     holder.kill()
-    holder.wait()
+    holder.communicate()
     assert command("--resume", "latest", *QUICK) == 0
 
 

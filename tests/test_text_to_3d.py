@@ -13,7 +13,7 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.recipes import replaced, resolve_config
-from mvdream_fast.distill.state import EMPTY_STEPS, MAX_SKIPPED, RunState, make_optimizer
+from mvdream_fast.distill.state import EMPTY_STEPS, MAX_SKIPPED, Record, RunState, make_optimizer
 from mvdream_fast.guidance.base import no_timing
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.text_to_3d import TextTo3D
@@ -84,14 +84,15 @@ def test_trouble_is_survived_once_from_a_checkpoint(tmp_path):
 
 def test_an_empty_volume_is_started_again_once():
     state = RunState(TINY, "x", 0, Painter())
+    empty = Record(0, loss=0.0, t=0, opacity=0.0, statistics={"occupancy": 0.25}, seconds={})
     for _ in range(EMPTY_STEPS):
-        state._watch(0.0)
+        state._watch(empty)
     assert state.restarts == 1
     assert same(state.asset.state(), fresh_asset(TINY, "x", 1).state())
     for _ in range(EMPTY_STEPS - 1):
-        state._watch(0.0)
-    with pytest.raises(DivergedError, match=r"density is empty .* again after a restart"):
-        state._watch(0.0)
+        state._watch(empty)
+    with pytest.raises(DivergedError, match=r"density is empty .* again after a restart: occupancy 0.25;"):
+        state._watch(empty)
 
 
 def test_without_a_checkpoint_trouble_means_another_start():

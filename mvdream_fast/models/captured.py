@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mvdream_fast.core.files import lines
+
 MOST = 16  # kinds of call that are remembered; more are dynamic shapes
 _captures = 0  # under way, in all threads: autograd's have to know, others lose nothing
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -376,4 +378,4 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (lines(str(error).strip()) or [type(error).__name__])[0][:200]

@@ -133,7 +133,7 @@ def test_a_lock_keeps_a_second_process_out_and_dies_with_its_first(tmp_path):
     with pytest.raises(OutputError, match=sentence), run_folder.locked(tmp_path):
         pass
     first.kill()
-    first.wait()
+    first.communicate()
     with run_folder.locked(tmp_path):
         assert (tmp_path / run_folder.LOCK).read_text() == f"{os.getpid()}\n"
     with run_folder.locked(tmp_path):
@@ -147,6 +147,7 @@ def test_a_lock_is_not_inherited_by_workers(tmp_path):
     worker = int(first.stdout.readline())
     first.kill()
     first.wait()
+    first.stdout.close()  # the worker has the other end
     try:
         os.kill(worker, 0)  # alive
         with run_folder.locked(tmp_path):

@@ -237,7 +237,8 @@ def test_sigterm_saves_and_says_143(data, vae_model, tmp_path):
     )  # fmt: skip
     process.stdout.readline()  # the first log line: training runs
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
+    process.communicate(timeout=120)
+    assert process.returncode == 143
     assert (tmp_path / "checkpoints" / "LATEST").exists()
     assert (tmp_path / "model" / "config.json").exists()
     with pytest.raises(
