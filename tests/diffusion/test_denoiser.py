@@ -6,11 +6,10 @@ The graphs are reference/graph_stand_in.py's: what they cannot hold, these tests
 import copy
 import dataclasses
 import itertools
-import warnings
 
 import pytest
 import torch
-from reference.graph_stand_in import GraphStandIn, capturable
+from reference.graph_stand_in import GraphStandIn
 from reference.random_model import MODELS, TINY, random_model
 
 from mvdream_fast.core.rng import Stream
@@ -19,13 +18,7 @@ from mvdream_fast.models import captured, lora
 from mvdream_fast.models.captured import Captured
 from mvdream_fast.pipeline import MVDreamPipeline
 
-
-@pytest.fixture(autouse=True)
-def _on_a_gpu(monkeypatch):
-    capturable(monkeypatch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("capturable_without_a_word")
 
 
 @pytest.fixture

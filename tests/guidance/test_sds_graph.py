@@ -4,11 +4,10 @@ has changed since it was captured. The graphs are reference/graph_stand_in.py's,
 
 import dataclasses
 import itertools
-import warnings
 
 import pytest
 import torch
-from reference.graph_stand_in import GraphStandIn, capturable
+from reference.graph_stand_in import GraphStandIn
 from reference.random_model import MODELS, ONE_LEVEL, random_model
 
 from mvdream_fast.camera import sample_cameras
@@ -23,13 +22,7 @@ from mvdream_fast.guidance.sds import ScoreDistillation, SDSLoss
 from mvdream_fast.models import lora
 from mvdream_fast.pipeline import MVDreamPipeline
 
-
-@pytest.fixture(autouse=True)
-def _on_a_gpu(monkeypatch):
-    capturable(monkeypatch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("capturable_without_a_word")
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 The graphs are reference/graph_stand_in.py's, which refuses what CUDA would.
 """
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
-from reference.graph_stand_in import GraphStandIn, capturable
+from reference.graph_stand_in import GraphStandIn
 from reference.random_model import CAPTIONS, NARROW_SD21, ONE_LEVEL, random_model
 from reference.waits import Waits
 
@@ -24,12 +22,7 @@ from mvdream_fast.tuning.photos import PhotoSource
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _on_a_gpu(monkeypatch):
-    capturable(monkeypatch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("capturable_without_a_word")
 
 
 class Noise:
