@@ -163,16 +163,17 @@ def _library(distribution: str, module: str, purpose: str) -> dict[str, Any]:
 
 
 def _embedded() -> dict[str, Any]:
-    from mvdream_fast.checkpoints.places import EMBEDDED_FOLDER
+    from mvdream_fast.checkpoints import places
 
-    if not (EMBEDDED_FOLDER / "config.json").is_file():
-        return {"present": False, "why": f"{EMBEDDED_FOLDER} holds no config.json"}
+    folder = places.WEIGHTS / places.EMBEDDED["embedded"]
+    if not (folder / "config.json").is_file():
+        return {"present": False, "why": f"{folder} holds no config.json"}
     try:
-        config = ModelConfig.load(EMBEDDED_FOLDER / "config.json")
+        config = ModelConfig.load(folder / "config.json")
     except UserError as error:
         return {"present": False, "why": str(error)}
-    size = sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir())
-    return {"present": True, "name": config.name, "folder": str(EMBEDDED_FOLDER), "mib": round(size / 2**20, 1)}
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return {"present": True, "name": config.name, "folder": str(folder), "mib": round(size / 2**20, 1)}
 
 
 def _print(report: dict[str, dict[str, Any]]) -> None:

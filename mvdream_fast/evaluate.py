@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from mvdream_fast.evaluation.judging import Judge, SamplingOptions
 
-MODEL_NAMES = ("embedded", "mini")
 QUICK = {"steps": 10, "seeds": 1, "n_captions": 12, "n_prompts": 8}
 
 MODEL_ROWS = (
@@ -144,9 +143,10 @@ def kind_of(target: str) -> str:
     Raises: InputFileError for folders of other kinds; ModelError where config.json cannot be read.
     """
     from mvdream_fast.checkpoints.folder import read_json
+    from mvdream_fast.checkpoints.places import EMBEDDED
 
     folder = Path(target).expanduser()
-    if target in MODEL_NAMES or not folder.is_dir():
+    if target in EMBEDDED or not folder.is_dir():
         return "model"
     kind = read_json(folder / "config.json").get("kind", "model")
     if kind in ("dreambooth", "training"):

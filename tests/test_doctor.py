@@ -90,7 +90,7 @@ def test_a_cpu_build_of_torch_is_named(monkeypatch):
 
 
 def test_the_embedded_model_present_absent_and_broken(monkeypatch, tmp_path):
-    monkeypatch.setattr(places, "EMBEDDED_FOLDER", tmp_path / "mini")
+    monkeypatch.setattr(places, "WEIGHTS", tmp_path)
     assert not doctor._embedded()["present"]
     save_model(random_model(), tmp_path / "mini")
     found = doctor._embedded()

@@ -27,12 +27,14 @@ def build(part: str, config: ModelConfig) -> "nn.Module":
     Raises:
         ModelError: if the configuration is out of bounds or contradicts itself.
     """
+    from mvdream_fast.models.pixels import Pixels
     from mvdream_fast.models.text import TextEncoder
     from mvdream_fast.models.unet import MultiViewUNet
     from mvdream_fast.models.vae import VAE
 
     check_config(config)
-    makers = {"unet": (MultiViewUNet, config.unet), "vae": (VAE, config.vae), "text": (TextEncoder, config.text)}
+    codec = Pixels if config.vae.kind == "pixels" else VAE
+    makers = {"unet": (MultiViewUNet, config.unet), "vae": (codec, config.vae), "text": (TextEncoder, config.text)}
     make, part_config = makers[part]
     try:
         return make(part_config)
@@ -95,6 +97,13 @@ def _check_unet(unet: UNetConfig) -> None:
 
 
 def _check_vae(vae: VAEConfig) -> None:
+    _require(0 < vae.scale_factor < 1e6, "scale_factor", vae.scale_factor, "a positive number")
+    _require(abs(vae.shift_factor) < 1e6, "shift_factor", vae.shift_factor, "a finite number")
+    if vae.kind == "pixels":
+        wanted = 3 * vae.patch_size**2
+        _require(vae.latent_channels == wanted, "latent_channels", vae.latent_channels, f"{wanted}, all of a square's")
+        _require(not vae.block_out_channels, "block_out_channels", vae.block_out_channels, "empty where there is none")
+        return
     _require(0 < len(vae.block_out_channels) <= 8, "block_out_channels", vae.block_out_channels, "1 to 8 levels")
     _require(vae.layers_per_block <= 16, "layers_per_block", vae.layers_per_block, "at most 16")
     wide = vae.decoder_width
@@ -105,8 +114,6 @@ def _check_vae(vae: VAEConfig) -> None:
     for channels in (*vae.block_out_channels, *([wide] if wide else [])):
         divides = channels % vae.norm_num_groups == 0
         _require(divides, "norm_num_groups", vae.norm_num_groups, f"a divisor of {channels} channels")
-    _require(0 < vae.scale_factor < 1e6, "scale_factor", vae.scale_factor, "a positive number")
-    _require(abs(vae.shift_factor) < 1e6, "shift_factor", vae.shift_factor, "a finite number")
 
 
 def _check_text(text: TextConfig) -> None:

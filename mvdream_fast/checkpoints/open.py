@@ -28,6 +28,7 @@ from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.machine import in_format
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.pixels import Codec
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
@@ -53,11 +54,11 @@ class Model:
 
     config: ModelConfig
     unet: MultiViewUNet | None = None
-    vae: VAE | None = None
+    vae: Codec | None = None
     text: TextEncoder | None = None
     tokenizer: Tokenizer | None = None
 
-    def whole(self) -> tuple[MultiViewUNet, VAE, TextEncoder, Tokenizer]:
+    def whole(self) -> tuple[MultiViewUNet, Codec, TextEncoder, Tokenizer]:
         """All parts. Raises RuntimeError where one was left out at loading."""
         text, tokenizer = needed(self.text, "text"), needed(self.tokenizer, "text")
         return needed(self.unet, "unet"), needed(self.vae, "vae"), text, tokenizer
@@ -272,7 +273,7 @@ def save_model(model: Model, folder: str | Path, overwrite: bool = False) -> Non
     """
     modules = {"unet": model.unet, "vae": model.vae, "text": model.text}
     absent = [part for part, module in modules.items() if module is None]
-    if absent or (model.vae is not None and model.vae.model.decoder is None):
+    if absent or (model.vae is not None and not model.vae.has_decoder):
         raise ValueError(f"save_model: the model must have all parts, got none for {absent or 'the VAE decoder'}")
     vocabulary, stand_ins = (t.vocabulary, t.stand_ins) if (t := model.tokenizer) else ([], {})
     states = ((part, lambda p=part: owner(p, modules[p]).state_dict()) for part in PARTS)

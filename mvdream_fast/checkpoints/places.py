@@ -13,8 +13,8 @@ from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import read_text
 from mvdream_fast.core.run_folder import LATEST
 
-EMBEDDED = ("embedded", "mini")
-EMBEDDED_FOLDER = Path(__file__).parents[1] / "weights" / "mini"
+WEIGHTS = Path(__file__).parents[1] / "weights"
+EMBEDDED = {"embedded": "mini", "mini": "mini", "pixels": "pixels"}  # names of models that ship -> folders of WEIGHTS
 PUBLISHED = ("unet", "vae", "text_encoder")  # the folders of a model in diffusers' layout
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}\b")
@@ -32,6 +32,11 @@ _NO_MODEL = (
 )
 
 
+def embedded_folder(name: str) -> Path | None:
+    """Where the model of this name lies that ships with the package; None for a path or another name."""
+    return WEIGHTS / EMBEDDED[name] if name in EMBEDDED else None
+
+
 def find_model(path_or_name: str | Path) -> Path:
     """The file or the folder that holds a model.
 
@@ -42,13 +47,14 @@ def find_model(path_or_name: str | Path) -> Path:
         ModelError: if nothing is there, the run is not finished, or the folder holds no model or several.
     """
     try:
-        path = EMBEDDED_FOLDER if str(path_or_name) in EMBEDDED else Path(path_or_name).expanduser()
+        embedded = embedded_folder(str(path_or_name))
+        path = embedded or Path(path_or_name).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{printable(str(path_or_name))!r} is no path to a model: {error}") from error
-    if path == EMBEDDED_FOLDER and not (path / "config.json").exists():
+    if embedded and not (path / "config.json").exists():
         raise ModelError(
-            f"the embedded model is not part of this installation: {path} holds no model; name another one"
+            f"the model {path_or_name} is not part of this installation: {path} holds no model; name another one"
         )
     if not exists:
         raise ModelError(f"there is no model at {printable(str(path.absolute()), 400)}. {_WHERE}")

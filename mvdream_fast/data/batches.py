@@ -33,6 +33,8 @@ HELD_OUT, PICTURES = "held_out", "pictures"  # splits beside "train"
 PICTURE_SHARE = 0.25  # of a 2D batch, where there are pictures
 ON_GREY, ON_WHITE, ON_COLOR = range(3)
 FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
+SIDE_SHARE = 0.5
+Side = Callable[[Tensor], list[str]]
 BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
 
 
@@ -222,21 +224,35 @@ def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:
 
 
 class ImageSource:
-    """Batches of images, straight from the shards."""
+    """Batches of images, straight from the shards.
 
-    def __init__(self, shards: Shards):
-        self.shards = shards
+    Args: side: words for where cameras c2w [n, 4, 4] stand; half of the single views whose thing has a front are told
+        theirs.
+    """
+
+    def __init__(self, shards: Shards, side: Side | None = None):
+        self.shards, self.side = shards, side
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """Multi-view: scenes of orthogonal views of an orbit. 2D: as many single views of as many orbits, no camera."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
         colors = [background(draw_background(stream), stream) for _ in groups]
         captions = [self.shards.caption(i, stream) for i, _ in groups]
+        if self.side and not multi_view:
+            endings = self._endings(groups, self.side, stream)
+            captions = [caption + ending for caption, ending in zip(captions, endings, strict=True)]
         groups = ranks.part(groups)
         views = (self.shards.views(i)[which] for i, which in groups)
         images = torch.cat([on_background(rgba, color) for rgba, color in zip(views, ranks.part(colors))])
         cameras = _cameras(self.shards, groups) if multi_view else None
         return Batch(images, cameras, ranks.part(captions), v, encoded=False)
+
+    def _endings(self, groups: list[tuple[int, list[int]]], side: Side, stream: Stream) -> list[str]:
+        """What each single view is told of where it is seen from, as the end of its caption; often nothing."""
+        told = (stream.uniform(len(groups)) < SIDE_SHARE).tolist()
+        sides = side(_poses(self.shards, groups))
+        fronts = (self.shards.records[i].meta.get("has_front", False) for i, _ in groups)
+        return [f", {words}" if tell and front else "" for tell, front, words in zip(told, fronts, sides, strict=True)]
 
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single images for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
@@ -360,5 +376,10 @@ def _pick(total: int, n: int, stream: Stream) -> list[int]:
 
 
 def _cameras(shards: Shards, groups: list[tuple[int, list[int]]]) -> Tensor:
+    return normalize_camera(_poses(shards, groups))
+
+
+def _poses(shards: Shards, groups: list[tuple[int, list[int]]]) -> Tensor:
+    """c2w of the groups' views, [n, 4, 4]."""
     rows = [np.asarray(shards.records[i].meta["c2w"], np.float32)[which] for i, which in groups]
-    return normalize_camera(torch.from_numpy(np.concatenate(rows)).reshape(-1, 4, 4))
+    return torch.from_numpy(np.concatenate(rows)).reshape(-1, 4, 4)

@@ -48,7 +48,7 @@ def estimate(
         level = 4 * images * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
         parts["the UNet"] = 2 * level * UNET_FACTOR
         side = model.vae.image_size // model.vae.patch_size
-        maps = images * side**2 * model.vae.block_out_channels[0] * VAE_FACTOR
+        maps = images * side**2 * (model.vae.block_out_channels or (0,))[0] * VAE_FACTOR
         parts["the VAE's encoder"] = encoder_bytes * maps
         if graphs:
             parts[memory.GRAPHS] = len({*config.render_size}) * KERNELS * memory.KERNEL_BYTES

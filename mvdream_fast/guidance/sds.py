@@ -22,8 +22,8 @@ from mvdream_fast.guidance.base import Timing, no_timing
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.prompts import view_words
 from mvdream_fast.models.captured import Captured
+from mvdream_fast.models.pixels import Codec
 from mvdream_fast.models.unet import MultiViewUNet
-from mvdream_fast.models.vae import VAE
 from mvdream_fast.ops.sds_target import sds_target
 
 
@@ -55,7 +55,7 @@ class ScoreDistillation:
     """
 
     def __init__(
-        self, unet: MultiViewUNet, vae: VAE, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
+        self, unet: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
         sample_posterior: bool = True, graphs: bool = True,
     ):  # fmt: skip
         self.unet, self.vae, self.schedule, self.text, self.config = unet, vae, schedule, text, config
@@ -148,7 +148,7 @@ class ScoreDistillation:
         return stream.normal(len(rgb), self.vae.config.latent_channels, side, side, device=rgb.device)
 
 
-def _encoded(vae: VAE, rgb: Tensor, noise: Tensor | None) -> Tensor:
+def _encoded(vae: Codec, rgb: Tensor, noise: Tensor | None) -> Tensor:
     """Latents of images in [0, 1] of any size: a sample of their posterior, without noise its mean."""
     size = vae.config.image_size
     if rgb.shape[-2:] != (size, size):
@@ -169,7 +169,7 @@ def _target(
 
 
 def _with_gradient(
-    unet: MultiViewUNet, vae: VAE, schedule: NoiseSchedule, config: GuidanceConfig, n_views: int, rgb: Tensor,
+    unet: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, config: GuidanceConfig, n_views: int, rgb: Tensor,
     posterior: Tensor | None, noise: Tensor, at: Tensor, camera: Tensor | None, *told: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, target and the loss' gradient on rgb: `ScoreDistillation` as a function of nothing but its arguments."""

@@ -6,7 +6,7 @@ Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are 
 import dataclasses
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,10 +46,13 @@ class UNetConfig(Checked):
 class VAEConfig(Checked):
     """diffusers' AutoencoderKL; (sample - shift_factor) * scale_factor are the latents that the UNet sees.
 
+    With the kind `pixels` there is none: the UNet sees squares of pixels (`models/pixels.py`), and `latent_channels` is
+    3 patch_size^2, `block_out_channels` empty, what else describes an autoencoder of no meaning.
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
     `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
     """
 
+    kind: Literal["kl", "pixels"] = "kl"
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     latent_channels: int = 4
@@ -64,7 +67,7 @@ class VAEConfig(Checked):
     @property
     def downsampling(self) -> int:
         """Pixels of the image per latent cell along a side."""
-        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size * 2 ** max(len(self.block_out_channels) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -208,4 +211,23 @@ MINI = ModelConfig(
     ),
     schedule=ScheduleConfig(prediction="v"),
 )
-NAMED = {config.name: config for config in (SD21, SD15, MINI)}
+PIXELS = replace(
+    MINI,
+    name="pixels",
+    text=replace(MINI.text, n_layers=3),
+    unet=UNetConfig(
+        in_channels=48,
+        out_channels=48,
+        model_channels=64,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        context_dim=192,
+        camera_in="none",
+        view_mixing="2d",
+    ),
+    vae=VAEConfig(
+        kind="pixels", block_out_channels=(), latent_channels=48, scale_factor=1.0, image_size=64, patch_size=4
+    ),
+)
+NAMED = {config.name: config for config in (SD21, SD15, MINI, PIXELS)}

@@ -67,10 +67,23 @@ class TextEncoder(nn.Module):
     def with_token(self, like: Tensor) -> "TextEncoder":
         """A copy of the tower with one more embedding row, the mean of the rows `like` (int64 [n]); see Tokenizer."""
         weight = self.model.embeddings.token_embedding.weight
-        row = weight[like.to(weight.device)].float().mean(0, keepdim=True).to(weight.dtype)
+        return self.with_rows(weight[like.to(weight.device)].float().mean(0, keepdim=True))
+
+    @torch.no_grad()
+    def with_rows(self, rows: Tensor) -> "TextEncoder":
+        """A copy of the tower with more embedding rows [n, width] behind its own."""
+        weight = self.model.embeddings.token_embedding.weight
         state = self.model.state_dict()
-        state["embeddings.token_embedding.weight"] = torch.cat([weight, row])
+        state["embeddings.token_embedding.weight"] = torch.cat([weight, rows.to(weight)])
         with torch.device("meta"):
-            grown = TextEncoder(replace(self.config, vocabulary_size=len(weight) + 1))
+            grown = TextEncoder(replace(self.config, vocabulary_size=len(weight) + len(rows)))
         grown.model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         return grown.train(self.training)
+
+    def with_layers(self, n_layers: int) -> "TextEncoder":
+        """The first layers of the tower and its final norm, sharing its weights; to be trained on."""
+        with torch.device("meta"):
+            lower = TextEncoder(replace(self.config, n_layers=n_layers))
+        kept = {name: tensor for name, tensor in self.model.state_dict().items() if name in lower.model.state_dict()}
+        lower.model.load_state_dict(kept, assign=True)
+        return lower.train(self.training)

@@ -72,6 +72,11 @@ class VAE(nn.Module):
             mid_block_add_attention=config.mid_block_add_attention,
         )
 
+    @property
+    def has_decoder(self) -> bool:
+        """Whether `decode` works."""
+        return self.model.decoder is not None
+
     def drop_decoder(self) -> None:
         """Frees the decoder's weights; `decode` raises from then on."""
         self.model.register_module("decoder", None)
@@ -145,7 +150,7 @@ class VAE(nn.Module):
             ValueError: if the latents have another number of channels.
             RuntimeError: if the decoder was left out.
         """
-        if self.model.decoder is None:
+        if not self.has_decoder:
             raise RuntimeError("VAE.decode: this VAE was loaded without its decoder; load the part 'vae' instead")
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(

@@ -25,7 +25,7 @@ class Flags:
     stage: Literal["vae", "unet", "evaluator"] = "unet"
     """unet trains UNet and text tower on the autoencoder's latents; evaluator what `mvdream_fast.evaluate` judges by"""
     config: str = "mini"
-    """configuration of a new model: mini, sd21-4view, sd15-4view"""
+    """configuration of a new model: mini, sd21-4view, sd15-4view, pixels (single images, without an autoencoder)"""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
     """changes to the configuration, as unet.view_mixing=2d or unet.camera_in=text; with --init, those that leave its
     widths and depths as they are: new layers add nothing at first (a camera token takes some of the attention)"""
@@ -61,6 +61,8 @@ class Flags:
     """--stage vae --init MODEL: train its decoder and leave the latents as they are"""
     multi_view_share: float = 0.7
     """share of multi-view steps; the others are 2D mode"""
+    view_words: bool = False
+    """tell half of the single views of things with a front their side ("front view"), for priors without cameras"""
     caption_dropout: float = 0.1
     """share of scenes trained without their caption"""
     timestep_shift: float = 1.0

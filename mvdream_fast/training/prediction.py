@@ -1,4 +1,4 @@
-"""The model that a training goes on from, and what its UNet predicts where nothing says so: that is measured."""
+"""The model that a training goes on from: what its UNet predicts where nothing says so, and rows for new words."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mvdream_fast.checkpoints.open import Model, load_model, open_source
+from mvdream_fast.checkpoints.open import Model, load_model, needed, open_source
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.models.tokenizer import Tokenizer
 
 EPS, V = 0.7, 0.4  # the cosine of output and input: noise is predicted above the one, v below the other
 
@@ -54,3 +55,17 @@ def likeness(model: Model) -> float:
     unet, _, text, tokenizer = model.whole()
     out = unet(noise, torch.tensor(config.schedule.n_timesteps - 1), text(tokenizer.encode("").ids))
     return F.cosine_similarity(out.flatten(), noise.flatten(), dim=0).item()
+
+
+@torch.no_grad()
+def with_words(model: Model, vocabulary: Sequence[str]) -> Model:
+    """The model with rows for those lines of a subset vocabulary that its own has not: small random vectors, for a
+    text tower that goes on learning. Of CLIP's whole vocabulary nothing is missing."""
+    tokenizer, text = needed(model.tokenizer, "text"), needed(model.text, "text")
+    new = [line for line in vocabulary if line not in set(tokenizer.vocabulary)]
+    if tokenizer.config.vocabulary != "subset" or not new:
+        return model
+    spread = text.model.embeddings.token_embedding.weight.std()
+    text = text.with_rows(Stream(0, len(new), "new words").normal(len(new), tokenizer.config.width) * spread)
+    words = Tokenizer(text.config, [*tokenizer.vocabulary, *new], tokenizer.stand_ins)
+    return replace(model, config=replace(model.config, text=text.config), text=text, tokenizer=words)

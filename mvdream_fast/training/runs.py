@@ -23,13 +23,14 @@ from mvdream_fast.data.batches import HELD_OUT, PICTURES, ImageSource, Shards
 from mvdream_fast.evaluation.classifier import is_installed, load_classifier
 from mvdream_fast.evaluation.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.evaluation.reference import measure
+from mvdream_fast.guidance.prompts import VIEW_WORDS
 from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
-from mvdream_fast.training.prediction import pretrained
+from mvdream_fast.training.prediction import pretrained, with_words
 from mvdream_fast.training.sources import mixed_source
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
@@ -157,7 +158,10 @@ def _vocabulary(args: Flags, folder: Path, captions: list[str]) -> list[str]:
 
 def _begin(args: Flags, folder: Path, captions: list[str]) -> Model:
     """The model to train; a word of the captions is learned, so nothing stands in for it."""
-    model = _model(args, folder, captions)
+    vocabulary = _vocabulary(args, folder, captions)
+    model = _model(args, vocabulary)
+    if not args.freeze_text:
+        model = with_words(model, vocabulary)
     tokenizer, trained = needed(model.tokenizer, "text"), set(re.findall(r"\w+", " ".join(captions).lower()))
     found = read_stand_ins(args.stand_ins) if args.stand_ins else tokenizer.stand_ins
     stand_ins = {word: other for word, other in found.items() if word not in trained}
@@ -165,13 +169,19 @@ def _begin(args: Flags, folder: Path, captions: list[str]) -> Model:
     return model
 
 
-def _model(args: Flags, folder: Path, captions: list[str]) -> Model:
-    """The model that --init names, or a new one of --config with the autoencoder that --vae names."""
+def _model(args: Flags, vocabulary: list[str]) -> Model:
+    """The model that --init names, or a new one of --config with the autoencoder that --vae names, if it has one."""
     if args.init is not None and args.vae is None:
         return adjusted(pretrained(args.init, args.settings), args.settings, args.seed)
-    if args.vae is None or args.init is not None:
-        raise ArgumentError("give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae)")
-    model = new_model(args.config, _vocabulary(args, folder, captions), args.seed, args.settings)
+    has_codec = args.config in NAMED and NAMED[args.config].vae.kind == "pixels"
+    if args.init is not None or (args.vae is None) != has_codec:
+        raise ArgumentError(
+            "give one of --init (a whole model) and --vae (an autoencoder, made with --stage vae); neither with "
+            "--config pixels, which has no autoencoder"
+        )
+    model = new_model(args.config, vocabulary, args.seed, args.settings)
+    if args.vae is None:
+        return _with_text(model, args.text) if args.text else model
     trained = load_model(args.vae, torch.float32, ("vae",))
     made, wanted = trained.config.vae.latent_channels, model.config.unet.in_channels
     if made != wanted:
@@ -181,13 +191,14 @@ def _model(args: Flags, folder: Path, captions: list[str]) -> Model:
 
 
 def _with_text(model: Model, source: str) -> Model:
-    """The new model with a trained text tower and its words."""
+    """The new model with a trained text tower and its words; of a deeper one, with as many of its first layers."""
     trained = load_model(source, torch.float32, ("text",))
     made, wanted = trained.config.text.width, model.config.unet.context_dim
     if made != wanted:
         raise ModelError(f"{source} has a text tower of width {made}; the new model needs {wanted}")
-    model.config = replace(model.config, text=trained.config.text)
-    model.text, model.tokenizer = trained.text, trained.tokenizer
+    n_layers = min(model.config.text.n_layers, trained.config.text.n_layers)
+    model.config = replace(model.config, text=replace(trained.config.text, n_layers=n_layers))
+    model.text, model.tokenizer = needed(trained.text, "text").with_layers(n_layers), trained.tokenizer
     return model
 
 
@@ -246,6 +257,8 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
         model = load_model(args.init, torch.float32)
     else:
         model = new_model(args.config, _vocabulary(args, folder, shards.captions()), args.seed)
+    if model.config.vae.kind == "pixels":
+        raise ArgumentError(f"--stage vae needs a model with an autoencoder, got {model.config.name}")
     size = model.config.vae.image_size
     source = ImageSource(shards.at(size))
     fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
@@ -283,6 +296,7 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
 def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
     pictures = _beside(args.data, PICTURES)
     texts = [*dict.fromkeys(text for split in (shards, pictures) if split for text in split.captions())]
+    texts += VIEW_WORDS if args.view_words else ()
     model = _begin(args, folder, texts)
     unet, vae, text, tokenizer = model.whole()
     unknown = tokenizer.encode(texts).unknown
@@ -298,7 +312,7 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
     workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
         if ranks.first == (turn == 0):
-            source = mixed_source(cache, parts, shards, pictures, workers)
+            source = mixed_source(cache, parts, shards, pictures, workers, args.view_words)
         ranks.wait()
     trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers, args.graphs)
     validation = ImageSource((held_out or shards).at(parts.config.vae.image_size))

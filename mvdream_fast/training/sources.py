@@ -3,33 +3,48 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source, WithPictures
+from mvdream_fast.guidance.prompts import VIEW_WORDS, view_words
 from mvdream_fast.models.config import ModelConfig
-from mvdream_fast.models.vae import VAE
+from mvdream_fast.models.pixels import Codec
 from mvdream_fast.training.unet import Parts
 
 
-def mixed_source(cache: Path | None, parts: Parts, shards: Shards, pictures: Shards | None, workers: int) -> Source:
-    """What the steps draw: renders, and pictures for some of the 2D ones."""
+def side_words(c2w: Tensor) -> list[str]:
+    """Of each camera [n, 4, 4], the words that a prompt has for it."""
+    return [VIEW_WORDS[row] for row in view_words(c2w).tolist()]
 
-    def of(name: str, kind: Shards) -> Source:
-        source = source_of(cache and Path(f"{cache}{name}"), parts.config, parts.vae, kind)
+
+def mixed_source(
+    cache: Path | None, parts: Parts, shards: Shards, pictures: Shards | None, workers: int, sides: bool = False
+) -> Source:
+    """What the steps draw: renders, and pictures for some of the 2D ones. sides: tell single views theirs."""
+
+    device = next(parts.unet.parameters()).device
+
+    def of(name: str, kind: Shards, sides: bool) -> Source:
+        if sides:
+            return ImageSource(kind.at(parts.config.vae.image_size), side_words)
+        source = source_of(cache and Path(f"{cache}{name}"), parts.config, parts.vae, kind, device)
         if workers and isinstance(source, LatentSource):
             source.fill(workers)  # what draws batches cannot encode on a GPU
         return source
 
-    return of("", shards) if pictures is None else WithPictures(of("", shards), of("-pictures", pictures))
+    renders = of("", shards, sides)
+    return renders if pictures is None else WithPictures(renders, of("-pictures", pictures, False))
 
 
-def source_of(cache: Path | None, config: ModelConfig, autoencoder: VAE, shards: Shards) -> Source:
+def source_of(
+    cache: Path | None, config: ModelConfig, autoencoder: Codec, shards: Shards, device: torch.device
+) -> Source:
     """Latents from a cache, or where there is none images that the trainer encodes."""
     vae = config.vae
     shards = shards.at(vae.image_size)
     if cache is None:
         return ImageSource(shards)
-    device = next(autoencoder.parameters()).device
     digest = hashlib.blake2b(digest_size=16)
     for tensor in autoencoder.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -24,10 +24,10 @@ from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.pixels import Codec
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
-from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.learning_rate import rate
 from mvdream_fast.training.update import BaseTrainer
 
@@ -68,7 +68,7 @@ class Parts:
     config: ModelConfig
     unet: MultiViewUNet
     text: TextEncoder
-    vae: VAE
+    vae: Codec
     tokenizer: Tokenizer
 
 
@@ -150,7 +150,7 @@ class Trainer(BaseTrainer):
         norm = self.update()
         return {"loss": total, "grad_norm": norm, "multi_view": float(drawn.cameras is not None)}
 
-    def _descend(self, settings: Any, module: nn.Module, vae: VAE, scale: Tensor, *drawn: Any) -> tuple[Tensor]:
+    def _descend(self, settings: Any, module: nn.Module, vae: Codec, scale: Tensor, *drawn: Any) -> tuple[Tensor]:
         """Adds the gradients of `scale` times a micro-batch's loss; returns the loss.
 
         Settings and modules are the trainer's own: a graph is told of them, so that it is made anew where they change.

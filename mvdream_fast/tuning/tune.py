@@ -114,7 +114,7 @@ def encoded(parts: Parts, images: Tensor) -> Tensor:
 
     Not samples: training caches the means too, and a small autoencoder's posterior is wide enough to tell.
     """
-    device = next(parts.vae.parameters()).device
+    device = next(parts.unet.parameters()).device
     return torch.cat([parts.vae.encode(image[None].to(device)).cpu() for image in images])
 
 

@@ -484,11 +484,11 @@ def test_folders_that_are_no_models(tmp_path):
 
 
 def test_embedded_name_points_into_the_package(monkeypatch, tiny):
-    monkeypatch.setattr(places, "EMBEDDED_FOLDER", tiny)
+    monkeypatch.setattr(places, "WEIGHTS", tiny.parent)
+    monkeypatch.setattr(places, "EMBEDDED", {"embedded": tiny.name, "mini": tiny.name, "pixels": "none"})
     assert load_model("embedded", parts=("text",)).config == load_model("mini", parts=()).config == TINY
-    monkeypatch.setattr(places, "EMBEDDED_FOLDER", tiny / "none")
-    with pytest.raises(ModelError, match="the embedded model is not part of this installation"):
-        load_model("embedded")
+    with pytest.raises(ModelError, match="the model pixels is not part of this installation"):
+        load_model("pixels")
 
 
 def test_published_json_of_another_model(published, tmp_path):
