@@ -1,6 +1,7 @@
 """Shards to batches: what is in a batch, that it depends on its key alone, and that cut files are refused."""
 
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -66,6 +67,32 @@ def test_2d_batches_hold_single_views_of_different_orbits(folder):
     assert batch.n_views == 1
     assert len(set(batch.captions)) == 3
     assert ImageSource(Shards(folder)).batch(Stream(0, 3, "x"), 2, 4, False).images.shape[0] == 8
+
+
+def test_half_of_the_single_views_with_a_front_are_told_their_side(tmp_path):
+    samples = [make_sample(i) for i in range(60)]
+    for i, sample in enumerate(samples):
+        sample.meta["has_front"] = i < 40
+    write_shard(tmp_path / "train-00000.tar", samples)
+    seen = []
+
+    def side(c2w):
+        assert c2w.shape == (30, 4, 4)
+        seen.append(c2w)
+        return [f"side {k}" for k in range(len(c2w))]
+
+    source = ImageSource(Shards(tmp_path), side)
+    told, could = 0, 0
+    for step in range(10):
+        captions = source.batch(Stream(0, step, "x"), 30, 1, multi_view=False).captions
+        for k, caption in enumerate(captions):
+            thing, ending = re.fullmatch(r"a (?:red )?thing(\d+)(?:, 3d asset)?(, side \d+)?", caption).groups()
+            assert ending in (None, f", side {k}")
+            assert ending is None or int(thing) < 40  # the others have no front
+            told, could = told + (ending is not None), could + (int(thing) < 40)
+    assert 0.4 < told / could < 0.6
+    assert len(seen) == 10
+    assert "side" not in "".join(source.batch(Stream(0, 0, "x"), 2, 4, multi_view=True).captions)
 
 
 def test_a_batch_is_a_function_of_its_key(folder):

@@ -103,3 +103,13 @@ def test_moves_between_devices_and_dtypes_after_meta_construction(state):
 def test_wrong_shapes(state, shape):
     with pytest.raises(ValueError, match=r"TextEncoder: ids must be \[B, L\] with L from 1 to 77, got"):
         tower(state, CONFIG)(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_the_first_layers_of_a_tower(state):
+    """A tower of two layers is the one that a skipped last layer leaves; its weights are the other's."""
+    whole, lower = tower(state, replace(CONFIG, skip_last=0)), tower(state, CONFIG)
+    cut = whole.with_layers(2)
+    assert cut.config == replace(CONFIG, skip_last=0, n_layers=2)
+    assert torch.equal(cut(ids(2)), lower(ids(2)))
+    name = "encoder.layers.0.mlp.fc1.weight"
+    assert cut.model.state_dict()[name].data_ptr() == whole.model.state_dict()[name].data_ptr()

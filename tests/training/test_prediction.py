@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from mvdream_fast.checkpoints.open import Model, load_model
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.training import prediction
-from mvdream_fast.training.prediction import EPS, V, likeness, pretrained
+from mvdream_fast.training.prediction import EPS, V, likeness, pretrained, with_words
 
 
 class AsNoise(nn.Module):
@@ -61,3 +62,24 @@ def test_what_is_said_is_not_measured(flat, tmp_path, monkeypatch, capsys):
     stable_diffusion.write_folder(tmp_path / "folder", prediction_type="v_prediction")
     assert pretrained(str(tmp_path / "folder"), ()).config.schedule.prediction == "v"
     assert capsys.readouterr().out == ""
+
+
+def test_new_words_get_rows_behind_those_that_are_known():
+    model = load_model("embedded", torch.float32, ("text",))
+    rows = len(model.tokenizer.vocabulary)
+    assert model.tokenizer.encode("a red zeppelin").replaced == [[]]
+    assert model.tokenizer.encode("a red zeppelin").unknown == [["zeppelin"]]
+    lines = build_subset_vocabulary(["a red zeppelin"])
+    new = [line for line in lines if line not in model.tokenizer.vocabulary]
+    assert "".join(new) == "zeppelin</w>"  # one row, or one for each of its pieces
+    grown = with_words(model, lines)
+    assert grown.tokenizer.vocabulary[rows:] == new
+    assert grown.config.text.vocabulary_size == rows + len(new)
+    assert set(grown.tokenizer.encode("a red zeppelin").ids[0, 3 : 3 + len(new)].tolist()) == {
+        *range(rows, rows + len(new))
+    }
+    ids = model.tokenizer.encode("a red chair").ids
+    assert torch.equal(grown.text(ids), model.text(ids))
+    weight = grown.text.model.embeddings.token_embedding.weight
+    assert 0.8 < weight[rows:].std() / weight[:rows].std() < 1.2
+    assert with_words(grown, lines) is grown
