@@ -3,7 +3,8 @@
 Formula: m = u + s (c - u); x0(o) = a z_t - b o with (a, b) = (abar^-1/2, (1/abar - 1)^1/2) for eps-prediction and
 (abar^1/2, (1 - abar)^1/2) for v; f = (std x0(c) + 1e-8) / (std x0(m) + 1e-8), unbiased over a scene, two passes.
     "x0":  target = (rescale f + 1 - rescale) x0(m), gradient = (z - target) / (B*V)
-    "sds": gradient = (1 - abar) (eps(m) - noise) / (B*V), target = z - B*V gradient
+    "sds": gradient = w (eps(m) - noise) / (B*V), target = z - B*V gradient; w is 1 - abar, 1 or sqrt(abar) (1 - abar)
+With a limit k the gradient times B*V is held within -k and k, and target = z - B*V gradient in either mode.
 Source: Shi et al. 2023, "MVDream", section 3.3; Poole et al. 2022, "DreamFusion"; Lin et al. 2023, section 3.4.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 8}
 BLOCK = 2048
 STD_FLOOR = tl.constexpr(1e-8)
+WEIGHTINGS = ("sds", "uniform", "fantasia3d")
 
 
 @triton.jit
@@ -36,9 +38,17 @@ def _reconstructions(z_t, cond, uncond, abar, at, size, scene, scale, inside, AB
 
 
 @triton.jit
+def _within(step, limit):
+    """The gradient within -limit and limit; what is no number stays none."""
+    k = tl.load(limit).to(tl.float32)
+    step = tl.maximum(step, -k, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(step, k, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def sds_target_x0(
-    z, z_t, cond, uncond, abar, target, gradient, size, scene_size, scale, rescale, inv_images,
-    ABAR_STEP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    z, z_t, cond, uncond, abar, limit, target, gradient, size, scene_size, scale, rescale, inv_images,
+    ABAR_STEP: tl.constexpr, V: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mode "x0": `size` values an image, `scene_size` a scene, all contiguous."""
     scene = tl.program_id(0).to(tl.int64)
@@ -69,14 +79,18 @@ def sds_target_x0(
         x0_m, x0_c = _reconstructions(z_t, cond, uncond, abar, at, size, scene, scale, inside, ABAR_STEP, V)
         x0_m = x0_m * factor
         clean = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        step = clean - x0_m
+        if CLIP:
+            step = _within(step, limit)
+            x0_m = clean - step
         tl.store(target + at, x0_m.to(target.dtype.element_ty), mask=inside)
-        tl.store(gradient + at, ((clean - x0_m) * inv_images).to(gradient.dtype.element_ty), mask=inside)
+        tl.store(gradient + at, (step * inv_images).to(gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def sds_target_noise(
-    z, z_t, cond, uncond, noise, abar, target, gradient, size, total, scale, inv_images,
-    ABAR_STEP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    z, z_t, cond, uncond, noise, abar, limit, target, gradient, size, total, scale, inv_images,
+    ABAR_STEP: tl.constexpr, V: tl.constexpr, CLIP: tl.constexpr, WEIGHTING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mode "sds", element by element."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +101,13 @@ def sds_target_noise(
     eps = u + scale * (c - u)
     if V:
         eps = tl.sqrt(p) * eps + tl.sqrt(1 - p) * tl.load(z_t + at, mask=inside, other=0.0).to(tl.float32)
-    step = (1 - p) * (eps - tl.load(noise + at, mask=inside, other=0.0).to(tl.float32))
+    step = eps - tl.load(noise + at, mask=inside, other=0.0).to(tl.float32)
+    if WEIGHTING == 0:
+        step = (1 - p) * step
+    if WEIGHTING == 2:
+        step = tl.sqrt(p) * (1 - p) * step
+    if CLIP:
+        step = _within(step, limit)
     clean = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(target + at, (clean - step).to(target.dtype.element_ty), mask=inside)
     tl.store(gradient + at, (step * inv_images).to(gradient.dtype.element_ty), mask=inside)
@@ -95,13 +115,16 @@ def sds_target_noise(
 
 def forward(
     z: Tensor, z_t: Tensor, cond: Tensor, uncond: Tensor, noise: Tensor | None, abar: Tensor,
-    guidance_scale: float, prediction: str, rescale: float, mode: str, n_views: int,
+    guidance_scale: float, prediction: str, rescale: float, mode: str, n_views: int, weighting: str = "sds",
+    grad_clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """target and gradient, contiguous [B*V, C, h, w] in z's dtype; inputs that are not contiguous are copied."""
     noise = noise if mode == "sds" else None
-    inputs = [a.contiguous() for a in (z, z_t, cond, uncond, noise, abar) if a is not None]
+    limit = abar if grad_clip is None else grad_clip  # an address that is not read without a limit
+    inputs = [a.contiguous() for a in (z, z_t, cond, uncond, noise, abar, limit) if a is not None]
     dtypes = tuple(a.dtype for a in inputs)
-    launch = _launch(z.shape, dtypes, z.device, abar.numel() > 1, guidance_scale, prediction, rescale, mode, n_views)
+    settings = (guidance_scale, prediction, rescale, mode, n_views, weighting, grad_clip is not None)
+    launch = _launch(z.shape, dtypes, z.device, abar.numel() > 1, *settings)
     target, gradient = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
     if launch:
         launch(*inputs, target, gradient)
@@ -111,15 +134,16 @@ def forward(
 @by_layout
 def _launch(
     shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, many_steps: bool,
-    guidance_scale: float, prediction: str, rescale: float, mode: str, n_views: int,
+    guidance_scale: float, prediction: str, rescale: float, mode: str, n_views: int, weighting: str, clipped: bool,
 ) -> Launch | None:  # fmt: skip
     """The kernel of a mode; None where there is nothing to do."""
     images, size = shape[0], math.prod(shape[1:])
     if not images * size:
         return None
-    settings = {"ABAR_STEP": int(many_steps), "V": prediction == "v", "BLOCK": BLOCK, **OPTIONS}
+    settings = {"ABAR_STEP": int(many_steps), "V": prediction == "v", "CLIP": clipped, "BLOCK": BLOCK, **OPTIONS}
     if mode == "sds":
         values = (size, images * size, float(guidance_scale), 1 / images)
+        settings["WEIGHTING"] = WEIGHTINGS.index(weighting)
         return Launch(sds_target_noise, triton.cdiv(images * size, BLOCK), values, settings)
     values = (size, n_views * size, float(guidance_scale), float(rescale), 1 / images)
     return Launch(sds_target_x0, images // n_views, values, settings)

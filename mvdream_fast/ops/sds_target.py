@@ -14,6 +14,8 @@ from mvdream_fast.ops._registered import register
 OP = "sds_target"
 STD_FLOOR = 1e-8
 
+Weighting = Literal["sds", "uniform", "fantasia3d"]
+
 
 class SDSTarget(NamedTuple):
     """`gradient` = (z - target) / (B*V), so that sum((z - target)^2) / (2 B*V) has it as its derivative."""
@@ -34,13 +36,17 @@ def sds_target(
     rescale: float = 0.5,
     mode: Literal["x0", "sds"] = "x0",
     n_views: int = 4,
+    weighting: Weighting = "sds",
+    grad_clip: Tensor | None = None,
 ) -> SDSTarget:
     """Guidance, reconstruction, rescaling of its standard deviation, and the gradient of the distillation loss.
 
     With m = u + guidance_scale (c - u), abar = alphas_cumprod_t and x0(.) the reconstruction from a prediction:
     "x0":  target = rescale * f * x0(m) + (1 - rescale) * x0(m), f = (std x0(c) + 1e-8) / (std x0(m) + 1e-8), the
     unbiased standard deviation over all values of a scene's views; gradient = (z - target) / (B*V).
-    "sds": gradient = (1 - abar) (eps(m) - noise) / (B*V), target = z - B*V * gradient; rescale is not used.
+    "sds": gradient = w (eps(m) - noise) / (B*V), target = z - B*V * gradient; rescale is not used.
+    With grad_clip = k every value of B*V * gradient is held within -k and k, and target = z - B*V * gradient in either
+    mode; what is no number stays none.
     Nothing is differentiable: both results are constants of the loss. Computed in float32, returned in z's dtype. On
     CUDA inputs that are not contiguous are copied.
 
@@ -54,6 +60,8 @@ def sds_target(
         rescale: from 0 (off) to 1.
         mode: "x0" (the reconstruction loss of MVDream) or "sds" (DreamFusion's).
         n_views: V, must divide the batch.
+        weighting: w of mode "sds": 1 - abar ("sds"), 1 ("uniform") or sqrt(abar) (1 - abar) ("fantasia3d").
+        grad_clip: one element on the device of z, so that a graph may hold a limit that changes; None: no limit.
 
     Returns:
         SDSTarget(target, gradient), each [B*V, C, h, w].
@@ -63,17 +71,20 @@ def sds_target(
         RuntimeError: tensors on two devices, under vmap, or a CUDA tensor without Triton.
 
     Source: Shi et al. 2023, "MVDream", section 3.3 and appendix; Poole et al. 2022, "DreamFusion", equation 3; Lin et
-    al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4; Salimans and Ho 2022 for v.
+    al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4; Salimans and Ho 2022 for v;
+    Chen et al. 2023, "Fantasia3D" (a weight); Hong et al. 2023, "Debiasing Scores and Prompts of 2D Diffusion for
+    View-consistent Text-to-3D Generation" (clipping).
     """
     tensors = (z, z_t, noise_pred_cond, noise_pred_uncond, noise, alphas_cumprod_t)
     _check(*tensors, prediction, rescale, mode, n_views)
-    settings = (guidance_scale, prediction, rescale, mode, n_views)
+    _check_step(z, mode, weighting, grad_clip)
+    settings = (guidance_scale, prediction, rescale, mode, n_views, weighting)
     if torch.compiler.is_compiling():
-        constants = [None if x is None else x.detach() for x in tensors]
-        return SDSTarget(*torch.ops.mvdream_fast.sds_target(*constants, *settings))
-    if is_batched(*tensors):
+        *constants, limit = (None if x is None else x.detach() for x in (*tensors, grad_clip))
+        return SDSTarget(*torch.ops.mvdream_fast.sds_target(*constants, *settings, limit))
+    if is_batched(*tensors, grad_clip):
         raise vmap_error(OP)
-    return SDSTarget(*_forward(*tensors, *settings))
+    return SDSTarget(*_forward(*tensors, *settings, grad_clip))
 
 
 def sds_target_ref(
@@ -88,6 +99,8 @@ def sds_target_ref(
     rescale: float = 0.5,
     mode: str = "x0",
     n_views: int = 4,
+    weighting: str = "sds",
+    grad_clip: Tensor | None = None,
 ) -> SDSTarget:
     """sds_target in plain torch, at least in float32; any device."""
     wide = torch.promote_types(z.dtype, torch.float32)
@@ -97,7 +110,7 @@ def sds_target_ref(
     mixed = uncond + guidance_scale * (cond - uncond)
     if noise is not None and mode == "sds":  # which needs it
         eps = mixed if prediction == "eps" else abar.sqrt() * mixed + (1 - abar).sqrt() * x_t
-        step = (1 - abar) * (eps - noise.detach().to(wide))
+        step = _weight(abar, weighting) * (eps - noise.detach().to(wide))
         target = x - step
     else:
         x0_mixed = _to_x0(x_t, mixed, abar, prediction)
@@ -107,6 +120,10 @@ def sds_target_ref(
             factor = (_scene_std(x0_cond, n_views) + STD_FLOOR) / (_scene_std(x0_mixed, n_views) + STD_FLOOR)
             target = x0_mixed * (rescale * factor + (1 - rescale))
         step = x - target
+    if grad_clip is not None:
+        limit = grad_clip.detach().to(wide)
+        step = step.clamp(-limit, limit)
+        target = x - step
     return SDSTarget(target.to(z.dtype), (step / max(n_images, 1)).to(z.dtype))
 
 
@@ -123,12 +140,18 @@ def _op(*arguments) -> tuple[Tensor, ...]:
 
 register(
     "sds_target(Tensor z, Tensor z_t, Tensor noise_pred_cond, Tensor noise_pred_uncond, Tensor? noise,"
-    " Tensor alphas_cumprod_t, float guidance_scale, str prediction, float rescale, str mode, SymInt n_views)"
-    " -> (Tensor, Tensor)",
+    " Tensor alphas_cumprod_t, float guidance_scale, str prediction, float rescale, str mode, SymInt n_views,"
+    ' str weighting="sds", Tensor? grad_clip=None) -> (Tensor, Tensor)',
     cpu=_op,
     cuda=_op,
     fake=lambda z, *_: (z.new_empty(z.shape), z.new_empty(z.shape)),
 )
+
+
+def _weight(abar: Tensor, weighting: str) -> Tensor:
+    if weighting == "uniform":
+        return torch.ones_like(abar)
+    return abar.sqrt() * (1 - abar) if weighting == "fantasia3d" else 1 - abar
 
 
 def _to_x0(x_t: Tensor, out: Tensor, abar: Tensor, prediction: str) -> Tensor:
@@ -187,3 +210,19 @@ def _check(
         check_float(OP, name, x)
         if x.device != z.device:
             raise RuntimeError(f"{OP}: {name} must be on the device of z, got {x.device} and {z.device}; move one")
+
+
+def _check_step(z: Tensor, mode: str, weighting: str, grad_clip: Tensor | None) -> None:
+    """What is done to the gradient."""
+    if weighting not in ("sds", "uniform", "fantasia3d"):
+        raise ValueError(f'{OP}: weighting must be "sds", "uniform" or "fantasia3d", got {weighting!r}; choose one')
+    if weighting != "sds" and mode == "x0":
+        raise ValueError(f'{OP}: weighting must be "sds" in mode "x0", got {weighting!r}; only mode "sds" has a weight')
+    if grad_clip is None:
+        return
+    check_float(OP, "grad_clip", grad_clip)
+    if grad_clip.numel() != 1:
+        raise ValueError(f"{OP}: grad_clip must be one element, got {tuple(grad_clip.shape)}; one limit for all values")
+    if grad_clip.device != z.device:
+        where = f"{grad_clip.device} and {z.device}"
+        raise RuntimeError(f"{OP}: grad_clip must be on the device of z, got {where}; move one")

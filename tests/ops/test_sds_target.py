@@ -48,6 +48,43 @@ def test_worked_by_hand():
     assert target.flatten().tolist() == pytest.approx([0.0, 1.5], abs=1e-6)
 
 
+BY_WEIGHTING = {"sds": 0.75, "uniform": 1.0, "fantasia3d": 0.375}  # abar = 1/4: 1 - abar, 1, sqrt(abar) (1 - abar)
+
+
+@pytest.mark.parametrize("function", [sds_target, by_kernels])
+@pytest.mark.parametrize(("weighting", "weight"), BY_WEIGHTING.items())
+def test_weights_and_limits_by_hand(function, weighting, weight):
+    # Two images of one value. m = u + 3 (c - u) = 4 and 0.5; the noise is 1 and 1: eps(m) - noise = 3 and -0.5.
+    z, cond, uncond, noise = ([2.0, 3.0], [2.0, 0.5], [1.0, 0.5], [1.0, 1.0])
+    z, cond, uncond, noise = (torch.tensor(x, device=DEVICE).reshape(2, 1, 1, 1) for x in (z, cond, uncond, noise))
+    abar = torch.tensor([0.25], device=DEVICE)
+    settings = (3.0, "eps", 0.5, "sds", 1, weighting)
+    target, gradient = function(z, z, cond, uncond, noise, abar, *settings)
+    assert gradient.flatten().tolist() == pytest.approx([weight * 3 / 2, weight * -0.5 / 2])  # over two images
+    assert target.flatten().tolist() == pytest.approx([2 - weight * 3, 3 + weight * 0.5])
+    # A limit of 0.25 holds weight * 3 for all weights, and of the others but 0.375 * 0.5 = 0.1875.
+    limit = torch.tensor(0.25, device=DEVICE)
+    target, gradient = function(z, z, cond, uncond, noise, abar, *settings, limit)
+    second = -min(0.25, weight * 0.5)
+    assert gradient.flatten().tolist() == pytest.approx([0.125, second / 2])
+    assert target.flatten().tolist() == pytest.approx([1.75, 3 - second])
+    # "x0" has no weight, but the same limit: x0(m) = 2 z_t - sqrt(3) m = -2.93 and 5.13, that is 4.93 and -2.13 away.
+    target, gradient = function(z, z, cond, uncond, None, abar, 3.0, "eps", 0.0, "x0", 1, "sds", limit + 2)
+    away = 3 - (6 - 0.5 * 3**0.5)
+    assert gradient.flatten().tolist() == pytest.approx([2.25 / 2, away / 2])
+    assert target.flatten().tolist() == pytest.approx([-0.25, 3 - away])
+
+
+@pytest.mark.parametrize("function", [sds_target, by_kernels])
+def test_what_is_no_number_is_not_hidden_by_a_limit(function):
+    z, z_t, cond, uncond, noise, abar = draw((1, 1, 1, 3), device=DEVICE)
+    cond[..., 0], cond[..., 1] = float("nan"), float("inf")
+    limit = torch.tensor(0.5, device=DEVICE)
+    gradient = function(z, z_t, cond, uncond, noise, abar, 2.0, "eps", 0.0, "sds", 1, "sds", limit)[1]
+    assert gradient.isnan().tolist() == [[[[True, False, False]]]]
+    assert gradient[..., 1].item() == 0.5
+
+
 def test_without_rescaling_x0_is_sds_with_the_weight_sigma_over_alpha():
     z, _, cond, uncond, noise, abar = draw()
     z_t = abar.sqrt() * z + (1 - abar).sqrt() * noise
@@ -115,6 +152,23 @@ def test_kernels_follow_the_flash_rule(case):
     check_case(case)
 
 
+@pytest.mark.parametrize("case", range(60))
+def test_kernels_weigh_and_clip_by_the_flash_rule(case):
+    rng = random.Random(case)
+    dtype, mode = rng.choice([torch.float32, torch.float16, torch.bfloat16]), rng.choice(["x0", "sds"])
+    inputs = draw(dtype=dtype, seed=case, per_image=rng.random() < 0.5, device=DEVICE)
+    weighting = rng.choice(["sds", "uniform", "fantasia3d"]) if mode == "sds" else "sds"
+    limit = torch.tensor([rng.choice([0.1, 1.0, 10.0])], device=DEVICE) if rng.random() < 0.7 else None
+    settings = (7.5, rng.choice(["eps", "v"]), rng.choice([0.0, 0.5]), mode, 4, weighting)
+    results, plain = by_kernels(*inputs, *settings, limit), sds_target_ref(*inputs, *settings, limit)
+    exact = sds_target_ref(*(x.double() for x in inputs), *settings, limit)
+    if limit is not None:
+        assert results[1].abs().max() <= limit / 8
+    wide = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    for result, p, e in zip(results, plain, exact):
+        within_flash_rule(result, p, e, max(1.0, 3 * 7.5 / inputs[-1].min().item() ** 0.5 * wide))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(200, 1000))
 def test_kernels_follow_the_flash_rule_campaign(case):
@@ -135,6 +189,15 @@ def test_opcheck(mode, prediction, strided):
     arguments = (*draw(strided=strided), 7.5, prediction, 0.5, mode, 4)
     results = torch.library.opcheck(torch.ops.mvdream_fast.sds_target.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("weighting", "limit"), [("uniform", None), ("fantasia3d", torch.tensor(0.5))])
+def test_opcheck_of_weights_and_limits(weighting, limit):
+    arguments = (*draw(), 7.5, "eps", 0.5, "sds", 4, weighting, limit)
+    results = torch.library.opcheck(torch.ops.mvdream_fast.sds_target.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+    compiled = torch.compile(sds_target, fullgraph=True, backend="aot_eager")
+    close(OP, compiled(*arguments).gradient, sds_target(*arguments).gradient)
 
 
 def test_compiles_to_one_graph():
@@ -181,6 +244,11 @@ def test_scenes_of_one_value_have_no_deviation():
         ({"alphas_cumprod_t": torch.ones(3)}, ValueError, r"alphas_cumprod_t must be one element or \[B\*V\]"),
         ({"z": torch.zeros(8, 4, 3, 5).int()}, TypeError, "z must be float32"),
         ({"noise": torch.zeros(8, 4, 3, 5, device="meta")}, RuntimeError, "noise must be on the device of z"),
+        ({"weighting": "dream"}, ValueError, 'weighting must be "sds", "uniform" or "fantasia3d", got \'dream\''),
+        ({"weighting": "uniform"}, ValueError, 'weighting must be "sds" in mode "x0", got \'uniform\''),
+        ({"grad_clip": torch.ones(8)}, ValueError, r"grad_clip must be one element, got \(8,\)"),
+        ({"grad_clip": 1.0}, TypeError, "grad_clip must be a tensor, got float"),
+        ({"grad_clip": torch.ones(1, device="meta")}, RuntimeError, "grad_clip must be on the device of z"),
     ],
 )
 def test_bad_arguments(change, error, text):
