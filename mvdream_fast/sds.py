@@ -48,6 +48,10 @@ class Flags:
     mode: Literal["3d", "2d"] | None = None
     """2d: the model sees each view by itself, without its camera; view words in the prompt instead (DreamFusion's
     way). For comparison."""
+    view_words: bool = False
+    """Tells each view in words from where it is seen; in the 2d mode it does so anyway."""
+    perp_neg: bool = False
+    """Leads each view of the 2d mode away from the words of its other sides (Perp-Neg)."""
     steps: int | None = None
     """Number of steps; schedules stretch with it. Default: the preset's."""
     seed: str | None = None
@@ -61,6 +65,14 @@ class Flags:
     it was begun; flags for its mesh, device, threads, view and checkpoints count."""
     guidance_scale: float | None = None
     """How closely to follow the prompt."""
+    guided_from: Literal["uncond", "cond"] | None = None
+    """What the scale s is added to: eps_u + s (eps_c - eps_u), or eps_c + s (eps_c - eps_u), which is stronger by 1."""
+    loss: Literal["x0", "sds"] | None = None
+    """x0: towards the model's clean image (MVDream's). sds: along its noise, weighted (DreamFusion's)."""
+    weighting: Literal["sds", "uniform", "fantasia3d"] | None = None
+    """Weight of the loss sds at a noise level: sigma^2, 1, or alpha sigma^2."""
+    timesteps: Literal["shared", "each"] | None = None
+    """One noise level for all images of a step, or one for each group of views (in the 2d mode for each image)."""
     n_views: Annotated[int | None, tyro.conf.arg(aliases=["--views"])] = None
     """Views a step; for --method reconstruct, the number of views that are sampled."""
     render_size: int | None = None

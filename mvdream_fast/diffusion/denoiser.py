@@ -1,6 +1,6 @@
 """The guided call: one UNet asked with a prompt and without it in one batch. Sampling, guidance and training use it.
 
-The order of the two halves is decided here and nowhere else: the negative prompt first, [uncond; cond].
+The order of the parts is decided here and nowhere else: the negative prompt first, [uncond; cond; away].
 """
 
 from collections.abc import Callable
@@ -15,25 +15,33 @@ from mvdream_fast.models.unet import MultiViewUNet, TextContext
 
 @dataclass(frozen=True)
 class TextCond:
-    """What the UNet is told in words, of B prompts: cond and uncond [B, L, Dt], in the UNet's dtype."""
+    """What the UNet is told in words, of B prompts: cond and uncond [B, L, Dt], in the UNet's dtype.
+
+    away: [K*B, L, Dt], K slowest, K more prompts for each: what guidance shall lead away from (Perp-Neg).
+    """
 
     cond: Tensor
     uncond: Tensor
+    away: Tensor | None = None
 
     def to(self, place: torch.device | torch.dtype) -> "TextCond":
         """On a device, or in a dtype."""
-        return TextCond(self.cond.to(place), self.uncond.to(place))
+        return self._each(lambda x: x.to(place))
 
     def repeat(self, n: int) -> "TextCond":
         """Each prompt n times, its copies next to each other."""
-        return TextCond(self.cond.repeat_interleave(n, dim=0), self.uncond.repeat_interleave(n, dim=0))
+        return self._each(lambda x: x.repeat_interleave(n, dim=0))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TextCond":
+        return TextCond(change(self.cond), change(self.uncond), None if self.away is None else change(self.away))
 
 
 class Denoiser:
     """A UNet with fixed prompts, whose keys and values are computed once.
 
     Args:
-        text: of B scenes. n_views: V, the views that see each other; 1 in 2D mode, where a view is a scene of its own.
+        text: of B scenes, or of B*V views. n_views: V, the views that see each other; 1 in 2D mode, where a view is a
+            scene of its own.
         guided: False asks with the prompts alone.
         captured: `guided_call()`, where calls are to be CUDA graphs; all denoisers of a UNet share it.
     """
@@ -41,8 +49,13 @@ class Denoiser:
     def __init__(
         self, unet: MultiViewUNet, text: TextCond, n_views: int, guided: bool = True, captured: Captured | None = None
     ):
-        self.unet, self.n_views, self.n_prompts, self.dtype = unet, n_views, 1 + guided, text.cond.dtype
-        self._context = unet.prepare_context(torch.cat([text.uncond, text.cond]) if guided else text.cond)
+        parts = [text.uncond, text.cond] if guided else [text.cond]
+        if guided and text.away is not None:
+            parts.append(text.away)
+        context = torch.cat(parts) if guided else text.cond
+        self.unet, self.n_views, self.dtype = unet, n_views, text.cond.dtype
+        self.n_prompts = len(context) // len(text.cond)
+        self._context = unet.prepare_context(context)
         self._captured = captured
 
     @torch.no_grad()
@@ -50,8 +63,8 @@ class Denoiser:
         """The UNet's raw output, without a graph.
 
         Args: latents [B*V, C, h, w], views fastest; t timesteps, scalar or [B*V]; camera [B*V, 16], None in 2D mode.
-        Returns: [2*B*V, C, h, w], first without the prompts, then with them, or [B*V, ...] of the prompts alone; in
-            the dtype of the latents.
+        Returns: [G*B*V, C, h, w], first without the prompts, then with them, then with those to be led away from, if
+            there are any; or [B*V, ...] of the prompts alone; in the dtype of the latents.
         """
         camera = camera if camera is None else camera.to(self.dtype)
         if self._captured is not None and self._captured.is_active(latents.device):

@@ -158,18 +158,18 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     if config.method == "reconstruct":
         views = pipeline(prompt, config.cameras.n_views, negative_prompt=config.negative_prompt, seed=seed, warn=silent)
         return Reconstruction(views.tensor, middle_cameras(config.cameras))
-    sides = [""] if config.mode == "3d" else [f", {words}" for words in VIEW_WORDS]
-    endings = [side + config.suffix for side in sides]  # as endings, they stay where the prompt is too long
+    tells_sides = config.guidance.tells_sides(config.mode)
+    words = [f", {words}" for words in VIEW_WORDS] if tells_sides else [""]
+    endings = [side + config.suffix for side in words]  # as endings, they stay where the prompt is too long
     prompts = [prompt] * len(endings)
     text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=silent).to(pipeline.dtype)
     model = pipeline.model
-    own = text if config.mode == "3d" else None
+    own, sides = (None, text) if tells_sides else (text, None)
     unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
     score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance, graphs=pipeline.graphs)
 
     def n_groups(step: int) -> int:
         return config.n_groups[config.stage(step)]
 
-    if config.mode == "3d":
-        return SDS(score, config.cameras, n_groups, config.updates_per_guidance, config.match)
-    return SingleViewSDS(score, config.cameras, text, n_groups, config.updates_per_guidance, config.match)
+    kind = SDS if config.mode == "3d" else SingleViewSDS
+    return kind(score, config.cameras, n_groups, config.updates_per_guidance, config.match, sides)

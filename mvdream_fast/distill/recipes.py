@@ -191,7 +191,7 @@ def _stretched(config: SDSConfig, steps: int) -> dict[str, Any]:
     factor = steps / config.steps
     out: dict[str, Any] = {}
     for name, value in settings_of(config).items():
-        if name.startswith(("lambda_", "min_step", "max_step")):
+        if name.startswith(("lambda_", "min_step", "max_step", "grad_clip")) and value is not None:
             start, first, last, end = value
             out[name] = (start * factor, first, last, end * factor)
     out["shading_from"] = round(config.shading_from * factor)

@@ -154,8 +154,26 @@ def check_config(config: SDSConfig, names: Mapping[str, str] | None = None) -> N
         low, high = settings[name]
         if low > high:
             raise ArgumentError(f"{names.get(name, name)} must be low, then high, got {low} and {high}")
+    check_guidance(config)
     check_prompt(config.negative_prompt, allow_empty=True)
     check_prompt(config.suffix, allow_empty=True)
+
+
+def check_guidance(config: SDSConfig) -> None:
+    """Raises ArgumentError for settings of guidance that have no meaning together."""
+    guidance, mode = config.guidance, config.mode
+    if guidance.weighting != "sds" and guidance.kind == "sds" and guidance.loss == "x0":
+        raise ArgumentError(
+            f"--weighting {guidance.weighting} is of the loss sds, got --loss x0, which has no weight; add --loss sds"
+        )
+    if guidance.perp_neg and not (mode == "2d" and guidance.tells_sides(mode)):
+        got = f"--mode {mode}" if mode != "2d" else "--no-view-words"
+        raise ArgumentError(
+            "--perp-neg leads each view away from the words of its other sides, so it needs --mode 2d and --view-words,"
+            f" got {got}"
+        )
+    if guidance.view_words and config.method == "reconstruct":
+        raise ArgumentError("--view-words can't be told to the views of --method reconstruct, which share one prompt")
 
 
 def check_export(export: ExportConfig, names: Mapping[str, str] | None = None) -> None:
@@ -218,6 +236,8 @@ def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any
             same = value == has or Path(value).resolve() == Path(has).resolve()
         elif name in ("preset", "shading"):
             same = value in ("auto", has)
+        elif name == "view_words":  # which may have been left to the mode
+            same = value == run.config.guidance.tells_sides(run.config.mode)
         else:
             same = _with_flags(run.config, {name: value}) == run.config
         if not same:

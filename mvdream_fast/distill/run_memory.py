@@ -46,7 +46,7 @@ def estimate(
     if model is not None and config.method == "sds":
         images = max(config.n_groups) * config.cameras.n_views
         level = 4 * images * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
-        parts["the UNet"] = 2 * level * UNET_FACTOR
+        parts["the UNet"] = (4 if config.guidance.perp_neg else 2) * level * UNET_FACTOR  # prompts in one batch
         side = model.vae.image_size // model.vae.patch_size
         maps = images * side**2 * (model.vae.block_out_channels or (0,))[0] * VAE_FACTOR
         parts["the VAE's encoder"] = encoder_bytes * maps

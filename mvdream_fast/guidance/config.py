@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from mvdream_fast.core.ramp import Ramp, ShareRamp
+from mvdream_fast.core.ramp import ShareRamp
 from mvdream_fast.core.schema import Checked, Share
+
+Limit = Annotated[float, Interval(gt=0, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,30 @@ class GuidanceConfig(Checked):
     rescale: Share = 0.5
     min_step: ShareRamp = (0.0, 0.98, 0.02, 8000.0)
     max_step: ShareRamp = (0.0, 0.98, 0.50, 8000.0)
-    timesteps: Literal["shared", "each"] = "shared"  # one timestep for all images of a step, or one for each scene
-    weighting: Literal["sds", "uniform", "fantasia3d"] = "sds"  # w(t) of the losses sds and vsd
-    grad_clip: Ramp | None = None  # the largest magnitude of a gradient on a latent
-    view_words: bool = False  # "front view" and its like in the prompt, by where the camera stands
-    perp_neg: bool = False
+    # One timestep for all images of a step, or one for each group of views: in 2D mode that is each image.
+    timesteps: Literal["shared", "each"] = "shared"
+    # w(t) of the losses sds and vsd: 1 - abar, 1, or sqrt(abar) (1 - abar).
+    weighting: Literal["sds", "uniform", "fantasia3d"] = "sds"
+    # The largest magnitude of the gradient on a latent's value, before it is divided by the number of images.
+    grad_clip: tuple[float, Limit, Limit, float] | None = None
+    view_words: bool | None = (
+        None  # "front view" and its like in the prompt, by where the camera stands; None: in 2D mode
+    )
+    perp_neg: bool = False  # leads each view away from the words of its other sides
     # VSD alone.
     lora_rank: Annotated[int, Interval(ge=1, le=1024)] = 4
     lora_lr: Annotated[float, Interval(gt=0, lt=1)] = 1e-4
     camera_dropout: Share = 0.1
     particles: Annotated[int, Interval(ge=1, le=64)] = 1
+
+    @property
+    def scale_from_uncond(self) -> float:
+        """The s of eps_u + s (eps_c - eps_u) that this guidance is: from eps_c it is one more than the scale."""
+        return self.guidance_scale + (self.guided_from == "cond")
+
+    def tells_sides(self, mode: str) -> bool:
+        """Whether the prompt says from where a view is seen, in a mode of SDSConfig."""
+        return mode == "2d" if self.view_words is None else self.view_words
 
 
 @dataclass(frozen=True)

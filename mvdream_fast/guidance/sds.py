@@ -5,7 +5,7 @@ Knows latents, noise and the denoiser; knows no scene: images come in as a tenso
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, ask, guided_call
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.guidance.base import Timing, no_timing
 from mvdream_fast.guidance.config import GuidanceConfig
-from mvdream_fast.guidance.prompts import view_words
+from mvdream_fast.guidance.prompts import led_away, tell
 from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.pixels import Codec
 from mvdream_fast.models.unet import MultiViewUNet
@@ -29,7 +29,7 @@ from mvdream_fast.ops.sds_target import sds_target
 
 @dataclass(frozen=True)
 class SDSLoss:
-    """`loss` is differentiable; `t` is the timestep it was taken at.
+    """`loss` is differentiable; `t` is the timestep it was taken at, of several the rounded mean.
 
     target: [B*V, C, h, w], the latents that the model would rather see; constant.
     """
@@ -66,10 +66,20 @@ class ScoreDistillation:
 
     def timestep(self, step: int, stream: Stream) -> int:
         """One timestep for all images of the step, uniform over the annealed range (ends included)."""
+        return int(stream.integers(*self._timestep_range(step)))
+
+    def timesteps(self, step: int, stream: Stream, n_groups: int, n_views: int) -> list[int]:
+        """The timesteps of B groups of V images as the configuration wants them: one for all, or B*V, where those of a
+        group are the same; drawn as `timestep` is."""
+        if self.config.timesteps == "shared":
+            return [self.timestep(step, stream)]
+        return stream.integers(*self._timestep_range(step), n_groups).repeat_interleave(n_views).tolist()
+
+    def _timestep_range(self, step: int) -> tuple[int, int]:
+        """The first timestep of the annealed range, and the one after its last."""
         n = len(self.schedule.alphas_cumprod)
         low = int(n * ramp(self.config.min_step, step))
-        high = min(max(int(n * ramp(self.config.max_step, step)), low), n - 1)
-        return int(stream.integers(low, high + 1))
+        return low, min(max(int(n * ramp(self.config.max_step, step)), low), n - 1) + 1
 
     def __call__(
         self,
@@ -81,6 +91,7 @@ class ScoreDistillation:
         timing: Timing = no_timing,
         text: TextCond | None = None,
         for_target: bool = False,
+        away_weights: Tensor | None = None,
     ) -> SDSLoss:
         """L = sum (z - sg(target))^2 / (2 B V), whose gradient on the latents is that of the published formula.
 
@@ -88,34 +99,41 @@ class ScoreDistillation:
             rgb: [B*V, 3, Hp, Wp] in [0, 1], views fastest; resized to the model's image size (bilinear).
             c2w: [B*V, 4, 4] poses, normalised here; None asks the model in 2D mode (then n_views is 1).
             timing: called after the encoder ("vae") and after the UNet ("unet"); a graph is "unet" as a whole.
-            text: of each of the B groups; None takes the one prompt for all.
+            text: of each of the B groups, or of each image; None takes the one prompt for all.
             for_target: the loss will not be differentiated, so a graph need not hold its gradient.
+            away_weights: [K, B*V], how strongly each image is led away from `text.away`, which needs them.
 
         Returns:
             SDSLoss. Where it comes from a graph its loss has first derivatives only.
 
         Source: Shi et al. 2023, "MVDream", section 3.3; Poole et al. 2022, "DreamFusion", equation 3.
         """
-        t = self.timestep(step, stream)
+        drawn = self.timesteps(step, stream, len(rgb) // n_views, n_views)
         posterior, noise = self._noise(rgb, stream), self._noise(rgb, stream)
         camera = None if c2w is None else to_device(normalize_camera(c2w), rgb.device)
-        at = to_device(torch.tensor([t]), rgb.device)
+        t, at = round(sum(drawn) / len(drawn)), to_device(torch.tensor(drawn), rgb.device)
         denoiser = self._denoiser(len(rgb) // n_views, n_views, text)
+        wishes = Wishes(self.schedule, self.config, n_views)
+        numbers = noise, at, self._limit(step, rgb.device), away_weights
         if self._whole.is_active(rgb.device) and not for_target:
             loss, target, d_rgb = self._whole(
-                self.unet, self.vae, self.schedule, self.config, n_views, rgb,
-                posterior if self.sample_posterior else None, noise, at,
-                None if camera is None else camera.to(denoiser.dtype), *denoiser.told(),
+                self.unet, self.vae, wishes, denoiser.n_prompts, rgb, posterior if self.sample_posterior else None,
+                *numbers, None if camera is None else camera.to(denoiser.dtype), *denoiser.told(),
             )  # fmt: skip
             timing("unet")
             return SDSLoss(_with_known_gradient(loss, rgb, d_rgb), t, target)
         z = self._encode(rgb, posterior)
         timing("vae")
         z_t = self.schedule.add_noise(z.detach(), noise.to(z.dtype), at)
-        target = _target(z, z_t, denoiser(z_t, at, camera), noise, at, self.schedule, self.config, n_views)
+        target = wishes.target(z, z_t, denoiser(z_t, at, camera), *numbers)
         timing("unet")
         # A zero-valued second term is not needed: d/dz of this is exactly the gradient that sds_target names.
         return SDSLoss(distance(z, target), t, target)
+
+    def _limit(self, step: int, device: torch.device) -> Tensor | None:
+        """The largest magnitude of the gradient at a step, [1]."""
+        schedule = self.config.grad_clip
+        return None if schedule is None else to_device(torch.tensor([ramp(schedule, step)]), device)
 
     def _denoiser(self, n_groups: int, n_views: int, text: TextCond | None) -> Denoiser:
         if text is not None:
@@ -156,28 +174,40 @@ def _encoded(vae: Codec, rgb: Tensor, noise: Tensor | None) -> Tensor:
     return vae.encode(rgb * 2 - 1, noise if noise is None else noise.to(rgb.dtype))
 
 
-def _target(
-    z: Tensor, z_t: Tensor, out: Tensor, noise: Tensor, at: Tensor, schedule: NoiseSchedule, config: GuidanceConfig,
-    n_views: int,
-) -> Tensor:  # fmt: skip
-    """The latents that the model would rather see, from what it says of z_t without and with the prompt."""
-    uncond, cond = out.chunk(2)
-    return sds_target(
-        z, z_t, cond, uncond, noise.to(z.dtype), schedule.alphas_cumprod[at], config.guidance_scale,
-        schedule.prediction, config.rescale, config.loss, n_views,
-    ).target  # fmt: skip
+class Wishes(NamedTuple):
+    """How a model's predictions become the latents that it would rather see."""
+
+    schedule: NoiseSchedule
+    config: GuidanceConfig
+    n_views: int
+
+    def target(
+        self, z: Tensor, z_t: Tensor, out: Tensor, noise: Tensor, at: Tensor, limit: Tensor | None = None,
+        away_weights: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Those latents, [n, C, h, w], n = B*V, from what the model says of z_t without and with the prompt and, [K*n,
+        ...], with what to be led away from: `out` [G*n, C, h, w]. at: [1] or [n]; limit [1]; away_weights [K, n]."""
+        config = self.config
+        uncond, cond, away = out.split([len(z), len(z), len(out) - 2 * len(z)])
+        if away_weights is not None:
+            cond = led_away(cond, uncond, away, away_weights)
+        return sds_target(
+            z, z_t, cond, uncond, noise.to(z.dtype), self.schedule.alphas_cumprod[at], config.scale_from_uncond,
+            self.schedule.prediction, config.rescale, config.loss, self.n_views, config.weighting, limit,
+        ).target  # fmt: skip
 
 
 def _with_gradient(
-    unet: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, config: GuidanceConfig, n_views: int, rgb: Tensor,
-    posterior: Tensor | None, noise: Tensor, at: Tensor, camera: Tensor | None, *told: Tensor,
+    unet: MultiViewUNet, vae: Codec, wishes: Wishes, n_prompts: int, rgb: Tensor, posterior: Tensor | None,
+    noise: Tensor, at: Tensor, limit: Tensor | None, away_weights: Tensor | None, camera: Tensor | None, *told: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, target and the loss' gradient on rgb: `ScoreDistillation` as a function of nothing but its arguments."""
     with torch.enable_grad():
         rgb = rgb.detach().requires_grad_()
         z = _encoded(vae, rgb, posterior)
-        z_t = schedule.add_noise(z.detach(), noise.to(z.dtype), at)
-        target = _target(z, z_t, ask(unet, z_t, at, camera, n_views, 2, *told), noise, at, schedule, config, n_views)
+        z_t = wishes.schedule.add_noise(z.detach(), noise.to(z.dtype), at)
+        out = ask(unet, z_t, at, camera, wishes.n_views, n_prompts, *told)
+        target = wishes.target(z, z_t, out, noise, at, limit, away_weights)
         loss = distance(z, target)
         (d_rgb,) = torch.autograd.grad(loss, rgb)
     return loss.detach(), target, d_rgb
@@ -194,14 +224,17 @@ class SDS:
     With `every` = k the model is asked every k-th step; the steps between pull the same views towards the same answer,
     compared as latents or as pixels (`match`). k = 1 is the paper's recipe.
 
-    Args: n_groups: the number of groups of views at a step.
+    Args: n_groups: the number of groups of views at a step. sides: text of the prompt with each of prompts.VIEW_WORDS,
+        B = 4, where each view is told its side in words; None: they share the one prompt of `score`.
+    Source: Poole et al. 2022, "DreamFusion", section 3.2 (view-dependent prompts).
     """
 
     def __init__(
         self, score: ScoreDistillation, cameras: CameraSampling, n_groups: Callable[[int], int] = lambda _: 1,
-        every: int = 1, match: Literal["latents", "pixels"] = "latents",
+        every: int = 1, match: Literal["latents", "pixels"] = "latents", sides: TextCond | None = None,
     ):  # fmt: skip
         self.distillation, self.cameras, self.n_groups, self.every, self.match = score, cameras, n_groups, every, match
+        self.sides = sides
         self._target: Tensor | None = None  # of the last answer; held only while it is to be used again
 
     def views(self, step: int, stream: Stream) -> Cameras:
@@ -234,8 +267,14 @@ class SDS:
         return loss, out.t
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:
-        for_target = self.match == "pixels"
-        return self.distillation(rgb, views.c2w, self.cameras.n_views, step, stream, timing, for_target=for_target)
+        return self.distillation(rgb, views.c2w, self.cameras.n_views, step, stream, timing, *self._told(views))
+
+    def _told(self, views: Cameras) -> tuple[TextCond | None, bool, Tensor | None]:
+        """What a question to the model ends with: the text, whether it's for a target alone, and Perp-Neg's weights."""
+        text, weights = None, None
+        if self.sides is not None:
+            text, weights = tell(self.sides, views.c2w, self.distillation.config.perp_neg)
+        return text, self.match == "pixels", weights
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The model stays as it is."""
@@ -251,23 +290,10 @@ class SDS:
 
 
 class SingleViewSDS(SDS):
-    """The same from the model's 2D mode, which knows no cameras: each view by itself, told its side in words.
-
-    Args: sides: text of the prompt with each of prompts.VIEW_WORDS, B = 4.
-    Source: Poole et al. 2022, "DreamFusion", section 3.2 (view-dependent prompts).
-    """
-
-    def __init__(
-        self, score: ScoreDistillation, cameras: CameraSampling, sides: TextCond,
-        n_groups: Callable[[int], int] = lambda _: 1, every: int = 1, match: Literal["latents", "pixels"] = "latents",
-    ):  # fmt: skip
-        super().__init__(score, cameras, n_groups, every, match)
-        self._sides = sides
+    """The same from the model's 2D mode, which knows no cameras: each view by itself."""
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:
-        rows = to_device(view_words(views.c2w), self._sides.cond.device)
-        text = TextCond(self._sides.cond[rows], self._sides.uncond[rows])
-        return self.distillation(rgb, None, 1, step, stream, timing, text, self.match == "pixels")
+        return self.distillation(rgb, None, 1, step, stream, timing, *self._told(views))
 
 
 def _resized(rgb: Tensor, like: Tensor) -> Tensor:
