@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mvdream_fast.camera import Cameras, normalize_camera, sample_cameras
 from mvdream_fast.camera_sampling import CameraSampling
+from mvdream_fast.core import reads
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.ramp import ramp
@@ -73,7 +74,7 @@ class ScoreDistillation:
         group are the same; drawn as `timestep` is."""
         if self.config.timesteps == "shared":
             return [self.timestep(step, stream)]
-        return stream.integers(*self._timestep_range(step), n_groups).repeat_interleave(n_views).tolist()
+        return reads.read(stream.integers(*self._timestep_range(step), n_groups).repeat_interleave(n_views))
 
     def _timestep_range(self, step: int) -> tuple[int, int]:
         """The first timestep of the annealed range, and the one after its last."""
@@ -187,10 +188,10 @@ class Wishes(NamedTuple):
     ) -> Tensor:  # fmt: skip
         """Those latents, [n, C, h, w], n = B*V, from what the model says of z_t without and with the prompt and, [K*n,
         ...], with what to be led away from: `out` [G*n, C, h, w]. at: [1] or [n]; limit [1]; away_weights [K, n]."""
-        config = self.config
-        uncond, cond, away = out.split([len(z), len(z), len(out) - 2 * len(z)])
+        config, n = self.config, len(z)
+        uncond, cond = out[:n], out[n : 2 * n]
         if away_weights is not None:
-            cond = led_away(cond, uncond, away, away_weights)
+            cond = led_away(cond, uncond, out[2 * n :], away_weights)
         return sds_target(
             z, z_t, cond, uncond, noise.to(z.dtype), self.schedule.alphas_cumprod[at], config.scale_from_uncond,
             self.schedule.prediction, config.rescale, config.loss, self.n_views, config.weighting, limit,

@@ -66,6 +66,25 @@ def test_one_graph_for_all_latents_steps_cameras_and_prompts(name):
     assert graph.outside.keys() <= arguments | weights_of(unet)
 
 
+def test_four_prompts_in_one_call(unet):
+    """Without the prompt, with it, and two to be led away from: in one batch what each is alone, and one graph."""
+    call = guided_call()
+    for key in range(3):
+        stream = Stream(key, 1, "away")
+        first, second = (stream.normal(4, 5, unet.config.context_dim) for _ in range(2))
+        text = text_of(unet, key, 4)
+        text = TextCond(text.cond, text.uncond, torch.cat([first, second]))
+        latents, t, _ = inputs(unet, key)
+        answer = agree(call, unet, text, (latents, t, None), n_views=1)
+        alone = [
+            Denoiser(unet, TextCond(x, x), 1, guided=False)(latents, t) for x in (text.uncond, text.cond, first, second)
+        ]
+        torch.testing.assert_close(answer, torch.cat(alone), rtol=1e-4, atol=1e-5)
+        again = text.repeat(2).to(torch.float64)
+        assert torch.equal(again.away, torch.cat([first, second]).repeat_interleave(2, dim=0).double())
+    assert graphs() == 1
+
+
 def test_a_camera_is_worked_out_anew(unet):
     """What the prototype found: the embedding of the last camera is kept, and a graph would have kept it for ever."""
     call, text, (latents, t, camera) = guided_call(), text_of(unet, 0), inputs(unet, 0)

@@ -118,6 +118,17 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"min_step": (math.nan, 0.9, 0.5, 9.0)}, r"min_step\[0\] must be a finite number, got nan"),
         ({"updates_per_guidance": 0}, "updates_per_guidance must be at least 1, got 0"),
         ({"negative_prompt": "a\x07"}, "control character"),
+        (
+            {"weighting": "uniform"},
+            "--weighting uniform is of the loss sds, got --loss x0, which has no weight; add --loss",
+        ),
+        ({"perp_neg": True}, "--perp-neg leads .* needs --mode 2d and --view-words, got --mode 3d$"),
+        (
+            {"perp_neg": True, "mode": "2d", "view_words": False},
+            "needs --mode 2d and --view-words, got --no-view-words$",
+        ),
+        ({"view_words": True, "method": "reconstruct"}, "--view-words can't be told to the views of --method reconstr"),
+        ({"grad_clip": (0.0, 0.0, 1.0, 9.0)}, r"grad_clip\[1\] must be greater than 0, got 0.0"),
     ],
 )
 def test_settings_that_no_run_can_use(changes, message):
@@ -157,6 +168,40 @@ def test_a_file_of_prompts(tmp_path):
     assert second.config.negative_prompt == "blue"
     assert second.config.guidance.max_step[3] == 24  # the schedules stretch
     assert {first.config.guidance.guidance_scale, second.config.guidance.guidance_scale} == {3.0}
+
+
+FORMS = {
+    "guided_from": "cond",
+    "loss": "sds",
+    "weighting": "fantasia3d",
+    "timesteps": "each",
+    "mode": "2d",
+    "perp_neg": True,
+}
+
+
+def test_forms_of_guidance_and_what_a_run_was_begun_with():
+    run = request.resolve({**CHAIR, **FORMS})
+    guidance = run.config.guidance
+    assert (guidance.guided_from, guidance.loss, guidance.weighting, guidance.timesteps) == (*FORMS.values(),)[:4]
+    assert request.differences(run, FORMS | {"view_words": True}) == {}  # which the mode brings
+    others = {
+        "guided_from": "uncond",
+        "weighting": "sds",
+        "timesteps": "shared",
+        "view_words": False,
+        "perp_neg": False,
+    }
+    assert request.differences(run, others).keys() == others.keys()
+    assert request.differences(request.resolve(CHAIR), {"view_words": False, "perp_neg": False}) == {}
+    # the other mode of the same settings brings its own
+    assert not dataclasses.replace(run.config, mode="3d").guidance.tells_sides("3d")
+
+
+def test_a_limit_of_the_gradient_stretches_with_the_steps():
+    clipped = replaced(SDS_PRESETS["mini"], grad_clip=(0.0, 2.0, 8.0, 300.0))
+    assert resolve_config(clipped, steps=1200).guidance.grad_clip == (0.0, 2.0, 8.0, 600.0)
+    assert resolve_config("mini", steps=1200).guidance.grad_clip is None
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

@@ -30,6 +30,8 @@ def test_what_grows_the_run_grows_the_estimate():
     for changes in ({"n_views": 8}, {"n_groups": (4, 1)}, {"samples_per_ray": 1024}):
         assert total(SD21, replaced(PAPER, max_samples=1 << 31, **changes)) > base
     assert run_memory.estimate(SD21, PAPER)["the VAE's encoder"] > run_memory.estimate(MINI, PAPER)["the VAE's encoder"]
+    four_prompts = run_memory.estimate(SD21, replaced(PAPER, mode="2d", perp_neg=True))
+    assert four_prompts["the UNet"] == 2 * run_memory.estimate(SD21, PAPER)["the UNet"]
     reconstruction = run_memory.estimate(SD21, replaced(PAPER, method="reconstruct"))
     assert "the UNet" not in reconstruction
     assert total(SD21, shaded(PAPER)) >= base
