@@ -282,9 +282,12 @@ def make_all(pipeline: "MVDreamPipeline", requests: list["Request"], folder: Pat
 
 def first_line(pipeline: "MVDreamPipeline", request: "Request") -> str:
     """Which recipe and which model, why, and what of the prompt the model won't see."""
+    from mvdream_fast.distill.loop import prompt_endings
+
     config = request.config
     method = "" if config.method == "sds" else f", {config.method}"
-    unseen = pipeline.unseen_words(request.prompt, config.negative_prompt, config.suffix)
+    endings = prompt_endings(config)
+    unseen = pipeline.unseen_words([request.prompt] * len(endings), config.negative_prompt, endings)
     parts = [f"preset {config.preset}{method}: {request.why}", f"{config.steps} steps", f"seed {request.seed}"]
     return "; ".join([*parts, f"model {pipeline.describe()}", *unseen])
 

@@ -148,6 +148,12 @@ def _plain(config: SDSConfig) -> dict[str, Any]:
     return {name: list(v) if is_tuple(v) else v for name, v in settings_of(config).items()}
 
 
+def prompt_endings(config: SDSConfig) -> list[str]:
+    """What is told behind the prompt: once, or for each of VIEW_WORDS. As endings, they stay where it is too long."""
+    tells_sides = config.guidance.tells_sides(config.mode)
+    return [side + config.suffix for side in ([f", {words}" for words in VIEW_WORDS] if tells_sides else [""])]
+
+
 def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
     """The one place where the kind of guidance is chosen: score distillation from many views or one, or, with the
     method "reconstruct", views that are sampled once and fitted."""
@@ -158,13 +164,11 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     if config.method == "reconstruct":
         views = pipeline(prompt, config.cameras.n_views, negative_prompt=config.negative_prompt, seed=seed, warn=silent)
         return Reconstruction(views.tensor, middle_cameras(config.cameras))
-    tells_sides = config.guidance.tells_sides(config.mode)
-    words = [f", {words}" for words in VIEW_WORDS] if tells_sides else [""]
-    endings = [side + config.suffix for side in words]  # as endings, they stay where the prompt is too long
+    endings = prompt_endings(config)
     prompts = [prompt] * len(endings)
     text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=silent).to(pipeline.dtype)
     model = pipeline.model
-    own, sides = (None, text) if tells_sides else (text, None)
+    own, sides = (None, text) if config.guidance.tells_sides(config.mode) else (text, None)
     unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
     score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance, graphs=pipeline.graphs)
 
