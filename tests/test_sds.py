@@ -21,6 +21,7 @@ from mvdream_fast import sds
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core import cli, memory, run_folder
 from mvdream_fast.core.errors import DivergedError, OutputError
+from mvdream_fast.distill import request
 from mvdream_fast.distill.loop import new_guidance
 from mvdream_fast.distill.recipes import mini
 from mvdream_fast.guidance.sds import ScoreDistillation
@@ -191,6 +192,24 @@ def test_a_file_of_prompts_ends_with_a_summary(model, capsys):
     assert "'a red car', seed 1" in summary[1]
     assert "the model does not know 'zyxw'" in out
     assert len(list(Path("outputs").glob("*/*/mesh.glb"))) == 2
+
+
+def test_the_first_line_names_view_words_that_the_model_does_not_know():
+    """Four times the prompt in the 2D mode, with a side each; once in the 3D mode."""
+
+    class Unseen:
+        def unseen_words(self, prompts, negative_prompt, endings):
+            return [f"{len(prompts)}{endings}"]
+
+        def describe(self):
+            return "m"
+
+    def last(**flags) -> str:
+        return sds.first_line(Unseen(), request.resolve({"prompt": "a car", **flags})).rpartition("; ")[2]
+
+    sides = "4[', front view', ', side view', ', back view', ', overhead view']"
+    assert (last(), last(mode="2d"), last(mode="2d", view_words=False)) == ("1['']", sides, "1['']")
+    assert last(view_words=True) == sides
 
 
 def test_one_bad_line_stops_all_runs_before_the_first(model, capsys):

@@ -237,7 +237,8 @@ def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any
         elif name in ("preset", "shading"):
             same = value in ("auto", has)
         elif name == "view_words":  # which may have been left to the mode
-            same = value == run.config.guidance.tells_sides(run.config.mode)
+            has = run.config.guidance.tells_sides(run.config.mode)
+            same = value == has
         else:
             same = _with_flags(run.config, {name: value}) == run.config
         if not same:

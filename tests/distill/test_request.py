@@ -193,6 +193,7 @@ def test_forms_of_guidance_and_what_a_run_was_begun_with():
         "perp_neg": False,
     }
     assert request.differences(run, others).keys() == others.keys()
+    assert request.differences(run, others)["view_words"] == (False, True)
     assert request.differences(request.resolve(CHAIR), {"view_words": False, "perp_neg": False}) == {}
     # the other mode of the same settings brings its own
     assert not dataclasses.replace(run.config, mode="3d").guidance.tells_sides("3d")
