@@ -31,8 +31,8 @@ from mvdream_fast.guidance.sds import (
 )
 from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.lora import adapted_twin
+from mvdream_fast.models.pixels import Codec
 from mvdream_fast.models.unet import MultiViewUNet
-from mvdream_fast.models.vae import VAE
 
 BETAS, EPS = (0.9, 0.99), 1e-15  # of the adapters' AdamW, as of the asset's
 
@@ -131,7 +131,7 @@ class VariationalScore(ScoreDistillation):
     """
 
     def __init__(
-        self, unet: MultiViewUNet, vae: VAE, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
+        self, unet: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
         learner: Learner, multi_view: bool, sample_posterior: bool = True, graphs: bool = True,
     ):  # fmt: skip
         config = dataclasses.replace(config, loss="sds")
@@ -212,7 +212,7 @@ class VSD(SDS):
 
 
 def _with_gradient(
-    unet: MultiViewUNet, learned: MultiViewUNet, vae: VAE, schedule: NoiseSchedule, config: GuidanceConfig,
+    unet: MultiViewUNet, learned: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, config: GuidanceConfig,
     n_views: int, rgb: Tensor, posterior: Tensor | None, noise: Tensor, at: Tensor, camera: Tensor | None,
     learned_camera: Tensor, learned_words: Tensor, *told: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip

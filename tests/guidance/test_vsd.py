@@ -90,9 +90,9 @@ def poses(n: int = 8) -> Tensor:
 
 @pytest.mark.parametrize(("prediction", "on_latents"), [("eps", 0.9), ("v", 0.72)])
 def test_the_gradient_is_the_published_one_on_worked_numbers(prediction, on_latents):
-    """With guidance -0.2 + 7.5 (0.3 + 0.2) = 3.55, the learner 1.05: 2.5 apart. w = 1 - 0.64 = 0.36 makes 0.9 of noises;
-    of v-predictions, whose noises are 0.8 v + 0.6 z_t, 0.36 * 0.8 * 2.5. Latents are 2 rgb - 1, each of four pixels, and
-    the loss is a mean over eight images."""
+    """With guidance -0.2 + 7.5 (0.3 + 0.2) = 3.55, the learner 1.05: 2.5 apart. w = 1 - 0.64 = 0.36 makes 0.9 of
+    noises; of v-predictions, whose noises are 0.8 v + 0.6 z_t, 0.36 * 0.8 * 2.5. Latents are 2 rgb - 1, each of four
+    pixels, and the loss is a mean over eight images."""
     score, rgb = stubbed(prediction, cond=0.3, uncond=-0.2, learned=1.05), images()
     (d_rgb,) = torch.autograd.grad(score(rgb, poses(), 4, 0, Stream(0, 0, "g")).loss, rgb)
     torch.testing.assert_close(d_rgb, torch.full_like(rgb, on_latents / 8 * 2 / 4), rtol=1e-5, atol=0)
@@ -192,8 +192,8 @@ def test_the_loss_is_the_error_of_the_models_own_prediction():
 
 
 def test_the_first_step_is_adamw_of_that_loss():
-    """Adam's first step is the learning rate against the gradient's sign, whatever the scale of the loss; an adapter's B
-    begins at zero, which decay leaves there."""
+    """Adam's first step is the learning rate against the gradient's sign, whatever the scale of the loss; an adapter's
+    B begins at zero, which decay leaves there."""
     pipe = pipeline()
     learner, (z, camera) = learner_of(pipe), fixed(pipe)
     learner.learn(z, camera, 4, Stream(3, 0, "g"))
