@@ -19,14 +19,13 @@ from mvdream_fast.diffusion.denoiser import TextCond, ask
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.guidance.base import Timing, no_timing
 from mvdream_fast.guidance.config import GuidanceConfig
-from mvdream_fast.guidance.prompts import view_words
 from mvdream_fast.guidance.sds import (
     SDS,
     ScoreDistillation,
     SDSLoss,
+    Wishes,
     distance,
     encoded,
-    target_of,
     with_known_gradient,
 )
 from mvdream_fast.models.captured import Captured
@@ -150,23 +149,25 @@ class VariationalScore(ScoreDistillation):
         timing: Timing = no_timing,
         text: TextCond | None = None,
         for_target: bool = False,
+        away_weights: Tensor | None = None,
     ) -> SDSLoss:
         """See `ScoreDistillation`; c2w is needed in 2D mode, too. The loss has first derivatives only."""
         if c2w is None:
             raise ValueError("VariationalScore: c2w must be the views' poses, got None; the learner is told them")
-        t, n_groups = self.timestep(step, stream), len(rgb) // n_views
+        n_groups = len(rgb) // n_views
+        drawn = self.timesteps(step, stream, n_groups, n_views)
         posterior, noise = self._noise(rgb, stream), self._noise(rgb, stream)
         camera = to_device(normalize_camera(c2w), rgb.device)
         denoiser = self._denoiser(n_groups, n_views, text)
         loss, target, d_rgb, latents = self._step(
-            self.unet, self.learner.unet, self.vae, self.schedule, self.config, n_views, rgb,
-            posterior if self.sample_posterior else None, noise, to_device(torch.tensor([t]), rgb.device),
-            camera.to(denoiser.dtype) if self.multi_view else None, self.learner.told(camera),
-            self.learner.spread_words(n_groups), *denoiser.told(),
+            self.unet, self.learner.unet, self.vae, Wishes(self.schedule, self.config, n_views), denoiser.n_prompts,
+            rgb, posterior if self.sample_posterior else None, noise, to_device(torch.tensor(drawn), rgb.device),
+            self._limit(step, rgb.device), away_weights, camera.to(denoiser.dtype) if self.multi_view else None,
+            self.learner.told(camera), self.learner.spread_words(n_groups), *denoiser.told(),
         )  # fmt: skip
         timing("unet")
         self._seen = latents, camera, n_views
-        return SDSLoss(with_known_gradient(loss, rgb, d_rgb), t, target)
+        return SDSLoss(with_known_gradient(loss, rgb, d_rgb), round(sum(drawn) / len(drawn)), target)
 
     def learn(self, stream: Stream) -> Tensor | None:
         """The learner's step on the views of the last call, each of which it sees once; None where there was none."""
@@ -179,8 +180,7 @@ class VariationalScore(ScoreDistillation):
 class VSD(SDS):
     """Guidance by variational score distillation, from random cameras: one step of the learner after each of the asset.
 
-    Args: sides: for a model in 2D mode, text of the prompt with each of prompts.VIEW_WORDS, B = 4: the model is told
-        the side of each view in words, the learner only where its camera stands.
+    Args: sides: as in `SDS`; the learner is told where a camera stands, but no side in words.
     Source: Wang et al. 2023, "ProlificDreamer", algorithm 1.
     """
 
@@ -188,15 +188,12 @@ class VSD(SDS):
         self, score: VariationalScore, cameras: CameraSampling, n_groups: Callable[[int], int] = lambda _: 1,
         sides: TextCond | None = None,
     ):  # fmt: skip
-        super().__init__(score, cameras, n_groups)
-        self.variational, self._sides = score, sides
+        super().__init__(score, cameras, n_groups, sides=sides)
+        self.variational = score
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:
-        if self._sides is None:
-            return super()._answer(rgb, views, step, stream, timing)
-        rows = to_device(view_words(views.c2w), self._sides.cond.device)
-        text = TextCond(self._sides.cond[rows], self._sides.uncond[rows])
-        return self.variational(rgb, views.c2w, 1, step, stream, timing, text)
+        n_views = self.cameras.n_views if self.variational.multi_view else 1
+        return self.variational(rgb, views.c2w, n_views, step, stream, timing, *self._told(views))
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The learner's step on the views of this one."""
@@ -212,19 +209,20 @@ class VSD(SDS):
 
 
 def _with_gradient(
-    unet: MultiViewUNet, learned: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, config: GuidanceConfig,
-    n_views: int, rgb: Tensor, posterior: Tensor | None, noise: Tensor, at: Tensor, camera: Tensor | None,
-    learned_camera: Tensor, learned_words: Tensor, *told: Tensor,
+    unet: MultiViewUNet, learned: MultiViewUNet, vae: Codec, wishes: Wishes, n_prompts: int, rgb: Tensor,
+    posterior: Tensor | None, noise: Tensor, at: Tensor, limit: Tensor | None, away_weights: Tensor | None,
+    camera: Tensor | None, learned_camera: Tensor, learned_words: Tensor, *told: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, target, the loss' gradient on rgb, and the latents: `VariationalScore` as a function of its arguments."""
     with torch.enable_grad():
         rgb = rgb.detach().requires_grad_()
         z = encoded(vae, rgb, posterior)
-        z_t = schedule.add_noise(z.detach(), noise.to(z.dtype), at)
-        of_renders = ask(learned, z_t, at, learned_camera, n_views, 1, learned_words)
-        of_model = ask(unet, z_t, at, camera, n_views, 2, *told)
+        z_t = wishes.schedule.add_noise(z.detach(), noise.to(z.dtype), at)
+        of_renders = ask(learned, z_t, at, learned_camera, wishes.n_views, 1, learned_words)
+        of_model = ask(unet, z_t, at, camera, wishes.n_views, n_prompts, *told)
         # SDS' formula, with what the learner takes for noise in the place of the noise that was added.
-        target = target_of(z, z_t, of_model, schedule.to_noise(z_t, of_renders, at), at, schedule, config, n_views)
+        own_noise = wishes.schedule.to_noise(z_t, of_renders, at)
+        target = wishes.target(z, z_t, of_model, own_noise, at, limit, away_weights)
         loss = distance(z, target)
         (d_rgb,) = torch.autograd.grad(loss, rgb)
     return loss.detach(), target, d_rgb, z.detach()
