@@ -24,6 +24,11 @@ from mvdream_fast.models.config import ScheduleConfig, VAEConfig
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.text_to_3d import TextTo3D
 
+PIXELS = dataclasses.replace(
+    ONE_LEVEL,
+    unet=dataclasses.replace(ONE_LEVEL.unet, in_channels=12, out_channels=12, camera_in="none", view_mixing="2d"),
+    vae=VAEConfig("pixels", (), latent_channels=12, patch_size=2, image_size=16, scale_factor=1.0),
+)  # of single images
 SMALL = replaced(
     mini(), steps=6, render_size=(8,), samples_per_ray=16, kind="vsd", lora_lr=1e-2, elevation_range_deg=(0.0, 30.0)
 )
@@ -323,14 +328,20 @@ def test_a_run_with_the_embedded_model(mode):
 
 
 @pytest.mark.usefixtures("capturable_without_a_word")
-@pytest.mark.parametrize("mode", MODES)
-def test_a_run_has_the_same_bytes_with_graphs(mode):
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (ONE_LEVEL, {}),
+        (ONE_LEVEL, {"view_words": True, "timesteps": "each", "weighting": "fantasia3d"}),
+        (PIXELS, {"mode": "2d", "perp_neg": True, "timesteps": "each", "grad_clip": (0.0, 2.0, 0.1, 8.0)}),
+    ],
+    ids=["plain", "3d", "2d"],
+)
+def test_a_run_has_the_same_bytes_with_graphs(model, settings):
     sizes = {"milestones": (4,), "render_size": (8, 12), "n_groups": (1, 1)}
-    config, ends = replaced(SMALL, **sizes, steps=8, mode=mode), []
+    config, ends = replaced(SMALL, **sizes, steps=8, **settings), []
     for graphs in (True, False):
-        state = RunState(
-            config, "a red car", 0, new_guidance(pipeline(ONE_LEVEL, graphs=graphs), "a red car", config, 0)
-        )
+        state = RunState(config, "a red car", 0, new_guidance(pipeline(model, graphs=graphs), "a red car", config, 0))
         records = [state.step(step) for step in range(config.steps)]
         ends.append(([(r.loss, r.t) for r in records], state.state()))
     (ours, own), (plain, other) = ends
