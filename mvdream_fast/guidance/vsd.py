@@ -78,7 +78,7 @@ class Learner:
         group from the whole schedule. A step with numbers that are not finite changes nothing.
 
         Returns: the error, a scalar that nobody has waited for.
-        Source: Wang et al. 2023, "ProlificDreamer", equation 8.
+        Source: Wang et al. 2023, "ProlificDreamer", algorithm 1.
         """
         n_groups, device = len(latents) // n_views, latents.device
         t = stream.integers(0, len(self.schedule.alphas_cumprod), n_groups).repeat_interleave(n_views)
@@ -126,7 +126,7 @@ class VariationalScore(ScoreDistillation):
 
     Args: learner: of the same UNet. multi_view: the model is asked in 3D mode; otherwise the cameras are the twin's
         alone.
-    Source: Wang et al. 2023, "ProlificDreamer", equation 7.
+    Source: Wang et al. 2023, "ProlificDreamer", algorithm 1.
     """
 
     def __init__(
