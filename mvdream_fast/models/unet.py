@@ -177,11 +177,7 @@ class MultiViewUNet(nn.Module):
         Its last layer is zero, so that whatever camera it is told, its answers are at first those of 2D mode.
         """
         self.config = dataclasses.replace(self.config, camera_in="time")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            fresh = _mlp(self.config.camera_dim, self.config.time_embed_dim)
-        zero(fresh[2])
-        self.camera_embed = fresh.to(next(self.out.parameters()).device)
+        self.camera_embed = fresh_camera_embedding(self.config, seed).to(next(self.out.parameters()).device)
 
     @torch.no_grad()
     def prepare_context(self, context: Tensor) -> TextContext:
@@ -325,6 +321,15 @@ def _channels_last(module: nn.Module, _: object = None) -> None:
 
 def _mlp(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
+
+
+def fresh_camera_embedding(config: UNetConfig, seed: int = 0) -> nn.Sequential:
+    """Weights of an embedding of [B*V, 16] cameras beside that of the time; it begins as nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = _mlp(config.camera_dim, config.time_embed_dim)
+    zero(fresh[2])
+    return fresh
 
 
 def _plain(name: str, layers: list[nn.Module]) -> list[nn.Linear]:
