@@ -52,6 +52,15 @@ class Flags:
     """Tells each view in words from where it is seen; in the 2d mode it does so anyway."""
     perp_neg: bool = False
     """Leads each view of the 2d mode away from the words of its other sides (Perp-Neg)."""
+    guidance: Literal["sds", "vsd"] | None = None
+    """vsd: what the model says is held against a copy of it that learns the renders (ProlificDreamer's way), at a
+    guidance scale of 7.5."""
+    lora_rank: int | None = None
+    """Of that copy's low-rank adapters. Default: 4."""
+    lora_lr: float | None = None
+    """Their learning rate. Default: 1e-4."""
+    particles: int | None = None
+    """Assets that --guidance vsd optimises in turn, for variety; the first one is kept. Default: 1."""
     steps: int | None = None
     """Number of steps; schedules stretch with it. Default: the preset's."""
     seed: str | None = None

@@ -104,6 +104,20 @@ def test_the_single_view_prior_makes_another_asset(model):
     assert digests[0][1] != digests[1][1]  # what is shown first is drawn in that mode, too
 
 
+@pytest.mark.parametrize("mode", ["3d", "2d"])
+def test_a_learner_beside_the_model(mode, model):
+    """At ProlificDreamer's scale unless another is asked for, and as the run was begun where it goes on."""
+    arguments = ["a green chair", "--model", model, "--steps", "3", *SETTLED, "--guidance", "vsd", "--mode", mode]
+    assert command(*arguments, "--particles", "2", "--lora-rank", "3", "--guidance-scale", "5") == 0
+    settings = json.loads((latest() / "config.json").read_text())["sds"]
+    assert (settings["kind"], settings["particles"], settings["lora_rank"]) == ("vsd", 2, 3)
+    assert settings["guidance_scale"] == 5.0
+    assert (latest() / "mesh.glb").exists()
+    assert Asset.load(latest() / "asset.safetensors").prompt == "a green chair"  # one asset, not two
+    assert command("--resume", str(latest()), "--guidance", "vsd") == 0
+    assert command("--resume", str(latest()), "--guidance", "sds") == 2
+
+
 def test_reconstruction_shares_the_loop(model):
     arguments = ["--method", "reconstruct", "--n-views", "3", "--steps", "4", *SETTLED]
     assert command("--prompt", "a red car", "--model", model, *arguments) == 0
@@ -132,6 +146,9 @@ def test_reconstruction_shares_the_loop(model):
         (["--config", "x.toml"], 5, "cannot read x.toml: No such file"),
         (["a chair", "--resume", "latest"], 2, "leave out the prompt"),
         (["a chair", "--device", "tpu"], 2, "--device must be"),
+        (["a chair", "--lora-rank", "8"], 2, "--lora-rank is a setting of VSD"),
+        (["a chair", "--guidance", "vsd", "--lora-rank", "0"], 2, "--lora-rank must be at least 1, got 0"),
+        (["a chair", "--guidance", "vsd", "--method", "reconstruct"], 2, "--guidance vsd asks the model at every step"),
         (["a chair", "--model", "nowhere"], 3, "nowhere"),
         (["--resume", "nowhere"], 2, "--resume must name a run folder"),
         (["--resume", "."], 5, "cannot read"),

@@ -16,11 +16,13 @@ from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
+from mvdream_fast.distill.request import check_vsd
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
 from mvdream_fast.guidance.reconstruction import Reconstruction
 from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
+from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
 from mvdream_fast.scene.asset import Asset
 
 if TYPE_CHECKING:
@@ -155,12 +157,13 @@ def prompt_endings(config: SDSConfig) -> list[str]:
 
 
 def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
-    """The one place where the kind of guidance is chosen: score distillation from many views or one, or, with the
-    method "reconstruct", views that are sampled once and fitted."""
+    """The one place where the kind of guidance is chosen: score distillation from many views or one, plain or
+    variational, or, with the method "reconstruct", views that are sampled once and fitted."""
 
     def silent(_: str) -> None:
         """The command has named unknown words once."""
 
+    check_vsd(config)
     if config.method == "reconstruct":
         views = pipeline(prompt, config.cameras.n_views, negative_prompt=config.negative_prompt, seed=seed, warn=silent)
         return Reconstruction(views.tensor, middle_cameras(config.cameras))
@@ -170,10 +173,17 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     model = pipeline.model
     own, sides = (None, text) if config.guidance.tells_sides(config.mode) else (text, None)
     unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
-    score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance, graphs=pipeline.graphs)
 
     def n_groups(step: int) -> int:
         return config.n_groups[config.stage(step)]
 
+    if config.guidance.kind == "vsd":
+        plain = pipeline.encode_prompt(prompt, config.negative_prompt, config.suffix, warn=silent).to(pipeline.dtype)
+        multi_view = config.mode == "3d"
+        knows_cameras = multi_view and unet.config.camera_in != "none"
+        parts, graphs = (unet, vae, pipeline.schedule, own, config.guidance), pipeline.graphs
+        learner = Learner(unet, pipeline.schedule, plain.cond, config.guidance, knows_cameras, seed, graphs)
+        return VSD(VariationalScore(*parts, learner, multi_view, graphs=graphs), config.cameras, n_groups, sides)
+    score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance, graphs=pipeline.graphs)
     kind = SDS if config.mode == "3d" else SingleViewSDS
     return kind(score, config.cameras, n_groups, config.updates_per_guidance, config.match, sides)

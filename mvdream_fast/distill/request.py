@@ -7,6 +7,7 @@ import secrets
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,9 @@ from mvdream_fast.distill.recipes import (
 )
 from mvdream_fast.models.tokenizer import check_prompt
 
-RENAMED = {"lr": "lr_encoding"}  # flags whose field has another name
+RENAMED = {"lr": "lr_encoding", "guidance": "kind"}  # flags whose field has another name
+VSD_SCALE = 7.5  # ProlificDreamer's, where SDS needs more
+VSD_ALONE = ("lora_rank", "lora_lr", "camera_dropout", "particles")
 MAX_FILE = 8 << 20
 
 
@@ -117,6 +120,10 @@ def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, s
 def _with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
     names = set(SETTINGS) - {"preset", "shading", "render_size"}
     config = resolve_config(config, **{name: value for name, value in flags.items() if name in names})
+    if flags.get("guidance", config.guidance.kind) != config.guidance.kind:
+        config = replaced(config, kind=flags["guidance"])
+        if config.guidance.kind == "vsd" and "guidance_scale" not in flags:
+            config = replaced(config, guidance_scale=VSD_SCALE)
     if "lr" in flags:
         config = replaced(config, lr_encoding=flags["lr"])
     if "render_size" in flags:
@@ -143,6 +150,7 @@ def check_config(config: SDSConfig, names: Mapping[str, str] | None = None) -> N
     typed(settings, "", ArgumentError, names)
     if config.mode == "2d" and config.method == "reconstruct":
         raise ArgumentError("--mode must be 3d with --method reconstruct, whose views are sampled together, got 2d")
+    check_vsd(config, names)
     for name in ("render_size", "n_groups"):
         if len(settings[name]) != len(config.milestones) + 1:
             raise ArgumentError(
@@ -174,6 +182,31 @@ def check_guidance(config: SDSConfig) -> None:
         )
     if guidance.view_words and config.method == "reconstruct":
         raise ArgumentError("--view-words can't be told to the views of --method reconstruct, which share one prompt")
+
+
+def check_vsd(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
+    """Raises ArgumentError where variational score distillation cannot be had as it is asked for; names as above."""
+    names, guidance = names or {}, config.guidance
+    if guidance.kind != "vsd":
+        given = [names[name] for name in VSD_ALONE if name in names]
+        if given or guidance.particles > 1:
+            raise ArgumentError(
+                f"{given[0] if given else 'particles'} is a setting of VSD, and the guidance is {guidance.kind}; add "
+                "--guidance vsd, or leave it out"
+            )
+        return
+    vsd = names.get("kind", "guidance") + " vsd"
+    if config.method == "reconstruct":
+        raise ArgumentError(f"{vsd} asks the model at every step, and --method reconstruct never; leave one out")
+    if config.updates_per_guidance > 1:
+        raise ArgumentError(
+            f"updates_per_guidance must be 1 with {vsd}, whose learner follows each update, got "
+            f"{config.updates_per_guidance}"
+        )
+    if config.match != "latents":
+        raise ArgumentError(f"match must be latents with {vsd}, whose gradient is one on latents, got {config.match}")
+    if find_spec("peft") is None:
+        raise ArgumentError(f"{vsd} learns with peft; install mvdream_fast[train], or take --guidance sds")
 
 
 def check_export(export: ExportConfig, names: Mapping[str, str] | None = None) -> None:

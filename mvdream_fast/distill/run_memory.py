@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 from mvdream_fast.core import memory
 from mvdream_fast.core.machine import resident_memory
 from mvdream_fast.distill.recipes import SDSConfig
-from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.config import ModelConfig, UNetConfig
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "the model's weights"
+VOLUME = "the volume and its optimiser"
+LEARNER = "the adapters and their step"
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
+LEARNER_FACTOR = 250  # feature maps of the first level that a call with graph keeps, of Stable Diffusion's UNet
+UNET_KERNELS = 460
 KERNELS = 1000  # of a guidance as one graph: 459 of the UNet, the VAE's encoder there and back, the loss
 VAE_FACTOR = 26  # feature maps of the first level that the encoder's backward pass keeps
 
@@ -26,7 +30,8 @@ FLAGS = {
     "the UNet": "--n-views 4",
     "the VAE's encoder": "--n-views 4",
     "the renderer's samples": "--render-size 64",
-    "the volume and its optimiser": "--preset mini",
+    VOLUME: "--preset mini",
+    LEARNER: "--guidance sds",
     memory.GRAPHS: "--no-graphs",
 }
 
@@ -38,10 +43,11 @@ def estimate(
     """Bytes by part at the largest stage of a run.
 
     Args: weights: size of the model's files, in the dtype used. gpu_memory: of the GPU that it runs on, None for a CPU.
-        encoder_bytes: of a number in the VAE's encoder, 2 where it works in bfloat16. graphs: whether there will be
-        CUDA graphs, one for each size of the rendered views.
+        encoder_bytes: of a number in the VAE's encoder, 2 where it works in bfloat16, as only beside a UNet of 16 bits.
+        graphs: whether there will be CUDA graphs, one for each size of the rendered views.
     """
     renderer = config.representation.memory(config.n_rays(), gpu_memory)
+    renderer[VOLUME] *= config.guidance.particles
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}
     if model is not None and config.method == "sds":
         images = max(config.n_groups) * config.cameras.n_views
@@ -50,9 +56,31 @@ def estimate(
         side = model.vae.image_size // model.vae.patch_size
         maps = images * side**2 * (model.vae.block_out_channels or (0,))[0] * VAE_FACTOR
         parts["the VAE's encoder"] = encoder_bytes * maps
+        kernels = len({*config.render_size}) * KERNELS
+        if config.guidance.kind == "vsd":
+            learned = adapter_weights(model.unet, config.guidance.lora_rank)
+            if config.mode == "2d" or model.unet.camera_in == "none":
+                learned += pose_weights(model.unet)
+            parts[LEARNER] = 16 * learned + encoder_bytes * level // 4 * LEARNER_FACTOR
+            # one more call in the graphs of the guidance, and one there and back of its own for a number of groups
+            kernels += (len({*config.render_size}) + 3 * len({*config.n_groups})) * UNET_KERNELS
         if graphs:
-            parts[memory.GRAPHS] = len({*config.render_size}) * KERNELS * memory.KERNEL_BYTES
+            parts[memory.GRAPHS] = kernels * memory.KERNEL_BYTES
     return parts
+
+
+def adapter_weights(unet: UNetConfig, rank: int) -> int:
+    """Numbers in the adapters around the eight projections of each transformer, two of which read the text."""
+    levels = [m * unet.model_channels for i, m in enumerate(unet.channel_mult) if 2**i in unet.attention_resolutions]
+    widths = [width for width in levels for _ in range(2 * unet.num_res_blocks + 1)]
+    widths.append(unet.channel_mult[-1] * unet.model_channels)
+    return rank * sum(14 * width + 2 * unet.context_dim for width in widths)
+
+
+def pose_weights(unet: UNetConfig) -> int:
+    """Numbers in the embedding of a camera that a model in 2D mode has none of."""
+    width = unet.time_embed_dim
+    return (unet.camera_dim + 1) * width + (width + 1) * width
 
 
 def memory_of(device: "torch.device") -> int | None:

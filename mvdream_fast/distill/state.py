@@ -16,13 +16,15 @@ from torch import Tensor
 from mvdream_fast.camera import Cameras, Rays, generate_rays
 from mvdream_fast.core import reads
 from mvdream_fast.core.arguments import user_path
-from mvdream_fast.core.errors import DivergedError, ModelError
+from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError
+from mvdream_fast.core.machine import choose_device
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.recipes import SDSConfig, settings_of
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.scene.asset import Asset, Settings
 from mvdream_fast.scene.base import Lighting, Rendered, Representation, Statistic
 from mvdream_fast.scene.kinds import new_representation
+from mvdream_fast.scene.particles import Particles, seed_of
 from mvdream_fast.scene.shading import draw_light_positions, draw_shading
 
 MAX_SKIPPED = 10  # consecutive steps with numbers that are not finite before the last good state is restored
@@ -72,19 +74,19 @@ class GrownAsset(Asset):
 
 
 class RunState:
-    """One run between steps. Args: representation: what to optimise; by default a fresh one of the recipe's."""
+    """One run between steps. Args: representation: what to optimise; by default a fresh one of the recipe's, or as many
+    as it has particles, the first of which is the asset."""
 
     def __init__(
         self, config: SDSConfig, prompt: str, seed: int, guidance: Guidance, device: torch.device | str = "cpu",
         representation: Representation | None = None,
     ):  # fmt: skip
         self.config, self.seed, self.guidance = config, seed, guidance
-        if representation is None:
-            representation = new_representation(config.representation, seed, lit=config.shading)
-        self.representation = representation
-        self.asset = GrownAsset(representation, prompt, seed, settings_of(config))
-        self.asset.to(device)
-        self.optimizer = make_optimizer(representation, config)
+        self.representation = _representation(config, seed, representation)
+        self.representation.to(choose_device(device))
+        shown = self.representation.first if isinstance(self.representation, Particles) else self.representation
+        self.asset = GrownAsset(shown, prompt, seed, settings_of(config))
+        self.optimizer = make_optimizer(self.representation, config)
         self.skipped: int = 0
         self.empty: int = 0
         self.restarts: int = 0
@@ -219,6 +221,22 @@ class RunState:
             self.optimizer.state[parameter][key] = value.to(parameter).clone()
         self.guidance.restore(_under("guidance.", tensors))
         self.skipped, self.empty, self.restarts = reads.read(tensors["counters"])
+
+
+def _representation(config: SDSConfig, seed: int, given: Representation | None) -> Representation:
+    """What is to be optimised: what was given, or a fresh representation of the recipe's, or its particles."""
+    n = config.guidance.particles
+    if given is not None:
+        held = len(given.particles) if isinstance(given, Particles) else 1
+        if held != n:
+            raise ArgumentError(
+                f"particles must be {held}, the number in the representation that was given, got {n}; give the "
+                "scene.particles.Particles of as many"
+            )
+        return given
+    seeds = [seed_of(seed, i) for i in range(n)]
+    particles = [new_representation(config.representation, s, lit=config.shading) for s in seeds]
+    return particles[0] if len(particles) == 1 else Particles(particles)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ class ScoreDistillation:
                 *numbers, None if camera is None else camera.to(denoiser.dtype), *denoiser.told(),
             )  # fmt: skip
             timing("unet")
-            return SDSLoss(_with_known_gradient(loss, rgb, d_rgb), t, target)
+            return SDSLoss(with_known_gradient(loss, rgb, d_rgb), t, target)
         z = self._encode(rgb, posterior)
         timing("vae")
         z_t = self.schedule.add_noise(z.detach(), noise.to(z.dtype), at)
@@ -159,7 +159,7 @@ class ScoreDistillation:
         return self._encode(rgb, self._noise(rgb, stream))
 
     def _encode(self, rgb: Tensor, noise: Tensor) -> Tensor:
-        return _encoded(self.vae, rgb, noise if self.sample_posterior else None)
+        return encoded(self.vae, rgb, noise if self.sample_posterior else None)
 
     def _noise(self, rgb: Tensor, stream: Stream) -> Tensor:
         """Standard normal latents of the images, [B*V, C, h, w], float32."""
@@ -167,7 +167,7 @@ class ScoreDistillation:
         return stream.normal(len(rgb), self.vae.config.latent_channels, side, side, device=rgb.device)
 
 
-def _encoded(vae: Codec, rgb: Tensor, noise: Tensor | None) -> Tensor:
+def encoded(vae: Codec, rgb: Tensor, noise: Tensor | None) -> Tensor:
     """Latents of images in [0, 1] of any size: a sample of their posterior, without noise its mean."""
     size = vae.config.image_size
     if rgb.shape[-2:] != (size, size):
@@ -205,7 +205,7 @@ def _with_gradient(
     """Loss, target and the loss' gradient on rgb: `ScoreDistillation` as a function of nothing but its arguments."""
     with torch.enable_grad():
         rgb = rgb.detach().requires_grad_()
-        z = _encoded(vae, rgb, posterior)
+        z = encoded(vae, rgb, posterior)
         z_t = wishes.schedule.add_noise(z.detach(), noise.to(z.dtype), at)
         out = ask(unet, z_t, at, camera, wishes.n_views, n_prompts, *told)
         target = wishes.target(z, z_t, out, noise, at, limit, away_weights)
@@ -214,7 +214,7 @@ def _with_gradient(
     return loss.detach(), target, d_rgb
 
 
-def _with_known_gradient(loss: Tensor, rgb: Tensor, d_rgb: Tensor) -> Tensor:
+def with_known_gradient(loss: Tensor, rgb: Tensor, d_rgb: Tensor) -> Tensor:
     """The value of `loss`, with a graph to rgb whose gradient is d_rgb."""
     return loss + ((rgb - rgb.detach()) * d_rgb).sum()
 

@@ -3,6 +3,7 @@
 Its blocks are in blocks.py. Parameter names and numbers are those of the released MVDream checkpoints.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -170,6 +171,14 @@ class MultiViewUNet(nn.Module):
             h = run(stage, torch.cat([h, fn.widen(skips.pop(), len(h))], dim=1))
         return fn.conv3x3(self.out[2], fn.group_norm(self.out[0], h)).contiguous()
 
+    def learn_camera(self, seed: int = 0) -> None:
+        """Puts a fresh camera embedding, added to that of the time, in the place of what it had of one.
+
+        Its last layer is zero, so that whatever camera it is told, its answers are at first those of 2D mode.
+        """
+        self.config = dataclasses.replace(self.config, camera_in="time")
+        self.camera_embed = fresh_camera_embedding(self.config, seed).to(next(self.out.parameters()).device)
+
     @torch.no_grad()
     def prepare_context(self, context: Tensor) -> TextContext:
         """Keys and values of every text attention for [B, L, Dt] or [B*V, L, Dt], to be passed as forward's `context`.
@@ -228,7 +237,7 @@ class MultiViewUNet(nn.Module):
         if camera_emb is not None:
             camera_emb = fn.widen(camera_emb, wide)
             tokens = self.camera_token(camera_emb)[:, None] if where == "text" else None
-        conditions = Conditions(wide, n_views, context, camera_emb, tokens)
+        conditions = Conditions(wide, n_views, context, camera_emb if where == "attention" else None, tokens)
         widths = [block.out_channels for block in self._res_blocks]
         return conditions, fn.widen(embs, wide).split(widths, dim=-1)
 
@@ -312,6 +321,15 @@ def _channels_last(module: nn.Module, _: object = None) -> None:
 
 def _mlp(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
+
+
+def fresh_camera_embedding(config: UNetConfig, seed: int = 0) -> nn.Sequential:
+    """Weights of an embedding of [B*V, 16] cameras beside that of the time; it begins as nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = _mlp(config.camera_dim, config.time_embed_dim)
+    zero(fresh[2])
+    return fresh
 
 
 def _plain(name: str, layers: list[nn.Module]) -> list[nn.Linear]:

@@ -160,6 +160,36 @@ def test_meshes_that_cannot_be_made(export, message):
         request.check_export(ExportConfig(**export))
 
 
+def test_vsd_has_its_own_scale_unless_one_is_given():
+    assert request.resolve({**CHAIR, "preset": "paper"}).config.guidance.guidance_scale == 50.0
+    vsd = request.resolve({**CHAIR, "preset": "paper", "guidance": "vsd"})
+    assert (vsd.config.guidance.kind, vsd.config.guidance.guidance_scale) == ("vsd", 7.5)
+    asked = request.resolve({**CHAIR, "preset": "paper", "guidance": "vsd", "guidance_scale": 9.0})
+    assert asked.config.guidance.guidance_scale == 9.0
+    assert not request.differences(asked, {"guidance": "vsd"})
+    assert request.differences(asked, {"guidance": "sds"}) == {"guidance": ("sds", "vsd")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "vsd", "method": "reconstruct"}, "guidance vsd asks the model at every step, and --method"),
+        ({"kind": "vsd", "updates_per_guidance": 2}, "updates_per_guidance must be 1 with guidance vsd, .* got 2"),
+        ({"kind": "vsd", "match": "pixels"}, "match must be latents with guidance vsd, .* got pixels"),
+        ({"particles": 2}, "particles is a setting of VSD, and the guidance is sds; add --guidance vsd"),
+    ],
+)
+def test_what_vsd_cannot_be_asked_for(settings, message):
+    with pytest.raises(ArgumentError, match=message):
+        request.check_config(replaced(SDS_PRESETS["mini"], **settings))
+
+
+def test_without_peft_vsd_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(request, "find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match=r"--guidance vsd learns with peft; install mvdream_fast\[train\], or take"):
+        request.resolve({**CHAIR, "guidance": "vsd"})
+
+
 def test_a_file_of_prompts(tmp_path):
     path = written(tmp_path, '"a cup"\n\n{"prompt": "a red car", "seed": 4, "steps": 30, "negative_prompt": "blue"}\n')
     first, second = request.read_prompts(path, {"seed": "9", "guidance_scale": 3.0}, None)

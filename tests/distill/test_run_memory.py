@@ -6,12 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mvdream_fast.core import memory
 from mvdream_fast.core.errors import OutOfMemoryError
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.recipes import SDS_PRESETS, replaced, shaded
+from mvdream_fast.models import lora
 from mvdream_fast.models.config import MINI, SD21
+from mvdream_fast.models.unet import MultiViewUNet
 
 PAPER = SDS_PRESETS["paper"]
 
@@ -53,6 +56,31 @@ def test_a_gpu_marches_all_rays_at_once_and_has_an_encoder_of_16_bits():
 
 def test_the_volume_counts_parameter_gradient_and_both_moments():
     assert run_memory.estimate(None, PAPER)["the volume and its optimiser"] == pytest.approx(16 * 12_599_920)
+
+
+def test_a_learner_is_counted_by_its_adapters_and_what_its_step_keeps():
+    """Rank 4 around Stable Diffusion's projections is 829,952 numbers (0.83 M, as diffusers' adapters of this model
+    have), each with a gradient and two moments; MINI's are fewer. In 2D mode there is the embedding of a camera."""
+    for model, n_adapters in ((SD21, 829_952), (MINI, 75_264)):
+        plain, vsd = (run_memory.estimate(model, replaced(PAPER, kind=kind)) for kind in ("sds", "vsd"))
+        with torch.device("meta"):
+            built = lora.add_adapters(unet := MultiViewUNet(model.unet), 4)
+        assert built
+        assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == n_adapters
+        assert run_memory.adapter_weights(model.unet, 4) == n_adapters
+        level = 4 * 8 * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
+        assert vsd == {**plain, run_memory.LEARNER: 16 * n_adapters + 250 * level}
+        in_2d = run_memory.estimate(model, replaced(PAPER, kind="vsd", mode="2d"))[run_memory.LEARNER]
+        with torch.device("meta"):
+            unet.learn_camera()
+        assert in_2d - vsd[run_memory.LEARNER] == 16 * sum(p.numel() for p in unet.camera_embed.parameters())
+    half = run_memory.estimate(SD21, replaced(PAPER, kind="vsd"), encoder_bytes=2)[run_memory.LEARNER]
+    assert half < 0.51 * run_memory.estimate(SD21, replaced(PAPER, kind="vsd"))[run_memory.LEARNER]
+
+
+def test_each_particle_is_a_volume():
+    one, three = (run_memory.estimate(SD21, replaced(PAPER, kind="vsd", particles=n)) for n in (1, 3))
+    assert three == {**one, run_memory.VOLUME: 3 * one[run_memory.VOLUME]}
 
 
 def test_graphs_are_counted_by_the_sizes_of_the_rendered_views():
