@@ -1,11 +1,15 @@
 """Recipes: what a text-to-3D run does, as functions that return one frozen value; no torch here.
 
+RECIPES is the table of them. Each has three sizes, named as the presets: the paper's own for full models, and two for
+the small models that ship with the package. At one of those all recipes ask the model about as many views
+(`guided_views`), so that they compare.
+
 A setting has one name wherever it is written by itself (a flag, a keyword, a line of a settings file), whichever part
 of the recipe holds it: `replaced(config, guidance_scale=7.5)`, `settings_of(config)`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -13,8 +17,9 @@ from annotated_types import Interval
 
 from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.errors import ArgumentError, UserError
+from mvdream_fast.core.ramp import WeightRamp
 from mvdream_fast.core.schema import Checked, checked
-from mvdream_fast.guidance.config import GuidanceConfig
+from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
 from mvdream_fast.models.config import MINI
 from mvdream_fast.scene.nerf.config import NerfConfig
 
@@ -36,6 +41,7 @@ class SDSConfig(Checked):
     of timesteps are ramps over the steps.
     """
 
+    recipe: Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"] = "mvdream"
     preset: Literal["paper", "mini", "fast"] = "paper"
     method: Literal["sds", "reconstruct"] = "sds"
     mode: Literal["3d", "2d"] = "3d"  # 2d: DreamFusion's single-view prior, for comparison: no cameras, but view words
@@ -45,6 +51,7 @@ class SDSConfig(Checked):
     render_size: tuple[Annotated[int, Interval(ge=8, le=1024)], ...] = (64, 256)
     milestones: tuple[int, ...] = (5000,)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    repaint: RepaintConfig = field(default_factory=RepaintConfig)
     negative_prompt: str = PAPER_NEGATIVE_PROMPT
     suffix: str = ""
     # Updates towards one answer of the model; the paper makes one.
@@ -53,6 +60,7 @@ class SDSConfig(Checked):
     representation: NerfConfig = field(default_factory=NerfConfig)
     shading: bool = False
     shading_from: int = 5000  # the step of the first lit render
+    soft_shading: bool = True  # the share of diffuse light is drawn each time; else it is 0.9
     weight_decay: Momentum = 0.01
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     adam_eps: Annotated[float, Interval(gt=0, lt=1)] = 1e-15
@@ -180,6 +188,11 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
     if isinstance(base, str) and base not in SDS_PRESETS:
         raise ArgumentError(f"preset must be one of {', '.join(SDS_PRESETS)}, got {base!r}")
     config = SDS_PRESETS[base] if isinstance(base, str) else base
+    if overrides.get("recipe", config.recipe) != config.recipe:
+        raise ArgumentError(
+            f"recipe must be {config.recipe!r}, which the configuration is of, got {overrides['recipe']!r}; begin with "
+            "RECIPES[name].at(preset)"
+        )
     steps = overrides.get("steps", config.steps)
     if steps != config.steps:
         overrides = {**_stretched(config, steps), **overrides}
@@ -197,3 +210,162 @@ def _stretched(config: SDSConfig, steps: int) -> dict[str, Any]:
     out["shading_from"] = round(config.shading_from * factor)
     out["milestones"] = tuple(round(m * factor) for m in config.milestones)
     return out
+
+
+def constant(weight: float) -> WeightRamp:
+    """A weight, or a share, that stays the same."""
+    return (0.0, weight, weight, 0.0)
+
+
+def repaint(config: SDSConfig, share: float = 0.2) -> SDSConfig:
+    """The recipe with its last `share` of steps fitted to views that the model has repainted."""
+    return replaced(config, repaint_from=1.0 - share)
+
+
+def guided_views(config: SDSConfig) -> int:
+    """Views that the model is asked about, each with and without the prompt, in a run without repainting."""
+    asked = (step for step in range(config.steps) if config.asked(step) == step)
+    return config.cameras.n_views * sum(config.n_groups[config.stage(step)] for step in asked)
+
+
+def mvdream(size: str = "paper") -> SDSConfig:
+    """Score distillation from four views at once, of a model that knows their cameras."""
+    return SDS_PRESETS[size]
+
+
+def mvdream_sharp(size: str = "paper") -> SDSConfig:
+    """mvdream, whose last fifth is fitted to repainted views."""
+    return replaced(repaint(mvdream(size)), recipe="mvdream-sharp")
+
+
+def dreamfusion_if(size: str = "paper") -> SDSConfig:
+    """Score distillation from single views in a space of pixels, as threestudio's dreamfusion-if."""
+    paper = SDSConfig(
+        recipe="dreamfusion-if",
+        mode="2d",
+        steps=10_000,
+        cameras=CameraSampling(
+            n_views=1, elevation_range_deg=(-10.0, 90.0), fovy_range_deg=(40.0, 70.0), distance_range=(1.5, 2.0),
+            relative_distance="none",
+        ),
+        n_groups=(1,),
+        render_size=(64,),
+        milestones=(),
+        guidance=GuidanceConfig(
+            loss="sds", guidance_scale=20.0, guided_from="cond", rescale=0.0, min_step=constant(0.02),
+            max_step=constant(0.98), timesteps="each", weighting="sds", view_words=True,
+        ),
+        negative_prompt="",
+        representation=NerfConfig(
+            radius=2.0, background_aug_prob=0.0, lambda_orient=(0.0, 10.0, 1000.0, 5000.0),
+            lambda_sparsity=constant(1.0), lr_encoding=0.01, lr_mlp=0.01, lr_background=0.001,
+        ),
+        shading=True,
+        shading_from=2001,
+        soft_shading=False,
+        weight_decay=0.0,  # Adam
+    )  # fmt: skip
+    return paper if size == "paper" else _embedded(paper, size)
+
+
+def prolificdreamer(size: str = "paper") -> SDSConfig:
+    """Variational score distillation from single views of a latent model: the first of ProlificDreamer's stages, as
+    threestudio's prolificdreamer."""
+    paper = SDSConfig(
+        recipe="prolificdreamer",
+        mode="2d",
+        steps=25_000,
+        cameras=CameraSampling(
+            n_views=1, elevation_range_deg=(-10.0, 45.0), fovy_range_deg=(40.0, 70.0), distance_range=(1.0, 1.5),
+            relative_distance="none",
+        ),
+        n_groups=(1, 1),
+        render_size=(64, 512),
+        milestones=(5000,),
+        guidance=GuidanceConfig(
+            kind="vsd", loss="sds", guidance_scale=7.5, rescale=0.0, min_step=constant(0.02),
+            max_step=(5000.0, 0.98, 0.50, 5001.0), timesteps="each", weighting="sds", view_words=True, lora_lr=1e-4,
+        ),
+        negative_prompt="",
+        representation=NerfConfig(lambda_sparsity=constant(10.0), lambda_opaque=(10_000.0, 0.0, 1000.0, 10_001.0)),
+    )  # fmt: skip
+    return paper if size == "paper" else _embedded(paper, size, LATENTS_SHARE)
+
+
+# Numbers in the embedded model's latents over those in Stable Diffusion's at 512 pixels: guidance sums over them.
+LATENTS_SHARE = MINI.vae.latent_channels * MINI.latent_size**2 / (4 * 64**2)
+
+
+def _embedded(paper: SDSConfig, size: str, weight: float = 1.0) -> SDSConfig:
+    """A recipe of single views for an embedded model: guidance, rates, losses and shading are the paper's, their
+    schedules stretched; steps, cameras, images and volume are those of mvdream at this size, V views as V scenes of one.
+
+    weight: of the losses beside guidance, for a model whose images have fewer numbers than the paper's.
+    """
+    like = SDS_PRESETS[size]
+    config = resolve_config(paper, steps=like.steps)
+    of_model = ("volume", "radius", "background", "background_aug_prob", "samples_per_ray")
+    nerf = {name: getattr(like.representation, name) for name in of_model}
+    weights = {
+        name: (ramp[0], ramp[1] * weight, ramp[2] * weight, ramp[3])
+        for name, ramp in dataclasses.asdict(config.representation).items()
+        if name.startswith("lambda_")
+    }
+    return dataclasses.replace(
+        config,
+        preset=size,
+        cameras=dataclasses.replace(like.cameras, n_views=1),
+        n_groups=tuple(n * like.cameras.n_views for n in like.n_groups),
+        render_size=like.render_size,
+        milestones=like.milestones,
+        representation=dataclasses.replace(config.representation, **nerf, **weights),
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A text-to-3D system: where it is from, what it does, and the model that it needs.
+
+    embedded: the model of the package that it takes at the small sizes, and where none is named. pixels: whether the
+    model must be one of pixels, or must not; None where either will do. get: where a full model is to be had.
+    """
+
+    at: Callable[[str], SDSConfig]  # by size: "paper", "mini", "fast"
+    paper: str
+    stages: str
+    needs: str
+    embedded: str
+    pixels: bool | None
+    get: str
+
+
+_MULTI_VIEW = "a multi-view model"
+_GET_MVDREAM = (
+    "MVDream's sd-v2.1-base-4view.pt is in the repository MVDream/MVDream of the Hugging Face hub; name the file by "
+    "--model"
+)
+RECIPES = {
+    "mvdream": Recipe(
+        mvdream, "MVDream, Shi et al. 2023", "score distillation of four views at once, a density volume", _MULTI_VIEW,
+        "embedded", None, _GET_MVDREAM,
+    ),
+    "mvdream-sharp": Recipe(
+        mvdream_sharp, "MVDream, Shi et al. 2023; repainting is this project's",
+        "mvdream; in its last fifth the volume is fitted to repainted views", _MULTI_VIEW, "embedded", None,
+        _GET_MVDREAM,
+    ),
+    "dreamfusion-if": Recipe(
+        dreamfusion_if, "DreamFusion, Poole et al. 2022, with DeepFloyd IF in place of Imagen",
+        "score distillation of single views, a density volume, lit from a fifth of the steps on", "a model of pixels",
+        "pixels", True,
+        "accept the licence of DeepFloyd/IF-I-XL-v1.0 on the Hugging Face hub, fetch the folder with `hf download`, "
+        "and name it by --model",
+    ),
+    "prolificdreamer": Recipe(
+        prolificdreamer, "ProlificDreamer, Wang et al. 2023",
+        "variational score distillation of single views, a density volume: the first of three stages",
+        "a model of latents", "embedded", False,
+        "Stable Diffusion 2.1 base is in the repository stabilityai/stable-diffusion-2-1-base of the Hugging Face hub; "
+        "name its folder by --model",
+    ),
+}  # fmt: skip

@@ -167,7 +167,7 @@ class RunState:
         cameras = cameras.to(self.representation.device)
         if config.shading:
             stream = Stream(self.seed, step, "light")
-            shading = draw_shading(stream, step, config.shading_from)
+            shading = draw_shading(stream, step, config.shading_from, soft=config.soft_shading)
             lights = draw_light_positions(stream, cameras.c2w[:, :3, 3], config.cameras.n_views)
             lighting = Lighting(shading, lights.repeat_interleave(size * size, 0))
         rays = generate_rays(cameras, size, size)

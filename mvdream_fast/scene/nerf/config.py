@@ -1,7 +1,7 @@
 """What a NeRF is made of and how it learns, as frozen values, and the memory that takes; no torch here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Interval
@@ -73,6 +73,7 @@ class NerfConfig(Checked):
     """A density volume on a hash grid (nerf.py); the defaults are MVDream's recipe. Weights of losses are ramps."""
 
     volume: Literal["paper", "mini"] = "paper"
+    radius: Annotated[float, Interval(gt=0, le=100)] = 1.0  # the volume fills [-radius, radius]^3
     background: Literal["learned", "grey", "white"] = "learned"
     background_aug_prob: Share = 0.5
     samples_per_ray: Annotated[int, Interval(ge=1, le=4096)] = 512
@@ -87,7 +88,8 @@ class NerfConfig(Checked):
 
     def volume_config(self) -> VolumeConfig:
         """The volume that `volume` names."""
-        return VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
+        volume = VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
+        return replace(volume, radius=self.radius)
 
     def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
         """Estimated bytes by part of a training step of n_rays; nothing is allocated for it. gpu_memory: of the GPU
