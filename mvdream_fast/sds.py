@@ -39,10 +39,15 @@ class Flags:
     config: Path | None = None
     """A TOML file of settings, or the config.json of an earlier run; flags win over it."""
     model: cli.Model | None = None
-    """A model folder, a released checkpoint, or "embedded" (the default): the small model of the package."""
+    """A model folder, a released checkpoint, or the name of a small model of the package: "embedded", "pixels".
+    Default: the recipe's."""
+    recipe: Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"] | None = None
+    """The system: mvdream unless another is named. --list-recipes says what each is."""
+    list_recipes: bool = False
+    """Prints the recipes: paper, stages, models, time on this machine. Makes nothing."""
     preset: Literal["auto", "mini", "fast", "paper"] = "auto"
     """mini: the embedded model on a CPU. fast: half its steps, the first half of them at half the size.
-    paper: MVDream's recipe. auto: mini for the embedded model and others that draw 64 pixels, else paper."""
+    paper: the recipe for full models. auto: mini for the embedded models and others that draw 64 pixels, else paper."""
     method: Literal["sds", "reconstruct"] | None = None
     """reconstruct: fit the volume to views that are sampled once, instead of distilling."""
     mode: Literal["3d", "2d"] | None = None
@@ -131,11 +136,14 @@ class Flags:
 
 # Flags that say how and where a run is made, not what.
 HOW = ("text", "config", "prompts_file", "output", "root", "resume", "preview_every", "checkpoint_every", "viewer",
-       "viewer_port", "device", "dtype", "graphs", "threads", "quiet")  # fmt: skip
+       "viewer_port", "device", "dtype", "graphs", "threads", "quiet", "list_recipes")  # fmt: skip
 
 
 def main(flags: Flags) -> None:
     """Checks the flags, then makes every asset that is asked for. Exits with 130 or 143 when a signal stopped it."""
+    if flags.list_recipes:
+        list_recipes(flags.root)
+        return
     from mvdream_fast.core import memory
 
     say: Say = (lambda _: None) if flags.quiet else (lambda line: print(line, flush=True))
@@ -153,12 +161,19 @@ def main(flags: Flags) -> None:
     start = time.perf_counter()
     refuse_what_does_not_fit(requests, flags)
     folder = new_folder(flags, requests[0])
-    pipeline = load_pipeline(requests[0].model, flags)
+    pipeline = load_pipeline(requests[0], flags)
     if len(requests) > 1:
         make_all(pipeline, requests, folder, flags, say)
     else:
         with run_folder.locked(folder):
             make(pipeline, requests[0], folder, flags, say, start)
+
+
+def list_recipes(root: Path) -> None:
+    """The table of recipes, with the times of the runs under `root`."""
+    from mvdream_fast.distill.recipe_table import print_recipes
+
+    print_recipes(root)
 
 
 def go_on(request: "Request", folder: Path, flags: Flags, say: Say) -> None:
@@ -167,7 +182,7 @@ def go_on(request: "Request", folder: Path, flags: Flags, say: Say) -> None:
     start = time.perf_counter()
     refuse_what_does_not_fit([request], flags)
     write_record(request, folder, flags)
-    make(load_pipeline(request.model, flags), request, folder, flags, say, start)
+    make(load_pipeline(request, flags), request, folder, flags, say, start)
 
 
 def check_flags(flags: Flags) -> None:
@@ -217,11 +232,11 @@ def resumed(flags: Flags, folder: Path) -> "Request":
 
 def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
     """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
-    from mvdream_fast.checkpoints.open import open_source
     from mvdream_fast.distill import run_memory
+    from mvdream_fast.distill.request import open_model
 
     device = machine.choose_device(flags.device)
-    source = open_source(requests[0].model)
+    source = open_model(requests[0])
     encoder = machine.encoder_dtype(machine.choose_dtype(flags.dtype, device), device)
     weights, gpu_memory = run_memory.files_bytes(source.path), run_memory.memory_of(device)
     for config in {request.config: None for request in requests}:
@@ -246,11 +261,13 @@ def write_record(request: "Request", folder: Path, flags: Flags) -> None:
     run_folder.write_record(folder, "sds", request.to_dict(), "ckpt", device=str(device), dtype=dtype)
 
 
-def load_pipeline(model: str, flags: Flags) -> "MVDreamPipeline":
-    """The model, on the device and in the type that the flags name."""
+def load_pipeline(request: "Request", flags: Flags) -> "MVDreamPipeline":
+    """The run's model, on the device and in the type that the flags name."""
+    from mvdream_fast.checkpoints.open import load_model
+    from mvdream_fast.distill.request import open_model
     from mvdream_fast.pipeline import MVDreamPipeline
 
-    return MVDreamPipeline.from_pretrained(model, flags.device, flags.dtype, flags.graphs)
+    return MVDreamPipeline(load_model(open_model(request)), flags.device, flags.dtype, flags.graphs)
 
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:
@@ -297,7 +314,8 @@ def first_line(pipeline: "MVDreamPipeline", request: "Request") -> str:
     method = "" if config.method == "sds" else f", {config.method}"
     endings = prompt_endings(config)
     unseen = pipeline.unseen_words([request.prompt] * len(endings), config.negative_prompt, endings)
-    parts = [f"preset {config.preset}{method}: {request.why}", f"{config.steps} steps", f"seed {request.seed}"]
+    recipe = "" if config.recipe == "mvdream" else f"recipe {config.recipe}, "
+    parts = [f"{recipe}preset {config.preset}{method}: {request.why}", f"{config.steps} steps", f"seed {request.seed}"]
     return "; ".join([*parts, f"model {pipeline.describe()}", *unseen])
 
 

@@ -15,7 +15,7 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
-from mvdream_fast.distill.recipes import SETTINGS, SDSConfig, preset_for, resolve_config, typed
+from mvdream_fast.distill.recipes import RECIPES, SETTINGS, SDSConfig, preset_for, resolve_config, typed
 from mvdream_fast.distill.state import GrownAsset, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -57,7 +57,7 @@ class TextTo3D:
         Args:
             seed: None draws one, which the asset names.
             preset: a key of SDS_PRESETS, or "auto" for the one that fits the model; `config` replaces it, `overrides`
-                replace single settings (steps=300, ...).
+                replace single settings (steps=300, ...) and, beside a preset, the recipe (recipe="dreamfusion-if").
             callback: called after every step with a Progress.
             checkpoints: a folder; the run saves there every `checkpoint_every` steps and goes on from what it holds.
             interrupt: when requested, the run saves and returns the asset as it is.
@@ -68,7 +68,7 @@ class TextTo3D:
 
         Raises:
             ArgumentError: unknown preset, setting or an unusable prompt.
-            ModelError: a checkpoint of another configuration.
+            ModelError: a checkpoint of another configuration, or a model of another kind than the recipe needs.
             OutOfMemoryError: a step that does not fit, even with half of the samples.
             DivergedError: numbers that are not finite, or nothing to see, after one recovery.
         """
@@ -84,6 +84,7 @@ class TextTo3D:
         if guidance is None:
             if self.pipeline is None:
                 raise AssertionError  # __init__ refuses to have neither
+            RECIPES[config.recipe].check_model(self.pipeline.config.name, self.pipeline.config, config)
             guidance = new_guidance(self.pipeline, prompt, config, seed)
         if not self.keep and self.pipeline is not None:
             _release(self.pipeline, config)

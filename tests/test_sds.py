@@ -24,6 +24,7 @@ from mvdream_fast.core.errors import DivergedError, OutputError
 from mvdream_fast.distill import request
 from mvdream_fast.distill.loop import new_guidance
 from mvdream_fast.distill.recipes import mini
+from mvdream_fast.distill.request import resolve
 from mvdream_fast.guidance.sds import ScoreDistillation
 from mvdream_fast.scene.asset import Asset
 
@@ -54,7 +55,9 @@ def command(*arguments: str) -> int:
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_graphs_are_made_unless_they_are_switched_off(graphs, model):
-    pipeline = sds.load_pipeline(model, sds.Flags(device="cpu", dtype="float32", graphs=graphs))
+    pipeline = sds.load_pipeline(
+        resolve({"prompt": "a red car", "model": model}), sds.Flags(device="cpu", dtype="float32", graphs=graphs)
+    )
     score = new_guidance(pipeline, "a red car", mini(), 0).distillation
     assert (pipeline._guided_call.enabled, score._whole.enabled, score._guided_call.enabled) == (graphs,) * 3
 

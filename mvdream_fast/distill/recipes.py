@@ -11,18 +11,21 @@ of the recipe holds it: `replaced(config, guidance_scale=7.5)`, `settings_of(con
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
 from mvdream_fast.camera_sampling import CameraSampling
-from mvdream_fast.core.errors import ArgumentError, UserError
+from mvdream_fast.core.errors import ArgumentError, ModelError, UserError
 from mvdream_fast.core.ramp import WeightRamp
 from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
-from mvdream_fast.models.config import MINI
+from mvdream_fast.models.config import MINI, ModelConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 
+MVDREAM = "mvdream"
+RecipeName = Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"]
 Momentum = Annotated[float, Interval(ge=0, lt=1)]
 
 # MVDream-threestudio's, for the paper's recipe; the embedded model was trained with an empty one.
@@ -41,7 +44,7 @@ class SDSConfig(Checked):
     of timesteps are ramps over the steps.
     """
 
-    recipe: Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"] = "mvdream"
+    recipe: RecipeName = "mvdream"
     preset: Literal["paper", "mini", "fast"] = "paper"
     method: Literal["sds", "reconstruct"] = "sds"
     mode: Literal["3d", "2d"] = "3d"  # 2d: DreamFusion's single-view prior, for comparison: no cameras, but view words
@@ -184,14 +187,22 @@ def shaded(config: SDSConfig) -> SDSConfig:
 
 
 def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
-    """A preset, or a configuration, with single settings replaced. Raises ArgumentError for unknown names."""
-    if isinstance(base, str) and base not in SDS_PRESETS:
-        raise ArgumentError(f"preset must be one of {', '.join(SDS_PRESETS)}, got {base!r}")
-    config = SDS_PRESETS[base] if isinstance(base, str) else base
+    """A recipe (`recipe=`, by default mvdream) at a preset, or a configuration, with single settings replaced.
+
+    Raises ArgumentError for unknown names, and for another recipe than the configuration's.
+    """
+    if isinstance(base, str):
+        recipe = overrides.get("recipe", MVDREAM)
+        for name, found, known in (("preset", base, SDS_PRESETS), ("recipe", recipe, RECIPES)):
+            if found not in known:
+                raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {found!r}")
+        config = RECIPES[recipe].at(base)
+    else:
+        config = base
     if overrides.get("recipe", config.recipe) != config.recipe:
         raise ArgumentError(
-            f"recipe must be {config.recipe!r}, which the configuration is of, got {overrides['recipe']!r}; begin with "
-            "RECIPES[name].at(preset)"
+            f"recipe must be {config.recipe!r}, as the configuration's, got {overrides['recipe']!r}; name it beside a "
+            "preset, in place of one"
         )
     steps = overrides.get("steps", config.steps)
     if steps != config.steps:
@@ -224,8 +235,9 @@ def repaint(config: SDSConfig, share: float = 0.2) -> SDSConfig:
 
 def guided_views(config: SDSConfig) -> int:
     """Views that the model is asked about, each with and without the prompt, in a run without repainting."""
-    asked = (step for step in range(config.steps) if config.asked(step) == step)
-    return config.cameras.n_views * sum(config.n_groups[config.stage(step)] for step in asked)
+    every, ends = config.updates_per_guidance, (0, *config.milestones, config.steps)
+    asked = [-(-end // every) - -(-start // every) for start, end in pairwise(ends)]  # steps that ask, by stage
+    return config.cameras.n_views * sum(n * groups for n, groups in zip(asked, config.n_groups, strict=True))
 
 
 def mvdream(size: str = "paper") -> SDSConfig:
@@ -298,7 +310,7 @@ LATENTS_SHARE = MINI.vae.latent_channels * MINI.latent_size**2 / (4 * 64**2)
 
 def _embedded(paper: SDSConfig, size: str, weight: float = 1.0) -> SDSConfig:
     """A recipe of single views for an embedded model: guidance, rates, losses and shading are the paper's, their
-    schedules stretched; steps, cameras, images and volume are those of mvdream at this size, V views as V scenes of one.
+    schedules stretched; steps, cameras, images and volume are mvdream's of this size, its V views V scenes of one.
 
     weight: of the losses beside guidance, for a model whose images have fewer numbers than the paper's.
     """
@@ -313,7 +325,7 @@ def _embedded(paper: SDSConfig, size: str, weight: float = 1.0) -> SDSConfig:
     }
     return dataclasses.replace(
         config,
-        preset=size,
+        preset=like.preset,
         cameras=dataclasses.replace(like.cameras, n_views=1),
         n_groups=tuple(n * like.cameras.n_views for n in like.n_groups),
         render_size=like.render_size,
@@ -326,8 +338,8 @@ def _embedded(paper: SDSConfig, size: str, weight: float = 1.0) -> SDSConfig:
 class Recipe:
     """A text-to-3D system: where it is from, what it does, and the model that it needs.
 
-    embedded: the model of the package that it takes at the small sizes, and where none is named. pixels: whether the
-    model must be one of pixels, or must not; None where either will do. get: where a full model is to be had.
+    embedded: the model of the package that it takes where none is named. pixels: whether the model must be one of
+    pixels; None where either kind will do. get: where a full model is to be had.
     """
 
     at: Callable[[str], SDSConfig]  # by size: "paper", "mini", "fast"
@@ -338,12 +350,20 @@ class Recipe:
     pixels: bool | None
     get: str
 
+    def check_model(self, name: str, model: ModelConfig, config: SDSConfig) -> None:
+        """Raises ModelError for a model `name` of another kind than a run of `config` needs."""
+        is_pixels = model.vae.kind == "pixels"
+        single = (model.unet.camera_in, model.unet.view_mixing) == ("none", "2d")
+        if self.pixels not in (None, is_pixels) or (single and config.mode == "3d"):
+            kind = f"{'single images' if single else 'several views'}, as {'pixels' if is_pixels else 'latents'}"
+            raise ModelError(
+                f"the recipe {config.recipe} needs {self.needs}, but the model {name} is one of {kind}; leave out the "
+                f"model for the package's own, {self.embedded}, or {self.get}"
+            )
+
 
 _MULTI_VIEW = "a multi-view model"
-_GET_MVDREAM = (
-    "MVDream's sd-v2.1-base-4view.pt is in the repository MVDream/MVDream of the Hugging Face hub; name the file by "
-    "--model"
-)
+_GET_MVDREAM = "fetch MVDream/MVDream's sd-v2.1-base-4view.pt from the Hugging Face hub and name the file by --model"
 RECIPES = {
     "mvdream": Recipe(
         mvdream, "MVDream, Shi et al. 2023", "score distillation of four views at once, a density volume", _MULTI_VIEW,
@@ -358,14 +378,12 @@ RECIPES = {
         dreamfusion_if, "DreamFusion, Poole et al. 2022, with DeepFloyd IF in place of Imagen",
         "score distillation of single views, a density volume, lit from a fifth of the steps on", "a model of pixels",
         "pixels", True,
-        "accept the licence of DeepFloyd/IF-I-XL-v1.0 on the Hugging Face hub, fetch the folder with `hf download`, "
-        "and name it by --model",
+        "accept the licence of DeepFloyd/IF-I-XL-v1.0 on the Hugging Face hub, fetch the folder and name it by --model",
     ),
     "prolificdreamer": Recipe(
         prolificdreamer, "ProlificDreamer, Wang et al. 2023",
         "variational score distillation of single views, a density volume: the first of three stages",
         "a model of latents", "embedded", False,
-        "Stable Diffusion 2.1 base is in the repository stabilityai/stable-diffusion-2-1-base of the Hugging Face hub; "
-        "name its folder by --model",
+        "fetch the folder stabilityai/stable-diffusion-2-1-base from the Hugging Face hub and name it by --model",
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.files import atomic_write
-from mvdream_fast.distill.recipes import SDS_PRESETS, settings_of
+from mvdream_fast.distill.recipes import RECIPES, SDS_PRESETS, settings_of
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.mesh.animation import webp_bytes
 from mvdream_fast.scene.mesh.export import viewer_html
@@ -75,7 +75,7 @@ def _page(
     parts += _section("What went wrong and was mended", _table(events, "", ""))
     parts += _section("Run", _table({k: json.dumps(v) for k, v in config.items() if not isinstance(v, dict)}, "", ""))
     differing = differences(settings)
-    parts += _section("Settings that differ from the preset", _table(differing, "setting", "value (preset's)"))
+    parts += _section("Settings that differ from the recipe", _table(differing, "setting", "value (recipe's)"))
     parts += _section("All settings", _table({k: json.dumps(v) for k, v in settings.items()}, "setting", "value"))
     parts += _section("Machine", _table(config.get("machine", {}), "", ""))
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
@@ -83,11 +83,11 @@ def _page(
 
 
 def differences(settings: dict) -> dict[str, str]:
-    """Settings that are not their preset's: the value, and the preset's in brackets."""
-    preset = SDS_PRESETS.get(settings.get("preset", ""))
-    if preset is None:
+    """Settings that are not their recipe's at this preset: the value, and the recipe's in brackets."""
+    recipe, preset = RECIPES.get(settings.get("recipe", "mvdream")), settings.get("preset")
+    if recipe is None or preset not in SDS_PRESETS:
         return {}
-    plain = json.loads(json.dumps(settings_of(preset)))
+    plain = json.loads(json.dumps(settings_of(recipe.at(preset))))
     found = json.loads(json.dumps(settings))
     return {k: f"{json.dumps(v)} ({json.dumps(plain.get(k))})" for k, v in found.items() if v != plain.get(k)}
 

@@ -9,15 +9,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mvdream_fast.checkpoints.places import stored_config
-from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.checkpoints.places import EMBEDDED, stored_config
+from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.core.files import lines, parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.distill.recipes import (
+    MVDREAM,
+    RECIPES,
     SETTINGS,
     ExportConfig,
+    RecipeName,
     SDSConfig,
     preset_for,
     replaced,
@@ -27,6 +30,9 @@ from mvdream_fast.distill.recipes import (
     typed,
 )
 from mvdream_fast.models.tokenizer import check_prompt
+
+if TYPE_CHECKING:
+    from mvdream_fast.checkpoints.open import Source
 
 RENAMED = {"lr": "lr_encoding", "guidance": "kind"}  # flags whose field has another name
 VSD_SCALE = 7.5  # ProlificDreamer's, where SDS needs more
@@ -42,6 +48,7 @@ class SettingsFile(Checked):
     prompt: str = ""
     seed: int | str = 0
     model: str = ""
+    recipe: RecipeName = "mvdream"
     preset: Literal["auto", "paper", "mini", "fast"] = "auto"
     sds: dict[str, Any] = field(default_factory=dict)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -88,15 +95,43 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     prompt = flags.get("prompt", file.get("prompt", ""))
     check_prompt(prompt)
     model = flags.get("model", file.get("model"))
+    recipe = _recipe(flags.get("recipe"), file)
     preset, why = _preset(flags.get("preset", "auto"), file, model)
-    config = resolve_config(preset, **file.get("sds", {}))
+    config = resolve_config(preset, **file.get("sds", {}) | {"recipe": recipe})
     config = _with_flags(config, flags)
     check_config(config, flag_names(flags))
     export = dataclasses.replace(ExportConfig(), **file.get("export", {}))
     names = {f.name for f in dataclasses.fields(ExportConfig)}
     export = dataclasses.replace(export, **{name: value for name, value in flags.items() if name in names})
     check_export(export, flag_names(flags))
-    return Request(prompt, _seed(flags.get("seed", file.get("seed", 0))), model or "embedded", config, export, why)
+    seed = _seed(flags.get("seed", file.get("seed", 0)))
+    return Request(prompt, seed, model or RECIPES[recipe].embedded, config, export, why)
+
+
+def open_model(request: Request) -> "Source":
+    """The run's model, recognised but not read. A run from single views takes Stable Diffusion's own files, too.
+
+    Raises: ModelError where there is none, saying what to get, or one of another kind than the recipe needs.
+    """
+    from mvdream_fast.checkpoints.open import open_source
+
+    recipe = RECIPES[request.config.recipe]
+    try:
+        source = open_source(request.model, add_cameras=request.config.mode == "2d")
+    except ModelError as error:
+        if request.config.recipe == MVDREAM:
+            raise
+        raise ModelError(f"the recipe {request.config.recipe} needs {recipe.needs}: {recipe.get} ({error})") from error
+    recipe.check_model(request.model, source.config, request.config)
+    return source
+
+
+def _recipe(asked: str | None, file: dict[str, Any]) -> str:
+    """The recipe's name: the flag's, the file's, or mvdream."""
+    of_file = file.get("sds", {}).get("recipe", file.get("recipe"))
+    if None not in (asked, of_file) and asked != of_file:
+        raise ArgumentError(f"--recipe {asked} contradicts the file of --config, which is for {of_file}; name one")
+    return asked or of_file or MVDREAM
 
 
 def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, str]:
@@ -109,7 +144,7 @@ def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, s
             return preset, why
     if model is None:
         return "mini", "no --model given, so the small model that ships with the package draws"
-    if model in ("embedded", "mini"):
+    if model in EMBEDDED:
         return "mini", "the model is the embedded one"
     size = stored_config(model).get("vae", {}).get("image_size")
     if isinstance(size, int):
@@ -118,7 +153,7 @@ def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, s
 
 
 def _with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
-    names = set(SETTINGS) - {"preset", "shading", "render_size"}
+    names = set(SETTINGS) - {"recipe", "preset", "shading", "render_size"}
     config = resolve_config(config, **{name: value for name, value in flags.items() if name in names})
     if flags.get("guidance", config.guidance.kind) != config.guidance.kind:
         config = replaced(config, kind=flags["guidance"])
@@ -267,7 +302,7 @@ def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any
             same = str(value) == str(has)
         elif name == "model":
             same = value == has or Path(value).resolve() == Path(has).resolve()
-        elif name in ("preset", "shading"):
+        elif name in ("recipe", "preset", "shading"):
             same = value in ("auto", has)
         elif name == "view_words":  # which may have been left to the mode
             has = run.config.guidance.tells_sides(run.config.mode)
