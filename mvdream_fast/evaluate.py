@@ -99,11 +99,11 @@ def main(flags: Flags) -> None:
     say = (lambda _: None) if flags.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     if not flags.targets:
         say("no target was given: the embedded model")
-    from mvdream_fast.evaluation.judging import evaluate_run, summary
+    from mvdream_fast.evaluation.judging import evaluate_run, load_judge, summary
     from mvdream_fast.evaluation.runs import compared
 
     cli.set_threads(flags.threads)
-    judge = _judge(flags, say)
+    judge = load_judge(say, flags.evaluator, flags.prompts, flags.data)
     report: dict[str, Any] = {"kind": "evaluation", "evaluator": judge.evaluator.about, "models": {}, "runs": []}
     seen = []
     for target, kind in kinds.items():
@@ -154,26 +154,6 @@ def kind_of(target: str) -> str:
     if kind not in ("model", "sds"):
         raise InputFileError(f"{target} is of kind {kind!r}, which has no evaluation; name a model or an sds run")
     return kind
-
-
-def _judge(flags: Flags, say) -> "Judge":
-    from mvdream_fast.evaluation.classifier import MISSING, is_installed, load_classifier
-    from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, load_evaluator
-    from mvdream_fast.evaluation.judging import Judge, read_prompts
-    from mvdream_fast.evaluation.reference import Reference, measure
-
-    prompts = read_prompts(flags.prompts)
-    folder = flags.evaluator or EVALUATOR_FOLDER
-    evaluator = load_evaluator(folder)
-    classifier = load_classifier() if is_installed() else None
-    if classifier is None:
-        say(f"{MISSING}; its figures are left out")
-    if flags.data is None:
-        return Judge(evaluator, Reference.load(folder), prompts, classifier)
-    from mvdream_fast.data.batches import Shards
-
-    reference = measure(evaluator, Shards(flags.data), Shards(flags.data, "held_out"), classifier)
-    return Judge(evaluator, reference, prompts, classifier)
 
 
 def sampling(flags: Flags) -> "SamplingOptions":

@@ -12,6 +12,7 @@ import tyro
 
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, UserError
+from mvdream_fast.distill.recipes import RecipeName
 
 if TYPE_CHECKING:
     from mvdream_fast.core.run_folder import Interrupt
@@ -41,7 +42,7 @@ class Flags:
     model: cli.Model | None = None
     """A model folder, a released checkpoint, or the name of a small model of the package: "embedded", "pixels".
     Default: the recipe's."""
-    recipe: Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"] | None = None
+    recipe: RecipeName | None = None
     """The system: mvdream unless another is named. --list-recipes says what each is."""
     list_recipes: bool = False
     """Prints the recipes: paper, stages, models, time on this machine. Makes nothing."""

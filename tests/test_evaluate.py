@@ -190,7 +190,7 @@ def test_means_leave_out_what_does_not_apply():
 
 def test_without_the_classifier(place, capsys, monkeypatch):
     """One sentence says what to install; the other figures are there, and real renders' are those that ship."""
-    monkeypatch.setattr(classifier, "is_installed", lambda: False)
+    monkeypatch.setattr(judging, "is_installed", lambda: False)
     assert command("run", *ARGUMENTS, "--json", "without.json") == 0
     captured = capsys.readouterr()
     assert captured.err.count("pip install 'mvdream_fast[evaluate]'; its figures are left out") == 1

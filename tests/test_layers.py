@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mvdream_fast"
-VERBS = ["sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "doctor"]
+VERBS = ["compare", "sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "doctor"]
 
 # Highest first. What stands on one floor may not import its neighbours there; the files of one folder may import each
 # other, but not in a circle.

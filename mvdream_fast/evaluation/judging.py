@@ -18,12 +18,13 @@ from torch import Tensor
 from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import read_lines
+from mvdream_fast.data.batches import Shards
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation import runs
-from mvdream_fast.evaluation.classifier import Classifier
-from mvdream_fast.evaluation.evaluator import Evaluator
+from mvdream_fast.evaluation.classifier import MISSING, Classifier, is_installed, load_classifier
+from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.independent import distances, look, naming
-from mvdream_fast.evaluation.reference import ELEVATION_DEG, FOUR_DEG, PROMPTS, Reference, matching
+from mvdream_fast.evaluation.reference import ELEVATION_DEG, FOUR_DEG, PROMPTS, Reference, matching, measure
 from mvdream_fast.models.tokenizer import check_prompt
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
@@ -70,6 +71,22 @@ def read_prompts(path: Path | None = None) -> list[str]:
     if len(set(prompts)) < max(2, len(prompts)):
         raise InputFileError(f"{source} must hold at least two prompts, each once")
     return prompts
+
+
+def load_judge(say: Say, evaluator: Path | None = None, prompts: Path | None = None, data: Path | None = None) -> Judge:
+    """The judge that ships, or other parts of one; without the ImageNet classifier where it is not installed, which
+    `say` is told.
+
+    Args: evaluator: a folder. prompts: a list, one a line. data: shards whose held-out renders are the yardstick, in
+        place of the figures beside the evaluator.
+    """
+    texts, folder = read_prompts(prompts), evaluator or EVALUATOR_FOLDER
+    judge, classifier = load_evaluator(folder), load_classifier() if is_installed() else None
+    if classifier is None:
+        say(f"{MISSING}; its figures are left out")
+    if data is None:
+        return Judge(judge, Reference.load(folder), texts, classifier)
+    return Judge(judge, measure(judge, Shards(data), Shards(data, "held_out"), classifier), texts, classifier)
 
 
 def is_new(text: str, captions: Iterable[str]) -> bool:
