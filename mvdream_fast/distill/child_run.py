@@ -52,8 +52,6 @@ def check_same(folder: Path, request: Request) -> None:
     run = read_run(folder)
     has, wants = (settings_of(r.config) | {"seed": r.seed, "model": r.model} for r in (run, request))
     other = next((name for name, value in wants.items() if has[name] != value), None)
-    if run.prompt != request.prompt:
-        other, has, wants = "prompt", {"prompt": run.prompt}, {"prompt": request.prompt}
     if other is not None:
         raise ArgumentError(
             f"{folder} holds a run with {other} {has[other]}, but asked for is {wants[other]}; name another by -o"

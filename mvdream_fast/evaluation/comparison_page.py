@@ -122,8 +122,9 @@ def page(found: Sequence[Compared]) -> str:
     if len(prompts) > 1:
         parts += ["<h2>Means over the prompts</h2>", _means_table(found)]
     for prompt, runs in prompts.items():
-        parts.append(f"<h2>{html.escape(prompt)}</h2>")
+        parts += [f"<h2>{html.escape(prompt)}</h2>"] if len(prompts) > 1 else []
         parts.append(f'<div class="row">{"".join(map(_figure, runs))}</div>')
+        parts += [_failure(run) for run in runs if run.frames is None]
         parts.append(_runs_table(runs))
     parts += ["<h2>Recipes</h2>", _recipes(found), "<h2>Settings in which they differ</h2>", _settings(found)]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
@@ -133,12 +134,15 @@ def page(found: Sequence[Compared]) -> str:
 def _figure(run: Compared) -> str:
     caption = f"<figcaption>{html.escape(run.recipe)}</figcaption>"
     if run.frames is None:
-        why = html.escape(f"exit code {run.result.exit_code}: {run.result.message}")
-        caption = f"<figcaption>{html.escape(run.recipe)} ({why})</figcaption>"
         return f'<figure><div class="failed">failed</div>{caption}</figure>'
     label = html.escape(f"{run.request.prompt}, {run.recipe}", quote=True)
     image = f"background-image:url({_strip(run.frames)})"
     return f'<figure><div class="asset" role="img" aria-label="{label}" style="{image}"></div>{caption}</figure>'
+
+
+def _failure(run: Compared) -> str:
+    why = html.escape(f"{run.recipe} failed with exit code {run.result.exit_code}: {run.result.message}")
+    return f'<p class="note">{why}</p>'
 
 
 def _strip(frames: np.ndarray) -> str:
