@@ -153,6 +153,13 @@ def test_reconstruction_shares_the_loop(model):
         (["a chair", "--guidance", "vsd", "--lora-rank", "0"], 2, "--lora-rank must be at least 1, got 0"),
         (["a chair", "--guidance", "vsd", "--method", "reconstruct"], 2, "--guidance vsd asks the model at every step"),
         (["a chair", "--model", "nowhere"], 3, "nowhere"),
+        (["a chair", "--recipe", "magic"], 2, ""),
+        (
+            ["a chair", "--recipe", "prolificdreamer", "--model", "nowhere"],
+            3,
+            "recipe prolificdreamer needs a model of",
+        ),
+        (["a chair", "--recipe", "dreamfusion-if", "--model", "embedded"], 3, "is one of several views, as latents"),
         (["--resume", "nowhere"], 2, "--resume must name a run folder"),
         (["--resume", "."], 5, "cannot read"),
         (["a chair", "--root", "file/below"], 7, "cannot create the run folder"),

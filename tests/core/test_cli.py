@@ -141,6 +141,7 @@ def test_paths_begin_at_home(monkeypatch):
         ("render", ["~/a", "-o", "~/b", "--sweethome3d-dir", "~/c"], "source out sweethome3d_dir"),
         ("evaluate", ["~/a", "--json", "~/b", "--data", "~/c", "--prompts", "~/d", "--evaluator", "~/e"],
          "targets json data prompts evaluator"),
+        ("compare", ["x", "-o", "~/a", "--prompts-file", "~/b", "--config", "~/c"], "output prompts_file config"),
         ("convert", ["~/a", "~/b"], "src dst"),
     ],
 )  # fmt: skip

@@ -1,6 +1,24 @@
-"""The recipes: the paper's numbers, and what stretching and shading change."""
+"""The recipes: the papers' numbers, what their small sizes keep of them, which models they take."""
 
-from mvdream_fast.distill.recipes import SDS_PRESETS, settings_of, shaded
+import typing
+from dataclasses import replace
+
+import pytest
+
+from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.distill.recipes import (
+    RECIPES,
+    SDS_PRESETS,
+    RecipeName,
+    guided_views,
+    repaint,
+    replaced,
+    resolve_config,
+    settings_of,
+    shaded,
+)
+from mvdream_fast.distill.request import check_config
+from mvdream_fast.models.config import MINI, PIXELS
 
 
 def test_paper_recipe_is_the_published_table():
@@ -50,3 +68,196 @@ def test_shading_variant_adds_light_and_orientation_only():
 def test_stages_switch_at_the_milestone():
     paper = SDS_PRESETS["paper"]
     assert [paper.stage(step) for step in (0, 4999, 5000, 9999)] == [0, 0, 1, 1]
+
+
+# What threestudio's configurations of these systems say, by hand; the losses are ramps (start, from, to, end).
+DREAMFUSION_IF = {
+    "recipe": "dreamfusion-if",
+    "mode": "2d",
+    "kind": "sds",
+    "loss": "sds",
+    "guidance_scale": 20,
+    "guided_from": "cond",
+    "rescale": 0,
+    "weighting": "sds",
+    "timesteps": "each",
+    "min_step": (0, 0.02, 0.02, 0),
+    "max_step": (0, 0.98, 0.98, 0),
+    "view_words": True,
+    "negative_prompt": "",
+    "steps": 10_000,
+    "n_views": 1,
+    "n_groups": (1,),
+    "render_size": (64,),
+    "milestones": (),
+    "distance_range": (1.5, 2.0),
+    "relative_distance": "none",
+    "fovy_range_deg": (40, 70),
+    "elevation_range_deg": (-10, 90),
+    "radius": 2,
+    "samples_per_ray": 512,
+    "background": "learned",
+    "background_aug_prob": 0,
+    "lambda_orient": (0, 10, 1000, 5000),
+    "lambda_sparsity": (0, 1, 1, 0),
+    "lambda_opaque": (0, 0, 0, 0),
+    "lambda_z_variance": (0, 0, 0, 0),
+    "shading": True,
+    "shading_from": 2001,
+    "soft_shading": False,
+    "lr_encoding": 0.01,
+    "lr_mlp": 0.01,
+    "lr_background": 0.001,
+    "weight_decay": 0,  # Adam
+    "betas": (0.9, 0.99),
+    "adam_eps": 1e-15,
+}
+PROLIFICDREAMER = {
+    "recipe": "prolificdreamer",
+    "mode": "2d",
+    "kind": "vsd",
+    "guidance_scale": 7.5,
+    "guided_from": "uncond",
+    "rescale": 0,
+    "weighting": "sds",
+    "timesteps": "each",
+    "min_step": (0, 0.02, 0.02, 0),
+    "max_step": (5000, 0.98, 0.5, 5001),
+    "lora_lr": 1e-4,
+    "camera_dropout": 0.1,
+    "particles": 1,
+    "view_words": True,
+    "negative_prompt": "",
+    "steps": 25_000,
+    "n_views": 1,
+    "n_groups": (1, 1),
+    "render_size": (64, 512),
+    "milestones": (5000,),
+    "distance_range": (1.0, 1.5),
+    "relative_distance": "none",
+    "fovy_range_deg": (40, 70),
+    "elevation_range_deg": (-10, 45),
+    "radius": 1,
+    "samples_per_ray": 512,
+    "background": "learned",
+    "background_aug_prob": 0.5,
+    "lambda_orient": (0, 0, 0, 0),
+    "lambda_sparsity": (0, 10, 10, 0),
+    "lambda_opaque": (10_000, 0, 1000, 10_001),
+    "shading": False,
+    "lr_encoding": 0.01,
+    "lr_mlp": 0.001,
+    "lr_background": 0.001,
+    "weight_decay": 0.01,
+    "betas": (0.9, 0.99),
+    "adam_eps": 1e-15,
+}
+SMALL = ("mini", "fast")
+SINGLE = ("dreamfusion-if", "prolificdreamer")
+
+
+@pytest.mark.parametrize("expected", [DREAMFUSION_IF, PROLIFICDREAMER], ids=lambda expected: expected["recipe"])
+def test_baselines_are_the_published_table(expected):
+    paper = settings_of(RECIPES[expected["recipe"]].at("paper"))
+    assert {key: paper[key] for key in expected} == expected
+
+
+def test_the_table_names_every_recipe_once():
+    assert tuple(RECIPES) == typing.get_args(RecipeName)
+    for name, recipe in RECIPES.items():
+        for size, preset in SDS_PRESETS.items():
+            config = recipe.at(size)
+            assert (config.recipe, config.preset) == (name, preset.preset)
+            check_config(config)
+
+
+@pytest.mark.parametrize(("size", "views"), [("mini", 2400), ("fast", 1200)])
+def test_recipes_ask_the_model_about_as_many_views(size, views):
+    assert {name: guided_views(recipe.at(size)) for name, recipe in RECIPES.items()} == dict.fromkeys(RECIPES, views)
+
+
+@pytest.mark.parametrize(
+    ("changes", "views"),
+    [
+        ({}, 5000 * 8 + 5000 * 4),
+        ({"updates_per_guidance": 4}, 1250 * 8 + 1250 * 4),
+        ({"steps": 7, "milestones": (3,), "updates_per_guidance": 2}, 2 * 8 + 2 * 4),  # asked at 0 and 2, at 4 and 6
+        ({"n_views": 1, "steps": 6000}, 5000 * 2 + 1000),
+    ],
+)
+def test_guided_views_count_the_steps_that_ask(changes, views):
+    config = replaced(SDS_PRESETS["paper"], **changes)
+    assert guided_views(config) == views
+    asked = [step for step in range(config.steps) if config.asked(step) == step]
+    assert views == sum(config.n_groups[config.stage(step)] * config.cameras.n_views for step in asked)
+
+
+@pytest.mark.parametrize("size", SMALL)
+@pytest.mark.parametrize("name", SINGLE)
+def test_small_sizes_keep_the_papers_guidance_and_mvdreams_budget(name, size):
+    small, paper, like = RECIPES[name].at(size), RECIPES[name].at("paper"), SDS_PRESETS[size]
+    plain = {"min_step": (0, 0, 0, 0), "max_step": (0, 0, 0, 0)}
+    assert replaced(small, **plain).guidance == replaced(paper, **plain).guidance
+    for key in ("fovy_range_deg", "elevation_range_deg", "distance_range", "relative_distance"):
+        assert getattr(small.cameras, key) == getattr(like.cameras, key)
+    assert (small.cameras.n_views, small.n_groups) == (1, tuple(4 * n for n in like.n_groups))
+    for key in ("steps", "render_size", "milestones"):
+        assert getattr(small, key) == getattr(like, key)
+    for key in ("volume", "radius", "background", "background_aug_prob", "samples_per_ray"):
+        assert getattr(small.representation, key) == getattr(like.representation, key)
+    for key in ("lr_encoding", "lr_mlp", "lr_background"):
+        assert getattr(small.representation, key) == getattr(paper.representation, key)
+
+
+def test_schedules_and_losses_at_a_small_size():
+    """600 of 10,000 and of 25,000 steps; 24 x 8 x 8 numbers in the embedded latents, 4 x 64 x 64 in the paper's."""
+    single, vsd = (settings_of(RECIPES[name].at("mini")) for name in SINGLE)
+    assert single["shading_from"] == 120
+    assert single["lambda_orient"] == pytest.approx((0, 10, 1000, 300))
+    assert single["lambda_sparsity"] == (0, 1, 1, 0)  # of pixels there are as many as in the paper
+    assert vsd["max_step"] == pytest.approx((120, 0.98, 0.5, 120.024))
+    assert vsd["lambda_sparsity"] == pytest.approx((0, 0.9375, 0.9375, 0))
+    assert vsd["lambda_opaque"] == pytest.approx((240, 0, 93.75, 240.024))
+
+
+def test_any_recipe_can_end_with_repainting():
+    for recipe in RECIPES.values():
+        config = repaint(recipe.at("mini"), 0.25)
+        assert config.repaint.repaint_from == 0.75
+        assert replaced(config, repaint_from=recipe.at("mini").repaint.repaint_from) == recipe.at("mini")
+    assert RECIPES["mvdream-sharp"].at("mini").repaint.repaint_from == 0.8
+    assert RECIPES["mvdream"].at("mini").repaint.repaint_from == 1
+
+
+def test_a_recipe_is_named_beside_a_preset():
+    assert resolve_config("fast", recipe="prolificdreamer") == RECIPES["prolificdreamer"].at("fast")
+    with pytest.raises(ArgumentError, match="recipe must be one of mvdream, .*, got 'magic'"):
+        resolve_config("fast", recipe="magic")
+    with pytest.raises(ArgumentError, match="recipe must be 'mvdream', as the configuration's, got 'prolificdreamer'"):
+        resolve_config(SDS_PRESETS["fast"], recipe="prolificdreamer")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mode", "model", "kind"),
+    [
+        ("mvdream", "3d", PIXELS, "single images, as pixels"),
+        ("mvdream-sharp", "3d", replace(MINI, unet=replace(PIXELS.unet, in_channels=24)), "single images, as latents"),
+        ("dreamfusion-if", "2d", MINI, "several views, as latents"),
+        ("prolificdreamer", "2d", PIXELS, "single images, as pixels"),
+        ("prolificdreamer", "3d", PIXELS, "single images, as pixels"),
+        ("mvdream", "3d", MINI, None),
+        ("mvdream", "2d", PIXELS, None),
+        ("dreamfusion-if", "2d", PIXELS, None),
+        ("prolificdreamer", "3d", MINI, None),
+    ],
+)
+def test_a_recipe_refuses_models_of_another_kind(recipe, mode, model, kind):
+    config = replaced(RECIPES[recipe].at("mini"), mode=mode)
+    if kind is None:
+        RECIPES[recipe].check_model("it", model, config)
+        return
+    wanted = (
+        f"the recipe {recipe} needs {RECIPES[recipe].needs}, but the model it is one of {kind}; leave out the model"
+    )
+    with pytest.raises(ModelError, match=wanted):
+        RECIPES[recipe].check_model("it", model, config)

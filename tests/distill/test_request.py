@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mvdream_fast.core.errors import ArgumentError, InputFileError, UserError
+from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, UserError
 from mvdream_fast.distill import request
-from mvdream_fast.distill.recipes import SDS_PRESETS, ExportConfig, SDSConfig, replaced, resolve_config, shaded
+from mvdream_fast.distill.recipes import RECIPES, SDS_PRESETS, ExportConfig, SDSConfig, replaced, resolve_config, shaded
 
 CHAIR = {"prompt": "a green chair"}
 
@@ -322,3 +322,45 @@ def test_any_file_is_used_or_refused(tmp_path_factory, content):
 @hypothesis_settings(max_examples=100_000, deadline=None)
 def test_a_hundred_thousand_files_are_used_or_refused(tmp_path_factory, content):
     fuzz(tmp_path_factory.getbasetemp() / "fuzz.json", content)
+
+
+def test_a_recipe_brings_its_settings_and_its_model(tmp_path):
+    run = request.resolve({**CHAIR, "recipe": "dreamfusion-if"})
+    assert (run.model, run.config) == ("pixels", RECIPES["dreamfusion-if"].at("mini"))
+    assert request.resolve({**CHAIR, "recipe": "prolificdreamer", "model": "x.pt"}).config.preset == "paper"
+    assert request.resolve(CHAIR).config.recipe == "mvdream"
+    changed = request.resolve({**CHAIR, "recipe": "prolificdreamer", "mode": "3d", "steps": 60}).config
+    assert (changed.recipe, changed.mode, changed.steps) == ("prolificdreamer", "3d", 60)
+    assert changed.guidance.max_step == pytest.approx((12, 0.98, 0.5, 12.0024))
+    file = request.read_settings(written(tmp_path, 'recipe = "dreamfusion-if"\n[sds]\nsteps = 60\n'))
+    assert request.resolve(CHAIR, file).config == resolve_config("mini", recipe="dreamfusion-if", steps=60)
+    again = request.read_settings(written(tmp_path, run.to_dict(), "config.json"))
+    assert dataclasses.replace(request.resolve({}, again), why="") == dataclasses.replace(run, why="")
+    with pytest.raises(ArgumentError, match="--recipe mvdream contradicts the file of --config, which is for dream"):
+        request.resolve({**CHAIR, "recipe": "mvdream"}, file)
+    with pytest.raises(InputFileError, match="recipe must be one of"):
+        request.read_settings(written(tmp_path, 'recipe = "magic"'))
+
+
+def test_a_run_that_goes_on_keeps_its_recipe():
+    run = request.resolve({**CHAIR, "recipe": "prolificdreamer"})
+    assert request.differences(run, {"recipe": "prolificdreamer", "mode": "2d"}) == {}
+    assert request.differences(run, {"recipe": "mvdream"}) == {"recipe": ("mvdream", "prolificdreamer")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": "nowhere"}, "the recipe {} needs .*: .* name it by --model .*there is no model at .*nowhere"),
+        ({"model": "embedded"}, "the recipe dreamfusion-if needs a model of pixels, but the model embedded is one of"),
+    ],
+)
+def test_a_model_that_is_missing_or_of_another_kind(flags, message):
+    with pytest.raises(ModelError, match=message.format("dreamfusion-if")):
+        request.open_model(request.resolve({**CHAIR, "recipe": "dreamfusion-if", **flags}))
+
+
+def test_mvdreams_own_model_is_missed_in_the_old_words():
+    with pytest.raises(ModelError, match="^there is no model at .*nowhere"):
+        request.open_model(request.resolve({**CHAIR, "model": "nowhere"}))
+    assert request.open_model(request.resolve(CHAIR)).config.name == "mini"
