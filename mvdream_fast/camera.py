@@ -173,7 +173,8 @@ def sample_cameras(
     config: CameraSampling, stream: Stream, n_groups: int = 1, azimuth_start_deg: float = -180.0
 ) -> Cameras:
     """Draws groups of views around the object: azimuths exactly 360/V degrees apart, one elevation, distance and
-    field of view a group. The first view of a group lies in the first 360/V degrees from `azimuth_start_deg`.
+    field of view a group. The first view of a group lies in the first 360/V degrees from `azimuth_start_deg`. What
+    `config.perturb` adds to that comes last.
 
     Returns: Cameras of n_groups*V views, the views of a group next to each other.
     Raises: ValueError if a count is below 1 or a range cannot be.
@@ -183,7 +184,9 @@ def sample_cameras(
     _check_sampling(config)
     start = finite("sample_cameras", "azimuth_start_deg", azimuth_start_deg, "it is in degrees")
     groups = [_sample_group(config, start, *map(float, stream.uniform(5))) for _ in range(n_groups)]
-    return Cameras(torch.cat([g.c2w for g in groups]), torch.cat([g.fovy for g in groups]))
+    c2w = torch.cat([g.c2w for g in groups])
+    c2w = _perturbed(c2w, config.perturb, stream) if any(config.perturb) else c2w
+    return Cameras(c2w, torch.cat([g.fovy for g in groups]))
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
@@ -217,6 +220,17 @@ def _sample_group(
     distance = _distance(config, fovy_deg, u_distance)
     start = start_deg + u_azimuth * 360 / config.n_views
     return orbit_cameras(config.n_views, _elevation_deg(config, branch, u_elevation), start, 360.0, distance, fovy_deg)
+
+
+def _perturbed(c2w: Tensor, perturb: tuple[float, float, float], stream: Stream) -> Tensor:
+    """Each of the poses [V, 4, 4] moved by itself; see CameraSampling. Source: threestudio, RandomCameraDataModule."""
+    position, center, upward = perturb
+    eye = c2w[:, :3, 3] + position * stream.uniform(len(c2w), 3, low=-1.0, high=1.0)
+    backward = torch.nn.functional.normalize(eye - center * stream.normal(len(c2w), 3), dim=-1)
+    up = torch.tensor([0.0, 0.0, 1.0]) + upward * stream.normal(len(c2w), 3)
+    right = torch.nn.functional.normalize(torch.linalg.cross(up, backward), dim=-1)
+    top = torch.stack([right, torch.linalg.cross(backward, right), backward, eye], -1)  # [V, 3, 4]
+    return torch.cat([top, c2w[:, 3:]], 1)
 
 
 def middle_cameras(config: CameraSampling, elevation_deg: float = 15.0, azimuth_start_deg: float = 0.0) -> Cameras:

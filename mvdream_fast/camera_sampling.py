@@ -9,6 +9,7 @@ from mvdream_fast.core.schema import Checked
 
 Elevation = Annotated[float, Interval(ge=-90, le=90)]
 Fovy = Annotated[float, Interval(gt=0, lt=180)]
+Jitter = Annotated[float, Interval(ge=0, le=100)]
 Distance = Annotated[float, Interval(gt=0, lt=1000)]
 
 
@@ -19,6 +20,8 @@ class CameraSampling(Checked):
     `distance_range` is multiplied by 1/tan(fovy/2) ("tan": the same size in the image for every field of view), by
     1/sin(fovy/2) ("sin": 1 just frames the unit sphere), or taken as it is ("none"). `elevations="upstream"` copies
     MVDream-threestudio: half of its draws are uniform on the sphere but reach 19.47 degrees only, whatever the range.
+    `perturb` then moves each view by itself: its position by up to the first number along each axis, the point it looks
+    at and its upward axis by normal numbers of the second and the third deviation.
     """
 
     n_views: Annotated[int, Interval(ge=1, le=256)] = 4
@@ -27,6 +30,7 @@ class CameraSampling(Checked):
     distance_range: tuple[Distance, Distance] = (0.8, 1.0)
     relative_distance: Literal["tan", "sin", "none"] = "tan"
     elevations: Literal["uniform", "upstream"] = "uniform"
+    perturb: tuple[Jitter, Jitter, Jitter] = (0.0, 0.0, 0.0)
 
     @staticmethod
     def paper() -> "CameraSampling":

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -331,3 +332,25 @@ def test_the_documentation_says_what_the_code_does():
     failed, attempted = doctest.testfile(str(page), module_relative=False)
     assert attempted >= 5
     assert not failed
+
+
+def test_perturbed_cameras_look_past_the_centre():
+    """Positions move within a cube, centres and upward axes by normal numbers; the axes stay orthonormal."""
+    still = replace(CameraSampling(), n_views=1, relative_distance="none", distance_range=(1.5, 2.0))
+    moved = replace(still, perturb=(0.1, 0.2, 0.02))
+    plain, jittered = (sample_cameras(config, Stream(0, 0, "cameras"), 400) for config in (still, moved))
+    torch.testing.assert_close(plain.fovy, jittered.fovy, rtol=0, atol=0)
+    rotation, position = jittered.c2w[:, :3, :3], jittered.c2w[:, :3, 3]
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand(400, 3, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(400), rtol=0, atol=1e-5)
+    offset = position - plain.c2w[:, :3, 3]
+    assert 0.09 < offset.abs().max() <= 0.1
+    missed = position - (position * rotation[:, :, 2]).sum(1, keepdim=True) * rotation[:, :, 2]  # nearest to the centre
+    assert missed.square().sum(1).mean().sqrt() == pytest.approx(
+        0.2 * 2**0.5, rel=0.1
+    )  # two of three deviations of 0.2
+    roll = torch.rad2deg(torch.atan2(rotation[:, 2, 0], rotation[:, 2, 1]))
+    assert roll.std() == pytest.approx(math.degrees(0.02), rel=0.3)
+    sideways = replace(still, perturb=(0.0, 0.0, 1e-6))
+    same = sample_cameras(sideways, Stream(0, 0, "cameras"), 400)
+    torch.testing.assert_close(same.c2w, plain.c2w, rtol=0, atol=1e-4)

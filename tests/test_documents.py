@@ -20,7 +20,7 @@ SOURCES = [
     if path.suffix in {".py", ".sh", ".cpp", ".cu", ".h", ".cuh"}
 ]
 FILE = re.compile(r"(?<![\w*./<-])(?:\w[\w.-]*/)*\w[\w-]*\.(?:py|md|sh|cpp|cu|cuh)\b")
-ELSEWHERE = {"DOCS/ablations.md", "table.md"}  # what examples write
+ELSEWHERE = {"DOCS/ablations.md", "table.md", "OUT/compare.md", "compare.md"}  # what examples and commands write
 
 
 def without_code(text: str) -> str:

@@ -258,7 +258,7 @@ def dreamfusion_if(size: str = "paper") -> SDSConfig:
         steps=10_000,
         cameras=CameraSampling(
             n_views=1, elevation_range_deg=(-10.0, 90.0), fovy_range_deg=(40.0, 70.0), distance_range=(1.5, 2.0),
-            relative_distance="none",
+            relative_distance="none", perturb=(0.1, 0.2, 0.02),
         ),
         n_groups=(1,),
         render_size=(64,),

@@ -4,6 +4,7 @@ import typing
 from dataclasses import replace
 
 import pytest
+from reference.random_model import TINY, random_model
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.distill.recipes import (
@@ -19,6 +20,8 @@ from mvdream_fast.distill.recipes import (
 )
 from mvdream_fast.distill.request import check_config
 from mvdream_fast.models.config import MINI, PIXELS
+from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.text_to_3d import TextTo3D
 
 
 def test_paper_recipe_is_the_published_table():
@@ -92,6 +95,7 @@ DREAMFUSION_IF = {
     "milestones": (),
     "distance_range": (1.5, 2.0),
     "relative_distance": "none",
+    "perturb": (0.1, 0.2, 0.02),
     "fovy_range_deg": (40, 70),
     "elevation_range_deg": (-10, 90),
     "radius": 2,
@@ -135,6 +139,7 @@ PROLIFICDREAMER = {
     "milestones": (5000,),
     "distance_range": (1.0, 1.5),
     "relative_distance": "none",
+    "perturb": (0, 0, 0),
     "fovy_range_deg": (40, 70),
     "elevation_range_deg": (-10, 45),
     "radius": 1,
@@ -198,7 +203,7 @@ def test_small_sizes_keep_the_papers_guidance_and_mvdreams_budget(name, size):
     small, paper, like = RECIPES[name].at(size), RECIPES[name].at("paper"), SDS_PRESETS[size]
     plain = {"min_step": (0, 0, 0, 0), "max_step": (0, 0, 0, 0)}
     assert replaced(small, **plain).guidance == replaced(paper, **plain).guidance
-    for key in ("fovy_range_deg", "elevation_range_deg", "distance_range", "relative_distance"):
+    for key in ("fovy_range_deg", "elevation_range_deg", "distance_range", "relative_distance", "perturb"):
         assert getattr(small.cameras, key) == getattr(like.cameras, key)
     assert (small.cameras.n_views, small.n_groups) == (1, tuple(4 * n for n in like.n_groups))
     for key in ("steps", "render_size", "milestones"):
@@ -218,6 +223,25 @@ def test_schedules_and_losses_at_a_small_size():
     assert vsd["max_step"] == pytest.approx((120, 0.98, 0.5, 120.024))
     assert vsd["lambda_sparsity"] == pytest.approx((0, 0.9375, 0.9375, 0))
     assert vsd["lambda_opaque"] == pytest.approx((240, 0, 93.75, 240.024))
+
+
+TINY_PIXELS = replace(
+    TINY,
+    unet=replace(TINY.unet, in_channels=48, out_channels=48, camera_in="none", view_mixing="2d"),
+    vae=replace(PIXELS.vae, image_size=16),
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_an_asset(name):
+    """Ten steps pass through all of its schedules, light and losses."""
+    model = random_model(config=TINY_PIXELS if RECIPES[name].pixels else TINY)
+    make = TextTo3D(MVDreamPipeline(model, "cpu", "float32"))
+    asset = make("a green chair", "mini", recipe=name, steps=10, render_size=(8,), samples_per_ray=24)
+    assert asset.settings["recipe"] == name
+    assert [record["step"] for record in asset.records] == list(range(10))
+    assert all(record["loss"] > 0 for record in asset.records)
+    assert not any(record["event"] for record in asset.records)
 
 
 def test_any_recipe_can_end_with_repainting():
