@@ -228,8 +228,8 @@ def _perturbed(c2w: Tensor, perturb: tuple[float, float, float], stream: Stream)
     eye = c2w[:, :3, 3] + position * stream.uniform(len(c2w), 3, low=-1.0, high=1.0)
     backward = torch.nn.functional.normalize(eye - center * stream.normal(len(c2w), 3), dim=-1)
     up = torch.tensor([0.0, 0.0, 1.0]) + upward * stream.normal(len(c2w), 3)
-    right = torch.nn.functional.normalize(torch.linalg.cross(up, backward), dim=-1)
-    top = torch.stack([right, torch.linalg.cross(backward, right), backward, eye], -1)  # [V, 3, 4]
+    right = torch.nn.functional.normalize(torch.cross(up, backward, dim=-1), dim=-1)
+    top = torch.stack([right, torch.cross(backward, right, dim=-1), backward, eye], -1)  # [V, 3, 4]
     return torch.cat([top, c2w[:, 3:]], 1)
 
 

@@ -70,8 +70,8 @@ show(0);
 def write_comparison(folder: Path, found: Sequence[Compared]) -> str:
     """Writes compare.html, .png, .md and .json into `folder`, and returns the Markdown."""
     table = markdown(found)
-    figures = {"runs": [run.to_dict(folder) for run in found]}
-    figures["means"] = {recipe: means(runs) for recipe, runs in by_recipe(found).items()}
+    averages = {recipe: means(runs) for recipe, runs in by_recipe(found).items()}
+    figures = {"runs": [run.to_dict(folder) for run in found], "means": averages}
     atomic_write(folder / "compare.json", json.dumps(figures, indent=2) + "\n")
     atomic_write(folder / "compare.md", table)
     atomic_write(folder / "compare.png", png_bytes(grid(found)))
