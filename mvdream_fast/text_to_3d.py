@@ -84,7 +84,8 @@ class TextTo3D:
         if guidance is None:
             if self.pipeline is None:
                 raise AssertionError  # __init__ refuses to have neither
-            RECIPES[config.recipe].check_model(self.pipeline.config.name, self.pipeline.config, config)
+            model = self.pipeline.config
+            RECIPES[config.recipe].check_model(config.recipe, config.mode, model.name, model)
             guidance = new_guidance(self.pipeline, prompt, config, seed)
         if not self.keep and self.pipeline is not None:
             _release(self.pipeline, config)

@@ -9,7 +9,7 @@ of the recipe holds it: `replaced(config, guidance_scale=7.5)`, `settings_of(con
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from mvdream_fast.camera_sampling import CameraSampling
-from mvdream_fast.core.errors import ArgumentError, ModelError, UserError
+from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.core.ramp import WeightRamp
 from mvdream_fast.core.schema import Checked, checked
+from mvdream_fast.distill.recipe import Recipe
 from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
-from mvdream_fast.models.config import MINI, ModelConfig
+from mvdream_fast.models.config import MINI
 from mvdream_fast.scene.nerf.config import NerfConfig
 
 MVDREAM = "mvdream"
@@ -228,9 +229,13 @@ def constant(weight: float) -> WeightRamp:
     return (0.0, weight, weight, 0.0)
 
 
-def repaint(config: SDSConfig, share: float = 0.2) -> SDSConfig:
-    """The recipe with its last `share` of steps fitted to views that the model has repainted."""
-    return replaced(config, repaint_from=1.0 - share)
+def repaint(config: SDSConfig, share: float = 0.3, opaque: float = 300.0) -> SDSConfig:
+    """The recipe with its last `share` of steps fitted to views that the model has redrawn, and with a loss of that
+    weight on opacities between 0 and 1, whole half-way to the end, where it has none of its own."""
+    first, last = (1 - share) * config.steps, config.steps
+    has_own = any(config.representation.lambda_opaque[1:3])
+    losses = {} if has_own else {"lambda_opaque": (first, 0.0, opaque, (first + last) / 2)}
+    return replaced(config, repaint_from=1 - share, **losses)
 
 
 def guided_views(config: SDSConfig) -> int:
@@ -246,7 +251,7 @@ def mvdream(size: str = "paper") -> SDSConfig:
 
 
 def mvdream_sharp(size: str = "paper") -> SDSConfig:
-    """mvdream, whose last fifth is fitted to repainted views."""
+    """mvdream, whose end is fitted to redrawn views."""
     return replaced(repaint(mvdream(size)), recipe="mvdream-sharp")
 
 
@@ -334,34 +339,6 @@ def _embedded(paper: SDSConfig, size: str, weight: float = 1.0) -> SDSConfig:
     )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A text-to-3D system: where it is from, what it does, and the model that it needs.
-
-    embedded: the model of the package that it takes where none is named. pixels: whether the model must be one of
-    pixels; None where either kind will do. get: where a full model is to be had.
-    """
-
-    at: Callable[[str], SDSConfig]  # by size: "paper", "mini", "fast"
-    paper: str
-    stages: str
-    needs: str
-    embedded: str
-    pixels: bool | None
-    get: str
-
-    def check_model(self, name: str, model: ModelConfig, config: SDSConfig) -> None:
-        """Raises ModelError for a model `name` of another kind than a run of `config` needs."""
-        is_pixels = model.vae.kind == "pixels"
-        single = (model.unet.camera_in, model.unet.view_mixing) == ("none", "2d")
-        if self.pixels not in (None, is_pixels) or (single and config.mode == "3d"):
-            kind = f"{'single images' if single else 'several views'}, as {'pixels' if is_pixels else 'latents'}"
-            raise ModelError(
-                f"the recipe {config.recipe} needs {self.needs}, but the model {name} is one of {kind}; leave out the "
-                f"model for the package's own, {self.embedded}, or {self.get}"
-            )
-
-
 _MULTI_VIEW = "a multi-view model"
 _GET_MVDREAM = "fetch MVDream/MVDream's sd-v2.1-base-4view.pt from the Hugging Face hub and name the file by --model"
 RECIPES = {
@@ -371,7 +348,7 @@ RECIPES = {
     ),
     "mvdream-sharp": Recipe(
         mvdream_sharp, "MVDream, Shi et al. 2023; repainting is this project's",
-        "mvdream; in its last fifth the volume is fitted to repainted views", _MULTI_VIEW, "embedded", None,
+        "mvdream; in the last three tenths the volume is fitted to redrawn views", _MULTI_VIEW, "embedded", None,
         _GET_MVDREAM,
     ),
     "dreamfusion-if": Recipe(

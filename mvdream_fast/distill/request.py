@@ -115,14 +115,15 @@ def open_model(request: Request) -> "Source":
     """
     from mvdream_fast.checkpoints.open import open_source
 
-    recipe = RECIPES[request.config.recipe]
+    name, mode = request.config.recipe, request.config.mode
+    recipe = RECIPES[name]
     try:
-        source = open_source(request.model, add_cameras=request.config.mode == "2d")
+        source = open_source(request.model, add_cameras=mode == "2d")
     except ModelError as error:
-        if request.config.recipe == MVDREAM:
+        if name == MVDREAM:
             raise
-        raise ModelError(f"the recipe {request.config.recipe} needs {recipe.needs}: {recipe.get} ({error})") from error
-    recipe.check_model(request.model, source.config, request.config)
+        raise ModelError(f"the recipe {name} needs {recipe.needs}: {recipe.get} ({error})") from error
+    recipe.check_model(name, mode, request.model, source.config)
     return source
 
 

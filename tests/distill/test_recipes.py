@@ -4,7 +4,8 @@ import typing
 from dataclasses import replace
 
 import pytest
-from reference.random_model import TINY, random_model
+from reference.random_model import TINY as TINY_MODEL
+from reference.random_model import random_model
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.distill.recipes import (
@@ -226,8 +227,8 @@ def test_schedules_and_losses_at_a_small_size():
 
 
 TINY_PIXELS = replace(
-    TINY,
-    unet=replace(TINY.unet, in_channels=48, out_channels=48, camera_in="none", view_mixing="2d"),
+    TINY_MODEL,
+    unet=replace(TINY_MODEL.unet, in_channels=48, out_channels=48, camera_in="none", view_mixing="2d"),
     vae=replace(PIXELS.vae, image_size=16),
 )
 
@@ -235,7 +236,7 @@ TINY_PIXELS = replace(
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_makes_an_asset(name):
     """Ten steps pass through all of its schedules, light and losses."""
-    model = random_model(config=TINY_PIXELS if RECIPES[name].pixels else TINY)
+    model = random_model(config=TINY_PIXELS if RECIPES[name].pixels else TINY_MODEL)
     make = TextTo3D(MVDreamPipeline(model, "cpu", "float32"))
     asset = make("a green chair", "mini", recipe=name, steps=10, render_size=(8,), samples_per_ray=24)
     assert asset.settings["recipe"] == name
@@ -245,12 +246,20 @@ def test_every_recipe_makes_an_asset(name):
 
 
 def test_any_recipe_can_end_with_repainting():
+    """From three quarters on; the loss on opacities grows there, unless the recipe has its own."""
     for recipe in RECIPES.values():
-        config = repaint(recipe.at("mini"), 0.25)
-        assert config.repaint.repaint_from == 0.75
-        assert replaced(config, repaint_from=recipe.at("mini").repaint.repaint_from) == recipe.at("mini")
-    assert RECIPES["mvdream-sharp"].at("mini").repaint.repaint_from == 0.8
-    assert RECIPES["mvdream"].at("mini").repaint.repaint_from == 1
+        plain = recipe.at("mini")
+        config = repaint(plain, 0.25)
+        opaque = plain.representation.lambda_opaque
+        if not any(opaque):
+            opaque = (0.75 * plain.steps, 0, 300, 0.875 * plain.steps)
+        assert (config.repaint.repaint_from, config.representation.lambda_opaque) == (0.75, opaque)
+        same = {"repaint_from": plain.repaint.repaint_from, "lambda_opaque": plain.representation.lambda_opaque}
+        assert replaced(config, **same) == plain
+    sharp, plain = (RECIPES[name].at("mini") for name in ("mvdream-sharp", "mvdream"))
+    assert (sharp.repaint.repaint_from, plain.repaint.repaint_from) == (0.7, 1)
+    assert sharp.representation.lambda_opaque == pytest.approx((0.7 * sharp.steps, 0, 300, 0.85 * sharp.steps))
+    assert replaced(repaint(plain), recipe="mvdream-sharp") == resolve_config(sharp, steps=plain.steps)
 
 
 def test_a_recipe_is_named_beside_a_preset():
@@ -276,12 +285,11 @@ def test_a_recipe_is_named_beside_a_preset():
     ],
 )
 def test_a_recipe_refuses_models_of_another_kind(recipe, mode, model, kind):
-    config = replaced(RECIPES[recipe].at("mini"), mode=mode)
     if kind is None:
-        RECIPES[recipe].check_model("it", model, config)
+        RECIPES[recipe].check_model(recipe, mode, "it", model)
         return
     wanted = (
         f"the recipe {recipe} needs {RECIPES[recipe].needs}, but the model it is one of {kind}; leave out the model"
     )
     with pytest.raises(ModelError, match=wanted):
-        RECIPES[recipe].check_model("it", model, config)
+        RECIPES[recipe].check_model(recipe, mode, "it", model)
