@@ -13,8 +13,8 @@ from annotated_types import Interval
 
 from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.errors import ArgumentError, UserError
-from mvdream_fast.core.schema import Checked, checked
-from mvdream_fast.guidance.config import GuidanceConfig
+from mvdream_fast.core.schema import Checked, Share, checked
+from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
 from mvdream_fast.models.config import MINI
 from mvdream_fast.scene.nerf.config import NerfConfig
 
@@ -45,6 +45,7 @@ class SDSConfig(Checked):
     render_size: tuple[Annotated[int, Interval(ge=8, le=1024)], ...] = (64, 256)
     milestones: tuple[int, ...] = (5000,)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    repaint: RepaintConfig = field(default_factory=RepaintConfig)
     negative_prompt: str = PAPER_NEGATIVE_PROMPT
     suffix: str = ""
     # Updates towards one answer of the model; the paper makes one.
@@ -53,17 +54,30 @@ class SDSConfig(Checked):
     representation: NerfConfig = field(default_factory=NerfConfig)
     shading: bool = False
     shading_from: int = 5000  # the step of the first lit render
+    lr_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0  # share of the learning rates that is left at the end
+    lr_decay_from: Share = 0.0  # the share of the run after which they fall, geometrically
     weight_decay: Momentum = 0.01
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     adam_eps: Annotated[float, Interval(gt=0, lt=1)] = 1e-15
 
     def asked(self, step: int) -> int:
         """The step whose cameras, resolution and answer of the model `step` uses: its own, unless they are reused."""
-        return step - step % self.updates_per_guidance
+        return step if step >= self.repaint_step else step - step % self.updates_per_guidance
+
+    @property
+    def repaint_step(self) -> int:
+        """The first step that fits repainted views; the number of steps where none does."""
+        first = round(self.repaint.repaint_from * self.steps)
+        return first - first % self.updates_per_guidance if self.repaint.repaints else self.steps
 
     def stage(self, step: int) -> int:
         """Index of the stage that `step` belongs to."""
         return sum(self.asked(step) >= milestone for milestone in self.milestones)
+
+    def lr_share(self, step: int) -> float:
+        """What is left of the learning rates at `step`."""
+        past = step / self.steps - self.lr_decay_from
+        return self.lr_decay ** (past / (1 - self.lr_decay_from)) if past > 0 else 1.0
 
     def n_rays(self) -> int:
         """Rays of a step at the largest stage."""
@@ -101,6 +115,21 @@ def typed(
         raise error(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
     whole = checked(SDSConfig, _nested(settings), source, error, {name: name for name in SETTINGS} | dict(names or {}))
     return {name: value for name, value in settings_of(whole).items() if name in settings}
+
+
+def check_ending(config: SDSConfig) -> None:
+    """Raises ArgumentError for a run that can't end as it is told to."""
+    without = "repaint_from must be 1 (never) with"
+    if config.repaint.repaints and config.method == "reconstruct":
+        raise ArgumentError(
+            f"{without} method reconstruct, whose views stay as they were sampled, got "
+            f"{config.repaint.repaint_from:g}; leave it out, or take the method sds"
+        )
+    if config.repaint.repaints and config.guidance.kind == "vsd" and config.guidance.particles > 1:
+        raise ArgumentError(
+            f"{without} {config.guidance.particles} particles, which it would make alike, got "
+            f"{config.repaint.repaint_from:g}; leave it out, or take 1 particle"
+        )
 
 
 def _nested(settings: Mapping[str, Any], config: SDSConfig | None = None) -> dict[str, Any]:

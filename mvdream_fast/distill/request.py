@@ -19,6 +19,7 @@ from mvdream_fast.distill.recipes import (
     SETTINGS,
     ExportConfig,
     SDSConfig,
+    check_ending,
     preset_for,
     replaced,
     resolve_config,
@@ -151,6 +152,7 @@ def check_config(config: SDSConfig, names: Mapping[str, str] | None = None) -> N
     if config.mode == "2d" and config.method == "reconstruct":
         raise ArgumentError("--mode must be 3d with --method reconstruct, whose views are sampled together, got 2d")
     check_vsd(config, names)
+    check_ending(config)
     for name in ("render_size", "n_groups"):
         if len(settings[name]) != len(config.milestones) + 1:
             raise ArgumentError(

@@ -1,6 +1,10 @@
-"""The recipes: the paper's numbers, and what stretching and shading change."""
+"""The recipes: the paper's numbers, what stretching and shading change, and how learning rates fall."""
 
-from mvdream_fast.distill.recipes import SDS_PRESETS, settings_of, shaded
+import pytest
+from reference.studio import TINY, Painter
+
+from mvdream_fast.distill.recipes import SDS_PRESETS, replaced, settings_of, shaded
+from mvdream_fast.distill.state import RunState
 
 
 def test_paper_recipe_is_the_published_table():
@@ -50,3 +54,28 @@ def test_shading_variant_adds_light_and_orientation_only():
 def test_stages_switch_at_the_milestone():
     paper = SDS_PRESETS["paper"]
     assert [paper.stage(step) for step in (0, 4999, 5000, 9999)] == [0, 0, 1, 1]
+
+
+def test_learning_rates_fall_geometrically_and_only_if_asked():
+    falling = replaced(TINY, steps=100, lr_decay=0.25, lr_decay_from=0.5)
+    assert [falling.lr_share(step) for step in (0, 50, 75, 100)] == [1, 1, 0.5, 0.25]
+    assert {config.lr_share(config.steps - 1) for config in SDS_PRESETS.values()} == {1}
+    assert replaced(TINY, lr_decay=0.25, lr_decay_from=1.0).lr_share(TINY.steps - 1) == 1
+
+
+def test_the_optimiser_has_the_rates_of_its_step():
+    """Each of its groups; a state that is restored has them again, though no checkpoint holds them."""
+    config = replaced(TINY, steps=4, lr_decay=0.25)
+
+    def rates(state):
+        return [group["lr"] for group in state.optimizer.param_groups]
+
+    state, other = (RunState(config, "x", 0, Painter()) for _ in range(2))
+    first = rates(state)
+    assert set(first) == {0.01, 0.001}
+    for step in range(3):
+        state.step(step)
+    assert rates(state) == pytest.approx([0.5 * rate for rate in first])
+    other.restore(state.state())
+    other.step(3)
+    assert rates(other) == pytest.approx([0.25**0.75 * rate for rate in first])
