@@ -52,7 +52,7 @@ class GuidanceConfig(Checked):
 @dataclass(frozen=True)
 class RepaintConfig(Checked):
     """Views that the model redraws, fitted in place of distillation from a step of the run on (guidance/repaint.py).
-    The defaults are what of docs/ablations.md left the least fog."""
+    The defaults are those that left the least fog, with an opaque loss of 300 (docs/ablations.md)."""
 
     repaint_from: Share = 1.0  # the share of the run after which it begins; 1: never
     repaint_every: Annotated[int, Interval(ge=1, le=10**6)] = 15  # steps between redrawn groups
