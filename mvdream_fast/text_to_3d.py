@@ -116,5 +116,6 @@ class TextTo3D:
 
 def _release(pipeline: MVDreamPipeline, config: SDSConfig) -> None:
     pipeline.text = pipeline.model.text = None
-    if config.match == "latents" and pipeline.vae is not None:
+    decodes = config.match == "pixels" or config.repaint.repaints
+    if not decodes and pipeline.vae is not None:
         pipeline.vae.drop_decoder()

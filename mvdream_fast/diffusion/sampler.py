@@ -72,6 +72,25 @@ def ddim_sample(
     return latents
 
 
+def translate(
+    model_fn: ModelFn, latents: Tensor, noise: Tensor, schedule: NoiseSchedule, n_steps: int, guidance_scale: float,
+    strength: float,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Image to image: `latents` [n, C, h, w] noised up to `strength` of DDIM's n_steps, then denoised.
+
+    Any strength but 0 takes one step at least; 0 leaves the latents as they are.
+
+    Returns: latents, and the timestep that they were noised to, 0 for none.
+    Source: Meng et al. 2022, "SDEdit".
+    """
+    if not strength:
+        return latents, 0
+    timesteps = schedule.timesteps(n_steps)
+    skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
+    noised = schedule.add_noise(latents, noise, timesteps[skip])
+    return ddim_sample(model_fn, noised, schedule, n_steps, guidance_scale, skip=skip), timesteps[skip]
+
+
 def _following(schedule: NoiseSchedule, timesteps: list[int], n_steps: int, convention: Convention) -> list[int]:
     """The timestep that each step leads to; a negative one is the end. diffusers subtracts one and the same stride."""
     if convention == "ldm" and schedule.config.timestep_spacing == "leading":

@@ -14,13 +14,15 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.core.schema import is_tuple
+from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.recipes import SDSConfig, settings_of
+from mvdream_fast.distill.recipes import SDSConfig, check_ending, settings_of
 from mvdream_fast.distill.request import check_vsd
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
 from mvdream_fast.guidance.reconstruction import Reconstruction
+from mvdream_fast.guidance.repaint import Painter, Repaint
 from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
 from mvdream_fast.scene.asset import Asset
@@ -158,12 +160,14 @@ def prompt_endings(config: SDSConfig) -> list[str]:
 
 def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
     """The one place where the kind of guidance is chosen: score distillation from many views or one, plain or
-    variational, or, with the method "reconstruct", views that are sampled once and fitted."""
+    variational, or, with the method "reconstruct", views that are sampled once and fitted; any but the last may end
+    with repainting."""
 
     def silent(_: str) -> None:
         """The command has named unknown words once."""
 
     check_vsd(config)
+    check_ending(config)
     if config.method == "reconstruct":
         views = pipeline(prompt, config.cameras.n_views, negative_prompt=config.negative_prompt, seed=seed, warn=silent)
         return Reconstruction(views.tensor, middle_cameras(config.cameras))
@@ -183,7 +187,19 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
         knows_cameras = multi_view and unet.config.camera_in != "none"
         parts, graphs = (unet, vae, pipeline.schedule, own, config.guidance), pipeline.graphs
         learner = Learner(unet, pipeline.schedule, plain.cond, config.guidance, knows_cameras, seed, graphs)
-        return VSD(VariationalScore(*parts, learner, multi_view, graphs=graphs), config.cameras, n_groups, sides)
+        score = VariationalScore(*parts, learner, multi_view, graphs=graphs)
+        return _ending(VSD(score, config.cameras, n_groups, sides), pipeline, text, config)
     score = ScoreDistillation(unet, vae, pipeline.schedule, own, config.guidance, graphs=pipeline.graphs)
     kind = SDS if config.mode == "3d" else SingleViewSDS
-    return kind(score, config.cameras, n_groups, config.updates_per_guidance, config.match, sides)
+    guidance = kind(score, config.cameras, n_groups, config.updates_per_guidance, config.match, sides)
+    return _ending(guidance, pipeline, text, config)
+
+
+def _ending(guidance: Guidance, pipeline: "MVDreamPipeline", text: TextCond, config: SDSConfig) -> Guidance:
+    """The guidance, and where the run ends with it repainting. text: of the prompt, or of it with each view's words."""
+    if not config.repaint.repaints:
+        return guidance
+    unet, vae = needed(pipeline.model.unet, "unet"), needed(pipeline.model.vae, "vae")
+    single = config.mode == "2d"
+    painter = Painter(unet, vae, pipeline.schedule, text, config.repaint, single, pipeline.graphs)
+    return Repaint(guidance, painter, config.cameras, config.repaint, config.repaint_step, config.steps)

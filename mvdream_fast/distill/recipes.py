@@ -19,7 +19,7 @@ from annotated_types import Interval
 from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.core.ramp import WeightRamp
-from mvdream_fast.core.schema import Checked, checked
+from mvdream_fast.core.schema import Checked, Share, checked
 from mvdream_fast.distill.recipe import Recipe
 from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
 from mvdream_fast.models.config import MINI
@@ -65,17 +65,30 @@ class SDSConfig(Checked):
     shading: bool = False
     shading_from: int = 5000  # the step of the first lit render
     soft_shading: bool = True  # the share of diffuse light is drawn each time; else it is 0.9
+    lr_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0  # share of the learning rates that is left at the end
+    lr_decay_from: Share = 0.0  # the share of the run after which they fall, geometrically
     weight_decay: Momentum = 0.01
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     adam_eps: Annotated[float, Interval(gt=0, lt=1)] = 1e-15
 
     def asked(self, step: int) -> int:
         """The step whose cameras, resolution and answer of the model `step` uses: its own, unless they are reused."""
-        return step - step % self.updates_per_guidance
+        return step if step >= self.repaint_step else step - step % self.updates_per_guidance
+
+    @property
+    def repaint_step(self) -> int:
+        """The first step that fits repainted views; the number of steps where none does."""
+        first = round(self.repaint.repaint_from * self.steps)
+        return first - first % self.updates_per_guidance if self.repaint.repaints else self.steps
 
     def stage(self, step: int) -> int:
         """Index of the stage that `step` belongs to."""
         return sum(self.asked(step) >= milestone for milestone in self.milestones)
+
+    def lr_share(self, step: int) -> float:
+        """What is left of the learning rates at `step`."""
+        past = step / self.steps - self.lr_decay_from
+        return self.lr_decay ** (past / (1 - self.lr_decay_from)) if past > 0 else 1.0
 
     def n_rays(self) -> int:
         """Rays of a step at the largest stage."""
@@ -113,6 +126,21 @@ def typed(
         raise error(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
     whole = checked(SDSConfig, _nested(settings), source, error, {name: name for name in SETTINGS} | dict(names or {}))
     return {name: value for name, value in settings_of(whole).items() if name in settings}
+
+
+def check_ending(config: SDSConfig) -> None:
+    """Raises ArgumentError for a run that can't end as it is told to."""
+    without = "repaint_from must be 1 (never) with"
+    if config.repaint.repaints and config.method == "reconstruct":
+        raise ArgumentError(
+            f"{without} method reconstruct, whose views stay as they were sampled, got "
+            f"{config.repaint.repaint_from:g}; leave it out, or take the method sds"
+        )
+    if config.repaint.repaints and config.guidance.kind == "vsd" and config.guidance.particles > 1:
+        raise ArgumentError(
+            f"{without} {config.guidance.particles} particles, which it would make alike, got "
+            f"{config.repaint.repaint_from:g}; leave it out, or take 1 particle"
+        )
 
 
 def _nested(settings: Mapping[str, Any], config: SDSConfig | None = None) -> dict[str, Any]:
@@ -239,10 +267,24 @@ def repaint(config: SDSConfig, share: float = 0.3, opaque: float = 300.0) -> SDS
 
 
 def guided_views(config: SDSConfig) -> int:
-    """Views that the model is asked about, each with and without the prompt, in a run without repainting."""
-    every, ends = config.updates_per_guidance, (0, *config.milestones, config.steps)
+    """Views that the model is asked about in a run, each with and without the prompt; a redrawn view once for every
+    step of its sampler."""
+    every, first = config.updates_per_guidance, config.repaint_step
+    ends = (0, *(min(milestone, first) for milestone in config.milestones), first)
     asked = [-(-end // every) - -(-start // every) for start, end in pairwise(ends)]  # steps that ask, by stage
-    return config.cameras.n_views * sum(n * groups for n, groups in zip(asked, config.n_groups, strict=True))
+    groups = sum(n * groups for n, groups in zip(asked, config.n_groups, strict=True))
+    return config.cameras.n_views * (groups + _sampler_steps(config))
+
+
+def _sampler_steps(config: SDSConfig) -> int:
+    """Of all groups that a run redraws together."""
+    begin, end = config.repaint.repaint_strength
+    first, n, most, total = config.repaint_step, config.repaint.repaint_steps, config.repaint.repaint_groups, 0
+    for step in range(first, config.steps):
+        if step - first < most or (step - first) % config.repaint.repaint_every == 0:
+            strength = begin + (end - begin) * (step - first) / (config.steps - first)
+            total += n - min(round((1 - strength) * n), n - 1) if strength else 0
+    return total
 
 
 def mvdream(size: str = "paper") -> SDSConfig:
@@ -251,8 +293,12 @@ def mvdream(size: str = "paper") -> SDSConfig:
 
 
 def mvdream_sharp(size: str = "paper") -> SDSConfig:
-    """mvdream, whose end is fitted to redrawn views."""
-    return replaced(repaint(mvdream(size)), recipe="mvdream-sharp")
+    """mvdream, whose end is fitted to redrawn views; at the small sizes as long as it asks about as many as mvdream."""
+    config = replaced(repaint(mvdream(size)), recipe="mvdream-sharp")
+    return resolve_config(config, steps=SHARP_STEPS.get(size, config.steps))
+
+
+SHARP_STEPS = {"mini": 706, "fast": 343}
 
 
 def dreamfusion_if(size: str = "paper") -> SDSConfig:

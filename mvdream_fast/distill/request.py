@@ -22,6 +22,7 @@ from mvdream_fast.distill.recipes import (
     ExportConfig,
     RecipeName,
     SDSConfig,
+    check_ending,
     preset_for,
     replaced,
     resolve_config,
@@ -187,6 +188,7 @@ def check_config(config: SDSConfig, names: Mapping[str, str] | None = None) -> N
     if config.mode == "2d" and config.method == "reconstruct":
         raise ArgumentError("--mode must be 3d with --method reconstruct, whose views are sampled together, got 2d")
     check_vsd(config, names)
+    check_ending(config)
     for name in ("render_size", "n_groups"):
         if len(settings[name]) != len(config.milestones) + 1:
             raise ArgumentError(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WEIGHTS = "the model's weights"
 VOLUME = "the volume and its optimiser"
 LEARNER = "the adapters and their step"
+REPAINTED = "the repainted views"
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
 LEARNER_FACTOR = 250  # feature maps of the first level that a call with graph keeps, of Stable Diffusion's UNet
 UNET_KERNELS = 460
@@ -32,6 +33,7 @@ FLAGS = {
     "the renderer's samples": "--render-size 64",
     VOLUME: "--preset mini",
     LEARNER: "--guidance sds",
+    REPAINTED: "fewer repaint_groups in --config",
     memory.GRAPHS: "--no-graphs",
 }
 
@@ -44,7 +46,8 @@ def estimate(
 
     Args: weights: size of the model's files, in the dtype used. gpu_memory: of the GPU that it runs on, None for a CPU.
         encoder_bytes: of a number in the VAE's encoder, 2 where it works in bfloat16, as only beside a UNet of 16 bits.
-        graphs: whether there will be CUDA graphs, one for each size of the rendered views.
+        graphs: whether there will be CUDA graphs, one for each size of the rendered views and
+        those of VSD and of repainting.
     """
     renderer = config.representation.memory(config.n_rays(), gpu_memory)
     renderer[VOLUME] *= config.guidance.particles
@@ -64,6 +67,10 @@ def estimate(
             parts[LEARNER] = 16 * learned + encoder_bytes * level // 4 * LEARNER_FACTOR
             # one more call in the graphs of the guidance, and one there and back of its own for a number of groups
             kernels += (len({*config.render_size}) + 3 * len({*config.n_groups})) * UNET_KERNELS
+        if config.repaint.repaints:  # in float32; the decoder, without a graph, takes less than the encoder's part
+            n_views = config.repaint.repaint_groups * config.cameras.n_views
+            parts[REPAINTED] = 4 * n_views * 3 * model.vae.image_size**2
+            kernels += UNET_KERNELS
         if graphs:
             parts[memory.GRAPHS] = kernels * memory.KERNEL_BYTES
     return parts

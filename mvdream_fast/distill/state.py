@@ -104,6 +104,7 @@ class RunState:
         clock = self._clock
         loss, t, rendered, finite = self._gradients(step, clock)
         if rendered is not None:
+            set_rates(self.optimizer, self.config.lr_share(step))
             # torch's fused optimisers skip a step by it, unread; its own GradScaler sets it, its stubs don't name it
             self.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()  # pyright: ignore[reportUnknownMemberType] # torch leaves its closure unannotated
@@ -271,10 +272,19 @@ class Clock:
 def make_optimizer(representation: Representation, config: SDSConfig) -> torch.optim.AdamW:
     """AdamW with the recipe's settings and the representation's learning rates. The paper's weight decay of 0.01 is
     torch's default, which upstream uses without saying so."""
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         representation.parameter_groups(), betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay,
         fused=True,
     )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Every group's learning rate as a share of its first one."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["initial_lr"]
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

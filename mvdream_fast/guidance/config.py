@@ -51,9 +51,17 @@ class GuidanceConfig(Checked):
 
 @dataclass(frozen=True)
 class RepaintConfig(Checked):
-    """Views that are noised, denoised and fitted, from a step of the run on; see guidance/repaint.py."""
+    """Views that the model redraws, fitted in place of distillation from a step of the run on (guidance/repaint.py).
+    The defaults are those that left the least fog, with an opaque loss of 300 (docs/ablations.md)."""
 
-    repaint_from: Share = 1.0  # share of the run after which repainting begins; 1: never
-    repaint_every: Annotated[int, Interval(ge=1, le=10**6)] = 20  # steps between repainted groups
-    repaint_strength: ShareRamp = (0.0, 0.5, 0.2, 1.0)  # of the noise, from where repainting begins (0) to the end (1)
-    repaint_steps: Annotated[int, Interval(ge=1, le=1000)] = 10  # denoising steps at strength 1
+    repaint_from: Share = 1.0  # the share of the run after which it begins; 1: never
+    repaint_every: Annotated[int, Interval(ge=1, le=10**6)] = 15  # steps between redrawn groups
+    repaint_groups: Annotated[int, Interval(ge=1, le=1000)] = 3  # the last ones that are fitted
+    repaint_strength: tuple[Share, Share] = (0.4, 0.2)  # how much noise they get: at the beginning, at the run's end
+    repaint_steps: Annotated[int, Interval(ge=1, le=1000)] = 20  # of the sampler, over the whole schedule
+    repaint_scale: Annotated[float, Interval(gt=-1e6, lt=1e6)] = 7.5  # its guidance scale
+
+    @property
+    def repaints(self) -> bool:
+        """Whether there is any of it."""
+        return self.repaint_from < 1

@@ -27,7 +27,7 @@ from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.progress import Pace
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
-from mvdream_fast.diffusion.sampler import ddim_sample
+from mvdream_fast.diffusion import sampler
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.progress import figures
 from mvdream_fast.distill.recipes import SDSConfig, resolve_config
@@ -218,15 +218,13 @@ def translate(
 
     Args: images [V, 3, Hp, Wp] in [0, 1] of one object from `cameras`, of the model's size.
     Returns: [V, 3, Hp, Wp] in [0, 1].
-    Source: Meng et al. 2022, "SDEdit".
     """
     z = needed(pipeline.vae, "vae").encode(images.to(pipeline.device) * 2 - 1)
-    timesteps = pipeline.schedule.timesteps(N_STEPS)
-    skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
-    noised = pipeline.schedule.add_noise(z, stream.normal(*z.shape, device=z.device), timesteps[skip])
     text = pipeline.encode_prompt([prompt], suffix="", warn=lambda _: None)
     denoise = pipeline.denoiser(text, normalize_camera(cameras.c2w), len(cameras), guidance_scale)
-    return pipeline.decode(ddim_sample(denoise, noised, pipeline.schedule, N_STEPS, guidance_scale, skip=skip))
+    noise = stream.normal(*z.shape, device=z.device)
+    settings = (pipeline.schedule, N_STEPS, guidance_scale, strength)
+    return pipeline.decode(sampler.translate(denoise, z, noise, *settings)[0])
 
 
 class MixedSource:

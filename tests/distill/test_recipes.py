@@ -4,10 +4,15 @@ import typing
 from dataclasses import replace
 
 import pytest
+import torch
 from reference.random_model import TINY as TINY_MODEL
 from reference.random_model import random_model
+from reference.studio import TINY, Painter
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.diffusion.sampler import translate
+from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.distill.recipes import (
     RECIPES,
     SDS_PRESETS,
@@ -20,7 +25,9 @@ from mvdream_fast.distill.recipes import (
     shaded,
 )
 from mvdream_fast.distill.request import check_config
-from mvdream_fast.models.config import MINI, PIXELS
+from mvdream_fast.distill.state import RunState
+from mvdream_fast.guidance.repaint import Repaint
+from mvdream_fast.models.config import MINI, PIXELS, ScheduleConfig
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.text_to_3d import TextTo3D
 
@@ -72,6 +79,31 @@ def test_shading_variant_adds_light_and_orientation_only():
 def test_stages_switch_at_the_milestone():
     paper = SDS_PRESETS["paper"]
     assert [paper.stage(step) for step in (0, 4999, 5000, 9999)] == [0, 0, 1, 1]
+
+
+def test_learning_rates_fall_geometrically_and_only_if_asked():
+    falling = replaced(TINY, steps=100, lr_decay=0.25, lr_decay_from=0.5)
+    assert [falling.lr_share(step) for step in (0, 50, 75, 100)] == [1, 1, 0.5, 0.25]
+    assert {config.lr_share(config.steps - 1) for config in SDS_PRESETS.values()} == {1}
+    assert replaced(TINY, lr_decay=0.25, lr_decay_from=1.0).lr_share(TINY.steps - 1) == 1
+
+
+def test_the_optimiser_has_the_rates_of_its_step():
+    """Each of its groups; a state that is restored has them again, though no checkpoint holds them."""
+    config = replaced(TINY, steps=4, lr_decay=0.25)
+
+    def rates(state):
+        return [group["lr"] for group in state.optimizer.param_groups]
+
+    state, other = (RunState(config, "x", 0, Painter()) for _ in range(2))
+    first = rates(state)
+    assert set(first) == {0.01, 0.001}
+    for step in range(3):
+        state.step(step)
+    assert rates(state) == pytest.approx([0.5 * rate for rate in first])
+    other.restore(state.state())
+    other.step(3)
+    assert rates(other) == pytest.approx([0.25**0.75 * rate for rate in first])
 
 
 # What threestudio's configurations of these systems say, by hand; the losses are ramps (start, from, to, end).
@@ -189,11 +221,26 @@ def test_recipes_ask_the_model_about_as_many_views(size, views):
         ({"updates_per_guidance": 4}, 1250 * 8 + 1250 * 4),
         ({"steps": 7, "milestones": (3,), "updates_per_guidance": 2}, 2 * 8 + 2 * 4),  # asked at 0 and 2, at 4 and 6
         ({"n_views": 1, "steps": 6000}, 5000 * 2 + 1000),
+        # Of ten steps five redraw; two groups at once, one at the fifth: 20 x 0.9, 0.8 and 0.5 sampler's steps.
+        (
+            {
+                "steps": 10,
+                "milestones": (5,),
+                "repaint_from": 0.5,
+                "repaint_groups": 2,
+                "repaint_every": 4,
+                "repaint_strength": (0.9, 0.4),
+                "repaint_steps": 20,
+            },
+            5 * 8 + (18 + 16 + 10) * 4,
+        ),
     ],
 )
 def test_guided_views_count_the_steps_that_ask(changes, views):
     config = replaced(SDS_PRESETS["paper"], **changes)
     assert guided_views(config) == views
+    if config.repaint.repaints:
+        return
     asked = [step for step in range(config.steps) if config.asked(step) == step]
     assert views == sum(config.n_groups[config.stage(step)] * config.cameras.n_views for step in asked)
 
@@ -295,3 +342,24 @@ def test_a_recipe_refuses_models_of_another_kind(recipe, mode, model, kind):
     )
     with pytest.raises(ModelError, match=wanted):
         RECIPES[recipe].check_model(recipe, mode, "it", model)
+
+
+def test_redrawn_views_are_counted_as_they_are_drawn():
+    """The guidance itself, with a painter that counts the sampler's steps."""
+    config = replaced(RECIPES["mvdream-sharp"].at("fast"), min_step=(0, 0.5, 0.5, 0))
+    schedule, asked = NoiseSchedule.from_config(ScheduleConfig()), []
+
+    def denoise(x, _):
+        asked.append(1)
+        return torch.zeros_like(x)
+
+    def paint(rgb, cameras, strength, stream):
+        translate(denoise, rgb, rgb, schedule, config.repaint.repaint_steps, config.repaint.repaint_scale, strength)
+        return rgb, 0
+
+    guidance = Repaint(None, paint, config.cameras, config.repaint, config.repaint_step, config.steps)
+    for step in range(config.repaint_step, config.steps):
+        views = guidance.views(step, Stream(0, step, "cameras"))
+        guidance.score(torch.zeros(4, 3, 8, 8), views, step, Stream(0, step, "guidance"))
+        guidance.after_step(step, Stream(0, step, "after"))
+    assert guided_views(config) == 4 * (config.repaint_step + len(asked))
