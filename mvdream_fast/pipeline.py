@@ -168,8 +168,8 @@ class MVDreamPipeline:
             scheduler: a diffusers scheduler that samples in place of DDIM; see `scheduler_settings`.
             callback: called after each step with (steps done, steps in all, latents [B*V, C, h, w]).
             camera: other poses, Cameras or an array [V, 4, 4] or [V, 16]; then n_views and the angles don't count.
-            mode: "2d" leaves the cameras out: independent images, as the 2D half of the training data. None is "3d", but
-                for a model that draws only single images.
+            mode: "2d" leaves the cameras out: independent images, as the 2D half of the training data. None is "3d",
+                but for a model that draws only single images.
             warn: called with a sentence for words that the model won't see; by default a Python warning.
 
         Returns:
@@ -181,8 +181,8 @@ class MVDreamPipeline:
             DivergedError: the latents left the finite numbers.
         """
         prompts = texts("pipeline", "prompt", prompt, 'describe an object, for example "a brown bulldog"')
-        mode = _mode(mode, self.config)
-        _check(mode, camera, generator, callback)
+        mode = self.config.modes[0] if mode is None else mode
+        _check(mode, self.config, camera, generator, callback)
         n_views = whole("pipeline", "n_views", n_views, "4 is what the models were trained with")
         n_steps = whole("pipeline", "n_steps", n_steps, "50 is the default")
         guidance_scale = finite("pipeline", "guidance_scale", guidance_scale, "7.5 is the default")
@@ -342,15 +342,11 @@ def _poses(camera: Cameras | Tensor | None, n_views: int, angles_deg: tuple[floa
     return poses
 
 
-def _mode(asked: str | None, config: ModelConfig) -> str:
-    if asked not in (None, "3d", "2d"):
-        raise ArgumentError(f"pipeline: mode must be 3d or 2d, got {asked!r}; 3d gives views of one object")
-    if asked is not None and asked not in config.modes:
-        raise ArgumentError(f"pipeline: mode must be 2d, got 3d; {config.name} draws single images and knows no cameras")
-    return asked or config.modes[0]
-
-
-def _check(mode: str, camera: object, generator: object, callback: object) -> None:
+def _check(mode: str, config: ModelConfig, camera: object, generator: object, callback: object) -> None:
+    if mode not in ("3d", "2d"):
+        raise ArgumentError(f"pipeline: mode must be 3d or 2d, got {mode!r}; 3d gives views of one object")
+    if mode not in config.modes:
+        raise ArgumentError(f"pipeline: mode must be 2d, got 3d; {config.name} draws single images, without cameras")
     if mode == "2d" and camera is not None:
         raise ArgumentError("pipeline: camera must be None in 2d mode, got poses; leave them out or take 3d")
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -168,7 +168,9 @@ class Source:
 
     def n_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the parts in a pipeline: of the UNet in this type, of T5 as stored, of the others in float32."""
-        sizes = {"unet": dtype.itemsize} | {part: self.dtype(part).itemsize for part in PARTS if self._keeps_dtypes(part)}
+        sizes = {"unet": dtype.itemsize} | {
+            part: self.dtype(part).itemsize for part in PARTS if self._keeps_dtypes(part)
+        }
         return sum(sizes.get(p, 4) * sum(map(math.prod, manifest(p, self.config).values())) for p in PARTS)
 
     def _keeps_dtypes(self, part: str) -> bool:

@@ -27,8 +27,8 @@ _WHERE = (
     "mvdream_fast.convert weights/sd-v2.1-base-4view.pt models/sd21-4view`; the model named embedded needs no download"
 )
 WHERE_IF = (
-    "Accept the licence of DeepFloyd/IF-I-XL-v1.0 (or IF-I-L-v1.0, IF-I-M-v1.0) on the Hugging Face hub, then fetch the "
-    "folders unet, text_encoder, tokenizer and scheduler with `hf download DeepFloyd/IF-I-XL-v1.0 --local-dir "
+    "Accept the licence of DeepFloyd/IF-I-XL-v1.0 (or IF-I-L-v1.0, IF-I-M-v1.0) on the Hugging Face hub, then fetch "
+    "the folders unet, text_encoder, tokenizer and scheduler with `hf download DeepFloyd/IF-I-XL-v1.0 --local-dir "
     "models/IF-I-XL --exclude '*.bin'` and name the folder models/IF-I-XL"
 )
 _NO_MODEL = (

@@ -47,9 +47,7 @@ class Denoiser:
         captured: `guided_call()`, where calls are to be CUDA graphs; all denoisers of a UNet share it.
     """
 
-    def __init__(
-        self, unet: UNet, text: TextCond, n_views: int, guided: bool = True, captured: Captured | None = None
-    ):
+    def __init__(self, unet: UNet, text: TextCond, n_views: int, guided: bool = True, captured: Captured | None = None):
         parts = [text.uncond, text.cond] if guided else [text.cond]
         if guided and text.away is not None:
             parts.append(text.away)

@@ -139,7 +139,8 @@ def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
     """Keyword arguments that make a diffusers scheduler follow the model's noise schedule and prediction type.
 
     Any scheduler takes them, but for a model with zero terminal SNR or a threshold, which need one that knows
-    `rescale_betas_zero_snr` or `thresholding`. Spacing and offset of the timesteps are among them where the model has its own.
+    `rescale_betas_zero_snr` or `thresholding`. Spacing and offset of the timesteps are among them where the model has
+    its own.
     """
     usual = ScheduleConfig()
     own = {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) != getattr(usual, name)}

@@ -161,7 +161,7 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     variational, or, with the method "reconstruct", views that are sampled once and fitted."""
 
     if config.mode not in pipeline.config.modes:
-        raise ArgumentError(f"mode must be 2d, got 3d; {pipeline.config.name} draws single images and knows no cameras")
+        raise ArgumentError(f"mode must be 2d, got 3d; {pipeline.config.name} draws single images, without cameras")
 
     def silent(_: str) -> None:
         """The command has named unknown words once."""

@@ -137,7 +137,7 @@ def _with_mode(config: SDSConfig, model: str | None, asked: bool) -> SDSConfig:
     if (unet.get("camera_in"), unet.get("view_mixing")) != ("none", "2d"):
         return config
     if asked and config.mode == "3d":
-        raise ArgumentError(f"--mode must be 2d with {model}, which draws single images and knows no cameras, got 3d")
+        raise ArgumentError(f"--mode must be 2d with {model}, which draws single images, without cameras, got 3d")
     return replaced(config, mode="2d")
 
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +23,8 @@ FORMAT_VERSION = 1
 class UNetConfig(Checked):
     """The multi-view UNet (`models/unet.py`). `attention_resolutions` are down-sampling factors, as in LDM.
 
-    With the kind `deepfloyd` it is DeepFloyd IF's of single images (`models/deepfloyd.py`): `context_dim` is the width of
-    its text tower, and what it says of variance is not among `out_channels`.
+    With the kind `deepfloyd` it is DeepFloyd IF's of single images (`models/deepfloyd.py`): `context_dim` is the width
+    of its text tower, and what it says of variance is not among `out_channels`.
     """
 
     kind: Literal["mvdream", "deepfloyd"] = "mvdream"
@@ -107,8 +108,8 @@ class ScheduleConfig(Checked):
     """Noise schedule, and the timesteps at which the model is sampled; the words are diffusers' where it has them.
 
     `linear_start` and `linear_end` are the first and the last beta of a scaled_linear schedule (evenly spaced square
-    roots, LDM's "linear") or of a linear one; squaredcos_cap_v2 is the cosine schedule (Nichol & Dhariwal 2021, "Improved
-    DDPM", equation 17); `trained_betas` [n_timesteps] stand in place of all.
+    roots, LDM's "linear") or of a linear one; squaredcos_cap_v2 is the cosine schedule (Nichol & Dhariwal 2021,
+    "Improved DDPM", equation 17); `trained_betas` [n_timesteps] stand in place of all.
 
     With a `threshold` the sampler's guesses of pixels are kept from leaving [-1, 1]: this share of an image's values is
     scaled to lie inside, by at most `threshold_max` (Saharia et al. 2022, "Imagen", section 2.3).
@@ -133,7 +134,7 @@ class ScheduleConfig(Checked):
             return list(self.trained_betas)
         if self.beta_schedule == "squaredcos_cap_v2":
             left = [_cosine(t / self.n_timesteps) for t in range(self.n_timesteps + 1)]
-            return [min(1 - after / before, 0.999) for before, after in zip(left, left[1:])]
+            return [min(1 - after / before, 0.999) for before, after in pairwise(left)]
         power = 2 if self.beta_schedule == "scaled_linear" else 1
         start, end = self.linear_start ** (1 / power), self.linear_end ** (1 / power)
         return [(start + (end - start) * t / max(self.n_timesteps - 1, 1)) ** power for t in range(self.n_timesteps)]

@@ -142,7 +142,8 @@ class T5Tokenizer:
         return self._pieces.encode(text, add_special_tokens=False)
 
 
-Text, Words = TextEncoder | T5Encoder, Tokenizer | T5Tokenizer  # what encodes a prompt
+Text = TextEncoder | T5Encoder
+Words = Tokenizer | T5Tokenizer
 
 
 def _read(folder: Path) -> "tokenizers.Tokenizer":
@@ -161,8 +162,8 @@ def _read(folder: Path) -> "tokenizers.Tokenizer":
 
 
 def _sentencepiece(data: bytes) -> "tokenizers.Tokenizer":
-    """A unigram model of SentencePiece's, a protocol buffer: its pieces (field 1: text and score, fields 1 and 2) and its
-    map of characters (field 3, there field 2).
+    """A unigram model of SentencePiece's, a protocol buffer: its pieces (field 1: text and score, fields 1 and 2) and
+    its map of characters (field 3, there field 2).
 
     Source: sentencepiece_model.proto of google/sentencepiece.
     """

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mvdream_fast.checkpoints.open import Model, load_model, needed, open_source
+from mvdream_fast.checkpoints.open import Model, load_model, not_ours, needed, open_source
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.tokenizer import Tokenizer
@@ -24,6 +24,8 @@ def pretrained(path: str, settings: Sequence[str]) -> Model:
         ModelError: if there is no such model, or it does not say and the UNet's output leaves it open.
     """
     source = open_source(path, add_cameras=True)
+    if source.config.foreign:
+        raise not_ours(source.config)
     model = load_model(source, torch.float32)
     if source.says_prediction or any(setting.startswith("schedule.prediction=") for setting in settings):
         return model
