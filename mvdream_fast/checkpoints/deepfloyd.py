@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.checkpoints.foreign_config import FILES, Settings, schedule_of
 from mvdream_fast.checkpoints.layouts import PartLayout, Slot, layout
 from mvdream_fast.checkpoints.manifest import manifest, printable
@@ -77,7 +76,9 @@ def _unet(folder: Path, settings: Settings) -> UNetConfig:
     for n in ("layers_per_block", "attention_head_dim", "norm_num_groups", "encoder_hid_dim"):
         if type(said[n]) is not int:
             raise _refusal(name, n, "a whole number", said[n])
-    if not isinstance(widths, list) or not all(type(w) is int and w > 0 and w % widths[0] == 0 for w in widths):
+    if not (isinstance(widths, list) and widths and isinstance(kinds, list) and len(kinds) == len(widths)):
+        raise _refusal(name, "block_out_channels", "a list as long as down_block_types", widths)
+    if not all(type(w) is int and w > 0 and w % widths[0] == 0 for w in widths):
         raise _refusal(name, "block_out_channels", "whole numbers, multiples of the first", widths)
     config = UNetConfig(
         kind="deepfloyd",
@@ -100,17 +101,16 @@ def _unet(folder: Path, settings: Settings) -> UNetConfig:
 def _text(folder: Path, settings: Settings) -> TextConfig:
     from transformers.models.t5.configuration_t5 import T5Config
 
-    name, ours = f"{folder}/{FILES['text']}", {
-        "vocabulary_size": "vocab_size", "width": "d_model", "mlp_width": "d_ff", "n_layers": "num_layers",
-        "n_heads": "num_heads",
-    }  # fmt: skip
-    said = {f.name: f.default for f in fields(T5Config)} | settings["text"]
+    name = f"{folder}/{FILES['text']}"
+    theirs = {"vocabulary_size": "vocab_size", "width": "d_model", "mlp_width": "d_ff", "n_layers": "num_layers",
+              "n_heads": "num_heads"}  # fmt: skip
+    said: dict[str, Any] = {f.name: f.default for f in fields(T5Config)} | settings["text"]
     if said.get("model_type") != "t5":
         raise ModelError(f"{name}: model_type must be t5, got {said.get('model_type')!r}. {WHERE_IF}")
-    for theirs in ours.values():
-        if type(said[theirs]) is not int or said[theirs] < 1:
-            raise _refusal(name, theirs, "a whole number over 0", said[theirs])
-    sizes = {mine: said[theirs] for mine, theirs in ours.items()}
+    sizes = {ours: said[setting] for ours, setting in theirs.items()}
+    for ours, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise _refusal(name, theirs[ours], "a whole number over 0", size)
     config = TextConfig(kind="t5", skip_last=0, context_length=LENGTH, **sizes)
     wanted = t5_settings(config)
     _compare(name, {n: said[n] for n in wanted}, wanted)

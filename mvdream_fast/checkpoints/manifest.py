@@ -96,6 +96,8 @@ def _check_unet(unet: UNetConfig) -> None:
     _require(unet.num_res_blocks <= 16, "num_res_blocks", unet.num_res_blocks, "at most 16")
     _require((unet.num_heads is None) != (unet.num_head_channels is None), "num_heads", unet.num_heads,
              "set where num_head_channels is null, and null where it is set")  # fmt: skip
+    pooled = unet.kind == "mvdream" or unet.context_dim % 64 == 0
+    _require(pooled, "context_dim", unet.context_dim, "a multiple of IF's 64 heads of pooling")
     for multiple in unet.channel_mult:
         channels = multiple * unet.model_channels
         _require(channels % unet.norm_groups == 0, "norm_groups", unet.norm_groups, f"a divisor of {channels} channels")

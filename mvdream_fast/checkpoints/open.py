@@ -65,18 +65,24 @@ class Model:
 
         Raises: RuntimeError where one was left out at loading, ModelError where it is none of ours.
         """
-        unet, text, tokenizer = needed(self.unet, "unet"), needed(self.text, "text"), needed(self.tokenizer, "text")
-        ours = isinstance(unet, MultiViewUNet) and isinstance(text, TextEncoder) and isinstance(tokenizer, Tokenizer)
-        if not ours:
+        unet = needed(self.unet, "unet")
+        if not isinstance(unet, MultiViewUNet):
             raise not_ours(self.config)
-        return unet, needed(self.vae, "vae"), text, tokenizer
+        return unet, needed(self.vae, "vae"), *self.words()
+
+    def words(self) -> tuple[TextEncoder, Tokenizer]:
+        """The text tower and its tokenizer, to be trained; raises as `whole`."""
+        text, tokenizer = needed(self.text, "text"), needed(self.tokenizer, "text")
+        if not isinstance(text, TextEncoder) or not isinstance(tokenizer, Tokenizer):
+            raise not_ours(self.config)
+        return text, tokenizer
 
 
 def not_ours(config: ModelConfig) -> ModelError:
     """What to say where a model of other projects' classes should be trained or saved."""
     return ModelError(
-        f"{config.name} is of {config.foreign}, which can be sampled and distilled from, but not trained, tuned or "
-        "converted here; name one of Stable Diffusion's or MVDream's"
+        f"{config.name} is a model of {config.foreign or 'T5'}: it can be sampled and distilled from, but not trained, "
+        "tuned or converted here; name one of Stable Diffusion's or MVDream's"
     )
 
 
