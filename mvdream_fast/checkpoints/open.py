@@ -81,7 +81,7 @@ class Model:
 def not_ours(config: ModelConfig) -> ModelError:
     """What to say where a model of other projects' classes should be trained or saved."""
     return ModelError(
-        f"{config.name} is a model of {config.foreign or 'T5'}: it can be sampled and distilled from, but not trained, "
+        f"{config.name} is a model of {config.foreign}: it can be sampled and distilled from, but not trained, "
         "tuned or converted here; name one of Stable Diffusion's or MVDream's"
     )
 

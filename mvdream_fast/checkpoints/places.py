@@ -95,11 +95,13 @@ def is_deepfloyd(path: Path) -> bool:
 
     Raises: ModelError where it says that it is another stage of it.
     """
+    unet, text = (path / "unet").is_dir(), (path / "text_encoder").is_dir()
+    if not (unet or text):
+        return False
     kind = read_json(path / "model_index.json").get("_class_name")
     if isinstance(kind, str) and re.fullmatch(r"IF\w+Pipeline", kind):
         raise ModelError(f"{path} is of diffusers' {kind}, not IF's first stage (IFPipeline). {WHERE_IF}")
-    parts = (path / "unet").is_dir() and (path / "text_encoder").is_dir() and not (path / "vae").exists()
-    return kind == "IFPipeline" or (kind is None and parts)
+    return kind == "IFPipeline" or (kind is None and unet and text and not (path / "vae").exists())
 
 
 def _in_folder(folder: Path) -> Path:

@@ -27,7 +27,6 @@ class UNetConfig(Checked):
     of its text tower, and what it says of variance is not among `out_channels`.
     """
 
-    kind: Literal["mvdream", "deepfloyd"] = "mvdream"
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 320
@@ -42,6 +41,7 @@ class UNetConfig(Checked):
     norm_groups: int = 32
     camera_in: Literal["time", "attention", "text", "none"] = "time"
     view_mixing: Literal["3d", "2d", "temporal"] = "3d"
+    kind: Literal["mvdream", "deepfloyd"] = "mvdream"
 
     @property
     def time_embed_dim(self) -> int:
@@ -169,7 +169,7 @@ class ModelConfig(Checked):
     @property
     def foreign(self) -> str:
         """Whose classes the model runs in, where it is none that can be trained or saved here; empty for ours."""
-        return "DeepFloyd IF" if self.unet.kind == "deepfloyd" else ""
+        return "DeepFloyd IF" if self.unet.kind == "deepfloyd" or self.text.kind == "t5" else ""
 
     def to_json(self) -> str:
         """What config.json of a model folder holds."""
@@ -208,7 +208,12 @@ def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
             section[name] = json.loads(text)
         except ValueError:
             section[name] = text
-    return checked(ModelConfig, data, "--set", ArgumentError)
+    changed = checked(ModelConfig, data, "--set", ArgumentError)
+    if changed.foreign:
+        raise ArgumentError(
+            f"--set must leave unet.kind and text.kind as they are: {changed.foreign} is not trained here"
+        )
+    return changed
 
 
 SD21 = ModelConfig()

@@ -13,7 +13,7 @@ CONFIG = TextConfig(
     kind="t5", width=deepfloyd.WIDTH, n_layers=2, n_heads=4, mlp_width=96, skip_last=0, vocabulary_size=320
 )
 TEXTS = [
-    "A DSLR photograph of a peacock on a surfboard", "", "ﬁne “wide” ｃｈａｉｒ", "a  green\tarmchair", "x" * 40,
+    "A DSLR photograph of a peacock on a surfboard", "", "\ufb01ne “wide” \uff43\uff48air", "a  green\tarmchair", "x" * 40,
     "zürich 東京 a chair 🙂", "front view, side view.",
 ]  # fmt: skip
 
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory) -> T5Tokenizer:
 @torch.no_grad()
 def test_states_are_transformers_in_float32_whatever_is_stored(dtype):
     theirs, ours = deepfloyd.text_encoder().to(dtype), T5Encoder(CONFIG).eval().to(dtype)
-    stored = {name: x for name, x in theirs.encoder.state_dict().items()}
+    stored = dict(theirs.encoder.state_dict())
     ours.model.load_state_dict(stored)
     ids = torch.randint(3, 300, (2, 77))
     ids[0, 9:], ids[1, 40:] = 0, 0
