@@ -13,8 +13,8 @@ CONFIG = TextConfig(
     kind="t5", width=deepfloyd.WIDTH, n_layers=2, n_heads=4, mlp_width=96, skip_last=0, vocabulary_size=320
 )
 TEXTS = [
-    "A DSLR photograph of a peacock on a surfboard", "", "\ufb01ne “wide” \uff43\uff48air", "a  green\tarmchair", "x" * 40,
-    "zürich 東京 a chair 🙂", "front view, side view.",
+    "A DSLR photograph of a peacock on a surfboard", "", "\ufb01ne “wide” \uff43\uff48air", "a  green\tarmchair",
+    "x" * 40, "zürich 東京 a chair 🙂", "front view, side view.",
 ]  # fmt: skip
 
 
