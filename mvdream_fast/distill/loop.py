@@ -23,6 +23,7 @@ from mvdream_fast.guidance.prompts import VIEW_WORDS
 from mvdream_fast.guidance.reconstruction import Reconstruction
 from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
+from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.scene.asset import Asset
 
 if TYPE_CHECKING:
@@ -181,6 +182,9 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
         return config.n_groups[config.stage(step)]
 
     if config.guidance.kind == "vsd":
+        if not isinstance(unet, MultiViewUNet):
+            raise ModelError(f"VSD trains a copy of the UNet, and that of {pipeline.config.name} takes no LoRA; "
+                             "name one of Stable Diffusion's or MVDream's models")  # fmt: skip
         plain = pipeline.encode_prompt(prompt, config.negative_prompt, config.suffix, warn=silent).to(pipeline.dtype)
         multi_view = config.mode == "3d"
         knows_cameras = multi_view and unet.config.camera_in != "none"
