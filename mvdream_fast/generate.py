@@ -54,7 +54,7 @@ class Flags:
     negative_prompt: str = ""
     """What not to draw."""
     suffix: bool = True
-    """Ends the prompt in ", 3d asset", as the captions of the training data did."""
+    """Ends the prompt in ", 3d asset", as the captions of the training data did; never for DeepFloyd IF."""
     seed: int | Literal["random"] = 0
     """The same seed gives the same views."""
     output: Annotated[Path | None, conf.arg(aliases=["-o"])] = None
@@ -69,8 +69,8 @@ class Flags:
     """CPU threads; by default one a core."""
     graphs: bool = True
     """On a GPU, a step is one CUDA graph instead of hundreds of launches."""
-    mode: Literal["3d", "2d"] = "3d"
-    """2d draws independent images, without cameras."""
+    mode: Literal["3d", "2d"] | None = None
+    """2d draws independent images, without cameras: the only way of models such as DeepFloyd IF. Default: 3d."""
     quiet: bool = False
     """Prints the output folder and warnings only."""
 
@@ -78,11 +78,11 @@ class Flags:
 def main(flags: Flags) -> None:
     """Checks the flags, then draws the views and writes their folder."""
     prompt, seed = check_flags(flags), _seed(flags.seed)
-    from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline
+    from mvdream_fast.pipeline import MVDreamPipeline
 
     n_threads = cli.set_threads(flags.threads)
     pipe = MVDreamPipeline.from_pretrained(flags.model or "embedded", flags.device, flags.dtype, flags.graphs)
-    suffix = SUFFIX if flags.suffix else ""
+    suffix = pipe.suffix if flags.suffix else ""
     _first_line(flags, pipe, n_threads, seed, pipe.unseen_words(prompt, flags.negative_prompt, suffix))
     with _progress(flags.quiet) as callback:
         views = pipe(
@@ -175,6 +175,7 @@ def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) 
     return {
         "kind": "views",
         **asked,
+        "mode": flags.mode or pipe.config.modes[0],
         "prompt": views.prompt,
         "suffix": suffix,
         "model": flags.model or "embedded",

@@ -31,6 +31,7 @@ from mvdream_fast.diffusion.sampler import (
     scheduler_sample,
 )
 from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
+from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.tokenizer import Encoded, check_prompt
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ class MVDreamPipeline:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.graphs, self._guided_call = graphs, guided_call(graphs)
-        for module, own in ((model.unet, self.dtype), (model.vae, torch.float32), (model.text, torch.float32)):
+        # T5 computes in float32 whatever it is stored in, and would be 19 GB as such.
+        of_text = None if self.config.text.kind == "t5" else torch.float32
+        for module, own in ((model.unet, self.dtype), (model.vae, torch.float32), (model.text, of_text)):
             if module is not None:
                 with memory_errors("take --device cpu or --dtype float16"):
                     module.to(self.device, own).eval()
@@ -116,6 +119,11 @@ class MVDreamPipeline:
         return MVDreamPipeline(load_model("embedded" if path is None else path), device, dtype, graphs)
 
     @property
+    def suffix(self) -> str:
+        """What ended the captions that the model was trained on."""
+        return "" if self.config.foreign else SUFFIX
+
+    @property
     def scheduler_settings(self) -> dict[str, Any]:
         """Keyword arguments for a diffusers scheduler that fits this model (`scheduler=`)."""
         return diffusers_settings(self.config.schedule)
@@ -126,7 +134,7 @@ class MVDreamPipeline:
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
         guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
-        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] | None = None, convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None,
     ) -> Views: ...  # fmt: skip
 
@@ -136,7 +144,7 @@ class MVDreamPipeline:
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
         guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
-        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] | None = None, convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None,
     ) -> list[Views]: ...  # fmt: skip
 
@@ -146,7 +154,7 @@ class MVDreamPipeline:
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
         guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
-        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] = "3d", convention: Convention = "ldm",
+        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] | None = None, convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None,
     ) -> Views | list[Views]:  # fmt: skip
         """Samples `n_views` views of what the prompt says.
@@ -160,7 +168,8 @@ class MVDreamPipeline:
             scheduler: a diffusers scheduler that samples in place of DDIM; see `scheduler_settings`.
             callback: called after each step with (steps done, steps in all, latents [B*V, C, h, w]).
             camera: other poses, Cameras or an array [V, 4, 4] or [V, 16]; then n_views and the angles don't count.
-            mode: "2d" leaves the cameras out: independent images, as the 2D half of the training data.
+            mode: "2d" leaves the cameras out: independent images, as the 2D half of the training data. None is "3d",
+                but for a model that draws only single images.
             warn: called with a sentence for words that the model won't see; by default a Python warning.
 
         Returns:
@@ -172,7 +181,8 @@ class MVDreamPipeline:
             DivergedError: the latents left the finite numbers.
         """
         prompts = texts("pipeline", "prompt", prompt, 'describe an object, for example "a brown bulldog"')
-        _check(mode, camera, generator, callback)
+        mode = self.config.modes[0] if mode is None else mode
+        _check(mode, self.config, camera, generator, callback)
         n_views = whole("pipeline", "n_views", n_views, "4 is what the models were trained with")
         n_steps = whole("pipeline", "n_steps", n_steps, "50 is the default")
         guidance_scale = finite("pipeline", "guidance_scale", guidance_scale, "7.5 is the default")
@@ -218,7 +228,7 @@ class MVDreamPipeline:
             RuntimeError if the model was loaded without its text tower.
         """
         encoded, n_prompts = self._tokens(prompts, negative_prompt, suffix)
-        for sentence in _complaints(encoded, self.config.text.context_length):
+        for sentence in _complaints(encoded, self.config.text.room):
             (warn or _python_warning)(sentence)
         states = needed(self.text, "text")(to_device(encoded.ids, self.device))
         return TextCond(states[:n_prompts], states[n_prompts:].expand(n_prompts, -1, -1))
@@ -230,7 +240,7 @@ class MVDreamPipeline:
         suffix: Texts = SUFFIX,
     ) -> list[str]:
         """What `encode_prompt` would warn of, one sentence each for words that are cut and words that are unknown."""
-        return _complaints(self._tokens(prompts, negative_prompt, suffix)[0], self.config.text.context_length)
+        return _complaints(self._tokens(prompts, negative_prompt, suffix)[0], self.config.text.room)
 
     def _tokens(
         self, prompts: str | Sequence[str], negative_prompt: Texts,
@@ -332,9 +342,11 @@ def _poses(camera: Cameras | Tensor | None, n_views: int, angles_deg: tuple[floa
     return poses
 
 
-def _check(mode: str, camera: object, generator: object, callback: object) -> None:
+def _check(mode: str, config: ModelConfig, camera: object, generator: object, callback: object) -> None:
     if mode not in ("3d", "2d"):
         raise ArgumentError(f"pipeline: mode must be 3d or 2d, got {mode!r}; 3d gives views of one object")
+    if mode not in config.modes:
+        raise ArgumentError(f"pipeline: mode must be 2d, got 3d; {config.name} draws single images, without cameras")
     if mode == "2d" and camera is not None:
         raise ArgumentError("pipeline: camera must be None in 2d mode, got poses; leave them out or take 3d")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -347,10 +359,10 @@ def _check(mode: str, camera: object, generator: object, callback: object) -> No
         )
 
 
-def _complaints(encoded: Encoded, length: int) -> list[str]:
+def _complaints(encoded: Encoded, room: int) -> list[str]:
     """One sentence for each kind of word that the model won't see; of several prompts together."""
     kinds = (
-        (encoded.cut, f"the prompt has more than {length - 2} tokens and is cut: not seen"),
+        (encoded.cut, f"the prompt has more than {room} tokens and is cut: not seen"),
         (encoded.unknown, "the model does not know"),
     )
     named = ((list(dict.fromkeys(word for words in lists for word in words)), what) for lists, what in kinds)

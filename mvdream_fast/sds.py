@@ -233,16 +233,20 @@ def resumed(flags: Flags, folder: Path) -> "Request":
 
 def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
     """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
+    from mvdream_fast.checkpoints.open import PARTS
     from mvdream_fast.distill import run_memory
     from mvdream_fast.distill.request import open_model
 
     device = machine.choose_device(flags.device)
     source = open_model(requests[0])
-    encoder = machine.encoder_dtype(machine.choose_dtype(flags.dtype, device), device)
-    weights, gpu_memory = run_memory.files_bytes(source.path), run_memory.memory_of(device)
+    dtype, gpu_memory = machine.choose_dtype(flags.dtype, device), run_memory.memory_of(device)
+    for part in PARTS:
+        source.check(part)
+    weights = source.n_bytes(dtype)
     for config in {request.config: None for request in requests}:
         parts = run_memory.estimate(
-            source.config, config, weights, gpu_memory=gpu_memory, encoder_bytes=encoder.itemsize,
+            source.config, config, weights, gpu_memory=gpu_memory,
+            encoder_bytes=machine.encoder_dtype(dtype, device).itemsize,
             graphs=flags.graphs and device.type == "cuda",
         )  # fmt: skip
         run_memory.check(parts, config, str(device))
@@ -327,7 +331,7 @@ def sample_views(pipeline: "MVDreamPipeline", request: "Request", folder: Path) 
 
     views = pipeline(
         request.prompt, seed=request.seed, n_steps=25, negative_prompt=request.config.negative_prompt,
-        mode=request.config.mode, warn=lambda _: None,
+        suffix=pipeline.suffix, mode=request.config.mode, warn=lambda _: None,
     )  # fmt: skip
     atomic_write(folder / "views.png", png_bytes(views.sheet()))
 

@@ -111,6 +111,8 @@ class TextTo3D:
         plain |= typed({name: x for name, x in plain.items() if name in SETTINGS}, "TextTo3D", ArgumentError)
         if preset in (None, "auto"):
             preset = preset_for(self.pipeline.config.vae.image_size) if self.pipeline else "mini"
+        if self.pipeline and config is None and "3d" not in self.pipeline.config.modes:
+            plain = {"mode": "2d", **plain}
         return resolve_config(config or str(preset), **plain)
 
 

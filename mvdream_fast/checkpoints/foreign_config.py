@@ -56,7 +56,7 @@ NO_EFFECT = {
     "camera": set(),
 }  # fmt: skip
 START, END = "<|startoftext|>", "<|endoftext|>"
-SCHEDULES, SPACINGS = ("scaled_linear", "linear"), ("leading", "linspace", "trailing")
+SCHEDULES, SPACINGS = ("scaled_linear", "linear", "squaredcos_cap_v2"), ("leading", "linspace", "trailing")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def hints_of(settings: Settings) -> Hints:
         text_heads=settings.number("text", "num_attention_heads", text_heads, whole=True),
         activation=settings.word("text", "hidden_act", {"gelu": "gelu", "quick_gelu": "quick_gelu"}, activation),
         pad_id=_pad_id(settings),
-        schedule=_schedule(settings) if settings["scheduler"] else None,
+        schedule=schedule_of(settings) if settings["scheduler"] else None,
     )
 
 
@@ -177,7 +177,7 @@ def _pad_id(settings: Settings) -> int | None:
     return settings.word(kind, "pad_token", {"!": 0, START: CLIP_ROWS - 2, END: CLIP_ROWS - 1})
 
 
-def _schedule(settings: Settings) -> ScheduleConfig:
+def schedule_of(settings: Settings) -> ScheduleConfig:
     """What DDIMScheduler.from_config would make of any scheduler's settings.
 
     Where an old file does not say, the offset is 1 and nothing is clipped, as the pipelines of diffusers see to.

@@ -62,7 +62,8 @@ class PartLayout:
         return PartLayout(slots, expected, self.unused)
 
 
-def _layout(ours: Shapes, slot_of: Callable[[str], Slot], unused: Iterable[str] = ()) -> PartLayout:
+def layout(ours: Shapes, slot_of: Callable[[str], Slot], unused: Iterable[str] = ()) -> PartLayout:
+    """The layout of a file that keeps each of our tensors where `slot_of` says."""
     slots = {name: slot_of(name) for name in ours}
     expected = {slot.name: slot.stored_shape(ours[name]) for name, slot in slots.items()}
     return PartLayout(slots, expected, frozenset(unused))
@@ -70,7 +71,7 @@ def _layout(ours: Shapes, slot_of: Callable[[str], Slot], unused: Iterable[str] 
 
 def own(part: str, config: ModelConfig) -> PartLayout:
     """A folder of ours."""
-    return _layout(manifest(part, config), Slot)
+    return layout(manifest(part, config), Slot)
 
 
 def released(part: str, config: ModelConfig, text_names: Container[str]) -> PartLayout:
@@ -80,14 +81,14 @@ def released(part: str, config: ModelConfig, text_names: Container[str]) -> Part
     """
     ours = manifest(part, config)
     if part == "unet":
-        return _layout(ours, lambda name: Slot(UNET + name))
+        return layout(ours, lambda name: Slot(UNET + name))
     if part == "vae":
         n_levels = len(config.vae.block_out_channels)
-        return _layout(ours, lambda name: _ldm_vae(name, n_levels))
+        return layout(ours, lambda name: _ldm_vae(name, n_levels))
     if TRANSFORMERS + "embeddings.token_embedding.weight" in text_names:
-        return _layout(ours, lambda name: Slot(TRANSFORMERS + name))
+        return layout(ours, lambda name: Slot(TRANSFORMERS + name))
     whole = manifest("text", replace(config, text=replace(config.text, skip_last=0)))
-    return _layout(ours, _open_clip, (_open_clip(name).name for name in whole.keys() - ours.keys()))
+    return layout(ours, _open_clip, (_open_clip(name).name for name in whole.keys() - ours.keys()))
 
 
 def published(part: str, config: ModelConfig, names: Iterable[str]) -> PartLayout:
@@ -95,11 +96,11 @@ def published(part: str, config: ModelConfig, names: Iterable[str]) -> PartLayou
     ours = manifest(part, config)
     if part == "unet" and is_diffusers_unet(names):
         n_blocks = config.unet.num_res_blocks
-        return _layout(ours, lambda name: Slot(_diffusers_unet(name, n_blocks)))
+        return layout(ours, lambda name: Slot(_diffusers_unet(name, n_blocks)))
     if part == "vae" and any(name.endswith("mid_block.attentions.0.query.weight") for name in names):
-        return _layout(ours, lambda name: Slot(_old_attention(name)))
+        return layout(ours, lambda name: Slot(_old_attention(name)))
     prefix = "text_model." if part == "text" and any(name.startswith("text_model.") for name in names) else ""
-    return _layout(ours, lambda name: Slot(prefix + name))
+    return layout(ours, lambda name: Slot(prefix + name))
 
 
 def as_released(found: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Shapes:

@@ -27,14 +27,18 @@ def build(part: str, config: ModelConfig) -> "nn.Module":
     Raises:
         ModelError: if the configuration is out of bounds or contradicts itself.
     """
+    from mvdream_fast.models.deepfloyd import DeepFloydUNet
     from mvdream_fast.models.pixels import Pixels
+    from mvdream_fast.models.t5 import T5Encoder
     from mvdream_fast.models.text import TextEncoder
     from mvdream_fast.models.unet import MultiViewUNet
     from mvdream_fast.models.vae import VAE
 
     check_config(config)
+    unet = DeepFloydUNet if config.unet.kind == "deepfloyd" else MultiViewUNet
     codec = Pixels if config.vae.kind == "pixels" else VAE
-    makers = {"unet": (MultiViewUNet, config.unet), "vae": (codec, config.vae), "text": (TextEncoder, config.text)}
+    text = T5Encoder if config.text.kind == "t5" else TextEncoder
+    makers = {"unet": (unet, config.unet), "vae": (codec, config.vae), "text": (text, config.text)}
     make, part_config = makers[part]
     try:
         return make(part_config)
@@ -43,8 +47,8 @@ def build(part: str, config: ModelConfig) -> "nn.Module":
 
 
 def owner(part: str, module: "nn.Module") -> "nn.Module":
-    """The module whose state dict has the names of the manifest: what the VAE and the text tower wrap."""
-    return module if part == "unet" else module.get_submodule("model")
+    """The module whose state dict has the names of the manifest: what a wrapper of a part wraps, or the part."""
+    return getattr(module, "model", module)
 
 
 @lru_cache(maxsize=16)
@@ -81,6 +85,9 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     last_is_noise = schedule.rescale_betas_zero_snr or (betas is not None and 1 in betas)
     _require(not last_is_noise or schedule.prediction == "v", "prediction", schedule.prediction,
              "v where the last timestep is all noise (rescale_betas_zero_snr, or a beta of 1)")  # fmt: skip
+    share, most = schedule.threshold, schedule.threshold_max
+    _require(share is None or 0 < share <= 1, "threshold", share, "null, or over 0 and at most 1")
+    _require(1 <= most < 1e6, "threshold_max", most, "at least 1")
     _require(schedule.steps_offset < schedule.n_timesteps, "steps_offset", schedule.steps_offset, "under n_timesteps")
 
 
@@ -89,6 +96,8 @@ def _check_unet(unet: UNetConfig) -> None:
     _require(unet.num_res_blocks <= 16, "num_res_blocks", unet.num_res_blocks, "at most 16")
     _require((unet.num_heads is None) != (unet.num_head_channels is None), "num_heads", unet.num_heads,
              "set where num_head_channels is null, and null where it is set")  # fmt: skip
+    pooled = unet.kind == "mvdream" or unet.context_dim % 64 == 0
+    _require(pooled, "context_dim", unet.context_dim, "a multiple of IF's 64 heads of pooling")
     for multiple in unet.channel_mult:
         channels = multiple * unet.model_channels
         _require(channels % unet.norm_groups == 0, "norm_groups", unet.norm_groups, f"a divisor of {channels} channels")

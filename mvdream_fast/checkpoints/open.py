@@ -15,12 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mvdream_fast.checkpoints import layouts
+from mvdream_fast.checkpoints import deepfloyd, layouts
 from mvdream_fast.checkpoints.folder import new_folder
 from mvdream_fast.checkpoints.foreign_config import Settings, check_settings, hints_of
 from mvdream_fast.checkpoints.layouts import PartLayout, Slot
 from mvdream_fast.checkpoints.manifest import PARTS, build, check_config, check_shapes, manifest, owner, printable
-from mvdream_fast.checkpoints.places import PUBLISHED, find_model, is_own, weights_of
+from mvdream_fast.checkpoints.places import PUBLISHED, WHERE_IF, find_model, is_own, is_published, weights_of
 from mvdream_fast.checkpoints.recognise import recognise, stored_hints
 from mvdream_fast.checkpoints.tensor_file import TensorFile, open_tensors
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
@@ -28,7 +28,9 @@ from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.machine import in_format
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.deepfloyd import UNet
 from mvdream_fast.models.pixels import Codec
+from mvdream_fast.models.t5 import T5Encoder, T5Tokenizer, Text, Words
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
@@ -53,15 +55,35 @@ class Model:
     """The parts of a multi-view diffusion model; those that were not asked for are None."""
 
     config: ModelConfig
-    unet: MultiViewUNet | None = None
+    unet: UNet | None = None
     vae: Codec | None = None
-    text: TextEncoder | None = None
-    tokenizer: Tokenizer | None = None
+    text: Text | None = None
+    tokenizer: Words | None = None
 
     def whole(self) -> tuple[MultiViewUNet, Codec, TextEncoder, Tokenizer]:
-        """All parts. Raises RuntimeError where one was left out at loading."""
+        """All parts, to be trained.
+
+        Raises: RuntimeError where one was left out at loading, ModelError where it is none of ours.
+        """
+        unet = needed(self.unet, "unet")
+        if not isinstance(unet, MultiViewUNet):
+            raise not_ours(self.config)
+        return unet, needed(self.vae, "vae"), *self.words()
+
+    def words(self) -> tuple[TextEncoder, Tokenizer]:
+        """The text tower and its tokenizer, to be trained; raises as `whole`."""
         text, tokenizer = needed(self.text, "text"), needed(self.tokenizer, "text")
-        return needed(self.unet, "unet"), needed(self.vae, "vae"), text, tokenizer
+        if not isinstance(text, TextEncoder) or not isinstance(tokenizer, Tokenizer):
+            raise not_ours(self.config)
+        return text, tokenizer
+
+
+def not_ours(config: ModelConfig) -> ModelError:
+    """What to say where a model of other projects' classes should be trained or saved."""
+    return ModelError(
+        f"{config.name} is a model of {config.foreign}: it can be sampled and distilled from, but not trained, "
+        "tuned or converted here; name one of Stable Diffusion's or MVDream's"
+    )
 
 
 def load_model(
@@ -94,7 +116,9 @@ def load_model(
     for part in parts:
         module = _load_part(source, part, dtype)
         setattr(model, part.split(".")[0], module.eval())
-    if model.text is not None:
+    if isinstance(model.text, T5Encoder):
+        model.tokenizer = T5Tokenizer(source.config.text, source.path / "tokenizer")
+    elif model.text is not None:
         model.tokenizer = Tokenizer(source.config.text, source.vocabulary, source.stand_ins)
     return model
 
@@ -138,12 +162,26 @@ class Source:
         check_shapes(str(file.path), layout.expected, found, file.dtypes)
 
     def tensors(self, part: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """A checked part's tensors under our names, views of the file where dtype allows. Raises ModelError."""
-        dtype = dtype or self.dtype(part)
+        """A checked part's tensors under our names, views of the file where dtype allows. Raises ModelError.
+
+        Without a dtype all have that of the part; T5's each its own.
+        """
+        dtype = dtype or (None if self._keeps_dtypes(part) else self.dtype(part))
         slots, ours = self.layout_of(part).slots, manifest(part, self.config)
         tensors = {name: _take(self.files[part], slot, ours[name], dtype) for name, slot in slots.items()}
         new = sorted(ours.keys() - slots.keys()) if self.new_cameras else []
         return tensors | {name: _new_camera(name, ours[name]).to(dtype) for name in new}
+
+    def n_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the parts in a pipeline: of the UNet in this type, of T5 as stored, of the others in float32."""
+        sizes = {"unet": dtype.itemsize} | {
+            part: self.dtype(part).itemsize for part in PARTS if self._keeps_dtypes(part)
+        }
+        return sum(sizes.get(p, 4) * sum(map(math.prod, manifest(p, self.config).values())) for p in PARTS)
+
+    def _keeps_dtypes(self, part: str) -> bool:
+        """Whether each tensor stays as it is stored: T5's do, which is run in float32 block by block."""
+        return part == "text" and self.config.text.kind == "t5"
 
     def dtype(self, part: str) -> torch.dtype:
         """The dtype that is stored for the part; float32 should it be a mixture."""
@@ -151,11 +189,12 @@ class Source:
         return getattr(torch, names.pop()) if len(names) == 1 else torch.float32
 
 
-def _take(file: TensorFile, slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _take(file: TensorFile, slot: Slot, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
     try:
         tensor = file.read(slot.name)
     except Exception as error:  # a file that changed or shrank since it was opened
         raise ModelError(f"{file.path}: cannot read {printable(slot.name)}: {printable(str(error))}") from error
+    dtype = dtype or tensor.dtype
     low, high = (bound.item() for bound in tensor.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ModelError(f"{file.path}: {slot.name} holds NaN or infinity; download or convert the file again")
@@ -183,7 +222,9 @@ def open_source(path_or_name: str | Path, add_cameras: bool = False) -> Source:
     path = find_model(path_or_name)
     if not path.is_dir():
         return _open_released(path, add_cameras)
-    return _open_own(path) if is_own(path) else _open_published(path, add_cameras)
+    if is_own(path):
+        return _open_own(path)
+    return _open_published(path, add_cameras) if is_published(path) else _open_deepfloyd(path)
 
 
 def _open_own(folder: Path) -> Source:
@@ -261,6 +302,17 @@ def _open_published(folder: Path, add_cameras: bool) -> Source:
     )  # fmt: skip
 
 
+def _open_deepfloyd(folder: Path) -> Source:
+    config = deepfloyd.configuration(folder)
+    check_config(config)
+    named = {"unet": "unet", "text": "text_encoder"}
+    if absent := [name for name in (*named.values(), "tokenizer") if not (folder / name).is_dir()]:
+        raise ModelError(f"{folder} is no whole DeepFloyd IF model: it has no {absent[0]}. {WHERE_IF}")
+    files = {part: open_tensors(weights_of(folder / name)) for part, name in named.items()}
+    files["vae"] = TensorFile(folder, {}, {}, lambda name: torch.empty(0))  # pixels have no weights
+    return Source(folder, "DeepFloyd IF folder", config, files, lambda part: deepfloyd.part_layout(part, config))
+
+
 def save_model(model: Model, folder: str | Path, overwrite: bool = False) -> None:
     """Writes our layout: config.json, a safetensors file for each part, vocabulary.txt where there are own rows, and
     stand_ins.txt where words have others in their place.
@@ -288,7 +340,12 @@ def write_folder(
     stand_ins: Mapping[str, str],
     overwrite: bool,
 ) -> None:
-    """Writes one part at a time, each only read when its turn comes. Raises OutputError, as `save_model` does."""
+    """Writes one part at a time, each only read when its turn comes.
+
+    Raises: OutputError, as `save_model` does; ModelError for a model of other projects' classes.
+    """
+    if config.foreign:
+        raise not_ours(config)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

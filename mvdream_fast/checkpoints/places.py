@@ -26,6 +26,11 @@ _WHERE = (
     "with `hf download MVDream/MVDream sd-v2.1-base-4view.pt --local-dir weights`, convert it once with `python -m "
     "mvdream_fast.convert weights/sd-v2.1-base-4view.pt models/sd21-4view`; the model named embedded needs no download"
 )
+WHERE_IF = (
+    "Accept the licence of DeepFloyd/IF-I-XL-v1.0 (or IF-I-L-v1.0, IF-I-M-v1.0) on the Hugging Face hub, then fetch "
+    "the folders unet, text_encoder, tokenizer and scheduler with `hf download DeepFloyd/IF-I-XL-v1.0 --local-dir "
+    "models/IF-I-XL --exclude '*.bin'` and name the folder models/IF-I-XL"
+)
 _NO_MODEL = (
     "is not a model folder: it must hold config.json and the safetensors files that mvdream_fast.convert writes, or "
     "the folders unet, vae and text_encoder; for a released .pt, give the file itself"
@@ -62,9 +67,13 @@ def find_model(path_or_name: str | Path) -> Path:
 
 
 def stored_config(path_or_name: str | Path) -> dict:
-    """config.json of the model of ours that a user names; empty where there is none, or another layout."""
+    """config.json of the model of ours that a user names; of DeepFloyd IF's folders, what it would say of cameras and
+    sizes; empty where there is none, or another layout."""
     try:
         place = find_model(path_or_name)
+        if is_deepfloyd(place):
+            size = read_json(place / "unet" / "config.json").get("sample_size")
+            return {"unet": {"camera_in": "none", "view_mixing": "2d"}, "vae": {"image_size": size}}
     except ModelError:
         return {}
     return read_json(place / "config.json") if is_own(place) else {}
@@ -81,10 +90,24 @@ def is_published(path: Path) -> bool:
     return all((path / name).is_dir() for name in PUBLISHED)
 
 
+def is_deepfloyd(path: Path) -> bool:
+    """Whether the folder is DeepFloyd IF's first stage in diffusers' layout, or meant to be.
+
+    Raises: ModelError where it says that it is another stage of it.
+    """
+    unet, text = (path / "unet").is_dir(), (path / "text_encoder").is_dir()
+    if not (unet or text):
+        return False
+    kind = read_json(path / "model_index.json").get("_class_name")
+    if isinstance(kind, str) and re.fullmatch(r"IF\w+Pipeline", kind):
+        raise ModelError(f"{path} is of diffusers' {kind}, not IF's first stage (IFPipeline). {WHERE_IF}")
+    return kind == "IFPipeline" or (kind is None and unet and text and not (path / "vae").exists())
+
+
 def _in_folder(folder: Path) -> Path:
     if (folder / "snapshots").is_dir():
         folder = _snapshot(folder)
-    if is_own(folder) or is_published(folder):
+    if is_own(folder) or is_published(folder) or is_deepfloyd(folder):
         return folder
     kind = read_json(folder / "config.json").get("kind")
     if kind == "sds":

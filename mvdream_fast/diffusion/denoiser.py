@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.models.captured import Captured
-from mvdream_fast.models.unet import MultiViewUNet, TextContext
+from mvdream_fast.models.deepfloyd import UNet
+from mvdream_fast.models.unet import TextContext
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class Denoiser:
         captured: `guided_call()`, where calls are to be CUDA graphs; all denoisers of a UNet share it.
     """
 
-    def __init__(
-        self, unet: MultiViewUNet, text: TextCond, n_views: int, guided: bool = True, captured: Captured | None = None
-    ):
+    def __init__(self, unet: UNet, text: TextCond, n_views: int, guided: bool = True, captured: Captured | None = None):
         parts = [text.uncond, text.cond] if guided else [text.cond]
         if guided and text.away is not None:
             parts.append(text.away)
@@ -92,7 +91,7 @@ def guided_call(graphs: bool = True) -> Captured:
 
 @torch.no_grad()
 def ask(
-    unet: MultiViewUNet, latents: Tensor, t: Tensor, camera: Tensor | None, n_views: int, n_prompts: int,
+    unet: UNet, latents: Tensor, t: Tensor, camera: Tensor | None, n_views: int, n_prompts: int,
     context: Tensor, *keys_values: Tensor,
 ) -> Tensor:  # fmt: skip
     """A denoiser's call as a function of nothing but its arguments, for a graph; the last ones as from `told`."""

@@ -39,7 +39,8 @@ def ddim_sample(
     stream: Stream | None = None,
     skip: int = 0,
 ) -> Tensor:
-    """Denoises `noise` [n, C, h, w] with DDIM; nothing is clipped.
+    """Denoises `noise` [n, C, h, w] with DDIM; nothing is clipped, but by the
+    threshold of a schedule that has one.
 
     `skip` leaves out as many of the first timesteps, for image to image: `noise` is then the latents of an image as
     `schedule.add_noise` makes them at the timestep that comes next.
@@ -64,6 +65,7 @@ def ddim_sample(
         abar_prev = abar[following[i]] if following[i] >= 0 else last
         sigma = eta * ((1 - abar_prev) / (1 - abar[t]) * (1 - abar[t] / abar_prev)) ** 0.5
         x0, noise_pred = schedule.to_x0(latents, out, times[i]), schedule.to_noise(latents, out, times[i])
+        x0 = _thresholded(x0, schedule.config)
         latents = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * noise_pred
         if sigma and stream is not None:
             latents = latents + sigma * stream.normal(*latents.shape, device=latents.device).to(latents.dtype)
@@ -89,6 +91,18 @@ def translate(
     skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
     noised = schedule.add_noise(latents, noise, timesteps[skip])
     return ddim_sample(model_fn, noised, schedule, n_steps, guidance_scale, skip=skip), timesteps[skip]
+
+
+def _thresholded(x0: Tensor, config: ScheduleConfig) -> Tensor:
+    """Images [n, C, h, w] scaled into [-1, 1], each so that the share `config.threshold` of its values keeps its order.
+
+    Source: Saharia et al. 2022, "Imagen", section 2.3 (dynamic thresholding).
+    """
+    if config.threshold is None:
+        return x0
+    size = torch.quantile(x0.float().abs().flatten(1), config.threshold, dim=1).clamp(1, config.threshold_max)
+    size = size.to(x0.dtype)[:, None, None, None]
+    return x0.clamp(-size, size) / size
 
 
 def _following(schedule: NoiseSchedule, timesteps: list[int], n_steps: int, convention: Convention) -> list[int]:
@@ -143,11 +157,15 @@ def guided(model_fn: ModelFn, latents: Tensor, t: Tensor, guidance_scale: float)
 def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
     """Keyword arguments that make a diffusers scheduler follow the model's noise schedule and prediction type.
 
-    Any scheduler takes them, but for a model with zero terminal SNR, which needs one that knows
-    `rescale_betas_zero_snr`. Spacing and offset of the timesteps are among them where the model has its own.
+    Any scheduler takes them, but for a model with zero terminal SNR or a threshold, which need one that knows
+    `rescale_betas_zero_snr` or `thresholding`. Spacing and offset of the timesteps are among them where the model has
+    its own.
     """
     usual = ScheduleConfig()
     own = {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) != getattr(usual, name)}
+    if config.threshold is not None:
+        own |= {"thresholding": True, "dynamic_thresholding_ratio": config.threshold}
+        own |= {"sample_max_value": config.threshold_max}
     return {
         "num_train_timesteps": config.n_timesteps,
         "beta_schedule": config.beta_schedule,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mvdream_fast.camera import middle_cameras
 from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
-from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
+from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.diffusion.denoiser import TextCond
@@ -25,6 +25,7 @@ from mvdream_fast.guidance.reconstruction import Reconstruction
 from mvdream_fast.guidance.repaint import Painter, Repaint
 from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
+from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.scene.asset import Asset
 
 if TYPE_CHECKING:
@@ -163,6 +164,9 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     variational, or, with the method "reconstruct", views that are sampled once and fitted; any but the last may end
     with repainting."""
 
+    if config.mode not in pipeline.config.modes:
+        raise ArgumentError(f"mode must be 2d, got 3d; {pipeline.config.name} draws single images, without cameras")
+
     def silent(_: str) -> None:
         """The command has named unknown words once."""
 
@@ -182,6 +186,9 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
         return config.n_groups[config.stage(step)]
 
     if config.guidance.kind == "vsd":
+        if not isinstance(unet, MultiViewUNet):
+            raise ModelError(f"VSD trains a copy of the UNet, and that of {pipeline.config.name} takes no LoRA; "
+                             "name one of Stable Diffusion's or MVDream's models")  # fmt: skip
         plain = pipeline.encode_prompt(prompt, config.negative_prompt, config.suffix, warn=silent).to(pipeline.dtype)
         multi_view = config.mode == "3d"
         knows_cameras = multi_view and unet.config.camera_in != "none"

@@ -98,8 +98,8 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     model = flags.get("model", file.get("model"))
     recipe = _recipe(flags.get("recipe"), file)
     preset, why = _preset(flags.get("preset", "auto"), file, model)
-    config = resolve_config(preset, **file.get("sds", {}) | {"recipe": recipe})
-    config = _with_flags(config, flags)
+    config = _with_flags(resolve_config(preset, **file.get("sds", {}) | {"recipe": recipe}), flags)
+    config = _with_mode(config, model, "mode" in flags or "mode" in file.get("sds", {}))
     check_config(config, flag_names(flags))
     export = dataclasses.replace(ExportConfig(), **file.get("export", {}))
     names = {f.name for f in dataclasses.fields(ExportConfig)}
@@ -166,6 +166,16 @@ def _with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
     if "render_size" in flags:
         config = replaced(config, render_size=(flags["render_size"],) * len(config.render_size))
     return shaded(config) if flags.get("shading") else config
+
+
+def _with_mode(config: SDSConfig, model: str | None, asked: bool) -> SDSConfig:
+    """In the mode 2d where the model knows no other. Raises ArgumentError where 3d is asked of one."""
+    unet = {} if model is None else stored_config(model).get("unet", {})
+    if (unet.get("camera_in"), unet.get("view_mixing")) != ("none", "2d"):
+        return config
+    if asked and config.mode == "3d":
+        raise ArgumentError(f"--mode must be 2d with {model}, which draws single images, without cameras, got 3d")
+    return replaced(config, mode="2d")
 
 
 def flag_names(flags: Iterable[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ The estimate is a few multiplications with measured factors, meant to be within 
 runs that the operating system would only kill. What is done where memory runs out all the same is loop.py's.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvdream_fast.core import memory
@@ -44,7 +43,7 @@ def estimate(
 ) -> Parts:  # fmt: skip
     """Bytes by part at the largest stage of a run.
 
-    Args: weights: size of the model's files, in the dtype used. gpu_memory: of the GPU that it runs on, None for a CPU.
+    Args: weights: bytes of the model's parts together. gpu_memory: of the GPU that it runs on, None for a CPU.
         encoder_bytes: of a number in the VAE's encoder, 2 where it works in bfloat16, as only beside a UNet of 16 bits.
         graphs: whether there will be CUDA graphs, one for each size of the rendered views and
         those of VSD and of repainting.
@@ -93,14 +92,6 @@ def pose_weights(unet: UNetConfig) -> int:
 def memory_of(device: "torch.device") -> int | None:
     """Bytes of memory of a GPU; None for a CPU."""
     return memory.total(str(device)) if device.type == "cuda" else None
-
-
-def files_bytes(path: Path) -> int:
-    """Bytes of a model's weight files: of a file itself, or of all .safetensors files in a folder, or else .bin."""
-    if path.is_file():
-        return path.stat().st_size
-    sizes = (sum(file.stat().st_size for file in path.rglob(pattern)) for pattern in ("*.safetensors", "*.bin"))
-    return next((size for size in sizes if size), 0)
 
 
 def check(parts: Parts, config: SDSConfig, device: str = "cpu") -> None:

@@ -23,8 +23,8 @@ from mvdream_fast.guidance.base import Timing, no_timing
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.prompts import led_away, tell
 from mvdream_fast.models.captured import Captured
+from mvdream_fast.models.deepfloyd import UNet
 from mvdream_fast.models.pixels import Codec
-from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.ops.sds_target import sds_target
 
 
@@ -56,7 +56,7 @@ class ScoreDistillation:
     """
 
     def __init__(
-        self, unet: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
+        self, unet: UNet, vae: Codec, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
         sample_posterior: bool = True, graphs: bool = True,
     ):  # fmt: skip
         self.unet, self.vae, self.schedule, self.text, self.config = unet, vae, schedule, text, config
@@ -199,7 +199,7 @@ class Wishes(NamedTuple):
 
 
 def _with_gradient(
-    unet: MultiViewUNet, vae: Codec, wishes: Wishes, n_prompts: int, rgb: Tensor, posterior: Tensor | None,
+    unet: UNet, vae: Codec, wishes: Wishes, n_prompts: int, rgb: Tensor, posterior: Tensor | None,
     noise: Tensor, at: Tensor, limit: Tensor | None, away_weights: Tensor | None, camera: Tensor | None, *told: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, target and the loss' gradient on rgb: `ScoreDistillation` as a function of nothing but its arguments."""

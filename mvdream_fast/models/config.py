@@ -5,8 +5,10 @@ Unknown keys in a file are errors. Numbers of `sd21-4view` and `sd15-4view` are 
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,11 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class UNetConfig(Checked):
-    """The multi-view UNet (`models/unet.py`). `attention_resolutions` are down-sampling factors, as in LDM."""
+    """The multi-view UNet (`models/unet.py`). `attention_resolutions` are down-sampling factors, as in LDM.
+
+    With the kind `deepfloyd` it is DeepFloyd IF's of single images (`models/deepfloyd.py`): `context_dim` is the width
+    of its text tower, and what it says of variance is not among `out_channels`.
+    """
 
     in_channels: int = 4
     out_channels: int = 4
@@ -35,6 +41,7 @@ class UNetConfig(Checked):
     norm_groups: int = 32
     camera_in: Literal["time", "attention", "text", "none"] = "time"
     view_mixing: Literal["3d", "2d", "temporal"] = "3d"
+    kind: Literal["mvdream", "deepfloyd"] = "mvdream"
 
     @property
     def time_embed_dim(self) -> int:
@@ -72,8 +79,13 @@ class VAEConfig(Checked):
 
 @dataclass(frozen=True)
 class TextConfig(Checked):
-    """transformers' CLIPTextModel. `skip_last` layers at the top are not run (1 = penultimate layer + final norm)."""
+    """transformers' CLIPTextModel. `skip_last` layers at the top are not run (1 = penultimate layer + final norm).
 
+    With the kind `t5` it is the encoder of a T5 version 1.1 (`models/t5.py`), whose activation is always a gated GELU,
+    and whose vocabulary lies beside its weights.
+    """
+
+    kind: Literal["clip", "t5"] = "clip"
     width: int = 1024
     n_layers: int = 24
     n_heads: int = 16
@@ -85,33 +97,52 @@ class TextConfig(Checked):
     vocabulary_size: int = 49408
     pad_id: int = 0  # what fills a prompt up to its length, as in training: open_clip's 0, or the end token's 49407
 
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that are seen: all but CLIP's start and end, or T5's end."""
+        return self.context_length - (2 if self.kind == "clip" else 1)
+
 
 @dataclass(frozen=True)
 class ScheduleConfig(Checked):
     """Noise schedule, and the timesteps at which the model is sampled; the words are diffusers' where it has them.
 
     `linear_start` and `linear_end` are the first and the last beta of a scaled_linear schedule (evenly spaced square
-    roots, LDM's "linear") or of a linear one; `trained_betas` [n_timesteps] stand in place of both.
+    roots, LDM's "linear") or of a linear one; squaredcos_cap_v2 is the cosine schedule (Nichol & Dhariwal 2021,
+    "Improved DDPM", equation 17); `trained_betas` [n_timesteps] stand in place of all.
+
+    With a `threshold` the sampler's guesses of pixels are kept from leaving [-1, 1]: this share of an image's values is
+    scaled to lie inside, by at most `threshold_max` (Saharia et al. 2022, "Imagen", section 2.3).
     """
 
     n_timesteps: int = 1000
     linear_start: float = 0.00085
     linear_end: float = 0.012
     prediction: Literal["eps", "v"] = "eps"
-    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
     trained_betas: tuple[float, ...] | None = None
     rescale_betas_zero_snr: bool = False
     timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
+    threshold: float | None = None
+    threshold_max: float = 1.0
 
     def betas(self) -> list[float]:
         """[n_timesteps], before any rescaling to zero terminal SNR."""
         if self.trained_betas is not None:
             return list(self.trained_betas)
+        if self.beta_schedule == "squaredcos_cap_v2":
+            left = [_cosine(t / self.n_timesteps) for t in range(self.n_timesteps + 1)]
+            return [min(1 - after / before, 0.999) for before, after in pairwise(left)]
         power = 2 if self.beta_schedule == "scaled_linear" else 1
         start, end = self.linear_start ** (1 / power), self.linear_end ** (1 / power)
         return [(start + (end - start) * t / max(self.n_timesteps - 1, 1)) ** power for t in range(self.n_timesteps)]
+
+
+def _cosine(time: float) -> float:
+    """What the cosine schedule leaves of an image's variance at a time from 0 to 1."""
+    return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 @dataclass(frozen=True)
@@ -128,6 +159,17 @@ class ModelConfig(Checked):
     def latent_size(self) -> int:
         """Latent height and width."""
         return self.vae.image_size // self.vae.downsampling
+
+    @property
+    def modes(self) -> tuple[Literal["3d", "2d"], ...]:
+        """How the model can be asked, the usual way first: 3d needs views that see each other, or a camera."""
+        single = self.unet.camera_in == "none" and self.unet.view_mixing == "2d"
+        return ("2d",) if single else ("3d", "2d")
+
+    @property
+    def foreign(self) -> str:
+        """Whose classes the model runs in, where it is none that can be trained or saved here; empty for ours."""
+        return "DeepFloyd IF" if self.unet.kind == "deepfloyd" or self.text.kind == "t5" else ""
 
     def to_json(self) -> str:
         """What config.json of a model folder holds."""
@@ -166,7 +208,12 @@ def with_settings(config: ModelConfig, settings: Iterable[str]) -> ModelConfig:
             section[name] = json.loads(text)
         except ValueError:
             section[name] = text
-    return checked(ModelConfig, data, "--set", ArgumentError)
+    changed = checked(ModelConfig, data, "--set", ArgumentError)
+    if changed.foreign:
+        raise ArgumentError(
+            f"--set must leave unet.kind and text.kind as they are: {changed.foreign} is not trained here"
+        )
+    return changed
 
 
 SD21 = ModelConfig()

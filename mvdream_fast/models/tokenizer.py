@@ -127,7 +127,7 @@ class Tokenizer:
         return found
 
     def _encode_one(self, prompt: str, ending: str) -> tuple[list[int], list[str], _Split]:
-        room = self.config.context_length - 2
+        room = self.config.room
         start, end = (1, 2) if self._subset else (CLIP_ROWS - 2, CLIP_ROWS - 1)
         whole = self._split(check_prompt(prompt + ending, allow_empty=True))
         if len(whole.rows) <= room:
@@ -135,7 +135,7 @@ class Tokenizer:
         tail = self._split(check_prompt(ending, allow_empty=True)).rows[:room]
         text = check_prompt(prompt, allow_empty=True)
         head, kept = self._split(text), room - len(tail)
-        cut = [word for word, stop in _words(text) if stop > head.spans[kept][0]] if len(head.rows) > kept else []
+        cut = [word for word, stop in words_of(text) if stop > head.spans[kept][0]] if len(head.rows) > kept else []
         return [start, *head.rows[:kept], *tail, end], cut, whole
 
     def _split(self, text: str) -> _Split:
@@ -229,7 +229,7 @@ def _pieces(encoding: "tokenizers.Encoding") -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(words)]))
 
 
-def _words(text: str) -> list[tuple[str, int]]:
+def words_of(text: str) -> list[tuple[str, int]]:
     """The words of a single-spaced text, each with the place where it ends."""
     words, end = text.split(), -1
     return [(word, end := end + 1 + len(word)) for word in words]

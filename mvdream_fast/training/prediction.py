@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mvdream_fast.checkpoints.open import Model, load_model, needed, open_source
+from mvdream_fast.checkpoints.open import Model, load_model, not_ours, open_source
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.tokenizer import Tokenizer
@@ -24,6 +24,8 @@ def pretrained(path: str, settings: Sequence[str]) -> Model:
         ModelError: if there is no such model, or it does not say and the UNet's output leaves it open.
     """
     source = open_source(path, add_cameras=True)
+    if source.config.foreign:
+        raise not_ours(source.config)
     model = load_model(source, torch.float32)
     if source.says_prediction or any(setting.startswith("schedule.prediction=") for setting in settings):
         return model
@@ -61,7 +63,7 @@ def likeness(model: Model) -> float:
 def with_words(model: Model, vocabulary: Sequence[str]) -> Model:
     """The model with rows for those lines of a subset vocabulary that its own has not: small random vectors, for a
     text tower that goes on learning. Of CLIP's whole vocabulary nothing is missing."""
-    tokenizer, text = needed(model.tokenizer, "text"), needed(model.text, "text")
+    text, tokenizer = model.words()
     new = [line for line in vocabulary if line not in set(tokenizer.vocabulary)]
     if tokenizer.config.vocabulary != "subset" or not new:
         return model

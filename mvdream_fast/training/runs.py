@@ -193,12 +193,13 @@ def _model(args: Flags, vocabulary: list[str]) -> Model:
 def _with_text(model: Model, source: str) -> Model:
     """The new model with a trained text tower and its words; of a deeper one, with as many of its first layers."""
     trained = load_model(source, torch.float32, ("text",))
+    text, tokenizer = trained.words()
     made, wanted = trained.config.text.width, model.config.unet.context_dim
     if made != wanted:
         raise ModelError(f"{source} has a text tower of width {made}; the new model needs {wanted}")
     n_layers = min(model.config.text.n_layers, trained.config.text.n_layers)
     model.config = replace(model.config, text=replace(trained.config.text, n_layers=n_layers))
-    model.text, model.tokenizer = needed(trained.text, "text").with_layers(n_layers), trained.tokenizer
+    model.text, model.tokenizer = text.with_layers(n_layers), tokenizer
     return model
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvdream_fast.checkpoints.open import open_source
+from mvdream_fast.checkpoints.open import not_ours, open_source
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.core.files import read_json
@@ -129,6 +129,8 @@ def recipe(config: ModelConfig) -> dict[str, Any]:
 
 def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
     """Settles what was left open. Raises ArgumentError for numbers that do not fit the model or each other."""
+    if config.foreign:
+        raise not_ours(config)
     settings = {name: value for name, value in given.items() if name not in PASSING}
     for name, value in recipe(config).items():
         if settings[name] is None:

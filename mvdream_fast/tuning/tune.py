@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import owner
-from mvdream_fast.checkpoints.open import Model, load_model, needed, open_source, write_folder
+from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_folder
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.images import GREY
@@ -80,7 +80,7 @@ def add_token(model: Model, token: str) -> None:
 
     The row begins as the mean of all rows: it means nothing yet, and the frozen tower can be tuned around it.
     """
-    text, tokenizer = needed(model.text, "text"), needed(model.tokenizer, "text")
+    text, tokenizer = model.words()
     if model.config.text.vocabulary != "subset" or f"<word:{token.lower()}>" in tokenizer.vocabulary:
         return  # a model that was tuned before has it
     text = text.with_token(torch.arange(len(SPECIAL_ROWS), len(tokenizer.vocabulary)))

@@ -158,7 +158,7 @@ def test_what_our_model_does_not_do_is_refused_by_name(folder, kind):
         ("text", {"hidden_act": ["gelu"]}, "hidden_act must be one of gelu, quick_gelu"),
         ("text", {"use_attention_mask": True}, "use_attention_mask must be unset or false, got True"),
         ("scheduler", {"prediction_type": "sample"}, "prediction_type must be one of epsilon, v_prediction"),
-        ("scheduler", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be one of scaled_linear, linear"),
+        ("scheduler", {"beta_schedule": "sigmoid"}, "beta_schedule must be one of scaled_linear, linear, squared"),
         ("scheduler", {"trained_betas": 3}, "trained_betas must be a list of numbers, got 3"),
         ("scheduler", {"trained_betas": [0.1]}, "trained_betas must be one for each timestep, got 1 numbers"),
         ("scheduler", {"trained_betas": [0.1, -1], "num_train_timesteps": 2}, "trained_betas must be over 0"),

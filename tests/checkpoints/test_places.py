@@ -17,7 +17,7 @@ from mvdream_fast.checkpoints.open import load_model, open_source
 from mvdream_fast.checkpoints.places import find_model, stored_config
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.distill import request, run_memory
+from mvdream_fast.distill import request
 
 
 def make_run(folder: Path, kind: str, step: int, steps: int, model: bool = True) -> Path:
@@ -81,7 +81,7 @@ def test_every_command_takes_a_run(tmp_path, monkeypatch):
     assert stored_config("~/run")["vae"]["image_size"] == TINY.vae.image_size
     assert evaluate.kind_of(str(run)) == evaluate.kind_of("~/run") == "model"
     assert request.resolve({"prompt": "a chair", "model": "~/run"}, None).model == "~/run"
-    assert run_memory.files_bytes(open_source(run).path) == run_memory.files_bytes(run / "model") > 0
+    assert open_source(run).n_bytes(torch.float16) == open_source(run / "model").n_bytes(torch.float16) > 0
     line = [sys.executable, "-m", "mvdream_fast.convert", str(run), str(tmp_path / "converted")]
     assert subprocess.run(line, capture_output=True, check=False).returncode == 0
     assert open_source(tmp_path / "converted").config == TINY

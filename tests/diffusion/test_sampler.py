@@ -1,5 +1,7 @@
 """DDIM against diffusers' scheduler step by step, and the loop that hands the work to a scheduler of diffusers."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -111,6 +113,35 @@ def test_a_model_s_own_sampling_is_diffusers(settings, n_steps):
     theirs = scheduler_sample(model_fn, noise(), scheduler, n_steps, 3.0)
     out = ddim_sample(model_fn, noise(), schedule, n_steps, 3.0, "diffusers")
     torch.testing.assert_close(out, theirs, atol=2e-4 * theirs.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.95, 1.5), (0.7, 100.0), (1.0, 1.0)])
+def test_a_threshold_is_diffusers(share, most):
+    ours = ScheduleConfig(beta_schedule="squaredcos_cap_v2", threshold=share, threshold_max=most, steps_offset=0)
+    settings = diffusers_settings(ours) | {"set_alpha_to_one": False}
+    assert settings["thresholding"]
+    scheduler = diffusers.DDIMScheduler(**settings)
+    theirs = scheduler_sample(model_fn, noise(), scheduler, 20, 3.0)
+    out = ddim_sample(model_fn, noise(), NoiseSchedule.from_config(ours), 20, 3.0, "diffusers")
+    torch.testing.assert_close(out, theirs, atol=2e-4, rtol=0)
+    free = ddim_sample(model_fn, noise(), NoiseSchedule.from_config(replace(ours, threshold=None)), 20, 3.0)
+    assert out.abs().max() < free.abs().max() / 2
+
+
+def test_a_threshold_worked_by_hand():
+    """Of the values 0.5, 1, 3 and 4 the share 2/3 ends at 3: those above become 1, the others a third; but by at most
+    threshold_max, and an image that lies inside stays."""
+    schedule = NoiseSchedule.from_config(ScheduleConfig(threshold=2 / 3, threshold_max=10.0, set_alpha_to_one=True))
+
+    def last(values: list[float], schedule: NoiseSchedule) -> list[float]:
+        x0 = torch.tensor(values).reshape(1, 1, 2, 2)
+        z = schedule.add_noise(x0, torch.zeros_like(x0), 1)
+        return ddim_sample(lambda z, t: torch.zeros_like(z), z, schedule, 1, 1.0).flatten().tolist()
+
+    assert last([0.5, -1, 3, -4], schedule) == pytest.approx([0.5 / 3, -1 / 3, 1, -1], abs=1e-5)
+    most = NoiseSchedule.from_config(replace(schedule.config, threshold_max=2.0))
+    assert last([0.5, -1, 3, -4], most) == pytest.approx([0.25, -0.5, 1, -1], abs=1e-5)
+    assert last([0.5, -0.25, 0.75, 0], schedule) == pytest.approx([0.5, -0.25, 0.75, 0], abs=1e-5)
 
 
 def test_what_any_scheduler_is_told_of_a_model():

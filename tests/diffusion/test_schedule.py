@@ -50,6 +50,8 @@ def test_alphas_cumprod_are_diffusers_scaled_linear():
 
 
 SCHEDULES = [
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 7},
     {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     {"trained_betas": [0.1, 0.3, 0.2, 0.05], "num_train_timesteps": 4},
     {"rescale_betas_zero_snr": True},

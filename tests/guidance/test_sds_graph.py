@@ -14,12 +14,16 @@ from mvdream_fast.camera import sample_cameras
 from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import TextCond
+from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.distill.loop import new_guidance
 from mvdream_fast.distill.recipes import mini, replaced
 from mvdream_fast.distill.state import RunState
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.sds import ScoreDistillation, SDSLoss
 from mvdream_fast.models import lora
+from mvdream_fast.models.config import ScheduleConfig, UNetConfig, VAEConfig
+from mvdream_fast.models.deepfloyd import DeepFloydUNet
+from mvdream_fast.models.pixels import Pixels
 from mvdream_fast.pipeline import MVDreamPipeline
 
 pytestmark = pytest.mark.usefixtures("capturable_without_a_word")
@@ -74,6 +78,22 @@ def test_one_graph_for_all_images_noises_steps_and_cameras(name):
     for module in (pipe.unet, pipe.vae):
         known |= memory(*module.parameters(), *module.buffers())
     assert graph.outside.keys() <= known
+
+
+def test_a_model_of_diffusers_and_of_pixels_is_one_graph_too():
+    unet = DeepFloydUNet(
+        UNetConfig(
+            kind="deepfloyd", in_channels=3, out_channels=3, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+            attention_resolutions=(2,), num_head_channels=16, context_dim=64, camera_in="none", view_mixing="2d",
+        )
+    ).requires_grad_(False)  # fmt: skip
+    pixels = Pixels(VAEConfig(kind="pixels", block_out_channels=(), latent_channels=3, scale_factor=1, image_size=16))
+    schedule = NoiseSchedule.from_config(ScheduleConfig(beta_schedule="squaredcos_cap_v2"))
+    text = TextCond(*Stream(0, 0, "text").normal(2, 1, 9, 64).unbind())
+    pair = [ScoreDistillation(unet, pixels, schedule, text, GuidanceConfig(), graphs=on) for on in (True, False)]
+    losses = [agree((pair[0], pair[1]), key, n_groups=2, n_views=1)[0] for key in range(3)]
+    assert (graphs(), GraphStandIn.replays) == (1, 2)
+    assert len({*map(float, losses)}) == 3
 
 
 def test_prompts_of_each_call_groups_views_and_sizes(pipe):

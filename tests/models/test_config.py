@@ -80,6 +80,7 @@ def test_settings_replace_single_values():
         ("unet.view_mixing", "--set must be NAME=VALUE, got 'unet.view_mixing'; the names are unet.in_channels, "),
         ("unet.mixing=2d", "got 'unet.mixing=2d'; the names are .*unet.view_mixing"),
         ("name=x", "got 'name=x'"),
+        ("text.kind=t5", "must leave unet.kind and text.kind as they are: DeepFloyd IF is not trained here"),
         ("optimizer.lr=1", "got 'optimizer.lr=1'"),
         ("unet.view_mixing=4d", "--set: unet.view_mixing must be '3d', '2d' or 'temporal', got '4d'"),
         ("unet.model_channels=wide", "--set: unet.model_channels must be an integer, got 'wide'"),
@@ -97,8 +98,17 @@ def test_a_schedule_of_its_own_goes_through_a_file():
     assert schedule.betas() == [0.1, 0.2, 1.0]
 
 
+def test_modes_and_room():
+    assert [config.NAMED[name].modes for name in ("sd21-4view", "mini", "pixels")] == [("3d", "2d")] * 2 + [("2d",)]
+    assert (config.SD21.text.room, config.TextConfig(kind="t5").room) == (75, 76)
+    assert [c.foreign for c in config.NAMED.values()] == [""] * len(config.NAMED)
+
+
 def test_betas_worked_by_hand():
     squares = config.ScheduleConfig(3, 0.01, 0.25).betas()  # roots 0.1, 0.3, 0.5
     assert squares == pytest.approx([0.01, 0.09, 0.25])
     assert config.ScheduleConfig(3, 0.1, 0.2, beta_schedule="linear").betas() == pytest.approx([0.1, 0.15, 0.2])
+    # cos((t + 0.008) / 1.008 * pi / 2)^2 is 0.9998446, 0.4937668 and 0 at 0, 1/2 and 1; a beta is at most 0.999.
+    cosine = config.ScheduleConfig(2, beta_schedule="squaredcos_cap_v2").betas()
+    assert cosine == pytest.approx([1 - 0.4937668 / 0.9998446, 0.999], abs=1e-6)
     assert config.ScheduleConfig(1).betas() == pytest.approx([0.00085])
