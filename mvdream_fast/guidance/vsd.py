@@ -29,9 +29,9 @@ from mvdream_fast.guidance.sds import (
     with_known_gradient,
 )
 from mvdream_fast.models.captured import Captured
+from mvdream_fast.models.deepfloyd import UNet
 from mvdream_fast.models.lora import adapted_twin
 from mvdream_fast.models.pixels import Codec
-from mvdream_fast.models.unet import MultiViewUNet
 
 BETAS, EPS = (0.9, 0.99), 1e-15  # of the adapters' AdamW, as of the asset's
 
@@ -51,7 +51,7 @@ class Learner:
     """
 
     def __init__(
-        self, unet: MultiViewUNet, schedule: NoiseSchedule, words: Tensor, config: GuidanceConfig,
+        self, unet: UNet, schedule: NoiseSchedule, words: Tensor, config: GuidanceConfig,
         knows_cameras: bool, seed: int = 0, graphs: bool = True,
     ):  # fmt: skip
         self.schedule, self.words, self.config, self.knows_cameras = schedule, words, config, knows_cameras
@@ -130,7 +130,7 @@ class VariationalScore(ScoreDistillation):
     """
 
     def __init__(
-        self, unet: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
+        self, unet: UNet, vae: Codec, schedule: NoiseSchedule, text: TextCond | None, config: GuidanceConfig,
         learner: Learner, multi_view: bool, sample_posterior: bool = True, graphs: bool = True,
     ):  # fmt: skip
         config = dataclasses.replace(config, loss="sds")
@@ -209,7 +209,7 @@ class VSD(SDS):
 
 
 def _with_gradient(
-    unet: MultiViewUNet, learned: MultiViewUNet, vae: Codec, wishes: Wishes, n_prompts: int, rgb: Tensor,
+    unet: UNet, learned: UNet, vae: Codec, wishes: Wishes, n_prompts: int, rgb: Tensor,
     posterior: Tensor | None, noise: Tensor, at: Tensor, limit: Tensor | None, away_weights: Tensor | None,
     camera: Tensor | None, learned_camera: Tensor, learned_words: Tensor, *told: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -229,7 +229,7 @@ def _with_gradient(
 
 
 def _descend(
-    learned: MultiViewUNet, schedule: NoiseSchedule, n_views: int, latents: Tensor, noise: Tensor, t: Tensor,
+    learned: UNet, schedule: NoiseSchedule, n_views: int, latents: Tensor, noise: Tensor, t: Tensor,
     camera: Tensor, words: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean squared error, and whether all is finite; leaves the gradients of the sum of squares, which are in the

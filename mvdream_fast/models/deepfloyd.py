@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvdream_fast.models.config import UNetConfig
-from mvdream_fast.models.unet import MultiViewUNet, TextContext
+from mvdream_fast.models.unet import MultiViewUNet, TextContext, fresh_camera_embedding
 
 
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
@@ -65,22 +65,30 @@ class DeepFloydUNet(nn.Module):
         Args:
             latents: the noised pixels [B, 3, Hp, Wp].
             context: [G*B, L, Dt], the text tower's states. G is n_prompts, the slowest index.
+            camera: [B, 16], after `learn_camera` alone, and then always.
 
         Returns:
             [G*B, 3, Hp, Wp].
 
         Raises:
-            ValueError: for a camera, or several views that should see each other.
+            ValueError: for a camera that it has not learned, or several views that should see each other.
         """
-        if camera is not None or n_views != 1:
+        learned = self.model.class_embedding is not None
+        if (camera is not None and not learned) or n_views != 1:
             raise ValueError(
                 f"DeepFloydUNet: camera must be None and n_views 1, got {n_views} views"
                 f"{' with cameras' if camera is not None else ''}; IF draws single images: ask it in the mode 2d"
             )
         text = context.context if isinstance(context, TextContext) else context
         noised = latents.repeat(n_prompts, 1, 1, 1)
-        noise, _variance = self.model(noised, t.expand(len(latents)).repeat(n_prompts), text).sample.chunk(2, dim=1)
+        told = camera.repeat(n_prompts, 1) if camera is not None else None
+        times = t.expand(len(latents)).repeat(n_prompts)
+        noise, _variance = self.model(noised, times, text, class_labels=told).sample.chunk(2, dim=1)
         return noise.contiguous()
+
+    def learn_camera(self, seed: int = 0) -> None:
+        """See `MultiViewUNet.learn_camera`; diffusers' class embedding is what it is."""
+        self.model.class_embedding = fresh_camera_embedding(self.config, seed).to(self.model.device)
 
     @torch.no_grad()
     def prepare_context(self, context: Tensor) -> TextContext:

@@ -27,6 +27,7 @@ from mvdream_fast.guidance.prompts import VIEW_WORDS
 from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
+from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
@@ -258,13 +259,14 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
         model = load_model(args.init, torch.float32)
     else:
         model = new_model(args.config, _vocabulary(args, folder, shards.captions()), args.seed)
-    if model.config.vae.kind == "pixels":
+    vae = needed(model.vae, "vae")
+    if not isinstance(vae, VAE):
         raise ArgumentError(f"--stage vae needs a model with an autoencoder, got {model.config.name}")
     size = model.config.vae.image_size
     source = ImageSource(shards.at(size))
     fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
     check = ImageSource((held_out or shards).at(size)).images(Stream(0, 0, "vae/check"), N_CHECK)
-    linear, vae = Linear.fit(fit, model.config.vae.downsampling), needed(model.vae, "vae")
+    linear = Linear.fit(fit, model.config.vae.downsampling)
     bound = linear.bound(check, model.config.vae.latent_channels)
     if not args.init and len(model.config.vae.block_out_channels) == 1:
         linear_start(vae, linear)

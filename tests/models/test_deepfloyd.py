@@ -5,8 +5,12 @@ import torch
 from reference import deepfloyd
 
 from mvdream_fast.checkpoints.manifest import manifest
+from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
-from mvdream_fast.models.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.guidance.config import GuidanceConfig
+from mvdream_fast.guidance.vsd import Learner
+from mvdream_fast.models.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.deepfloyd import DeepFloydUNet
 
 NARROW = UNetConfig(
@@ -57,3 +61,21 @@ def test_the_three_sizes_have_the_parameters_that_were_published(width, millions
     config = ModelConfig(unet=unet, vae=vae, text=text)
     assert round(sum(torch.Size(s).numel() for s in manifest("unet", config).values()) / 1e6) == millions
     assert round(sum(torch.Size(s).numel() for s in manifest("text", config).values()) / 1e9, 1) == 4.8
+
+
+def test_a_learner_is_told_cameras_and_begins_as_the_model():
+    """VSD's twin: diffusers' class embedding takes the poses."""
+    ours, _ = both()
+    schedule = NoiseSchedule.from_config(ScheduleConfig())
+    z, camera, words = torch.randn(2, 3, 16, 16), torch.randn(2, 16), torch.randn(1, 77, deepfloyd.WIDTH)
+    settings = GuidanceConfig(kind="vsd", lora_lr=1e-2, camera_dropout=0.0)
+    learner = Learner(ours.requires_grad_(False), schedule, words, settings, knows_cameras=False)
+    t, told = torch.tensor(5), learner.spread_words(2)
+    with torch.no_grad():
+        before = ours(z, t, told)
+        torch.testing.assert_close(learner.unet(z, t, told, camera), before, rtol=1e-4, atol=1e-5)
+    losses = [float(learner.learn(z, camera, 1, Stream(0, 0, "g"))) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        assert torch.equal(ours(z, t, told), before)
+        assert not torch.allclose(learner.unet(z, t, told, camera), learner.unet(z, t, told, camera.flip(0)), atol=1e-3)
