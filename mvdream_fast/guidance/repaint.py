@@ -23,8 +23,8 @@ from mvdream_fast.guidance.base import Guidance, Timing, no_timing
 from mvdream_fast.guidance.config import RepaintConfig
 from mvdream_fast.guidance.prompts import tell
 from mvdream_fast.guidance.reconstruction import squared_error
+from mvdream_fast.models.deepfloyd import UNet
 from mvdream_fast.models.pixels import Codec
-from mvdream_fast.models.unet import MultiViewUNet
 
 STATE = "repainted."  # before the names of its own tensors in a state
 
@@ -40,7 +40,7 @@ class Painter:
     """
 
     def __init__(
-        self, unet: MultiViewUNet, vae: Codec, schedule: NoiseSchedule, text: TextCond, config: RepaintConfig,
+        self, unet: UNet, vae: Codec, schedule: NoiseSchedule, text: TextCond, config: RepaintConfig,
         single: bool = False, graphs: bool = True,
     ):  # fmt: skip
         self.unet, self.vae, self.schedule, self.text, self.config = unet, vae, schedule, text, config
