@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mvdream_fast.camera import middle_cameras
 from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
-from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
+from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.diffusion.denoiser import TextCond
@@ -163,9 +163,6 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     """The one place where the kind of guidance is chosen: score distillation from many views or one, plain or
     variational, or, with the method "reconstruct", views that are sampled once and fitted; any but the last may end
     with repainting."""
-
-    if config.mode not in pipeline.config.modes:
-        raise ArgumentError(f"mode must be 2d, got 3d; {pipeline.config.name} draws single images, without cameras")
 
     def silent(_: str) -> None:
         """The command has named unknown words once."""

@@ -29,7 +29,7 @@ class Recipe(Generic[Config]):
     def check_model(self, recipe: str, mode: str, name: str, model: ModelConfig) -> None:
         """Raises ModelError for a model `name` of another kind than a run of `recipe` in `mode` needs."""
         is_pixels = model.vae.kind == "pixels"
-        single = (model.unet.camera_in, model.unet.view_mixing) == ("none", "2d")
+        single = "3d" not in model.modes
         if self.pixels not in (None, is_pixels) or (single and mode == "3d"):
             kind = f"{'single images' if single else 'several views'}, as {'pixels' if is_pixels else 'latents'}"
             raise ModelError(

@@ -166,7 +166,9 @@ def test_a_run_is_in_2d_mode_and_frees_the_tower(folder):
     asset = TextTo3D(pipeline, keep=False)("a red car", steps=2, render_size=(16,), samples_per_ray=16)
     assert [record["skipped"] for record in asset.records] == [False, False]
     assert pipeline.text is None
-    with pytest.raises(ArgumentError, match="mode must be 2d, got 3d; deepfloyd-if draws single images"):
+    with pytest.raises(
+        ModelError, match="needs a multi-view model, but the model deepfloyd-if is one of single images"
+    ):
         TextTo3D(MVDreamPipeline.from_pretrained(folder, "cpu"))("a red car", steps=2, mode="3d")
 
 
