@@ -1,0 +1,45 @@
+// CPU entry points of the rasteriser's ops. Pointers are to contiguous arrays. Every output belongs to one worker, or is
+// summed in the order of the pixels by one, so that results do not depend on n_threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+
+namespace mvdream_fast {
+
+enum RasterStatus { kRasterFine = 0, kNotFinite = 1, kNoVertex = 2, kNoFace = 3 };
+
+struct Meshes {
+  const float* pos;    // [B, V, 4] clip space
+  const int32_t* tri;  // [F, 3]
+  int64_t n_images, n_vertices, n_faces;
+  int height, width;
+};
+
+// Attributes [B, V, A], or [V, A] of all images where stride is 0, of the pixels of `rast` [B, H, W, 4].
+struct Attributes {
+  const float* attr;
+  const float* rast;
+  const float* rast_db;  // or null, as all that follows from it
+  const int32_t* tri;
+  const int32_t* diff_attrs;  // [n_diff]: the attributes whose derivatives are wanted
+  int64_t n_images, n_pixels, n_vertices, n_faces, stride;
+  int n_attr, n_diff;
+};
+
+}  // namespace mvdream_fast
+
+// rast, rast_db [B, H, W, 4]; returns a RasterStatus, where that is not kRasterFine nothing is written.
+MVDREAM_FAST_CPU_OP(int, rasterize_forward, const mvdream_fast::Meshes& meshes, float* rast, float* rast_db,
+                    int n_threads)
+// d_rast, d_db: [B, H, W, 4], either may be null; d_pos [B, V, 4].
+MVDREAM_FAST_CPU_OP(void, rasterize_backward, const mvdream_fast::Meshes& meshes, const float* rast,
+                    const float* d_rast, const float* d_db, float* d_pos, int n_threads)
+
+// out [B, H, W, A], out_da [B, H, W, 2 n_diff]; returns a RasterStatus.
+MVDREAM_FAST_CPU_OP(int, interpolate_forward, const mvdream_fast::Attributes& args, float* out, float* out_da,
+                    int n_threads)
+// Cotangents and gradients may be null each; d_attr as attr.
+MVDREAM_FAST_CPU_OP(void, interpolate_backward, const mvdream_fast::Attributes& args, const float* d_out,
+                    const float* d_out_da, float* d_attr, float* d_rast, float* d_db, int n_threads)
