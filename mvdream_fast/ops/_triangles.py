@@ -1,6 +1,6 @@
-"""Which triangle each pixel shows, in plain torch: the fill rule of `rasterize` and its clipping, for the references.
+"""What the rasteriser's ops share: checks of meshes, and in plain torch which triangle each pixel shows.
 
-Nothing here is differentiable, and no kernel is called: tests compare csrc/rasterize.h with it.
+That is the fill rule of `rasterize` and its clipping, for the references. No kernel is called.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mvdream_fast.ops._edges import WIDE_FLOATS, check_shaped, require
+
+MOST_FACES = 1 << 24  # a face's number is a float32
 SUBPIXELS = 4096  # a pixel's side in the whole numbers that vertices are snapped to
 GUARD = 1 << 15  # pixels from the middle of the screen; what lies farther out is clipped there
 DEPTH_STEPS = 2.0**39
@@ -22,6 +25,17 @@ class Pieces(NamedTuple):
     x: Tensor
     y: Tensor
     depth: Tensor
+
+
+def check_faces(op: str, tri: Tensor) -> None:
+    """Raises where `tri` is no list of triangles by shape, type and length; its numbers are not read."""
+    check_shaped(op, "tri", tri, (None, 3), (torch.int32, torch.int32))
+    require(len(tri) <= MOST_FACES, op, "tri", f"at most {MOST_FACES} triangles", len(tri), "split the mesh")
+
+
+def check_rast(op: str, rast: Tensor) -> None:
+    """Raises where `rast` is not what `rasterize` returns, by shape and type; its numbers are not read."""
+    check_shaped(op, "rast", rast, (None, None, None, 4), WIDE_FLOATS)
 
 
 def covering_faces(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Tensor:

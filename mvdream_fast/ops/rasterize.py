@@ -22,10 +22,9 @@ from mvdream_fast.ops._edges import (
     vmap_error,
 )
 from mvdream_fast.ops._registered import differentiable, register
-from mvdream_fast.ops._triangles import covering_faces
+from mvdream_fast.ops._triangles import check_faces, covering_faces
 
 MOST_PIXELS = 1 << 14  # of a side
-MOST_FACES = 1 << 24  # a face's number is a float32
 
 
 class Rasterized(NamedTuple):
@@ -166,12 +165,6 @@ def _check(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> tuple[int, 
     fits = len(resolution) == 2 and all(isinstance(n, int | torch.SymInt) and 1 <= n <= MOST_PIXELS for n in resolution)
     require(fits, op, "resolution", f"(Hp, Wp) of whole numbers from 1 to {MOST_PIXELS}", resolution, "choose others")
     return resolution
-
-
-def check_faces(op: str, tri: Tensor) -> None:
-    """Raises where `tri` is no list of triangles by shape, type and length; its numbers are not read."""
-    check_shaped(op, "tri", tri, (None, 3), (torch.int32, torch.int32))
-    require(len(tri) <= MOST_FACES, op, "tri", f"at most {MOST_FACES} triangles", len(tri), "split the mesh")
 
 
 def _check_values(pos: Tensor, tri: Tensor) -> None:
