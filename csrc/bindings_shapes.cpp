@@ -44,6 +44,53 @@ void bind_interpolate(py::module_& m) {
       NoGil());
 }
 
+void bind_antialias(py::module_& m) {
+  py::class_<Silhouettes>(m, "Silhouettes")
+      .def(py::init([](const Meshes& meshes, Address rast, Address opposite, int n_channels) {
+        return Silhouettes{meshes, at<float>(rast), at<int32_t>(opposite), n_channels};
+      }));
+  m.def(
+      "antialias_forward",
+      [](const Silhouettes& args, Address color, Address crossings, Address out, int n_threads) {
+        return MVDREAM_FAST_CPU(antialias_forward)(args, at<float>(color), at<float>(crossings), at<float>(out),
+                                                   n_threads);
+      },
+      NoGil());
+  m.def(
+      "antialias_backward",
+      [](const Silhouettes& args, Address color, Address crossings, Address d_out, Address d_color, Address d_pos,
+         int n_threads) {
+        MVDREAM_FAST_CPU(antialias_backward)
+        (args, at<float>(color), at<float>(crossings), at<float>(d_out), at<float>(d_color), at<float>(d_pos),
+         n_threads);
+      },
+      NoGil());
+}
+
+void bind_texture(py::module_& m) {
+  py::class_<Textured>(m, "Textured")
+      .def(py::init([](Address tex, Address uv, Address uv_da, std::array<int64_t, 4> sizes, std::array<int, 4> shape,
+                       int filter, int boundary) {
+        const auto [n_images, n_pixels, n_texels, stride] = sizes;
+        const auto [height, width, n_levels, n_channels] = shape;
+        return Textured{at<float>(tex), at<float>(uv), at<float>(uv_da), n_images, n_pixels,   n_texels, stride,
+                        height,         width,         n_levels,         n_channels, filter,   boundary};
+      }));
+  m.def(
+      "texture_forward",
+      [](const Textured& args, Address out, int n_threads) {
+        MVDREAM_FAST_CPU(texture_forward)(args, at<float>(out), n_threads);
+      },
+      NoGil());
+  m.def(
+      "texture_backward",
+      [](const Textured& args, Address d_out, Address d_tex, Address d_uv, Address d_da, int n_threads) {
+        MVDREAM_FAST_CPU(texture_backward)
+        (args, at<float>(d_out), at<float>(d_tex), at<float>(d_uv), at<float>(d_da), n_threads);
+      },
+      NoGil());
+}
+
 void bind_rasterize(py::module_& m) {
   py::class_<Meshes>(m, "Meshes")
       .def(py::init([](Address pos, Address tri, int64_t n_images, int64_t n_vertices, int64_t n_faces, int height,
@@ -70,6 +117,8 @@ void bind_rasterize(py::module_& m) {
 void bind_shapes(py::module_& m) {
   bind_rasterize(m);
   bind_interpolate(m);
+  bind_antialias(m);
+  bind_texture(m);
 }
 
 }  // namespace mvdream_fast

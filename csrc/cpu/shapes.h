@@ -28,6 +28,23 @@ struct Attributes {
   int n_attr, n_diff;
 };
 
+// What antialias knows of the outlines in images of n_channels colours.
+struct Silhouettes {
+  Meshes meshes;
+  const float* rast;        // [B, H, W, 4]
+  const int32_t* opposite;  // [F, 3]: the vertex across the edge opposite to each corner, -1 where there is none
+  int n_channels;
+};
+
+// A texture [B, T, C], or [T, C] of all images where stride is 0: T texels of n_levels levels, the largest of width x
+// height first, each half of the one before. uv [B, pixels, 2], uv_da [B, pixels, 4] or null.
+struct Textured {
+  const float *tex, *uv, *uv_da;
+  int64_t n_images, n_pixels, n_texels, stride;
+  int height, width, n_levels, n_channels;
+  int filter, boundary;  // TextureFilter and TextureBoundary (texture.h)
+};
+
 }  // namespace mvdream_fast
 
 // rast, rast_db [B, H, W, 4]; returns a RasterStatus, where that is not kRasterFine nothing is written.
@@ -43,3 +60,16 @@ MVDREAM_FAST_CPU_OP(int, interpolate_forward, const mvdream_fast::Attributes& ar
 // Cotangents and gradients may be null each; d_attr as attr.
 MVDREAM_FAST_CPU_OP(void, interpolate_backward, const mvdream_fast::Attributes& args, const float* d_out,
                     const float* d_out_da, float* d_attr, float* d_rast, float* d_db, int n_threads)
+
+// color, out [B, H, W, C]; crossings [B, H, W, 2], of a pixel with the next in its row and in its column (antialias.h).
+// Returns a RasterStatus.
+MVDREAM_FAST_CPU_OP(int, antialias_forward, const mvdream_fast::Silhouettes& args, const float* color, float* crossings,
+                    float* out, int n_threads)
+// d_color [B, H, W, C] and d_pos [B, V, 4] may be null.
+MVDREAM_FAST_CPU_OP(void, antialias_backward, const mvdream_fast::Silhouettes& args, const float* color,
+                    const float* crossings, const float* d_out, float* d_color, float* d_pos, int n_threads)
+
+// out [B, pixels, C]; d_tex as tex, d_uv and d_da as uv and uv_da, each may be null.
+MVDREAM_FAST_CPU_OP(void, texture_forward, const mvdream_fast::Textured& args, float* out, int n_threads)
+MVDREAM_FAST_CPU_OP(void, texture_backward, const mvdream_fast::Textured& args, const float* d_out, float* d_tex,
+                    float* d_uv, float* d_da, int n_threads)
