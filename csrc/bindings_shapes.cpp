@@ -112,10 +112,30 @@ void bind_rasterize(py::module_& m) {
       NoGil());
 }
 
+void bind_fragments(py::module_& m) {
+  m.def(
+      "fragment_counts",
+      [](const Meshes& meshes, Address counts, int n_threads) {
+        return MVDREAM_FAST_CPU(fragment_counts)(meshes, at<int64_t>(counts), n_threads);
+      },
+      NoGil());
+  m.def(
+      "fragment_fill",
+      [](const Meshes& meshes, Address starts, std::array<int64_t, 2> faces, std::array<Address, 3> out,
+         int n_threads) {
+        const auto [first, end] = faces;
+        const Fragments fragments{at<int64_t>(starts), first, end, at<int64_t>(out[0]), at<int64_t>(out[1]),
+                                  at<float>(out[2])};
+        MVDREAM_FAST_CPU(fragment_fill)(meshes, fragments, n_threads);
+      },
+      NoGil());
+}
+
 }  // namespace
 
 void bind_shapes(py::module_& m) {
   bind_rasterize(m);
+  bind_fragments(m);
   bind_interpolate(m);
   bind_antialias(m);
   bind_texture(m);

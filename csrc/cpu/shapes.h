@@ -28,6 +28,14 @@ struct Attributes {
   int n_attr, n_diff;
 };
 
+// Where the fragments of some faces go: face and pixel [K], values [K, 3] (u, v, z/w).
+struct Fragments {
+  const int64_t* starts;  // [F]: of each face's fragments among those of all
+  int64_t first_face, end_face;
+  int64_t *face, *pixel;
+  float* values;
+};
+
 // What antialias knows of the outlines in images of n_channels colours.
 struct Silhouettes {
   Meshes meshes;
@@ -53,6 +61,11 @@ MVDREAM_FAST_CPU_OP(int, rasterize_forward, const mvdream_fast::Meshes& meshes, 
 // d_rast, d_db: [B, H, W, 4], either may be null; d_pos [B, V, 4].
 MVDREAM_FAST_CPU_OP(void, rasterize_backward, const mvdream_fast::Meshes& meshes, const float* rast,
                     const float* d_rast, const float* d_db, float* d_pos, int n_threads)
+
+// Of the first image: the pixels that each face covers [F], by a RasterStatus; then faces and pixels in their order.
+MVDREAM_FAST_CPU_OP(int, fragment_counts, const mvdream_fast::Meshes& meshes, int64_t* counts, int n_threads)
+MVDREAM_FAST_CPU_OP(void, fragment_fill, const mvdream_fast::Meshes& meshes, const mvdream_fast::Fragments& out,
+                    int n_threads)
 
 // out [B, H, W, A], out_da [B, H, W, 2 n_diff]; returns a RasterStatus.
 MVDREAM_FAST_CPU_OP(int, interpolate_forward, const mvdream_fast::Attributes& args, float* out, float* out_da,

@@ -67,7 +67,7 @@ def _pieces(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Pieces:
 
 
 def _planes(resolution: tuple[int, int]) -> Tensor:
-    """[6, 4]: near, far, left, right, bottom and top of what is not clipped; a point p is inside where plane . p >= 0."""
+    """[6, 4]: near, far, left, right, bottom, top of what is not clipped; a point p is inside where plane . p >= 0."""
     x, y = (2 * GUARD / n for n in reversed(resolution))
     rows = [[0, 0, 1, 1], [0, 0, -1, 1], [1, 0, 0, x], [-1, 0, 0, x], [0, 1, 0, y], [0, -1, 0, y]]
     return torch.tensor(rows, dtype=torch.float64)

@@ -159,4 +159,6 @@ def _check_values(attr: Tensor, rast: Tensor, tri: Tensor) -> None:
 
 def _refuse(status: int, n_faces: int, n_vertices: int) -> None:
     wanted = f"of a mesh with {n_faces} triangles and {n_vertices} vertices"
-    require(status == 0, "interpolate", "rast", wanted, "a triangle or vertex outside", "pass rast, tri and attr of one")
+    require(
+        status == 0, "interpolate", "rast", wanted, "a triangle or vertex outside", "pass rast, tri and attr of one"
+    )

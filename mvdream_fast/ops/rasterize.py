@@ -1,9 +1,10 @@
 """Triangles to pixels: which triangle each pixel shows, where in it, and how fast that changes from pixel to pixel.
 
-Conventions are nvdiffrast's, so that one can stand for the other. Blending attributes is `interpolate`, the silhouettes'
-gradients are `antialias`.
+Conventions are nvdiffrast's, so that one can stand for the other. Blending attributes is `interpolate`, gradients of
+silhouettes are `antialias`.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from mvdream_fast.ops._registered import differentiable, register
 from mvdream_fast.ops._triangles import check_faces, covering_faces
 
 MOST_PIXELS = 1 << 14  # of a side
+FRAGMENTS = 1 << 20  # handed out at a time
 
 
 class Rasterized(NamedTuple):
@@ -32,6 +34,14 @@ class Rasterized(NamedTuple):
 
     rast: Tensor
     rast_db: Tensor
+
+
+class Fragments(NamedTuple):
+    """Triangles at pixels: face [K] and pixel [K] (row * Wp + column) int64, values [K, 3] (u, v, z/w)."""
+
+    face: Tensor
+    pixel: Tensor
+    values: Tensor
 
 
 def rasterize(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Rasterized:
@@ -65,6 +75,31 @@ def rasterize(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Rasteriz
         _check_values(images, tri)
         return rasterize_ref(images, tri, (height, width))
     return Rasterized(*_Rasterize.apply(images, tri, height, width))
+
+
+def fragments(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Iterator[Fragments]:
+    """Every triangle at every pixel that it covers by the rules of `rasterize`, seen or not, in the order of tri.
+
+    For what blends or has holes. Some FRAGMENTS at a time, never less than a triangle's; not differentiable.
+    pos: [V, 4] float32 on a CPU. tri: [F, 3] int32. resolution: (Hp, Wp).
+    """
+    height, width = _check(pos, tri, resolution)
+    fits = pos.ndim == 2 and pos.dtype == torch.float32 and not pos.is_cuda
+    require(fits, "fragments", "pos", "[V, 4] float32 on a CPU", f"{list(pos.shape)} {pos.dtype}", "convert it")
+    pos, tri = pos.detach().contiguous(), tri.contiguous()
+    native, queue = load_native("fragments"), queue_of(pos)
+    meshes, counts = _meshes(native, pos[None], tri, height, width), torch.empty(len(tri), dtype=torch.int64)
+    _refuse("fragments", native.fragment_counts(meshes, address(counts), queue), len(pos))
+    ends = counts.cumsum(0)
+    starts, first = ends - counts, 0
+    while first < len(tri):
+        end = max(first + 1, int(torch.searchsorted(ends, starts[first] + FRAGMENTS, right=True)))
+        n = int(ends[end - 1] - starts[first])
+        face, pixel = torch.empty(2, n, dtype=torch.int64)
+        values = torch.empty(n, 3)
+        native.fragment_fill(meshes, address(starts), [first, end], [*map(address, (face, pixel, values))], queue)
+        yield Fragments(face, pixel, values)
+        first = end
 
 
 def rasterize_ref(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Rasterized:

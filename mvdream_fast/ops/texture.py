@@ -1,4 +1,4 @@
-"""Texture lookup: nearest, bilinear and mip-mapped (trilinear), with gradients of texels, coordinates and footprints."""
+"""Texture lookup: nearest, bilinear, mip-mapped (trilinear), with gradients of texels, coordinates and footprints."""
 
 from typing import Literal
 
@@ -187,7 +187,9 @@ def _check(tex, uv, uv_da, filter_mode, boundary_mode) -> tuple[int, int]:
     check_shaped(op, "uv", uv, (None, None, None, 2))
     check_shaped(op, "tex", tex, (None, None, None, None))
     require(tex.shape[0] in (1, len(uv)), op, "tex", f"of 1 or {len(uv)} images", tex.shape[0], "repeat it")
-    require(tex.shape[1] > 0 and tex.shape[2] > 0, op, "tex", "of at least one texel", list(tex.shape), "pass a texture")
+    require(
+        tex.shape[1] > 0 and tex.shape[2] > 0, op, "tex", "of at least one texel", list(tex.shape), "pass a texture"
+    )
     require(tex.dtype == uv.dtype, op, "tex", f"{uv.dtype} like uv", tex.dtype, "convert one", TypeError)
     for name, value, known in (("filter_mode", filter_mode, FILTERS), ("boundary_mode", boundary_mode, BOUNDARIES)):
         require(value in known, op, name, f"one of {', '.join(known)}", value, "choose one")
