@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvdream_fast.ops._edges import WIDE_FLOATS, check_shaped, require
+from mvdream_fast.ops._edges import check_shaped, check_tensors, require
 
 MOST_FACES = 1 << 24  # a face's number is a float32
 SUBPIXELS = 4096  # a pixel's side in the whole numbers that vertices are snapped to
@@ -29,13 +29,28 @@ class Pieces(NamedTuple):
 
 def check_faces(op: str, tri: Tensor) -> None:
     """Raises where `tri` is no list of triangles by shape, type and length; its numbers are not read."""
-    check_shaped(op, "tri", tri, (None, 3), (torch.int32, torch.int32))
+    check_indices(op, "tri", tri, (None, 3))
     require(len(tri) <= MOST_FACES, op, "tri", f"at most {MOST_FACES} triangles", len(tri), "split the mesh")
+
+
+def check_indices(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    """An int32 tensor of this shape; None stands for any length."""
+    check_tensors(op, **{name: x})
+    require(x.dtype == torch.int32, op, name, "int32", x.dtype, "convert it with .int()", TypeError)
+    fits = x.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape))
+    wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+    require(fits, op, name, f"of shape {wanted}", list(x.shape), "reshape it")
+
+
+def check_as(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], other: str, like: Tensor) -> None:
+    """A tensor of this shape and of the dtype of another argument."""
+    check_shaped(op, name, x, shape)
+    require(x.dtype == like.dtype, op, name, f"{like.dtype} like {other}", x.dtype, "convert one", TypeError)
 
 
 def check_rast(op: str, rast: Tensor) -> None:
     """Raises where `rast` is not what `rasterize` returns, by shape and type; its numbers are not read."""
-    check_shaped(op, "rast", rast, (None, None, None, 4), WIDE_FLOATS)
+    check_shaped(op, "rast", rast, (None, None, None, 4))
 
 
 def covering_faces(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Tensor:

@@ -5,10 +5,8 @@ from torch import Tensor
 
 from mvdream_fast.ops._edges import (
     BACKENDS,
-    WIDE_FLOATS,
     address,
     check_same_device,
-    check_shaped,
     is_batched,
     load_native,
     queue_of,
@@ -17,7 +15,7 @@ from mvdream_fast.ops._edges import (
     vmap_error,
 )
 from mvdream_fast.ops._registered import differentiable, register
-from mvdream_fast.ops._triangles import check_faces, check_rast
+from mvdream_fast.ops._triangles import check_as, check_faces, check_indices, check_rast
 
 SLACK = 1 / 256  # of a pixel: coverage is decided on snapped vertices, crossings on exact ones
 
@@ -177,14 +175,12 @@ def _check(color, rast, pos, tri, topology) -> Tensor:
     if is_batched(color, rast, pos, tri, topology):
         raise vmap_error(op)
     check_rast(op, rast)
-    check_shaped(op, "color", color, (*rast.shape[:3], None), WIDE_FLOATS)
+    check_as(op, "color", color, (*rast.shape[:3], None), "rast", rast)
     images = pos[None] if getattr(pos, "ndim", 0) == 2 else pos
-    check_shaped(op, "pos", images, (len(rast), None, 4))
+    check_as(op, "pos", images, (len(rast), None, 4), "rast", rast)
     check_faces(op, tri)
-    for name, x in (("color", color), ("pos", pos)):
-        require(x.dtype == rast.dtype, op, name, f"{rast.dtype} like rast", x.dtype, "convert one", TypeError)
     if topology is not None:
-        check_shaped(op, "topology", topology, tuple(tri.shape), (torch.int32, torch.int32))
+        check_indices(op, "topology", topology, tuple(tri.shape))
     check_same_device(op, color=color, rast=rast, pos=pos, tri=tri, topology=topology)
     return images
 

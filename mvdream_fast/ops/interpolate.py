@@ -9,7 +9,6 @@ from mvdream_fast.ops._edges import (
     BACKENDS,
     address,
     check_same_device,
-    check_shaped,
     is_batched,
     load_native,
     queue_of,
@@ -18,7 +17,7 @@ from mvdream_fast.ops._edges import (
     vmap_error,
 )
 from mvdream_fast.ops._registered import differentiable, register
-from mvdream_fast.ops._triangles import check_faces, check_rast
+from mvdream_fast.ops._triangles import check_as, check_faces, check_rast
 
 
 def interpolate(
@@ -133,14 +132,14 @@ def _check(attr, rast, tri, rast_db, diff_attrs) -> list[int]:
     if is_batched(attr, rast, tri, rast_db):
         raise vmap_error(op)
     check_rast(op, rast)
-    check_shaped(op, "attr", attr, (None, None) if getattr(attr, "ndim", 0) == 2 else (len(rast), None, None))
+    shape = (None, None) if getattr(attr, "ndim", 0) == 2 else (len(rast), None, None)
+    check_as(op, "attr", attr, shape, "rast", rast)
     check_faces(op, tri)
-    require(attr.dtype == rast.dtype, op, "attr", f"{rast.dtype} like rast", attr.dtype, "convert one", TypeError)
     check_same_device(op, attr=attr, rast=rast, tri=tri, rast_db=rast_db)
     if diff_attrs is None:
         return []
     require(rast_db is not None, op, "rast_db", "given with diff_attrs", None, "pass what rasterize returns")
-    check_shaped(op, "rast_db", rast_db, tuple(rast.shape), (rast.dtype, rast.dtype))
+    check_as(op, "rast_db", rast_db, tuple(rast.shape), "rast", rast)
     n_attr = attr.shape[-1]
     chosen = list(range(n_attr)) if diff_attrs == "all" else list(diff_attrs)
     fits = all(isinstance(i, int) and 0 <= i < n_attr for i in chosen)

@@ -197,7 +197,8 @@ def _check(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> tuple[int, 
     check_shaped(op, "pos", pos, (None, 4) if getattr(pos, "ndim", 0) == 2 else (None, None, 4))
     check_faces(op, tri)
     check_same_device(op, pos=pos, tri=tri)
-    fits = len(resolution) == 2 and all(isinstance(n, int | torch.SymInt) and 1 <= n <= MOST_PIXELS for n in resolution)
+    fits = isinstance(resolution, tuple | list) and len(resolution) == 2
+    fits = fits and all(isinstance(n, int | torch.SymInt) and 1 <= n <= MOST_PIXELS for n in resolution)
     require(fits, op, "resolution", f"(Hp, Wp) of whole numbers from 1 to {MOST_PIXELS}", resolution, "choose others")
     return resolution
 

@@ -18,6 +18,7 @@ from mvdream_fast.ops._edges import (
     vmap_error,
 )
 from mvdream_fast.ops._registered import differentiable, register
+from mvdream_fast.ops._triangles import check_as
 
 FILTERS = ("nearest", "linear", "linear-mipmap-linear")
 BOUNDARIES = ("wrap", "clamp", "zero")
@@ -52,9 +53,9 @@ def texture(
     OpenGL 4.6 specification, section 8.14.
     """
     kind, boundary = _check(tex, uv, uv_da, filter_mode, boundary_mode)
-    n_images, height, width, n_channels = tex.shape
+    _, height, width, _ = tex.shape
     levels = _levels(tex) if kind == MIPMAP else [tex]
-    chain = torch.cat([level.reshape(n_images, -1, n_channels) for level in levels], 1)
+    chain = torch.cat([level.flatten(1, 2) for level in levels], 1)
     settings = (height, width, len(levels), kind, boundary)
     uv_da = uv_da if kind == MIPMAP else None
     if torch.compiler.is_compiling() and tex.dtype == torch.float32:
@@ -155,7 +156,8 @@ def _backward(cotangents, kept, wanted, chain, uv, uv_da, *settings) -> list[Ten
     inputs = [x if x is None else x.contiguous() for x in (chain, uv, uv_da)]
     gradients = [torch.empty_like(x) if want and x is not None else None for x, want in zip(inputs, wanted)]
     native = load_native("texture", chain)
-    addresses = map(address, (cotangents[0].contiguous(), *gradients))
+    d_out = cotangents[0].contiguous()
+    addresses = map(address, (d_out, *gradients))
     native.texture_backward(_textured(native, *inputs, *settings), *addresses, queue_of(chain))
     return gradients
 
@@ -185,17 +187,16 @@ def _check(tex, uv, uv_da, filter_mode, boundary_mode) -> tuple[int, int]:
     if is_batched(tex, uv, uv_da):
         raise vmap_error(op)
     check_shaped(op, "uv", uv, (None, None, None, 2))
-    check_shaped(op, "tex", tex, (None, None, None, None))
+    check_as(op, "tex", tex, (None, None, None, None), "uv", uv)
     require(tex.shape[0] in (1, len(uv)), op, "tex", f"of 1 or {len(uv)} images", tex.shape[0], "repeat it")
     require(
         tex.shape[1] > 0 and tex.shape[2] > 0, op, "tex", "of at least one texel", list(tex.shape), "pass a texture"
     )
-    require(tex.dtype == uv.dtype, op, "tex", f"{uv.dtype} like uv", tex.dtype, "convert one", TypeError)
     for name, value, known in (("filter_mode", filter_mode, FILTERS), ("boundary_mode", boundary_mode, BOUNDARIES)):
         require(value in known, op, name, f"one of {', '.join(known)}", value, "choose one")
     kind = FILTERS.index(filter_mode)
     if kind == MIPMAP:
         require(uv_da is not None, op, "uv_da", f"given with {filter_mode}", None, "pass what interpolate returns")
-        check_shaped(op, "uv_da", uv_da, (*uv.shape[:3], 4), (uv.dtype, uv.dtype))
+        check_as(op, "uv_da", uv_da, (*uv.shape[:3], 4), "uv", uv)
     check_same_device(op, tex=tex, uv=uv, uv_da=uv_da if kind == MIPMAP else None)
     return kind, BOUNDARIES.index(boundary_mode)
