@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from reference.meshes import box, flat, perspective, sheet, sphere
+from scipy.spatial import ConvexHull
 from threads import by_threads
 from tolerances import PARITY
 
@@ -91,22 +92,35 @@ def test_areas_and_their_gradients_by_sub_pixel_shifts(angle):
         corners = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]], dtype=torch.float64) @ turn.T * half
         shift = torch.tensor([(i % 10 + 0.3) / 10, (i // 10 + 0.6) / 10], dtype=torch.float64) * 2 / 160
         area = white(flat(corners + shift).float(), SQUARE, (160, 160)).double()
-        areas.append(float(area))
-        slopes.append(float(torch.autograd.grad(area, half)[0]))
+        areas.append(area.item())
+        slopes.append(torch.autograd.grad(area, half)[0].item())
     exact, exact_slope = (2 * 0.55 * 80) ** 2, 2 * (2 * 80) ** 2 * 0.55
     assert sum(areas) / 100 == pytest.approx(exact, rel=2e-3)
     assert sum(slopes) / 100 == pytest.approx(exact_slope, rel=1e-2)
 
 
-def test_a_sphere_pulls_its_outline_only():
-    vertices, tri = sphere(32, 96)
-    size = torch.tensor(0.8, requires_grad=True)
-    area = white(perspective(vertices * size), tri, (128, 128))
-    (slope,) = torch.autograd.grad(area, size)
-    # The circle's area is pi (64 f tan(asin(r / d)))^2 = pi (64 f)^2 r^2 / (d^2 - r^2).
-    scale, r, d = math.pi * 128**2, 0.8, 3.0
-    assert float(area) == pytest.approx(scale * r**2 / (d**2 - r**2), rel=1e-2)
-    assert float(slope) == pytest.approx(scale * 2 * r * d**2 / (d**2 - r**2) ** 2, rel=3e-2)
+def test_a_turned_box_pulls_its_outline():
+    """In perspective: the outline is the convex hull of the corners, whose area has a derivative by the box's size."""
+    vertices, tri = box()
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)))[0]
+
+    def corners(half):
+        return perspective((vertices.to(half.dtype) @ turn.to(half.dtype).T) * half)
+
+    def hull(half):
+        pos = corners(torch.tensor(half, dtype=torch.float64))
+        return ConvexHull((pos[:, :2] / pos[:, 3:] * 80).numpy()).volume  # of a polygon its area
+
+    areas, slopes = [], []
+    for i in range(36):
+        half = torch.tensor(0.55, requires_grad=True)
+        pos = corners(half)
+        shift = torch.tensor([(i % 6 + 0.2) / 6, (i // 6 + 0.4) / 6, 0, 0]) * 2 / 160
+        area = white(pos + shift * pos[:, 3:], tri, (160, 160))
+        areas.append(area.item())
+        slopes.append(torch.autograd.grad(area, half)[0].item())
+    assert sum(areas) / 36 == pytest.approx(hull(0.55), rel=2e-3)
+    assert sum(slopes) / 36 == pytest.approx((hull(0.5501) - hull(0.5499)) / 2e-4, rel=2e-2)
 
 
 def test_parity():
