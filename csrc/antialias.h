@@ -7,6 +7,7 @@
 #pragma once
 
 #include "rasterize.h"
+#include "shape_types.h"
 
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
@@ -59,8 +60,8 @@ MVDREAM_FAST_HD Crossing crossing_of(const Corner* corners, const Corner* beyond
   const int k = crossing.edge, a = (k + 1) % 3, b = (k + 2) % 3;
   const bool within = farthest >= -kCrossingSlack && farthest <= 1 + kCrossingSlack;
   const bool steep = std::fabs(across[b] - across[a]) >= std::fabs(along[b] - along[a]);
-  const bool outline = !has[k] || side_of(corners[a], corners[b], corners[k]) *
-                                          side_of(corners[a], corners[b], beyond[k]) >= 0;
+  const bool outline =
+      !has[k] || side_of(corners[a], corners[b], corners[k]) * side_of(corners[a], corners[b], beyond[k]) >= 0;
   crossing.distance = clamped(farthest, 0, 1);
   if (!(within && steep && outline)) crossing.edge = -1;
   return crossing;
@@ -105,6 +106,18 @@ struct Outlines {
   int64_t n_vertices, n_faces;
   int height, width;
 };
+
+MVDREAM_FAST_HD Outlines outlines_of(const Silhouettes& args, int64_t image) {
+  const int64_t n_pixels = int64_t(args.meshes.height) * args.meshes.width;
+  return {args.rast + 4 * image * n_pixels,
+          args.meshes.pos + 4 * image * args.meshes.n_vertices,
+          args.meshes.tri,
+          args.opposite,
+          args.meshes.n_vertices,
+          args.meshes.n_faces,
+          args.meshes.height,
+          args.meshes.width};
+}
 
 // A pair of neighbours: the first pixel, and the axis along which the second comes after it.
 struct Found {
@@ -171,6 +184,30 @@ MVDREAM_FAST_HD void visit_pairs(const float* crossings, int x, int y, int width
       visit(pixel - step, share.first_takes ? 0.0f : share.share, share.first_takes ? share.share : 0.0f);
     }
   }
+}
+
+// Calls add(corner, gradients of its x, y and w) for the two corners of the edge between a pair of pixels.
+template <typename Add>
+MVDREAM_FAST_HD void pair_gradients(const Outlines& image, const float* color, const float* d_out, int n_channels,
+                                    int x, int y, int axis, float crossing, Add add) {
+  int bad = 0;
+  const Share share = share_of(crossing);
+  const int64_t first = int64_t(y) * image.width + x, second = first + (axis == 0 ? 1 : image.width);
+  const float* taker = color + (share.first_takes ? first : second) * n_channels;
+  const float* giver = color + (share.first_takes ? second : first) * n_channels;
+  const float* d_taker = d_out + (share.first_takes ? first : second) * n_channels;
+  double d_share = 0;
+  for (int c = 0; c < n_channels; ++c) d_share += double(d_taker[c]) * (double(giver[c]) - taker[c]);
+  if (d_share == 0) return;
+  const Found found = find_crossing(image, x, y, axis, &bad);
+  if (found.crossing.edge < 0) return;
+  const double d_distance = found.first_owns == share.first_takes ? -d_share : d_share;
+  const int32_t a = found.corners[(found.crossing.edge + 1) % 3], b = found.corners[(found.crossing.edge + 2) % 3];
+  double d_a[3], d_b[3];
+  crossing_gradients(corner_of(image.pos + 4 * int64_t(a)), corner_of(image.pos + 4 * int64_t(b)), found.line,
+                     d_distance, d_a, d_b);
+  add(a, d_a);
+  add(b, d_b);
 }
 
 }  // namespace MVDREAM_FAST_ISA

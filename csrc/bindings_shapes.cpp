@@ -22,8 +22,9 @@ T* at(Address address) {
 Attributes attributes(Address attr, Address rast, Address rast_db, Address tri, Address diff_attrs,
                       std::array<int64_t, 5> sizes, int n_attr, int n_diff) {
   const auto [n_images, n_pixels, n_vertices, n_faces, stride] = sizes;
-  return {at<float>(attr), at<float>(rast), at<float>(rast_db), at<int32_t>(tri), at<int32_t>(diff_attrs), n_images,
-          n_pixels,        n_vertices,      n_faces,            stride,           n_attr,                  n_diff};
+  return {at<float>(attr), at<float>(rast), at<float>(rast_db), at<int32_t>(tri), at<int32_t>(diff_attrs),
+          n_images,        n_pixels,        n_vertices,         n_faces,          stride,
+          n_attr,          n_diff};
 }
 
 void bind_interpolate(py::module_& m) {
@@ -73,7 +74,7 @@ void bind_texture(py::module_& m) {
                        int filter, int boundary) {
         const auto [n_images, n_pixels, n_texels, stride] = sizes;
         const auto [height, width, n_levels, n_channels] = shape;
-        return Textured{at<float>(tex), at<float>(uv), at<float>(uv_da), n_images, n_pixels,   n_texels, stride,
+        return Textured{at<float>(tex), at<float>(uv), at<float>(uv_da), n_images,   n_pixels, n_texels, stride,
                         height,         width,         n_levels,         n_channels, filter,   boundary};
       }));
   m.def(
@@ -93,10 +94,10 @@ void bind_texture(py::module_& m) {
 
 void bind_rasterize(py::module_& m) {
   py::class_<Meshes>(m, "Meshes")
-      .def(py::init([](Address pos, Address tri, int64_t n_images, int64_t n_vertices, int64_t n_faces, int height,
-                       int width) {
-        return Meshes{at<float>(pos), at<int32_t>(tri), n_images, n_vertices, n_faces, height, width};
-      }));
+      .def(py::init(
+          [](Address pos, Address tri, int64_t n_images, int64_t n_vertices, int64_t n_faces, int height, int width) {
+            return Meshes{at<float>(pos), at<int32_t>(tri), n_images, n_vertices, n_faces, height, width};
+          }));
   m.def(
       "rasterize_forward",
       [](const Meshes& meshes, Address rast, Address rast_db, int n_threads) {

@@ -83,7 +83,8 @@ MVDREAM_FAST_HD int cut(const Corner* polygon, int n, int plane, const Viewport&
   return count;
 }
 
-// The visible part of a triangle as a polygon on the screen; returns its number of corners, below 3 where there is none.
+// The visible part of a triangle as a polygon on the screen; returns its number of corners, below 3 where there is
+// none.
 MVDREAM_FAST_HD int clip(const Corner* triangle, const Viewport& screen, Snapped* out) {
   Corner buffers[2][kMostCorners];
   int n = 3;
@@ -105,7 +106,9 @@ struct Box {
   int x0, x1, y0, y1;  // pixels, both ends inclusive; empty where an end lies before its start
 };
 
-MVDREAM_FAST_HD int first_centre(int32_t at) { return static_cast<int>((int64_t(at) + kSubpixels - 1) >> kSubpixelBits); }
+MVDREAM_FAST_HD int first_centre(int32_t at) {
+  return static_cast<int>((int64_t(at) + kSubpixels - 1) >> kSubpixelBits);
+}
 MVDREAM_FAST_HD int last_centre(int32_t at) { return static_cast<int>(at >> kSubpixelBits); }
 
 template <typename T>
@@ -168,7 +171,8 @@ MVDREAM_FAST_HD bool set_edges(const Snapped& a, const Snapped& b, const Snapped
   return true;
 }
 
-// Depths are compared in steps of 2^-39, so that surfaces that coincide do not fight; of equal ones the first face wins.
+// Depths are compared in steps of 2^-39, so that surfaces that coincide do not fight; of equal ones the first face
+// wins.
 constexpr double kDepthRounding = 12288;  // 1.5 * 2^13: a sum with it has a last digit of 2^-39
 
 // The clip-space corners of a pixel's triangle, the pixel's place, and what follows; R is a double or a vector of them.

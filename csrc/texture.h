@@ -1,13 +1,14 @@
 // Which texels make a pixel's colour, with what weights, and how those change with the coordinates and the level.
 //
-// Texel (i, j) of a level of w x h covers [i / w, (i + 1) / w] x [j / h, (j + 1) / h]. The level of detail is log2 of the
-// longer axis, in texels of the largest level, of the ellipse that a pixel's circle is on the texture.
+// Texel (i, j) of a level of w x h covers [i / w, (i + 1) / w] x [j / h, (j + 1) / h]. The level of detail is log2 of
+// the longer axis, in texels of the largest level, of the ellipse that a pixel's circle is on the texture.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "hd.h"
+#include "shape_types.h"
 
 namespace mvdream_fast {
 
@@ -83,8 +84,8 @@ MVDREAM_FAST_HD int level_taps(const TextureLevel& level, double u, double v, in
   return n;
 }
 
-// The level of detail of da = (du/dX, du/dY, dv/dX, dv/dY), and where `slopes` is given its derivatives by them, 0 where
-// it is cut off at the first or last level.
+// The level of detail of da = (du/dX, du/dY, dv/dX, dv/dY), and where `slopes` is given its derivatives by them, 0
+// where it is cut off at the first or last level.
 MVDREAM_FAST_HD double detail_level(const float* da, int width, int height, int n_levels, double* slopes) {
   const double ux = double(da[0]) * width, uy = double(da[1]) * width;
   const double vx = double(da[2]) * height, vy = double(da[3]) * height;
@@ -117,6 +118,31 @@ MVDREAM_FAST_HD int taps_of(const float* uv, const float* da, int width, int hei
   const int n = level_taps(texture_level(width, height, first), u, v, filter, boundary, 1 - between, -1, taps);
   if (second == first) return n;
   return n + level_taps(texture_level(width, height, second), u, v, filter, boundary, between, 1, taps + n);
+}
+
+// Of a pixel counted through all images.
+MVDREAM_FAST_HD int pixel_taps(const Textured& args, int64_t pixel, Tap* taps, double* slopes) {
+  const float* da = args.uv_da ? args.uv_da + 4 * pixel : nullptr;
+  return taps_of(args.uv + 2 * pixel, da, args.width, args.height, args.n_levels, args.filter, args.boundary, taps,
+                 slopes);
+}
+
+// Gradients of a pixel's coordinates and footprint, either may be null; tex: of its image.
+MVDREAM_FAST_HD void tap_gradients(const Textured& args, const float* tex, const Tap* taps, int n, const double* slopes,
+                                   const float* d_out, float* d_uv, float* d_da) {
+  double d_u = 0, d_v = 0, d_level = 0;
+  for (int k = 0; k < n; ++k) {
+    double d = 0;
+    for (int c = 0; c < args.n_channels; ++c) d += double(d_out[c]) * tex[taps[k].texel * args.n_channels + c];
+    d_u += d * taps[k].along_u;
+    d_v += d * taps[k].along_v;
+    d_level += d * taps[k].along_level;
+  }
+  if (d_uv) {
+    d_uv[0] = float(d_u);
+    d_uv[1] = float(d_v);
+  }
+  for (int k = 0; k < 4 && d_da; ++k) d_da[k] = float(d_level * slopes[k]);
 }
 
 }  // namespace MVDREAM_FAST_ISA

@@ -11,46 +11,11 @@ namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
 namespace {
 
-Outlines outlines_of(const Silhouettes& args, int64_t image) {
-  const int64_t n_pixels = int64_t(args.meshes.height) * args.meshes.width;
-  return {args.rast + 4 * image * n_pixels,
-          args.meshes.pos + 4 * image * args.meshes.n_vertices,
-          args.meshes.tri,
-          args.opposite,
-          args.meshes.n_vertices,
-          args.meshes.n_faces,
-          args.meshes.height,
-          args.meshes.width};
-}
-
 // What a pair has to add to the x, y and w of its edge's corners.
 struct EdgeGradient {
   int32_t corner;
   double d[3];
 };
-
-void pair_gradients(const Silhouettes& args, const Outlines& image, const float* color, const float* d_out, int x,
-                    int y, int axis, float crossing, std::vector<EdgeGradient>* out) {
-  int bad = 0;
-  const Share share = share_of(crossing);
-  const int64_t first = int64_t(y) * image.width + x, second = first + (axis == 0 ? 1 : image.width);
-  const int64_t taker = share.first_takes ? first : second, giver = share.first_takes ? second : first;
-  double d_share = 0;
-  for (int c = 0; c < args.n_channels; ++c) {
-    d_share += double(d_out[taker * args.n_channels + c]) *
-               (double(color[giver * args.n_channels + c]) - color[taker * args.n_channels + c]);
-  }
-  if (d_share == 0) return;
-  const Found found = find_crossing(image, x, y, axis, &bad);
-  if (found.crossing.edge < 0) return;
-  const double d_distance = found.first_owns == share.first_takes ? -d_share : d_share;
-  const int32_t a = found.corners[(found.crossing.edge + 1) % 3], b = found.corners[(found.crossing.edge + 2) % 3];
-  EdgeGradient of_a{a, {}}, of_b{b, {}};
-  crossing_gradients(corner_of(image.pos + 4 * int64_t(a)), corner_of(image.pos + 4 * int64_t(b)), found.line,
-                     d_distance, of_a.d, of_b.d);
-  out->push_back(of_a);
-  out->push_back(of_b);
-}
 
 }  // namespace
 
@@ -115,8 +80,11 @@ void antialias_backward(const Silhouettes& args, const float* color, const float
         for (int axis = 0; axis < (d_pos ? 2 : 0); ++axis) {
           const float crossing = crossings[2 * pixel + axis];
           if (crossing == 0) continue;
-          pair_gradients(args, outlines, color + image * channels, d_out + image * channels, x, int(row % height), axis,
-                         crossing, &of_rows[row]);
+          const auto add = [&](int32_t corner, const double* d) {
+            of_rows[row].push_back({corner, {d[0], d[1], d[2]}});
+          };
+          pair_gradients(outlines, color + image * channels, d_out + image * channels, channels, x, int(row % height),
+                         axis, crossing, add);
         }
       }
     }

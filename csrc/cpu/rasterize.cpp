@@ -42,15 +42,19 @@ struct Drawing {
   int tiles_x, tiles_y, n_tiles;
   int64_t n_chunks, per_chunk;
   std::vector<Snapped> vertices;
-  std::vector<uint8_t> whole;                // vertices that need no clipping
-  std::vector<std::vector<Piece>> pieces;    // of each chunk
-  std::vector<int64_t> starts;               // [chunks, tiles]: of a chunk's entries in `entries`
-  std::vector<int64_t> entries;              // tile after tile: a face, or -1 - (a piece, 32 bits; its chunk above)
-  std::vector<int64_t> tile_starts;          // [tiles + 1]
+  std::vector<uint8_t> whole;              // vertices that need no clipping
+  std::vector<std::vector<Piece>> pieces;  // of each chunk
+  std::vector<int64_t> starts;             // [chunks, tiles]: of a chunk's entries in `entries`
+  std::vector<int64_t> entries;            // tile after tile: a face, or -1 - (a piece, 32 bits; its chunk above)
+  std::vector<int64_t> tile_starts;        // [tiles + 1]
 
   Drawing(const Meshes& meshes)
-      : meshes(meshes), pos(meshes.pos), screen{meshes.width, meshes.height}, tiles_x((meshes.width + kTile - 1) / kTile),
-        tiles_y((meshes.height + kTile - 1) / kTile), n_tiles(tiles_x * tiles_y) {
+      : meshes(meshes),
+        pos(meshes.pos),
+        screen{meshes.width, meshes.height},
+        tiles_x((meshes.width + kTile - 1) / kTile),
+        tiles_y((meshes.height + kTile - 1) / kTile),
+        n_tiles(tiles_x * tiles_y) {
     per_chunk = std::max(kFacesPerChunk, (meshes.n_faces + kMostChunks - 1) / kMostChunks);
     n_chunks = (meshes.n_faces + per_chunk - 1) / per_chunk;
     vertices.resize(meshes.n_vertices);
@@ -327,8 +331,8 @@ void pixel_gradients(const Meshes& meshes, const float* pos, const Cotangents& g
   int bad = 0, n_covered = 0;
   for (int i = 0; i < kPerVector; ++i) {
     int32_t corners[3] = {-1, -1, -1};
-    const bool covered = i < n && corners_of(given.rast[4 * (at + i) + 3], meshes.tri, meshes.n_faces,
-                                             meshes.n_vertices, corners, &bad);
+    const bool covered =
+        i < n && corners_of(given.rast[4 * (at + i) + 3], meshes.tri, meshes.n_faces, meshes.n_vertices, corners, &bad);
     gathered.put(i, pos, covered ? corners : nullptr);
     n_covered += covered;
     if (i < n) std::memcpy(&pass->corners[3 * (slot + i)], covered ? corners : kNobody, sizeof corners);

@@ -13,34 +13,11 @@ namespace {
 
 constexpr int64_t kPassPixels = 1 << 14;  // whose taps are held at a time
 
-int pixel_taps(const Textured& args, int64_t pixel, Tap* taps, double* slopes) {
-  const float* da = args.uv_da ? args.uv_da + 4 * pixel : nullptr;
-  return taps_of(args.uv + 2 * pixel, da, args.width, args.height, args.n_levels, args.filter, args.boundary, taps,
-                 slopes);
-}
-
 // A tap as the sums of the texels need it.
 struct Part {
   int64_t texel;  // -1 for none
   float weight;
 };
-
-void coordinate_gradients(const Textured& args, const float* tex, const Tap* taps, int n, const double* slopes,
-                          const float* d_out, float* d_uv, float* d_da) {
-  double d_u = 0, d_v = 0, d_level = 0;
-  for (int k = 0; k < n; ++k) {
-    double d = 0;
-    for (int c = 0; c < args.n_channels; ++c) d += double(d_out[c]) * tex[taps[k].texel * args.n_channels + c];
-    d_u += d * taps[k].along_u;
-    d_v += d * taps[k].along_v;
-    d_level += d * taps[k].along_level;
-  }
-  if (d_uv) {
-    d_uv[0] = float(d_u);
-    d_uv[1] = float(d_v);
-  }
-  for (int k = 0; k < 4 && d_da; ++k) d_da[k] = float(d_level * slopes[k]);
-}
 
 }  // namespace
 
@@ -77,8 +54,8 @@ void texture_backward(const Textured& args, const float* d_out, float* d_tex, fl
         double slopes[4] = {};
         const int64_t start = pixel / args.n_pixels * args.stride;
         const int n = pixel_taps(args, pixel, taps, slopes);
-        coordinate_gradients(args, args.tex + start, taps, n, slopes, d_out + pixel * channels,
-                             d_uv ? d_uv + 2 * pixel : nullptr, d_da ? d_da + 4 * pixel : nullptr);
+        tap_gradients(args, args.tex + start, taps, n, slopes, d_out + pixel * channels,
+                      d_uv ? d_uv + 2 * pixel : nullptr, d_da ? d_da + 4 * pixel : nullptr);
         for (int k = 0; k < kMostTaps && d_tex; ++k) {
           const bool here = k < n && taps[k].weight != 0;
           parts[kMostTaps * (pixel - first) + k] =

@@ -16,6 +16,7 @@ from mvdream_fast.ops._edges import (
 )
 from mvdream_fast.ops._registered import differentiable, register
 from mvdream_fast.ops._triangles import check_as, check_faces, check_indices, check_rast
+from mvdream_fast.ops.rasterize import meshes_of
 
 SLACK = 1 / 256  # of a pixel: coverage is decided on snapped vertices, crossings on exact ones
 
@@ -134,7 +135,7 @@ def _forward(color, rast, pos, tri, topology) -> tuple[Tensor, Tensor]:
     color, rast, pos, tri, topology = (x.contiguous() for x in (color, rast, pos, tri, topology))
     native = load_native("antialias", color)
     out, crossings = torch.empty_like(color), color.new_empty(*color.shape[:3], 2)
-    outlines = _outlines(native, color, rast, pos, tri, topology)
+    outlines = _outlines(color, rast, pos, tri, topology)
     status = native.antialias_forward(outlines, *map(address, (color, crossings, out)), queue_of(color))
     _refuse(status, len(tri), pos.shape[1])
     return out, crossings
@@ -144,16 +145,16 @@ def _backward(cotangents, kept, wanted, color, rast, pos, tri, topology) -> list
     color, rast, pos, tri, topology = (x.contiguous() for x in (color, rast, pos, tri, topology))
     native, d_out = load_native("antialias", color), cotangents[0].contiguous()
     d_color, d_pos = (torch.empty_like(x) if want else None for x, want in ((color, wanted[0]), (pos, wanted[2])))
-    outlines = _outlines(native, color, rast, pos, tri, topology)
+    outlines = _outlines(color, rast, pos, tri, topology)
     addresses = map(address, (color, kept[0], d_out, d_color, d_pos))
     native.antialias_backward(outlines, *addresses, queue_of(color))
     return [d_color, None, d_pos]
 
 
-def _outlines(native, color, rast, pos, tri, topology):
-    n_images, height, width, n_channels = color.shape
-    meshes = native.Meshes(address(pos), address(tri), n_images, pos.shape[1], len(tri), height, width)
-    return native.Silhouettes(meshes, address(rast), address(topology), n_channels)
+def _outlines(color, rast, pos, tri, topology):
+    _, height, width, n_channels = color.shape
+    meshes = meshes_of(pos, tri, height, width)
+    return load_native("antialias").Silhouettes(meshes, address(rast), address(topology), n_channels)
 
 
 def _fake(color, *_) -> tuple[Tensor, Tensor]:

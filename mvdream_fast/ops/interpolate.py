@@ -75,7 +75,7 @@ def _forward(attr, rast, tri, rast_db, diff_attrs) -> tuple[Tensor, Tensor]:
     native, n_attr = load_native("interpolate", attr), attr.shape[-1]
     out = attr.new_empty(*rast.shape[:3], n_attr)
     out_da = attr.new_empty(*rast.shape[:3], 2 * len(diff_attrs))
-    args, _alive = _arguments(native, *inputs, diff_attrs)
+    args, _alive = _arguments(*inputs, diff_attrs)
     status = native.interpolate_forward(args, *map(address, (out, out_da)), queue_of(attr))
     _refuse(status, len(tri), attr.shape[-2])
     return out, out_da
@@ -85,7 +85,7 @@ def _backward(cotangents, kept, wanted, attr, rast, tri, rast_db, diff_attrs) ->
     inputs = _contiguous(attr, rast, tri, rast_db)
     d_out, d_out_da = _contiguous(*cotangents)
     native = load_native("interpolate", attr)
-    args, _alive = _arguments(native, *inputs, diff_attrs)
+    args, _alive = _arguments(*inputs, diff_attrs)
     slopes = rast_db is not None and wanted[3]
     d_attr, d_rast = (torch.empty_like(x) if want else None for x, want in zip(inputs[:2], wanted))
     d_db = torch.empty_like(inputs[3]) if slopes else None
@@ -96,14 +96,14 @@ def _backward(cotangents, kept, wanted, attr, rast, tri, rast_db, diff_attrs) ->
     return [d_attr, d_rast, None, d_db]
 
 
-def _arguments(native, attr, rast, tri, rast_db, diff_attrs):
+def _arguments(attr, rast, tri, rast_db, diff_attrs):
     """The native arguments, and a tensor that must live as long as they do."""
     chosen = torch.tensor(diff_attrs, dtype=torch.int32).to(attr.device)
     n_images, height, width, _ = rast.shape
     n_vertices, n_attr = attr.shape[-2:]
     sizes = [n_images, height * width, n_vertices, len(tri), n_vertices * n_attr if attr.ndim == 3 else 0]
     addresses = map(address, (attr, rast, rast_db, tri, chosen))
-    return native.Attributes(*addresses, sizes, n_attr, len(diff_attrs)), chosen
+    return load_native("interpolate").Attributes(*addresses, sizes, n_attr, len(diff_attrs)), chosen
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

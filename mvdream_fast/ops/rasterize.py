@@ -5,7 +5,7 @@ silhouettes are `antialias`.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def fragments(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Iterator
     require(fits, "fragments", "pos", "[V, 4] float32 on a CPU", f"{list(pos.shape)} {pos.dtype}", "convert it")
     pos, tri = pos.detach().contiguous(), tri.contiguous()
     native, queue = load_native("fragments"), queue_of(pos)
-    meshes, counts = _meshes(native, pos[None], tri, height, width), torch.empty(len(tri), dtype=torch.int64)
+    meshes, counts = meshes_of(pos[None], tri, height, width), torch.empty(len(tri), dtype=torch.int64)
     _refuse("fragments", native.fragment_counts(meshes, address(counts), queue), len(pos))
     ends = counts.cumsum(0)
     starts, first = ends - counts, 0
@@ -154,7 +154,7 @@ def _forward(pos: Tensor, tri: Tensor, height: int, width: int) -> tuple[Tensor,
     rast_db = torch.empty_like(rast)
     native = load_native("rasterize", pos)
     status = native.rasterize_forward(
-        _meshes(native, pos, tri, height, width), address(rast), address(rast_db), queue_of(pos)
+        meshes_of(pos, tri, height, width), address(rast), address(rast_db), queue_of(pos)
     )
     _refuse("rasterize", status, pos.shape[1])
     return rast, rast_db
@@ -165,13 +165,14 @@ def _backward(cotangents, kept, wanted, pos, tri, height, width) -> list[Tensor]
     d_rast, d_db = (d if d is None else d.contiguous() for d in cotangents)
     d_pos, native = torch.empty_like(pos), load_native("rasterize", pos)
     addresses = map(address, (kept[0], d_rast, d_db, d_pos))
-    native.rasterize_backward(_meshes(native, pos, tri, height, width), *addresses, queue_of(pos))
+    native.rasterize_backward(meshes_of(pos, tri, height, width), *addresses, queue_of(pos))
     return [d_pos]
 
 
-def _meshes(native, pos: Tensor, tri: Tensor, height: int, width: int):
+def meshes_of(pos: Tensor, tri: Tensor, height: int, width: int) -> Any:
+    """The native arguments for contiguous pos [B, V, 4] and tri, on any device."""
     n_images, n_vertices, _ = pos.shape
-    return native.Meshes(address(pos), address(tri), n_images, n_vertices, len(tri), height, width)
+    return load_native("rasterize").Meshes(address(pos), address(tri), n_images, n_vertices, len(tri), height, width)
 
 
 _Rasterize = differentiable(

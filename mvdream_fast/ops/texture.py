@@ -148,7 +148,7 @@ def _detail(uv_da: Tensor, height: int, width: int, n_levels: int) -> Tensor:
 def _forward(chain, uv, uv_da, *settings) -> Tensor:
     chain, uv, uv_da = (x if x is None else x.contiguous() for x in (chain, uv, uv_da))
     out, native = uv.new_empty(*uv.shape[:3], chain.shape[-1]), load_native("texture", chain)
-    native.texture_forward(_textured(native, chain, uv, uv_da, *settings), address(out), queue_of(chain))
+    native.texture_forward(_textured(chain, uv, uv_da, *settings), address(out), queue_of(chain))
     return out
 
 
@@ -158,16 +158,16 @@ def _backward(cotangents, kept, wanted, chain, uv, uv_da, *settings) -> list[Ten
     native = load_native("texture", chain)
     d_out = cotangents[0].contiguous()
     addresses = map(address, (d_out, *gradients))
-    native.texture_backward(_textured(native, *inputs, *settings), *addresses, queue_of(chain))
+    native.texture_backward(_textured(*inputs, *settings), *addresses, queue_of(chain))
     return gradients
 
 
-def _textured(native, chain, uv, uv_da, height, width, n_levels, kind, boundary):
+def _textured(chain, uv, uv_da, height, width, n_levels, kind, boundary):
     n_images, n_rows, n_columns, _ = uv.shape
     _, n_texels, n_channels = chain.shape
     stride = n_texels * n_channels if len(chain) > 1 else 0
     sizes, shape = [n_images, n_rows * n_columns, n_texels, stride], [height, width, n_levels, n_channels]
-    return native.Textured(*map(address, (chain, uv, uv_da)), sizes, shape, kind, boundary)
+    return load_native("texture").Textured(*map(address, (chain, uv, uv_da)), sizes, shape, kind, boundary)
 
 
 _Texture = differentiable(_forward, _backward, twice=texture_ref)
