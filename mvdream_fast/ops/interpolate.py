@@ -71,24 +71,23 @@ def interpolate_ref(
 
 
 def _forward(attr, rast, tri, rast_db, diff_attrs) -> tuple[Tensor, Tensor]:
-    inputs = _contiguous(attr, rast, tri, rast_db)
+    attr, rast, tri, rast_db = attr.contiguous(), rast.contiguous(), tri.contiguous(), _contiguous(rast_db)
     native, n_attr = load_native("interpolate", attr), attr.shape[-1]
     out = attr.new_empty(*rast.shape[:3], n_attr)
     out_da = attr.new_empty(*rast.shape[:3], 2 * len(diff_attrs))
-    args, _alive = _arguments(*inputs, diff_attrs)
+    args, _alive = _arguments(attr, rast, tri, rast_db, diff_attrs)
     status = native.interpolate_forward(args, *map(address, (out, out_da)), queue_of(attr))
     _refuse(status, len(tri), attr.shape[-2])
     return out, out_da
 
 
 def _backward(cotangents, kept, wanted, attr, rast, tri, rast_db, diff_attrs) -> list[Tensor | None]:
-    inputs = _contiguous(attr, rast, tri, rast_db)
-    d_out, d_out_da = _contiguous(*cotangents)
+    attr, rast, tri, rast_db = attr.contiguous(), rast.contiguous(), tri.contiguous(), _contiguous(rast_db)
+    d_out, d_out_da = map(_contiguous, cotangents)
     native = load_native("interpolate", attr)
-    args, _alive = _arguments(*inputs, diff_attrs)
-    slopes = rast_db is not None and wanted[3]
-    d_attr, d_rast = (torch.empty_like(x) if want else None for x, want in zip(inputs[:2], wanted))
-    d_db = torch.empty_like(inputs[3]) if slopes else None
+    args, _alive = _arguments(attr, rast, tri, rast_db, diff_attrs)
+    d_attr, d_rast = (torch.empty_like(x) if want else None for x, want in zip((attr, rast), wanted))
+    d_db = torch.empty_like(rast_db) if rast_db is not None and wanted[3] else None
     if d_attr is not None and not rast.shape[0]:
         d_attr.zero_()  # no image writes it
     addresses = map(address, (d_out, d_out_da, d_attr, d_rast, d_db))
@@ -106,8 +105,8 @@ def _arguments(attr, rast, tri, rast_db, diff_attrs):
     return load_native("interpolate").Attributes(*addresses, sizes, n_attr, len(diff_attrs)), chosen
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [x if x is None else x.contiguous() for x in tensors]
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
 
 
 def _empty(attr, rast, tri, rast_db, diff_attrs) -> tuple[Tensor, Tensor]:

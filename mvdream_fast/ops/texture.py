@@ -146,7 +146,7 @@ def _detail(uv_da: Tensor, height: int, width: int, n_levels: int) -> Tensor:
 
 
 def _forward(chain, uv, uv_da, *settings) -> Tensor:
-    chain, uv, uv_da = (x if x is None else x.contiguous() for x in (chain, uv, uv_da))
+    chain, uv, uv_da = chain.contiguous(), uv.contiguous(), uv_da if uv_da is None else uv_da.contiguous()
     out, native = uv.new_empty(*uv.shape[:3], chain.shape[-1]), load_native("texture", chain)
     native.texture_forward(_textured(chain, uv, uv_da, *settings), address(out), queue_of(chain))
     return out

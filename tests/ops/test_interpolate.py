@@ -58,7 +58,9 @@ def test_clip_space_as_an_attribute_comes_out_at_the_pixels_place():
 def test_derivatives_of_a_flat_triangle_are_differences_of_neighbours():
     pos = flat(torch.tensor([[-3.0, -1], [3, -2], [0, 4]]))
     rast, rast_db = rasterize(pos, TRIANGLE, (9, 11))
-    out, out_da = interpolate(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), rast, TRIANGLE, rast_db, "all")
+    out, out_da = interpolate(
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), rast, TRIANGLE, rast_db, "all"
+    )
     by_x, by_y = out[0].diff(dim=1), out[0].diff(dim=0)
     torch.testing.assert_close(out_da[0, :, 1:, 0::2], by_x, rtol=0, atol=1e-5)
     torch.testing.assert_close(out_da[0, 1:, :, 1::2], by_y, rtol=0, atol=1e-5)

@@ -95,7 +95,9 @@ def test_parity(filter_mode, boundary_mode, shape, n_textures):
 def test_gradients_of_the_reference_by_finite_differences(filter_mode, boundary_mode):
     tex, uv, uv_da = (x.double() for x in scene((8, 16), 1, 1))
     uv, uv_da = uv[:, :3, :4].clone().requires_grad_(), uv_da[:, :3, :4].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *x: texture(*x, filter_mode, boundary_mode), (tex.requires_grad_(), uv, uv_da))
+    assert torch.autograd.gradcheck(
+        lambda *x: texture(*x, filter_mode, boundary_mode), (tex.requires_grad_(), uv, uv_da)
+    )
 
 
 def test_second_derivatives():

@@ -1,4 +1,4 @@
-"""Small meshes with known shapes, cameras for them, and a rasteriser that asks every pixel of every triangle by itself."""
+"""Small meshes with known shapes, cameras for them, and a rasteriser that asks every pixel of every triangle."""
 
 import math
 
@@ -78,8 +78,8 @@ def asked_one_by_one(pos, tri, resolution, margin=1e-3):
     """What every pixel shows, by the weights of its place among each triangle's homogeneous corners, in float64.
 
     Nothing is snapped, clipped or sorted: a point of a triangle is a sum of its corners with weights that are not
-    negative, and is seen where its w is positive and -w <= z <= w. Returns: triangle + 1 [H, W], depth [H, W], and where
-    the answer is certain [H, W]: no edge, no depth and no plane nearer than `margin` (pixels, or units of depth).
+    negative, and is seen where its w is positive and -w <= z <= w. Returns: triangle + 1 [H, W], depth [H, W], and
+    where the answer is certain [H, W]: no edge, depth or plane nearer than `margin` (pixels, or units of depth).
     """
     height, width = resolution
     x = (torch.arange(width, dtype=torch.float64) + 0.5) * 2 / width - 1
