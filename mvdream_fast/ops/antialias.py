@@ -31,8 +31,8 @@ def antialias(color: Tensor, rast: Tensor, pos: Tensor, tri: Tensor, topology: T
     edge of it that has no other triangle, or one that folds back behind it, and that crosses the line between the two
     centres at less than 45 degrees from its normal, is a silhouette. At distance d from the triangle's own pixel, that
     pixel takes 1/2 - d of the other's colour, or the other one d - 1/2 of its. So the image is continuous in the
-    silhouettes' places: the only gradients of pos that `rasterize` has not. A pixel that shows another triangle than the
-    one with the silhouette is left as it is; where triangles at an outline are thinner than a pixel, that is most.
+    silhouettes' places: the only gradients of pos that `rasterize` has not. A pixel that shows another triangle than
+    the one with the silhouette is left as it is; where triangles at an outline are thinner than a pixel, that is most.
 
     Differentiable in color and pos; a second time through the plain-torch reference. float32 runs natively, on a CPU
     with the same bits for any number of threads; float64 is plain torch. On CUDA numbers of triangles and vertices that
