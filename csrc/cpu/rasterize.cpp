@@ -136,11 +136,9 @@ int sort_into_tiles(Drawing* drawing, int n_threads) {
     int64_t* counts = drawing->starts.data() + chunk * n_tiles;
     std::fill(counts, counts + n_tiles, 0);
     drawing->pieces[chunk].clear();
-    if (has_vertices(*drawing, chunk)) {
-      visit_chunk(drawing, chunk, true, [&](int tile, int64_t) { ++counts[tile]; });
-    } else {
-      ++n_bad;
-    }
+    const bool there = has_vertices(*drawing, chunk);
+    n_bad += !there;
+    if (there) visit_chunk(drawing, chunk, true, [&](int tile, int64_t) { ++counts[tile]; });
   }
   if (n_bad) return n_bad;
   int64_t total = 0;
@@ -364,8 +362,7 @@ void add_own(const PassGradients& pass, int64_t n, const Owner& owner, double* s
 
 void image_gradients(const Meshes& meshes, const float* pos, const Cotangents& given, float* d_pos, double* sums,
                      PassGradients* pass, int n_threads) {
-  const int64_t n_pixels = int64_t(meshes.height) * meshes.width;
-  const int64_t rows = std::max(int64_t(1), kPassPixels / meshes.width);  // kMostSide lets one row fit
+  const int64_t rows = std::max(int64_t(1), kPassPixels / meshes.width);  // a row is at most 2^14
 #pragma omp parallel num_threads(n_threads)
   {
     const Lanes lanes;
@@ -382,7 +379,7 @@ void image_gradients(const Meshes& meshes, const float* pos, const Cotangents& g
           pixel_gradients(meshes, pos, given, at, n, at - start, lanes, pass);
         }
       }
-      add_own(*pass, std::min(n_pixels, end * meshes.width) - start, owner, sums);
+      add_own(*pass, end * meshes.width - start, owner, sums);
 #pragma omp barrier
     }
 #pragma omp for schedule(static)
