@@ -17,6 +17,7 @@ namespace py = pybind11;
 namespace mvdream_fast {
 void bind_field(py::module_& m);
 void bind_render(py::module_& m);
+void bind_shapes(py::module_& m);
 void bind_cuda(py::module_& m);
 void bind_unet(py::module_& m);
 void bind_launch(py::module_& m);
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
   });
   mvdream_fast::bind_field(m);
   mvdream_fast::bind_render(m);
+  mvdream_fast::bind_shapes(m);
 #ifdef MVDREAM_FAST_HAS_CUDA
   py::module_ cuda = m.def_submodule("cuda", "The same ops on CUDA tensors");
   mvdream_fast::bind_cuda(cuda);

@@ -250,6 +250,60 @@ void bind_render(py::module_& m) {
       NoGil());
 }
 
+// Their arguments are classes of the CPU's module.
+void bind_shapes_cuda(py::module_& m) {
+  m.def(
+      "rasterize_forward",
+      [](const Meshes& meshes, Address rast, Address rast_db, cuda::Queue queue) {
+        return cuda::rasterize_forward(meshes, at<float>(rast), at<float>(rast_db), queue);
+      },
+      NoGil());
+  m.def(
+      "rasterize_backward",
+      [](const Meshes& meshes, Address rast, Address d_rast, Address d_db, Address d_pos, cuda::Queue queue) {
+        cuda::rasterize_backward(meshes, at<float>(rast), at<float>(d_rast), at<float>(d_db), at<float>(d_pos), queue);
+      },
+      NoGil());
+  m.def(
+      "interpolate_forward",
+      [](const Attributes& args, Address out, Address out_da, cuda::Queue queue) {
+        return cuda::interpolate_forward(args, at<float>(out), at<float>(out_da), queue);
+      },
+      NoGil());
+  m.def(
+      "interpolate_backward",
+      [](const Attributes& args, Address d_out, Address d_out_da, Address d_attr, Address d_rast, Address d_db,
+         cuda::Queue queue) {
+        cuda::interpolate_backward(args, at<float>(d_out), at<float>(d_out_da), at<float>(d_attr), at<float>(d_rast),
+                                   at<float>(d_db), queue);
+      },
+      NoGil());
+  m.def(
+      "antialias_forward",
+      [](const Silhouettes& args, Address color, Address crossings, Address out, cuda::Queue queue) {
+        return cuda::antialias_forward(args, at<float>(color), at<float>(crossings), at<float>(out), queue);
+      },
+      NoGil());
+  m.def(
+      "antialias_backward",
+      [](const Silhouettes& args, Address color, Address crossings, Address d_out, Address d_color, Address d_pos,
+         cuda::Queue queue) {
+        cuda::antialias_backward(args, at<float>(color), at<float>(crossings), at<float>(d_out), at<float>(d_color),
+                                 at<float>(d_pos), queue);
+      },
+      NoGil());
+  m.def(
+      "texture_forward",
+      [](const Textured& args, Address out, cuda::Queue queue) { cuda::texture_forward(args, at<float>(out), queue); },
+      NoGil());
+  m.def(
+      "texture_backward",
+      [](const Textured& args, Address d_out, Address d_tex, Address d_uv, Address d_da, cuda::Queue queue) {
+        cuda::texture_backward(args, at<float>(d_out), at<float>(d_tex), at<float>(d_uv), at<float>(d_da), queue);
+      },
+      NoGil());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -263,6 +317,7 @@ void bind_cuda(py::module_& m) {
   bind_hash_encode(m);
   bind_field(m);
   bind_render(m);
+  bind_shapes_cuda(m);
 }
 
 }  // namespace mvdream_fast

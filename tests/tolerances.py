@@ -7,6 +7,8 @@ from torch import Tensor
 PARITY = {
     "composite": 2e-6,  # float64 sums, rounded once
     "composite.gradients": 1e-5,
+    "antialias": 1e-6,
+    "antialias.gradients": 1e-5,
     "cross_view_attention": 5e-6,
     "field": 2e-6,
     "field.gradients": 1e-5,  # sums over all samples, in another order
@@ -15,11 +17,16 @@ PARITY = {
     "hash_encode": 2e-6,
     "hash_encode.gradients": 5e-6,
     "instruction_sets": 1e-5,  # fused multiply-adds or none, and exp by other polynomials
+    "interpolate": 1e-6,
+    "interpolate.gradients": 1e-5,
     "packed_scan": 1e-5,  # running sums of up to 30 terms
+    "rasterize": 1e-6,  # of the largest: slopes and gradients of slivers are large
     "render": 1e-5,  # elementwise functions differ in the last place with a sample's place in the vector registers
     "render.fused": 2e-5,  # each product of the networks as three of tf32
     "second_derivatives": 1e-5,
     "sds_target": 1e-4,  # guidance 50 times latents / sqrt(abar): results of order 100
+    "texture": 1e-6,
+    "texture.gradients": 1e-5,  # float32 sums over all pixels of a texel
     "time_camera_embedding": 2e-5,  # three layers of sums over up to 1280 values
 }
 

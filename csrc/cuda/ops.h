@@ -7,6 +7,7 @@
 #include "cpu/field.h"
 #include "cpu/rays.h"
 #include "cpu/scan.h"
+#include "shape_types.h"
 
 struct CUstream_st;  // as the CUDA headers declare it, so that the bindings need none of them
 
@@ -58,5 +59,19 @@ void traverse(const TraverseArgs& args, Queue queue);
 
 void composite_forward(const Packed& samples, const CompositeForward& args, Queue queue);
 void composite_backward(const Packed& samples, const CompositeBackward& args, Queue queue);
+
+// As on the CPU, but always kRasterFine: vertices that are no numbers, and triangles and vertices that there are not,
+// are left out instead of refused, which would have to wait for them.
+int rasterize_forward(const Meshes& meshes, float* rast, float* rast_db, Queue queue);
+void rasterize_backward(const Meshes& meshes, const float* rast, const float* d_rast, const float* d_db, float* d_pos,
+                        Queue queue);
+int interpolate_forward(const Attributes& args, float* out, float* out_da, Queue queue);
+void interpolate_backward(const Attributes& args, const float* d_out, const float* d_out_da, float* d_attr,
+                          float* d_rast, float* d_db, Queue queue);
+int antialias_forward(const Silhouettes& args, const float* color, float* crossings, float* out, Queue queue);
+void antialias_backward(const Silhouettes& args, const float* color, const float* crossings, const float* d_out,
+                        float* d_color, float* d_pos, Queue queue);
+void texture_forward(const Textured& args, float* out, Queue queue);
+void texture_backward(const Textured& args, const float* d_out, float* d_tex, float* d_uv, float* d_da, Queue queue);
 
 }  // namespace mvdream_fast::cuda

@@ -178,7 +178,7 @@ def _several(outputs: Any) -> Sequence[Any]:
 
 
 def _is_tensors(x: Any) -> bool:
-    return isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x)
+    return isinstance(x, (list, tuple)) and bool(x) and all(isinstance(y, Tensor) for y in x)
 
 
 def _flat(arguments: Sequence[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The renderer without OpenGL: a numpy rasteriser, and the constants of the look that both renderers share.
+"""The renderer without OpenGL: numpy on top of ops.rasterize, and the constants of the look that both renderers share.
 
 World frame and camera axes are camera.py's (z up, OpenGL camera axes).
 """
@@ -10,7 +10,6 @@ import numpy as np
 
 from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.images import to_bytes
-from mvdream_fast.core.triangles import covered_pixels, cross
 from mvdream_fast.rendering.mesh import Mesh, Part, Texture
 
 # Ambient + up + headlight + key, raised by 10 % so that a white object comes out white.
@@ -32,7 +31,7 @@ def view_projection(c2w: np.ndarray, fovy: float) -> np.ndarray:
 
 
 class NumpyRenderer:
-    """The same images as GLRenderer, slower, anywhere. Triangles that reach behind the near plane are left out."""
+    """The same images as GLRenderer, slower, anywhere."""
 
     name = "numpy"
 
@@ -45,8 +44,8 @@ class NumpyRenderer:
     def _view(self, mesh, c2w, fovy, size, samples, lit) -> np.ndarray:
         side = size * samples
         eye = c2w[:3, 3].astype(np.float32)
-        parts = [_project(part, view_projection(c2w, fovy), side) for part in mesh.parts]
-        depth = np.full(side * side, np.inf)
+        parts = [_project(part, view_projection(c2w, fovy)) for part in mesh.parts]
+        depth = np.full(side * side, np.inf, np.float32)
         image = np.zeros((side * side, 4), np.float32)  # premultiplied
         for part in parts:
             _draw_solid(part, depth, image, side, eye, lit)
@@ -59,21 +58,18 @@ class NumpyRenderer:
 @dataclass(frozen=True)
 class _Projected:
     source: Part
-    corners: np.ndarray  # [M, 3, 3] pixel x, pixel y (downwards), depth in [-1, 1]
-    inverse_w: np.ndarray  # [M, 3]
-    faces: np.ndarray  # [M, 3] those in front of the camera
+    clip: np.ndarray  # [N, 4] float32, y downwards: row 0 of a picture is its top
+    faces: np.ndarray  # [M, 3] int32, those that face the camera or have no back
 
 
-def _project(part: Part, matrix: np.ndarray, side: int) -> _Projected:
+def _project(part: Part, matrix: np.ndarray) -> _Projected:
     clip = np.hstack([part.positions, np.ones((len(part.positions), 1), np.float32)]) @ matrix.T
-    faces = part.faces[(clip[part.faces, 3] > 1e-6).all(1) & (clip[part.faces, 2] > -clip[part.faces, 3]).all(1)]
-    w = np.where(np.abs(clip[:, 3:]) < 1e-9, 1e-9, clip[:, 3:])
-    ndc = clip[:, :3] / w
-    screen = np.stack([(ndc[:, 0] + 1) * side / 2, (1 - ndc[:, 1]) * side / 2, ndc[:, 2]], 1)
+    clip[:, 1] *= -1
+    faces = part.faces
     if not part.double_sided:
-        a, b, c = (screen[faces[:, i], :2] for i in range(3))
-        faces = faces[cross(b - a, c - a) < 0]  # y goes down
-    return _Projected(part, screen[faces], (1 / w[:, 0])[faces], faces)
+        towards = np.linalg.det(clip[faces][:, :, [0, 1, 3]])  # of which sign, also where a corner is behind the camera
+        faces = faces[towards < 0]
+    return _Projected(part, clip.astype(np.float32), np.ascontiguousarray(faces, dtype=np.int32))
 
 
 @dataclass
@@ -87,32 +83,55 @@ class _Fragments:
         return _Fragments(self.pixel[index], self.face[index], self.weights[index], self.depth[index])
 
 
-def _fragments(part: _Projected, side: int) -> Iterator[_Fragments]:
+def _weights(uv: np.ndarray) -> np.ndarray:
+    return np.hstack([uv, 1 - uv.sum(1, keepdims=True)])
+
+
+def _all_fragments(part: _Projected, side: int) -> Iterator[_Fragments]:
     """All covered pixel centres of all triangles, in the order of the faces."""
-    for face, x, y, flat in covered_pixels(part.corners[:, :, :2], side):
-        weights = flat * part.inverse_w[face]
-        depth = (flat * part.corners[face, :, 2]).sum(1)
-        yield _Fragments(y * side + x, face, weights / weights.sum(1, keepdims=True), depth)
+    import torch
+
+    from mvdream_fast.ops.rasterize import fragments
+
+    for face, pixel, values in fragments(torch.from_numpy(part.clip), torch.from_numpy(part.faces), (side, side)):
+        yield _Fragments(pixel.numpy(), face.numpy(), _weights(values[:, :2].numpy()), values[:, 2].numpy())
+
+
+def _nearest_fragments(part: _Projected, side: int) -> _Fragments:
+    """The nearest triangle of each covered pixel."""
+    import torch
+
+    from mvdream_fast.ops.rasterize import rasterize
+
+    with torch.no_grad():
+        rast, _ = rasterize(torch.from_numpy(part.clip), torch.from_numpy(part.faces), (side, side))
+    rows = rast.numpy().reshape(-1, 4)
+    pixel = np.flatnonzero(rows[:, 3])
+    rows = rows[pixel]
+    return _Fragments(pixel, rows[:, 3].astype(np.int64) - 1, _weights(rows[:, :2]), rows[:, 2])
 
 
 def _draw_solid(part: _Projected, depth, image, side, eye, lit) -> None:
     limit = SOLID if part.source.blend else part.source.cutoff
-    for f in _fragments(part, side):
+    for f in _all_fragments(part, side) if limit > 0 else [_nearest_fragments(part, side)]:
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
         if limit > 0:
-            f = f.take(np.flatnonzero(_base(part, f)[:, 3] >= limit))
-        # Far to near, so that the nearest fragment of a pixel is the one that stays.
-        f = f.take(np.argsort(-f.depth, kind="stable"))
-        winner = np.full(side * side, -1)
-        winner[f.pixel] = np.arange(len(f.pixel))
-        f = f.take(winner[winner >= 0])
+            f = _nearest(f.take(np.flatnonzero(_base(part, f)[:, 3] >= limit)), side)
         depth[f.pixel] = f.depth
         image[f.pixel, :3], image[f.pixel, 3] = _shade(part, f, _base(part, f), eye, lit), 1.0
 
 
+def _nearest(f: _Fragments, side: int) -> _Fragments:
+    """Of each pixel the nearest fragment, of equals the first."""
+    f = f.take(np.lexsort((-np.arange(len(f.pixel)), -f.depth)))  # the last that is written to a pixel stays
+    winner = np.full(side * side, -1)
+    winner[f.pixel] = np.arange(len(f.pixel))
+    return f.take(winner[winner >= 0])
+
+
 def _draw_glass(part: _Projected, depth, image, side, eye, lit) -> None:
     """Blends every fragment in front of the solid parts, in the order of the faces, as the graphics card does."""
-    for f in _fragments(part, side):
+    for f in _all_fragments(part, side):
         f = f.take(np.flatnonzero(f.depth < depth[f.pixel]))
         f = f.take(np.flatnonzero(_base(part, f)[:, 3] < SOLID))
         f = f.take(np.argsort(f.pixel, kind="stable"))

@@ -34,6 +34,8 @@ FUNCTIONS = {
     *("march_status", "march_count", "march_fill", "sample_positions", "prune_count", "prune_fill", "update_occupancy"),
     *("composite_forward", "composite_backward", "hash_encode_forward", "hash_encode_backward"),
     *("field_forward", "field_backward", "render", "packed_scan", "packed_product_backward", "traverse"),
+    *("rasterize_forward", "rasterize_backward", "interpolate_forward", "interpolate_backward"),
+    *("antialias_forward", "antialias_backward", "texture_forward", "texture_backward"),
 }
 
 pytestmark = [
@@ -218,6 +220,10 @@ def say_what_it_can(library):
     march = cuda.MarchArgs(*[0] * 5, 0.0, 9.0, 4, 0, [4, 4, 4], box, 0.1, -1, queue)
     packed = cuda.Packed(0, 0, 0, 4, queue)
     scan = cuda.ScanArgs(0, 0, 4, 0, False, True, False, False, 0, queue)
+    meshes = native.Meshes(0, 0, 1, 3, 1, 4, 4)
+    attributes = native.Attributes(0, 0, 0, 0, 0, [1, 16, 3, 1, 0], 2, 0)
+    silhouettes = native.Silhouettes(meshes, 0, 0, 3)
+    textured = native.Textured(0, 0, 0, [1, 16, 4, 0], [2, 2, 1, 3], 1, 0)
     calls = {
         "march_status": (march,),
         "march_count": (march, 0, 0),
@@ -236,6 +242,14 @@ def say_what_it_can(library):
         "field_forward": (field, 0, 4, 0, 0, queue),
         "field_backward": (field, 0, 4, 0, 0, 1 << 20, 0, 0, 0, queue),
         "render": (field, march, 0.0, 1.0, 0, 0, 0, 0, 0),
+        "rasterize_forward": (meshes, 0, 0, queue),
+        "rasterize_backward": (meshes, *[0] * 4, queue),
+        "interpolate_forward": (attributes, 0, 0, queue),
+        "interpolate_backward": (attributes, 0, 0, 1 << 20, 0, 0, queue),
+        "antialias_forward": (silhouettes, 0, 0, 0, queue),
+        "antialias_backward": (silhouettes, 0, 0, 0, 1 << 20, 0, queue),
+        "texture_forward": (textured, 0, queue),
+        "texture_backward": (textured, 0, 1 << 20, 0, 0, queue),
     }
     refusals = {}
     for name, arguments in calls.items():

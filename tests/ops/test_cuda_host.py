@@ -8,11 +8,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import test_antialias
 import test_composite
 import test_field
 import test_hash_encode
+import test_interpolate
 import test_march_rays
+import test_rasterize
 import test_render_op
+import test_texture
 import test_update_occupancy
 import torch
 from reference.cuda_host import built, loaded
@@ -24,7 +28,12 @@ from mvdream_fast.ops import _edges
 from mvdream_fast.ops._edges import load_native
 from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
+SHAPE_NAMES = ("rasterize", "interpolate", "antialias", "texture")
+SHAPE_OPS = [sys.modules[f"mvdream_fast.ops.{name}"] for name in SHAPE_NAMES]
 field_op, hash_encode_op = (sys.modules[f"mvdream_fast.ops.{name}"] for name in ("field", "hash_encode"))
+
+
+SHARED = ("HashGrid", "Field", "Meshes", "Attributes", "Silhouettes", "Textured")  # classes of the CPU's module
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +47,7 @@ def host_instead_of_cpu(cuda_host, monkeypatch):
     """The ops' CPU backend is the host build."""
     from mvdream_fast import _C
 
-    for shared in ("HashGrid", "Field"):
+    for shared in SHARED:
         setattr(cuda_host, shared, getattr(_C, shared))
     monkeypatch.setattr(mvdream_fast, "_C", cuda_host)
     monkeypatch.setattr(_edges, "has_vector_loads", lambda tensor: True)  # as on CUDA; UBSan sees where it matters
@@ -68,15 +77,32 @@ NOT_HERE = [  # the references' own tests, the CPU's promises, and what takes lo
     "test_frozen_inputs_change_no_other_gradient",  # to the bit in deterministic mode only: see below
     "test_forward_mode_goes_through_the_reference",
     "test_registered_forms",
+    # Of the rasteriser: `fragments` is a CPU's; what is no number and what there is not is left out instead of refused.
+    "test_every_pixel_of_a_sheet_is_covered_once",
+    "test_sheets_whose_edges_run_through_the_centres",
+    "test_a_closed_surface_has_a_front_and_a_back_at_every_pixel",
+    "test_fragments_are_those_of_each_triangle_alone",
+    "test_the_area_of_a_sphere_s_outline",
+    "test_a_million_triangles",
+    "test_a_screen_that_is_much_larger_than_a_tile",
+    "test_gradients_by_finite_differences",
+    "test_gradients_of_the_reference_by_finite_differences",
+    "test_areas_and_their_gradients_by_sub_pixel_shifts",
+    "test_a_turned_box_pulls_its_outline",
+    "test_vertices_that_are_no_numbers_are_refused",
+    "test_vertices_that_there_are_not_are_refused",
+    "test_triangles_that_there_are_not_are_refused",
+    "test_numbers_that_there_are_not_are_refused",
 ]
-for ops_tests in (test_composite, test_march_rays, test_update_occupancy, test_hash_encode, test_field):
+SHAPES = (test_rasterize, test_interpolate, test_antialias, test_texture)
+for ops_tests in (test_composite, test_march_rays, test_update_occupancy, test_hash_encode, test_field, *SHAPES):
     borrow(ops_tests, NOT_HERE)
 
 
 @pytest.fixture
 def deterministic(monkeypatch, cuda_host):
     """The ops' calls as torch.use_deterministic_algorithms makes them on CUDA."""
-    for op in (hash_encode_op, field_op):
+    for op in (hash_encode_op, field_op, *SHAPE_OPS):
         monkeypatch.setattr(op, "queue_of", lambda like: cuda_host.Queue(0, deterministic=True))
 
 
@@ -102,6 +128,61 @@ def test_no_order_of_threads_changes_a_bit(deterministic, monkeypatch):
     """A missing barrier, or a sum by float atomics, would show."""
     forward, reverse = (gradients_in_order(order, monkeypatch) for order in ("forward", "reverse"))
     assert all(torch.equal(a, b) for a, b in zip(forward, reverse, strict=True))
+
+
+def shapes_in_order(order, monkeypatch):
+    monkeypatch.setenv("MVDREAM_FAST_SHIM_ORDER", order)
+    pos, tri, _ = test_rasterize.SCENES["two images"]()
+    return [
+        *test_rasterize.outputs_and_gradient(ops.rasterize, pos, tri, (15, 21)),
+        *test_interpolate.outputs_and_gradients(ops.interpolate, *test_interpolate.scene(2, shared=True), "all"),
+        *test_antialias.outputs_and_gradients(ops.antialias, *test_antialias.scene()),
+        *test_texture.outputs_and_gradients(*test_texture.scene(), "linear-mipmap-linear"),
+    ]
+
+
+def test_no_order_of_threads_changes_a_bit_of_shapes(deterministic, monkeypatch):
+    forward, reverse = (shapes_in_order(order, monkeypatch) for order in ("forward", "reverse"))
+    assert all(torch.equal(a, b) for a, b in zip(forward, reverse, strict=True))
+
+
+@pytest.mark.parametrize("scene", test_rasterize.SCENES)
+def test_deterministic_gradients_of_vertices(deterministic, scene):
+    test_rasterize.test_parity(scene)
+
+
+def test_deterministic_gradients_of_attributes_outlines_and_texels(deterministic):
+    test_interpolate.test_parity(2, True, "all")
+    test_antialias.test_parity()
+    test_texture.test_parity("linear-mipmap-linear", "wrap", (16, 32), 1)
+
+
+def test_cotangents_that_are_no_numbers(deterministic):
+    pos, tri, resolution = test_rasterize.SCENES["flat"]()
+    rast = ops.rasterize(pos.requires_grad_(), tri, resolution).rast
+    cotangent = torch.zeros_like(rast)
+    cotangent[..., 0] = float("nan")
+    assert torch.autograd.grad(rast, pos, cotangent)[0].isnan().all()
+
+
+def test_what_is_not_there_is_left_out():
+    pos, tri, resolution = test_rasterize.SCENES["flat"]()
+    whole = ops.rasterize(pos, tri, resolution).rast
+    seen = whole[..., 3].unique()[1:4]
+    first, second, third = (seen.long() - 1).tolist()
+    broken, numbers = pos.clone(), tri.clone()
+    broken[0, 3 * first] = float("nan")
+    numbers[second, 1], numbers[third, 2] = -1, pos.shape[1]
+    rast = ops.rasterize(broken, numbers, resolution).rast
+    assert not torch.isin(rast[..., 3], seen).any()
+    kept = ~torch.isin(whole[..., 3], seen)
+    assert torch.equal(rast[kept][:, 3], whole[kept][:, 3])
+    whole[0, 3, 4, 3], whole[0, 5, 6, 3] = len(tri) + 1, float("nan")
+    out, _ = ops.interpolate(torch.rand(pos.shape[1], 2), whole, tri)
+    assert not out[0, 3, 4].any()
+    assert not out[0, 5, 6].any()
+    color = torch.rand(1, *resolution, 2)
+    assert ops.antialias(color, whole, pos, tri).isfinite().all()
 
 
 def test_float_atomics_change_the_table_alone(monkeypatch):
@@ -208,7 +289,7 @@ def test_networks_level_by_level(slabs, width, n_hidden):
 @pytest.fixture
 def launches(cuda_host, monkeypatch):
     """Ops queue on device 2; the current device after each call and that of its launches, by the function's name."""
-    for name in ("march_rays", "composite", "hash_encode", "field", "packed_scan", "traverse_grids"):
+    for name in ("march_rays", "composite", "hash_encode", "field", "packed_scan", "traverse_grids", *SHAPE_NAMES):
         module = sys.modules[f"mvdream_fast.ops.{name}"]
         monkeypatch.setattr(module, "queue_of", lambda like: cuda_host.Queue(0, device=2))
     seen = {}
@@ -221,7 +302,7 @@ def launches(cuda_host, monkeypatch):
 
         return call
 
-    classes = {"HashGrid", "Field", "MarchArgs", "Packed", "ScanArgs"}
+    classes = {*SHARED, "MarchArgs", "Packed", "ScanArgs"}
     not_ops = ("devices", "syncs", "set_slabs", "update_occupancy")
     functions = {name for name in dir(cuda_host) if name[0].islower() and name not in not_ops}
     backend = {name: getattr(cuda_host, name) for name in classes} | {name: watched(name) for name in functions}
@@ -242,8 +323,12 @@ def test_every_op_makes_its_device_current_and_restores_it(fused, launches):
     ops.packed_scan(sigmas.detach().requires_grad_(), samples.packed_info, product=True).sum().backward()
     near, cells = rays[0].new_zeros(5), torch.ones(1, 2, 2, 2, dtype=torch.bool)
     ops.traverse_grids(*rays, cells, torch.tensor([test_render_op.BOX]), near, near + 9, 0.1)
+    color, rast, pos, tri = (x.requires_grad_() if x.is_floating_point() else x for x in test_antialias.scene())
+    out, _ = ops.interpolate(pos, ops.rasterize(pos, tri, rast.shape[1:3]).rast, tri)
+    out = ops.antialias(out[..., :2].contiguous(), rast, pos, tri)
+    ops.texture(color[:1], out).sum().backward()
     assert set(seen) == functions
-    assert len(functions) == 16
+    assert len(functions) == 24
     assert all(devices == [0, 2] for devices in seen.values()), seen
 
 

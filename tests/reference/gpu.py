@@ -209,7 +209,8 @@ def _patches(extension):
     from mvdream_fast.models.unet import MultiViewUNet
     from mvdream_fast.models.vae import VAE
 
-    extension.HashGrid, extension.Field = _C.HashGrid, _C.Field
+    for shared in ("HashGrid", "Field", "Meshes", "Attributes", "Silhouettes", "Textured"):
+        setattr(extension, shared, getattr(_C, shared))
     yield mock.patch.object(_C, "cuda", _counted(extension), create=True)
     yield mock.patch.object(torch.cuda, "Event", Event)
     yield mock.patch.object(torch.cuda, "current_stream", return_value=SimpleNamespace(cuda_stream=0))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mvdream_fast.core.images import to_bytes
-from mvdream_fast.core.triangles import covered_pixels
+from mvdream_fast.ops import interpolate, rasterize
 from mvdream_fast.scene.mesh.mesh import CHUNK, ColorFn, Mesh
 
 PADDING = 2  # texels between charts; the rest of the sheet repeats the nearest chart's border
@@ -65,14 +65,13 @@ def texel_positions(
 
     Row 0 is the top of the sheet, v = 1. A triangle too small to hold a texel's centre leaves none.
     """
-    positions = np.zeros((size, size, 3), dtype=np.float32)
-    covered = np.zeros((size, size), dtype=bool)
-    corners = uvs.astype(np.float64) * size  # in texels; texel (i, j) from the lower left has its centre at +0.5
-    for face, x, y, weights in covered_pixels(corners[faces], size, tolerance=1e-9):
-        rows, columns = size - 1 - y, x
-        positions[rows, columns] = (weights[:, :, None] * vertices[faces[face]]).sum(axis=1)
-        covered[rows, columns] = True
-    return positions, covered
+    corners = torch.from_numpy(np.asarray(uvs, dtype=np.float32)) * 2 - 1  # the sheet is the screen
+    flat = torch.cat([corners, torch.zeros(len(corners), 1), torch.ones(len(corners), 1)], 1)
+    tri = torch.from_numpy(np.ascontiguousarray(faces, dtype=np.int32))
+    with torch.no_grad():
+        rast, _ = rasterize(flat, tri, (size, size))
+        positions, _ = interpolate(torch.from_numpy(np.asarray(vertices, dtype=np.float32)), rast, tri)
+    return positions[0].flip(0).numpy(), (rast[0, ..., 3] > 0).flip(0).numpy()
 
 
 def _spread(sheet: np.ndarray, covered: np.ndarray) -> np.ndarray:

@@ -80,10 +80,11 @@ def test_texels_by_hand():
     faces = np.array([[0, 1, 2]], dtype=np.int32)
     uvs = np.array([[0, 0], [1, 0], [0, 1]], dtype=np.float32)
     positions, covered = texture.texel_positions(vertices, faces, uvs, 4)
-    # Row 0 is the top, v = 1; centres on the long edge belong to the triangle.
-    assert (covered == np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=bool)).all()
+    # Row 0 is the top, v = 1; centres on the long edge, a right one, belong to what lies beyond.
+    assert (covered == np.array([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]], dtype=bool)).all()
     np.testing.assert_allclose(positions[3, 1], [1.5, 0.5, 0], atol=1e-6)
-    np.testing.assert_allclose(positions[0, 0], [0.5, 3.5, 0], atol=1e-6)
+    np.testing.assert_allclose(positions[1, 0], [0.5, 2.5, 0], atol=1e-6)
+    assert not positions[~covered].any()
 
 
 def test_a_triangle_without_area_is_no_texel():
