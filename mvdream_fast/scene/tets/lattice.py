@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLOTS = 7  # edges that leave a point towards larger coordinates: three along the axes, four along diagonals
+# The edges that leave a point towards larger coordinates: along the axes, and diagonals.
+WAYS = ((2, 0, 0), (0, 2, 0), (0, 0, 2), (1, -1, -1), (1, -1, 1), (1, 1, -1), (1, 1, 1))
+SLOTS = len(WAYS)
 EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of a tetrahedron, by its corners
 
 
 class Tetrahedra(NamedTuple):
-    """points [K, 4] of tetrahedra, right-handed, and of their six EDGES the numbers [K, 6] and both ends [K, 6, 2]."""
+    """points [K, 4] of tetrahedra, right-handed, and the kind [K] of each, out of twelve."""
 
     points: Tensor
-    edges: Tensor
-    ends: Tensor
+    kind: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,32 @@ class Lattice:
             count = c[:-1] + c[1:] + k[:, :-1, :-1] + k[:, 1:, :-1] + k[:, :-1, 1:] + k[:, 1:, 1:]
             mixed.append(((count > 0) & (count < 6)).movedim(0, axis).nonzero())
         points, kind = self._blocks(mixed)
-        count = inside[points].sum(1)
+        count = inside.index_select(0, points.flatten()).view(-1, 4).sum(1)
         kept = ((count > 0) & (count < 4)).nonzero()[:, 0]
-        return self._with_edges(points[kept], kind[kept])
+        return Tetrahedra(points.index_select(0, kept), kind.index_select(0, kept))
 
     def tetrahedra(self) -> Tetrahedra:
         """All of them, 12 (n - 1) n^2: for who must see each; `crossed` makes do with those at a surface."""
         sides = [[self.cells - (axis == along) for axis in range(3)] for along in range(3)]
-        return self._with_edges(*self._blocks([torch.cartesian_prod(*map(torch.arange, side)) for side in sides]))
+        return self._blocks([torch.cartesian_prod(*map(torch.arange, side)) for side in sides])
 
-    def _blocks(self, cells: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Points [K, 4] and kinds [K] of the four tetrahedra around the lines from cells' centres along each axis.
+    def edges(self, tetrahedra: Tetrahedra, row: Tensor, edge: Tensor) -> Tensor:
+        """Numbers [M] of edges: `edge` [M] of the six of the tetrahedron `row` [M]."""
+        tables = _tables(self.cells, row.device)
+        which = tetrahedra.kind.index_select(0, row) * len(EDGES) + edge
+        first = tetrahedra.points.flatten().index_select(0, row * 4 + tables.first.index_select(0, which))
+        return first * SLOTS + tables.slots.index_select(0, which)
+
+    def ends(self, edges: Tensor) -> Tensor:
+        """[M, 2]: the points at both ends of edges with these numbers, the one with the smaller coordinates first."""
+        first = edges // SLOTS
+        whole = whole_coordinates(self, edges.device)[first] + _ways(edges.device)[edges % SLOTS]
+        odd = whole[:, 0] % 2
+        half, side = whole // 2, self.cells + 1 - odd
+        return torch.stack([first, odd * self.n_corners + (half[:, 0] * side + half[:, 1]) * side + half[:, 2]], 1)
+
+    def _blocks(self, cells: list[Tensor]) -> Tetrahedra:
+        """The four tetrahedra around the lines from cells' centres along each axis.
 
         cells: for each axis [M, 3], the cell that the line starts in.
         """
@@ -120,20 +136,16 @@ class Lattice:
             kind = torch.arange(4 * axis, 4 * axis + 4, device=start.device)
             found.append((first[:, None] + _tables(n, start.device).offsets[kind]).flatten(0, 1))
             kinds.append(kind.repeat(len(start)))
-        return torch.cat(found), torch.cat(kinds)
-
-    def _with_edges(self, points: Tensor, kind: Tensor) -> Tetrahedra:
-        tables = _tables(self.cells, points.device)
-        ends = points.gather(1, tables.ends[kind].flatten(1)).view(-1, 6, 2)
-        return Tetrahedra(points, ends[..., 0] * SLOTS + tables.slots[kind], ends)
+        return Tetrahedra(torch.cat(found), torch.cat(kinds))
 
 
 class _Tables(NamedTuple):
     """Of the twelve kinds of tetrahedra, four for each axis: offsets [12, 4] of the points' numbers from those of the
-    first cell's centre and lower corner, ends [12, 6, 2] of the edges among the points, and slots [12, 6]."""
+    first cell's centre and lower corner; of their edges first [72], which of the points they start from, and slots
+    [72]."""
 
     offsets: Tensor
-    ends: Tensor
+    first: Tensor
     slots: Tensor
 
 
@@ -143,14 +155,40 @@ def _strides(m: int) -> list[int]:
 
 @cache
 def _tables(cells: int, device: torch.device) -> _Tables:
-    offsets, ends, slots = [], [], []
+    offsets, first, slots = [], [], []
     for points in _shapes():
         centres, corners = points[:2] // 2 @ _strides(cells), (points[2:] + 1) // 2 @ _strides(cells + 1)
         offsets.append([*centres + (cells + 1) ** 3, *corners])
-        of_edges = [_directed(points, *edge) for edge in EDGES]
-        ends.append([edge[:2] for edge in of_edges])
-        slots.append([edge[2] for edge in of_edges])
-    return _Tables(*(torch.tensor(np.array(x), device=device) for x in (offsets, ends, slots)))
+        for i, j in EDGES:
+            start, way = (i, points[j] - points[i]) if _is_ahead(points[j] - points[i]) else (j, points[i] - points[j])
+            first.append(start)
+            slots.append(WAYS.index((*way.tolist(),)))
+    return _Tables(*(torch.tensor(np.array(x), device=device) for x in (offsets, first, slots)))
+
+
+@cache
+def _ways(device: torch.device) -> Tensor:
+    return torch.tensor(WAYS, device=device)
+
+
+@cache
+def positions_of(lattice: Lattice, device: torch.device) -> Tensor:
+    """[n_points, 3] float32, scene units; made once."""
+    return (whole_coordinates(lattice, device) - lattice.cells).float() * lattice.spacing
+
+
+@cache
+def border_of(lattice: Lattice, device: torch.device) -> Tensor:
+    """[n_points] bool: corners of the surface that bounds all tetrahedra; made once."""
+    whole = whole_coordinates(lattice, device)
+    return ((whole <= 1) | (whole >= lattice.resolution - 1)).any(1)
+
+
+@cache
+def whole_coordinates(lattice: Lattice, device: torch.device) -> Tensor:
+    """[n_points, 3] int64, each 0 to the resolution; made once."""
+    even, odd = (torch.arange(first, lattice.resolution + 1, 2, device=device) for first in (0, 1))
+    return torch.cat([torch.cartesian_prod(x, x, x) for x in (even, odd)])
 
 
 def _shapes() -> Iterator[np.ndarray]:
@@ -162,10 +200,5 @@ def _shapes() -> Iterator[np.ndarray]:
             yield np.stack([0 * along, 2 * along, square[k], square[(k + 1) % 4]])
 
 
-def _directed(points: np.ndarray, i: int, j: int) -> tuple[int, int, int]:
-    """The ends of an edge, the one with the smaller coordinates first, and the edge's slot there."""
-    way = points[j] - points[i]
-    if way[way != 0][0] < 0:
-        i, j, way = j, i, -way
-    straight = np.count_nonzero(way) == 1
-    return i, j, int(way.argmax()) if straight else 3 + 2 * int(way[1] > 0) + int(way[2] > 0)
+def _is_ahead(way: np.ndarray) -> bool:
+    return bool(way[way != 0][0] > 0)

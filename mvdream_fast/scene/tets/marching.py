@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from mvdream_fast.ops._edges import require
-from mvdream_fast.scene.tets.lattice import Lattice
+from mvdream_fast.scene.tets.lattice import Lattice, border_of, positions_of
 
 # The edges (numbers of lattice.EDGES) that the triangles' corners lie on, counter-clockwise from outside, by which
 # points are inside: bit i stands for point i. Of three inside the triangle is that of the fourth, turned over.
@@ -59,37 +58,29 @@ def march(lattice: Lattice, sdf: Tensor, deformation: Tensor) -> Surface:
     with torch.no_grad():
         inside = (sdf < 0) & ~border_of(lattice, sdf.device)
         ends, faces = _triangles(lattice, inside)
-    points = [_moved(lattice, end, deformation) for end in ends.unbind(1)]
-    a, b = (embedding(end, sdf[:, None]) for end in ends.unbind(1))  # [n, 1] each
-    a, b = (torch.where(inside[end, None], x, x.abs()) for x, end in ((a, ends[:, 0]), (b, ends[:, 1])))
-    return Surface(points[0] + a / (a - b) * (points[1] - points[0]), faces)
-
-
-def _moved(lattice: Lattice, index: Tensor, deformation: Tensor) -> Tensor:
-    """Positions [n, 3] of points of the lattice after the deformation."""
-    # embedding's backward pass is several times faster than that of indexing on a CPU
-    shift = torch.tanh(embedding(index, deformation)) * (lattice.spacing / 2)
-    return positions_of(lattice, index.device)[index].to(shift.dtype) + shift
+    vertices = ends.flatten()
+    start = positions_of(lattice, sdf.device).index_select(0, vertices).to(sdf.dtype)
+    moved = start + torch.tanh(deformation.index_select(0, vertices)) * (lattice.spacing / 2)
+    a, b = sdf.abs().index_select(0, vertices).view(-1, 2, 1).unbind(1)  # [n, 1] each; of one the sdf is negative
+    from_a, from_b = moved.view(-1, 2, 3).unbind(1)
+    return Surface(from_a + a / (a + b) * (from_b - from_a), faces)
 
 
 def _triangles(lattice: Lattice, inside: Tensor) -> tuple[Tensor, Tensor]:
     """The ends [n, 2] of the edges that are crossed, and the triangles [m, 3] int32 between them."""
     crossed, device = lattice.crossed(inside), inside.device
     bits = torch.tensor([1, 2, 4, 8], device=device)
-    case = (inside[crossed.points] * bits).sum(1)
-    local = _table(device)[case].view(-1, 3)  # [2 K, 3], -1 where there is no second triangle
+    case = (inside.index_select(0, crossed.points.flatten()).view(-1, 4) * bits).sum(1)
+    local = _table(device).index_select(0, case).view(-1, 3)  # [2 K, 3], -1 where there is no second triangle
     rows = (local[:, 0] >= 0).nonzero()[:, 0]
-    local, tetrahedron = local[rows], rows // 2
-    numbers = crossed.edges[tetrahedron].gather(1, local)
+    tetrahedron = (rows // 2).repeat_interleave(3)
+    numbers = lattice.edges(crossed, tetrahedron, local.index_select(0, rows).flatten())
     used = torch.zeros(lattice.n_edges, dtype=torch.bool, device=device)
     used[numbers] = True
     vertices = used.nonzero()[:, 0]
     row_of = torch.empty(lattice.n_edges, dtype=torch.int32, device=device)  # read where it has been written alone
     row_of[vertices] = torch.arange(len(vertices), dtype=torch.int32, device=device)
-    faces = row_of[numbers]
-    ends = torch.empty(len(vertices), 2, dtype=torch.int64, device=device)
-    ends[faces.flatten()] = crossed.ends[tetrahedron[:, None], local].flatten(0, 1)
-    return ends, faces
+    return lattice.ends(vertices), row_of.index_select(0, numbers).view(-1, 3)
 
 
 @cache
@@ -97,18 +88,6 @@ def _table(device: torch.device) -> Tensor:
     """TRIANGLES as [16, 2, 3], filled up with -1."""
     none = (-1, -1, -1)
     return torch.tensor([(*row, none, none)[:2] for row in TRIANGLES], device=device)
-
-
-@cache
-def positions_of(lattice: Lattice, device: torch.device) -> Tensor:
-    """`lattice.positions()` there; made once."""
-    return lattice.positions().to(device)
-
-
-@cache
-def border_of(lattice: Lattice, device: torch.device) -> Tensor:
-    """`lattice.border()` there; made once."""
-    return lattice.border().to(device)
 
 
 def _check(lattice: Lattice, sdf: Tensor, deformation: Tensor) -> None:
