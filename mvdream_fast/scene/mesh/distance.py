@@ -6,7 +6,7 @@ import torch
 from mvdream_fast.ops.rasterize import fragments
 from mvdream_fast.scene.mesh.mesh import Mesh
 
-NEIGHBOURS = 4  # triangles that a point's distance is the least of
+NEIGHBOURS = 8  # triangles that a point's distance is the least of
 
 
 def signed_distance(mesh: Mesh, resolution: int, radius: float, reach: float) -> np.ndarray:
@@ -57,14 +57,14 @@ def _distance(points: np.ndarray, mesh: Mesh, spacing: float, reach: float) -> n
 
 
 def _samples(mesh: Mesh, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points [K, 3] all over a mesh, at most `spacing` from each other, and the face [K] of each."""
+    """Points [K, 3] inside of all triangles, at most `spacing` from their neighbours, and the face [K] of each."""
     corners = mesh.vertices[mesh.faces].astype(np.float64)  # [m, 3, 3]
     longest = np.linalg.norm(corners - np.roll(corners, 1, 1), axis=2).max(1, initial=0)
     parts = np.ceil(longest / spacing).astype(np.int64).clip(min=1)
     points, faces = [], []
     for n in np.unique(parts):
         chosen = np.flatnonzero(parts == n)
-        weights = np.array([(i, j, n - i - j) for i in range(n + 1) for j in range(n + 1 - i)]) / n
+        weights = np.array([(i + 1 / 3, j + 1 / 3, n - i - j - 2 / 3) for i in range(n) for j in range(n - i)]) / n
         points.append(np.einsum("kc,mcd->mkd", weights, corners[chosen]).reshape(-1, 3))
         faces.append(np.repeat(chosen, len(weights)))
     return np.concatenate(points), np.concatenate(faces)

@@ -1,0 +1,114 @@
+"""Images of meshes: where a point falls, how large a ball looks, and what pulls at its outline."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from mvdream_fast.camera import Cameras, evaluation_cameras, generate_rays, orbit_cameras
+from mvdream_fast.ops import edge_topology
+from mvdream_fast.scene.base import Lighting
+from mvdream_fast.scene.raster import Body, clip_matrices, compose, see
+from mvdream_fast.scene.shading import Shading
+from mvdream_fast.scene.tets.lattice import Lattice, positions_of
+from mvdream_fast.scene.tets.losses import vertex_normals
+from mvdream_fast.scene.tets.marching import march
+
+REACH, SIZE, RADIUS = 3**0.5, 96, 0.5
+
+
+def ball_distances():
+    return positions_of(Lattice(64), torch.device("cpu")).norm(dim=1) - RADIUS
+
+
+def body_of(sdf):
+    vertices, faces = march(Lattice(64), sdf, torch.zeros(len(sdf), 3))
+    return Body(vertices, vertex_normals(vertices, faces), faces, edge_topology(faces))
+
+
+def rendered(body, rays, background=None, lighting=None):
+    seen = see(body, rays, REACH)
+    background = torch.zeros(len(rays.rays_o), 3) if background is None else background
+    return compose(seen, torch.ones(len(seen.pixel), 3), rays, background, lighting)
+
+
+def apparent_radius(radius, distance, fovy, size):
+    """Of a ball in the middle of an image, in pixels: the tangent of the cone that touches it."""
+    return math.tan(math.asin(radius / distance)) * size / 2 / math.tan(fovy / 2)
+
+
+def test_points_along_a_ray_fall_on_its_pixel():
+    cameras, size = orbit_cameras(3, 25.0, 10.0, distance=2.5, fovy_deg=50.0), (6, 10)
+    rays = generate_rays(cameras, *size)
+    matrices = clip_matrices(cameras, size, REACH).double()
+    for distance in (1.0, 2.5, 4.0):
+        points = (rays.rays_o + distance * rays.rays_d).view(3, 60, 3).double()
+        clip = points @ matrices[:, :, :3].transpose(1, 2) + matrices[:, None, :, 3]
+        x, y, z = (clip[..., :3] / clip[..., 3:]).unbind(-1)
+        column, row = ((x + 1) / 2 * 10 - 0.5).view(3, 6, 10), ((y + 1) / 2 * 6 - 0.5).view(3, 6, 10)
+        torch.testing.assert_close(column, torch.arange(10.0).double().expand(3, 6, 10), atol=1e-4, rtol=0)
+        torch.testing.assert_close(row, torch.arange(6.0).double()[:, None].expand(3, 6, 10), atol=1e-4, rtol=0)
+        assert z.abs().max() < 1
+
+
+def test_a_ball_has_its_size_depth_and_normals():
+    rays = generate_rays(evaluation_cameras(4), SIZE, SIZE)
+    body = body_of(ball_distances())
+    out, seen = rendered(body, rays), see(body, rays, REACH)
+    expected = math.pi * apparent_radius(RADIUS, 3, math.radians(40), SIZE) ** 2
+    for opacity in out.opacity.view(4, -1):
+        assert opacity.sum().item() == pytest.approx(expected, rel=0.01)
+    assert out.depth.view(4, SIZE, SIZE)[:, SIZE // 2, SIZE // 2].tolist() == pytest.approx([2.5] * 4, abs=0.01)
+    towards = seen.positions / seen.positions.norm(dim=1, keepdim=True)
+    assert (seen.normals * towards).sum(1).min() > 0.99
+
+
+def test_the_outline_is_pulled_as_the_area_grows():
+    """d(area)/d(radius) of the image of a ball; its opacity has no gradient but that of the outline."""
+    sdf = ball_distances().requires_grad_()
+    rays = generate_rays(evaluation_cameras(1), SIZE, SIZE)
+    (gradient,) = torch.autograd.grad(rendered(body_of(sdf), rays).opacity.sum(), sdf)
+
+    def area(radius):
+        return math.pi * apparent_radius(radius, 3, math.radians(40), SIZE) ** 2
+
+    expected = (area(RADIUS + 1e-4) - area(RADIUS - 1e-4)) / 2e-4
+    assert -gradient.sum().item() == pytest.approx(expected, rel=0.15)
+
+
+def test_the_background_shows_where_there_is_nothing():
+    rays = generate_rays(evaluation_cameras(2), 24, 24)
+    background = torch.rand(len(rays.rays_o), 3, generator=torch.Generator().manual_seed(0))
+    out = rendered(body_of(ball_distances()), rays, background)
+    nothing, solid = out.opacity == 0, out.opacity == 1
+    assert torch.equal(out.rgb[nothing], background[nothing])
+    assert (out.rgb[solid] == 1).float().mean() > 0.9  # the rest lends to its neighbours at the outline
+    assert nothing.any() and solid.any()
+
+
+def test_a_light_shades_by_the_cosine():
+    rays = generate_rays(evaluation_cameras(1, elevation_deg=0.0), 33, 33)
+    at_camera = Lighting(Shading(0.8, 0.2), rays.rays_o)
+    out = rendered(body_of(ball_distances()), rays, lighting=at_camera)
+    image = out.rgb[:, 0].view(33, 33)
+    assert image[16, 16].item() == pytest.approx(1.0, abs=0.01)
+    seen = see(body_of(ball_distances()), rays, REACH)
+    way = torch.nn.functional.normalize(rays.rays_o[seen.pixel] - seen.positions, dim=1)
+    expected = 0.8 * (seen.normals * way).sum(1).clamp(min=0) + 0.2
+    solid = out.opacity[seen.pixel] == 1
+    got = out.rgb[seen.pixel, 0]
+    assert ((got - expected).abs()[solid] < 1e-5).float().mean() > 0.85
+
+
+def test_a_camera_in_the_middle_of_the_mesh_draws_what_is_before_it():
+    c2w = torch.eye(4)[None]
+    rays = generate_rays(Cameras(c2w, torch.tensor([1.0])), 8, 8)
+    out = rendered(body_of(ball_distances()), rays)
+    torch.testing.assert_close(out.depth, torch.full((64,), RADIUS), atol=0.01, rtol=0)
+
+
+def test_rays_without_cameras_are_refused():
+    rays = dataclasses.replace(generate_rays(evaluation_cameras(1), 4, 4), cameras=None)
+    with pytest.raises(ValueError, match="rays must carry their cameras and size"):
+        see(body_of(ball_distances()), rays, REACH)
