@@ -44,7 +44,8 @@ def trained(tets, rays, goal, steps, rate=0.01):
 
 
 @pytest.mark.parametrize(
-    ("shape", "start", "after"), [(torus, 0.5, 0.8), (lambda p: (p - torch.tensor([0.1, 0.1, 0.0])).norm(dim=1) - 0.6, 0.7, 0.92)]
+    ("shape", "start", "after"),
+    [(torus, 0.5, 0.8), (lambda p: (p - torch.tensor([0.1, 0.1, 0.0])).norm(dim=1) - 0.6, 0.7, 0.92)],
 )
 def test_silhouettes_pull_a_wrong_sphere_to_them(shape, start, after):
     config = TetsConfig(
@@ -220,7 +221,8 @@ def test_what_is_no_state_of_it_is_refused():
     state = {name: value.clone() for name, value in tets.state().items()}
     with pytest.raises(ModelError, match=r"another configuration: sdf"):
         Tets(TetsConfig(volume="mini", background="grey", tets_resolution=64)).restore(
-            {name: value for name, value in state.items() if name != "deformation"} | {"deformation": torch.zeros(68705, 3)}
+            {name: value for name, value in state.items() if name != "deformation"}
+            | {"deformation": torch.zeros(68705, 3)}
         )
     state["sdf"][7] = math.nan
     with pytest.raises(ModelError, match="not finite in sdf"):
