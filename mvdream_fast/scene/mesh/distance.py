@@ -45,10 +45,10 @@ def _winding(mesh: Mesh, n: int, spacing: float) -> np.ndarray:
 
 def _distance(points: np.ndarray, mesh: Mesh, spacing: float, reach: float) -> np.ndarray:
     """Unsigned distances [P], at most `reach`, to the nearest of the triangles whose samples are nearest."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     samples, face = _samples(mesh, spacing / 2)
-    near, index = cKDTree(samples).query(points, NEIGHBOURS, distance_upper_bound=reach + spacing)
+    near, index = KDTree(samples).query(points, NEIGHBOURS, distance_upper_bound=reach + spacing)
     found = np.isfinite(near).nonzero()
     corners = mesh.vertices[mesh.faces[face[index[found]]]].astype(np.float64)
     distance = np.full(near.shape, reach)

@@ -196,7 +196,7 @@ def _fit(vertices: Tensor, faces: Tensor, uvs: Tensor, uv_faces: Tensor, vertex_
 
 def _nearest_color(vertices: np.ndarray, colors: np.ndarray) -> ColorFn:
     """The colour of the nearest vertex."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
-    tree = cKDTree(vertices)
+    tree = KDTree(vertices)
     return lambda points: torch.from_numpy(colors[tree.query(points.cpu().numpy())[1]])

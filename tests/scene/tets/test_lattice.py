@@ -47,7 +47,8 @@ def test_edges_have_one_number_and_their_ends_follow_from_it():
     pairs = tetrahedra.points[:, torch.tensor(EDGES)].view(-1, 2).sort(1).values
     assert torch.equal(lattice.ends(numbers).sort(1).values, pairs)
     assert len(numbers.unique()) == len(pairs.unique(dim=0))
-    assert 0 <= numbers.min() and numbers.max() < lattice.n_edges
+    assert numbers.min() >= 0
+    assert numbers.max() < lattice.n_edges
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -27,7 +27,7 @@ def outline(triangles) -> list[str]:
     around = [min(after)] if after else []
     while after and (nxt := after[around[-1]]) != around[0]:
         around.append(nxt)
-    return ["%d%d" % EDGES[i] for i in around]
+    return ["".join(map(str, EDGES[i])) for i in around]
 
 
 def turned(around: list[str]) -> list[str]:
@@ -105,7 +105,8 @@ def test_shapes_of_known_area_and_volume(shape, area, volume, euler, tolerance):
 
 def test_a_finer_lattice_is_nearer():
     errors = [abs(measures(surface_of(ball, n))[1] - math.pi / 6) for n in (16, 32, 64)]
-    assert errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3
+    assert errors[1] < errors[0] / 3
+    assert errors[2] < errors[1] / 3
 
 
 def test_where_the_distance_is_linear_the_surface_is_exact():
@@ -170,7 +171,8 @@ def test_without_a_crossing_there_is_nothing_but_a_graph():
     surface = march(lattice, sdf, torch.zeros(lattice.n_points, 3))
     assert (surface.vertices.shape, surface.faces.shape) == ((0, 3), (0, 3))
     surface.vertices.sum().backward()
-    assert sdf.grad is not None and not sdf.grad.any()
+    assert sdf.grad is not None
+    assert not sdf.grad.any()
 
 
 @pytest.mark.parametrize(
