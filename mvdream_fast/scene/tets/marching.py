@@ -94,5 +94,5 @@ def _check(lattice: Lattice, sdf: Tensor, deformation: Tensor) -> None:
     n = lattice.n_points
     for name, x, shape in (("sdf", sdf, (n,)), ("deformation", deformation, (n, 3))):
         require(tuple(x.shape) == shape, "march", name, str(list(shape)), list(x.shape), "use the lattice's points")
-        finite = x.is_cuda or bool(x.isfinite().all())
+        finite = x.is_cuda or bool(torch.stack(x.detach().aminmax()).isfinite().all())  # NaN is both
         require(finite, "march", name, "finite", "NaN or infinity", "check what produced it")

@@ -9,12 +9,13 @@ from mvdream_fast.camera import Cameras, evaluation_cameras, generate_rays, orbi
 from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.recipes import mini, replaced
+from mvdream_fast.distill.run_memory import FLAGS
 from mvdream_fast.guidance.base import Stateless, no_timing
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.base import Rendered
 from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.nerf.config import NerfConfig
-from mvdream_fast.scene.tets.config import TetsConfig
+from mvdream_fast.scene.tets.config import TetsConfig, TexturedMeshConfig
 from mvdream_fast.scene.tets.tets import Tets
 from mvdream_fast.text_to_3d import TextTo3D
 
@@ -250,3 +251,6 @@ def test_memory_is_estimated_by_part():
     assert parts["the renderer's images"] > 4 * 5 * 512**2
     assert parts["the tetrahedra and their optimiser"] > 16 * 4 * 128**3 / 4
     assert sum(TetsConfig(volume="mini").memory(4 * 256**2).values()) < 1.5e9
+    textured = TexturedMeshConfig(mesh_colors="texture").memory(512 * 512)
+    assert textured["the texture and its optimiser"] > 4 * 4 * 3 * 1024**2
+    assert {*parts, *textured} <= FLAGS.keys()  # what to do where one of them does not fit
