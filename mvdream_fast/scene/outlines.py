@@ -54,21 +54,20 @@ def smooth_outlines(image: Tensor, rast: Tensor, clip: Tensor, faces: Tensor, to
 
 def _crossings(clip: Tensor, faces: Tensor, topology: Tensor, size: torch.Size) -> Crossings:
     """All crossings of the outlines, seen or hidden."""
-    screen = _screen(clip, size)  # [V, n, 2]
-    a, b, c = (screen.index_select(1, column) for column in faces.long().unbind(1))  # [V, m, 2] each
+    screen = torch.where(clip[..., 3:] > 0, _screen(clip, size), torch.nan)  # [V, n, 2]; NaN is no outline
+    triangles = torch.stack([screen.index_select(1, column) for column in faces.long().unbind(1)], 2)  # [V, m, 3, 2]
+    a, b, c = triangles.unbind(2)
     area = _cross(b - a, c - a)
-    before = (clip[..., 3] > 0).index_select(1, faces.long().flatten()).view(*area.shape, 3).all(2)
     border = (topology < 0).any(1)
-    image, face = (before & ((area < 0) | border)).nonzero().unbind(1)  # negative faces the camera, with y downwards
-    own = area[image, face]
-    corners = faces.index_select(0, face).long()
-    ends = torch.stack([corners.roll(-1, 1), corners.roll(-2, 1)], 2)  # [K, 3, 2], of the edge opposite to each corner
+    image, face = ((area < 0) | (border & (area > 0))).nonzero().unbind(1)  # negative faces us, with y downwards
+    own, corners = area[image, face], triangles[image, face]
+    start, end = corners.roll(-1, 1), corners.roll(-2, 1)  # [K, 3, 2], of the edge opposite to each corner
     across = topology.index_select(0, face).long()
-    flat, first = screen.flatten(0, 1), (image * screen.shape[1])[:, None]
-    start, end, beyond = (flat[first + x] for x in (ends[..., 0], ends[..., 1], across.clamp(min=0)))
+    beyond = screen.flatten(0, 1)[(image * screen.shape[1])[:, None] + across.clamp(min=0)]
     outline = (across < 0) | ((own[:, None] < 0) & (_cross(end - start, beyond - start) <= 0))
     row, corner = outline.nonzero().unbind(1)
-    image, own, ends, way = image[row], own[row], ends[row, corner], (end - start)[row, corner]
+    image, own, face, way = image[row], own[row], face[row], (end - start)[row, corner]
+    ends = torch.stack([faces[face, (corner + 1) % 3], faces[face, (corner + 2) % 3]], 1).long()
     axis = (way[:, 0].abs() > way[:, 1].abs()).long()  # of the pixels, across the edge
     rows = torch.arange(len(image), device=clip.device)
     low, high = (screen[image, ends[:, k], 1 - axis] for k in (0, 1))
