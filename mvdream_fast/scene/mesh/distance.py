@@ -49,7 +49,7 @@ def _distance(points: np.ndarray, mesh: Mesh, spacing: float, reach: float) -> n
 
     samples, face = _samples(mesh, spacing / 2)
     near, index = KDTree(samples).query(points, NEIGHBOURS, distance_upper_bound=reach + spacing)
-    found = np.isfinite(near).nonzero()
+    index, found = np.asarray(index), np.isfinite(near).nonzero()
     corners = mesh.vertices[mesh.faces[face[index[found]]]].astype(np.float64)
     distance = np.full(near.shape, reach)
     distance[found] = triangle_distance(points[found[0]], corners)
