@@ -60,10 +60,15 @@ def check_cameras(op: str, cameras: object) -> Cameras:
 
 @dataclass(frozen=True)
 class Rays:
-    """R = V*Hp*Wp rays, row-major within a view, views slowest; directions have unit length."""
+    """R = V*Hp*Wp rays, row-major within a view, views slowest; directions have unit length.
+
+    Those of whole images carry their cameras and (Hp, Wp), for what draws images rather than rays.
+    """
 
     rays_o: Tensor  # [R, 3]
     rays_d: Tensor  # [R, 3]
+    cameras: Cameras | None = None
+    size: tuple[int, int] | None = None
 
 
 def get_camera(
@@ -166,7 +171,7 @@ def generate_rays(cameras: Cameras, height: int, width: int) -> Rays:
     rays_d = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], towards)
     rays_d = rays_d / _length(rays_d, -1)
     rays_o = c2w[:, None, None, :3, 3].expand(*shape, 3)
-    return Rays(rays_o.reshape(-1, 3), rays_d.reshape(-1, 3))
+    return Rays(rays_o.reshape(-1, 3), rays_d.reshape(-1, 3), cameras, (height, width))
 
 
 def sample_cameras(

@@ -30,7 +30,10 @@ FLAGS = {
     "the UNet": "--n-views 4",
     "the VAE's encoder": "--n-views 4",
     "the renderer's samples": "--render-size 64",
+    "the renderer's images": "--render-size 64",
     VOLUME: "--preset mini",
+    "the tetrahedra and their optimiser": "a lower tets_resolution",
+    "the texture and its optimiser": "a smaller texture_size",
     LEARNER: "--guidance sds",
     REPAINTED: "fewer repaint_groups in --config",
     memory.GRAPHS: "--no-graphs",
@@ -108,6 +111,6 @@ def advice(parts: Parts, config: SDSConfig) -> str:
     """The two largest parts and what makes the larger one smaller."""
     first = memory.largest(parts)[0]
     flag = FLAGS[first]
-    if first == "the renderer's samples":
+    if first in ("the renderer's samples", "the renderer's images"):
         flag = f"--render-size {max(8, max(config.render_size) // 2)}"
     return memory.advice(parts, f"try {flag}")

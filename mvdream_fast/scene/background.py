@@ -1,12 +1,24 @@
 """What a ray sees behind the volume: a learned environment, random colours while training, or one fixed colour."""
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import nn
 
+from mvdream_fast.core.images import GREY
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
+
+FLAT_COLORS = {"grey": GREY, "white": 1.0}
+
+
+def new_background(kind: Literal["learned", "grey", "white"], augment_prob: float) -> nn.Module:
+    """The background that a configuration names."""
+    if kind == "learned":
+        return EnvironmentMap(augment_prob=augment_prob)
+    level = FLAT_COLORS[kind]
+    return FixedBackground((level, level, level))
 
 
 def spherical_harmonics(directions: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,25 @@ from mvdream_fast.core.schema import checked
 from mvdream_fast.scene.base import Representation, RepresentationConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.nerf import Nerf
+from mvdream_fast.scene.tets.config import TetsConfig, TexturedMeshConfig
+from mvdream_fast.scene.tets.tets import Tets
+from mvdream_fast.scene.tets.textured import TexturedMesh
+
+SHAPES = {"volume": NerfConfig, "tets": TetsConfig, "textured-mesh": TexturedMeshConfig}  # a file's value of "shape"
 
 
 def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = False) -> Representation:
-    """A fresh representation. lit: it will be shaded, so it has to know its normals."""
+    """A fresh representation. lit: it will be shaded, so it has to know its normals, which a mesh always does."""
+    stream = Stream(seed, 0, "volume")
     if isinstance(config, NerfConfig):
-        return Nerf(config, Stream(seed, 0, "volume"), lit)
+        return Nerf(config, stream, lit)
+    if isinstance(config, TetsConfig):
+        return Tets(config, stream)
+    if isinstance(config, TexturedMeshConfig):
+        return TexturedMesh(config, stream=stream)
+    known = ", ".join(kind.__name__ for kind in SHAPES.values())
     raise TypeError(
-        f"new_representation: config must be NerfConfig, got {type(config).__name__}; name its representation here"
+        f"new_representation: config must be one of {known}, got {type(config).__name__}; name its representation here"
     )
 
 
@@ -25,5 +36,8 @@ def config_from_dict(values: dict[str, Any], source: str) -> RepresentationConfi
 
     Raises ModelError naming the value that cannot be.
     """
-    names = {field.name for field in dataclasses.fields(NerfConfig)}
-    return checked(NerfConfig, {name: v for name, v in values.items() if name in names}, source, ModelError)
+    shape = values.get("shape", "volume")
+    if shape not in SHAPES:
+        raise ModelError(f"{source}: shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    names = {field.name for field in dataclasses.fields(SHAPES[shape])}
+    return checked(SHAPES[shape], {name: v for name, v in values.items() if name in names}, source, ModelError)

@@ -95,6 +95,11 @@ def extract_mesh(
     grid = sample_grid(density_fn, resolution, radius) if grid is None else grid
     vertices, faces = _iso_surface(grid, threshold, radius)
     vertices, faces = _drop_small_parts(vertices, faces, min_part)
+    return colored_mesh(vertices, faces, color_fn, max_faces)
+
+
+def colored_mesh(vertices: np.ndarray, faces: np.ndarray, color_fn: ColorFn, max_faces: int | None = None) -> Mesh:
+    """Triangles with the colours there, simplified to at most `max_faces`. vertices: [n, 3]; faces: [m, 3]."""
     if max_faces is not None and len(faces) > max_faces:
         vertices, faces = _decimate(vertices, faces, max_faces)
     with torch.no_grad():

@@ -36,7 +36,7 @@ def bake_texture(mesh: Mesh, color_fn: ColorFn, size: int) -> Mesh:
         colors=mesh.colors[source],
         normals=smooth_normals(mesh.vertices, mesh.faces)[source],
         uvs=uvs,
-        texture=_spread(sheet, covered),
+        texture=spread_over_gaps(sheet, covered),
     )
 
 
@@ -74,7 +74,7 @@ def texel_positions(
     return positions[0].flip(0).numpy(), (rast[0, ..., 3] > 0).flip(0).numpy()
 
 
-def _spread(sheet: np.ndarray, covered: np.ndarray) -> np.ndarray:
+def spread_over_gaps(sheet: np.ndarray, covered: np.ndarray) -> np.ndarray:
     """Every texel that is not covered takes the nearest covered one's colour."""
     from scipy.ndimage import distance_transform_edt
 

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import evaluation_cameras, generate_rays
-from mvdream_fast.core.errors import ModelError
-from mvdream_fast.core.images import GREY
 from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
+from mvdream_fast.scene.background import new_background
 from mvdream_fast.scene.base import Lighting, Rendered, Statistic
 from mvdream_fast.scene.losses import opaque_loss, orientation_loss, sparsity_loss, z_variance_loss
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold
@@ -19,12 +17,12 @@ from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid
 from mvdream_fast.scene.nerf.renderer import Renderer, VolumeRendered
 from mvdream_fast.scene.nerf.volume import Volume
+from mvdream_fast.scene.saved import check_state
 from mvdream_fast.scene.shading import ALBEDO
 
 if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
 
-FLAT_COLORS = {"grey": GREY, "white": 1.0}
 SILHOUETTE_VIEWS, SILHOUETTE_SIZE = 8, 96  # renders that a mesh's threshold is found with
 
 
@@ -41,7 +39,7 @@ class Nerf(Renderer):
         super().__init__(
             volume,
             OccupancyGrid(radius=volume.config.radius),
-            _background(config),
+            new_background(config.background, config.background_aug_prob),
             n_samples_per_ray=config.samples_per_ray,
             normals="analytic" if lit else "none",
             max_samples=config.max_samples,
@@ -145,19 +143,5 @@ class Nerf(Renderer):
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Raises ModelError when names or shapes differ or a number is not finite."""
-        expected = {name: tuple(value.shape) for name, value in self.state().items()}
-        found = {name: tuple(value.shape) for name, value in tensors.items()}
-        if expected != found:
-            wrong = sorted(set(expected.items()) ^ set(found.items()))
-            raise ModelError(f"the saved volume is of another configuration: {wrong[0][0]} {list(wrong[0][1])}")
-        for name, value in tensors.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise ModelError(f"the saved volume holds numbers that are not finite in {name}")
+        check_state("volume", self.state(), tensors)
         self.load_state_dict(tensors)
-
-
-def _background(config: NerfConfig) -> torch.nn.Module:
-    if config.background == "learned":
-        return EnvironmentMap(augment_prob=config.background_aug_prob)
-    level = FLAT_COLORS[config.background]
-    return FixedBackground((level, level, level))

@@ -68,11 +68,11 @@ def test_seams_are_padded():
     covered = np.zeros((9, 9), dtype=bool)
     covered[2:4, 2:4], covered[7, 7] = True, True
     sheet[2:4, 2:4], sheet[7, 7] = (255, 0, 0), (0, 0, 255)
-    spread = texture._spread(sheet, covered)
+    spread = texture.spread_over_gaps(sheet, covered)
     assert (spread[0, 0] == (255, 0, 0)).all()
     assert (spread[8, 8] == (0, 0, 255)).all()
     assert set(map(tuple, spread.reshape(-1, 3))) == {(255, 0, 0), (0, 0, 255)}
-    assert not texture._spread(sheet * 0, covered & False).any()
+    assert not texture.spread_over_gaps(sheet * 0, covered & False).any()
 
 
 def test_texels_by_hand():

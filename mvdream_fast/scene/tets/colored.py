@@ -1,0 +1,111 @@
+"""What the representations that are meshes share: colours at the surface, a background, rendering and state."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.scene.background import new_background
+from mvdream_fast.scene.base import Lighting, Rendered
+from mvdream_fast.scene.nerf.volume import Volume
+from mvdream_fast.scene.raster import Body, MeshRendered, Seen, compose, see
+from mvdream_fast.scene.saved import check_state
+from mvdream_fast.scene.tets.config import MeshColors
+
+if TYPE_CHECKING:
+    from mvdream_fast.camera import Rays
+
+
+class ColoredMesh(nn.Module):
+    """The half of a Representation (scene/base.py) that asks its class for a `body` and for what of it is optimised.
+
+    Its colours are the volume's, whose density is not asked: so they can be taken over from a volume as they are.
+    """
+
+    def __init__(self, config: MeshColors, stream: Stream):
+        super().__init__()
+        self.volume = Volume(config.volume_config(), stream)
+        self.volume.density_weights.requires_grad_(False)
+        self.background = new_background(config.background, config.background_aug_prob)
+
+    def body(self) -> Body:
+        """The mesh that is drawn, with a graph to what of it is optimised."""
+        raise NotImplementedError
+
+    @property
+    def reach(self) -> float:
+        """How far from the origin the mesh may go."""
+        return 3**0.5 * self.radius
+
+    @property
+    def radius(self) -> float:
+        """It lies in [-radius, radius]^3."""
+        return self.volume.config.radius
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.volume.table.device
+
+    def render(
+        self, rays: "Rays", stream: Stream | None = None, training: bool = False, lighting: Lighting | None = None
+    ) -> MeshRendered:
+        """Rays [R] of whole images, which `generate_rays` makes, in front of the background.
+
+        Evaluation shows plain colours, and makes no graph. Raises ValueError for other rays.
+        """
+        with torch.set_grad_enabled(training and torch.is_grad_enabled()):
+            seen = see(self.body(), rays, self.reach)
+            background = self.background(rays.rays_d, stream, training)
+            return compose(seen, self.seen_colors(seen), rays, background, lighting if training else None)
+
+    def seen_colors(self, seen: Seen) -> Tensor:
+        """Colours [K, 3] of the pixels that show the mesh."""
+        return self.volume(seen.positions)[1]
+
+    def colors(self, positions: Tensor) -> Tensor:
+        """The field's colours at positions [P, 3] in scene units, [P, 3] in [0, 1]."""
+        return self.volume(positions.to(self.device))[1]
+
+    def take_colors(self, source: Mapping[str, Tensor]) -> None:
+        """Takes over the volume and the background of another representation's state, where they are of one kind."""
+        own = self.state_dict()
+        shared = {
+            name: value
+            for name, value in source.items()
+            if name.startswith(("volume.", "background.")) and name in own and own[name].shape == value.shape
+        }
+        for part in ("volume.", "background."):  # a network without its table is none
+            if {name for name in own if name.startswith(part)} - shared.keys():
+                shared = {name: value for name, value in shared.items() if not name.startswith(part)}
+        self.load_state_dict(shared, strict=False)
+
+    def color_groups(self, lr_encoding: float, lr_mlp: float, lr_background: float) -> list[dict[str, Any]]:
+        """The parameters of the colours with their learning rates; what has no parameters is left out."""
+        groups = [
+            {"params": [self.volume.table], "lr": lr_encoding},
+            {"params": [*self.volume.feature_weights], "lr": lr_mlp},
+            {"params": [*self.background.parameters()], "lr": lr_background},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def regularizers(self, rendered: Rendered, rays: "Rays", step: int) -> Tensor:
+        """None: 0."""
+        return rendered.opacity.sum() * 0
+
+    def after_step(self, step: int, stream: Stream) -> None:
+        """Nothing changes without a gradient."""
+
+    def save_memory(self, n_rays: int) -> None:
+        """A mesh has no samples to save: a step takes what its images take."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters by name; live, not copies."""
+        return self.state_dict()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ModelError when names or shapes differ or a number is not finite."""
+        check_state("mesh", self.state(), tensors)
+        self.load_state_dict(tensors)
