@@ -1,6 +1,5 @@
 """The one place where the kind of a representation is chosen, by its configuration."""
 
-import dataclasses
 from typing import Any
 
 from mvdream_fast.core.errors import ModelError
@@ -9,14 +8,20 @@ from mvdream_fast.core.schema import checked
 from mvdream_fast.scene.base import Representation, RepresentationConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.nerf import Nerf
+from mvdream_fast.scene.shapes import class_for, names_of
+from mvdream_fast.scene.surface.config import SurfaceConfig
+from mvdream_fast.scene.surface.surface import Surface
 
 
 def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = False) -> Representation:
     """A fresh representation. lit: it will be shaded, so it has to know its normals."""
     if isinstance(config, NerfConfig):
         return Nerf(config, Stream(seed, 0, "volume"), lit)
+    if isinstance(config, SurfaceConfig):
+        return Surface(config, Stream(seed, 0, "volume"), lit)
     raise TypeError(
-        f"new_representation: config must be NerfConfig, got {type(config).__name__}; name its representation here"
+        f"new_representation: config must be NerfConfig or SurfaceConfig, got {type(config).__name__}; name its "
+        "representation here"
     )
 
 
@@ -25,5 +30,5 @@ def config_from_dict(values: dict[str, Any], source: str) -> RepresentationConfi
 
     Raises ModelError naming the value that cannot be.
     """
-    names = {field.name for field in dataclasses.fields(NerfConfig)}
-    return checked(NerfConfig, {name: v for name, v in values.items() if name in names}, source, ModelError)
+    cls = class_for({name: values[name] for name in ("shape",) if name in values})
+    return checked(cls, {name: v for name, v in values.items() if name in names_of(cls)}, source, ModelError)
