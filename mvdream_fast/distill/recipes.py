@@ -96,9 +96,8 @@ class SDSConfig(Checked):
         return max(n * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
 
 
-PARTS = {
-    f.name: f.default_factory for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(f.default_factory)
-}
+_DEFAULTS = {f.name: f.default_factory for f in dataclasses.fields(SDSConfig)}
+PARTS = {name: cls for name, cls in _DEFAULTS.items() if dataclasses.is_dataclass(cls)}
 PART_OF = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
 PART_OF |= {name: "representation" for cls in SHAPES.values() for name in names_of(cls)}
 SETTINGS = sorted({f.name for f in dataclasses.fields(SDSConfig)} - PARTS.keys() | PART_OF.keys())

@@ -54,9 +54,8 @@ class FieldSpec:
         if not self.radius > 0 or not self.bias_std > 0:
             raise ValueError(f"FieldSpec: radius and bias_std must be > 0, got {self.radius} and {self.bias_std}")
         if self.density_activation not in ACTIVATIONS:
-            raise ValueError(
-                f"FieldSpec: density_activation must be softplus, exp or none, got {self.density_activation!r}"
-            )
+            known = "softplus, exp or none"
+            raise ValueError(f"FieldSpec: density_activation must be {known}, got {self.density_activation!r}")
 
 
 def field(
