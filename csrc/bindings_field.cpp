@@ -43,8 +43,8 @@ Mlp make_mlp(const Layers& layers) {
   return mlp;
 }
 
-Field make_field(const HashGrid& grid, float to_unit, float bias_scale, float bias_std, int activation, bool color_sigmoid,
-                 Address table, const Layers& density, const Layers& color) {
+Field make_field(const HashGrid& grid, float to_unit, float bias_scale, float bias_std, int activation,
+                 bool color_sigmoid, Address table, const Layers& density, const Layers& color) {
   Field field;
   field.grid = grid;
   field.table = floats(table);

@@ -47,9 +47,7 @@ def nodes_of(samples: Samples) -> Nodes:
         return Nodes(samples, starts.new_empty(0))
     gap = torch.ones(n, dtype=torch.bool, device=starts.device)  # behind a sample
     gap[:-1] = samples.t_starts[1:] != samples.t_ends[:-1]
-    gap[starts + counts - 1] = (
-        True  # behind a ray's last; of an empty ray, that of a ray before it, or of all
-    )
+    gap[starts + counts - 1] = True  # behind a ray's last; of an empty ray, that of a ray before it, or of all
     up_to = torch.nn.functional.pad(gap.cumsum(0), (1, 0))
     (n_gaps,) = reads.read(up_to[-1:])
     first = torch.arange(n, device=starts.device) + up_to[:-1]

@@ -90,7 +90,7 @@ class Surface(Nerf):
         self._set_step(step + 1)
 
     def _densest_near(self, positions: Tensor) -> Tensor:
-        """The largest density [P] within half a cell's diagonal of positions [P, 3], where the slope is 1: what there is
+        """The largest density [P] within half a cell's diagonal of positions [P, 3], if the slope is 1: what there is
         of a surface in a cell may be next to nothing. 0 where all of that lies so deep that no ray comes there."""
         reach = 3**0.5 * self.radius / self.occupancy.resolution
         distances, inverse_std = self.volume.distances(positions), self.volume.inverse_std
