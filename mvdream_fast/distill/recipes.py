@@ -24,7 +24,7 @@ from mvdream_fast.distill.recipe import Recipe
 from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
 from mvdream_fast.models.config import MINI
 from mvdream_fast.scene.nerf.config import NerfConfig
-from mvdream_fast.scene.shapes import SHAPES, ShapeConfig, changed, class_for, names_of
+from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, checked_shape, names_of, reshaped
 
 MVDREAM = "mvdream"
 RecipeName = Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"]
@@ -96,8 +96,7 @@ class SDSConfig(Checked):
         return max(n * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
 
 
-_DEFAULTS = {f.name: f.default_factory for f in dataclasses.fields(SDSConfig)}
-PARTS = {name: cls for name, cls in _DEFAULTS.items() if dataclasses.is_dataclass(cls)}
+PARTS = {f.name: c for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(c := f.default_factory)}
 PART_OF = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
 PART_OF |= {name: "representation" for cls in SHAPES.values() for name in names_of(cls)}
 SETTINGS = sorted({f.name for f in dataclasses.fields(SDSConfig)} - PARTS.keys() | PART_OF.keys())
@@ -129,9 +128,8 @@ def typed(
     if unknown:
         raise error(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
     names, nested = {name: name for name in SETTINGS} | dict(names or {}), _nested(settings)
-    shape = nested.pop("representation", {})
-    whole = checked(SDSConfig, nested, source, error, names)
-    whole = dataclasses.replace(whole, representation=checked(class_for(shape), shape, source, error, names))
+    shape = checked_shape(nested.pop("representation", {}), source, error, names)
+    whole = dataclasses.replace(checked(SDSConfig, nested, source, error, names), representation=shape)
     return {name: value for name, value in settings_of(whole).items() if name in settings}
 
 
@@ -155,11 +153,9 @@ def _nested(settings: Mapping[str, Any], config: SDSConfig | None = None) -> dic
     out = {name: value for name, value in settings.items() if name not in PART_OF}
     for part in PARTS:
         changes = {name: value for name, value in settings.items() if PART_OF.get(name) == part}
-        if changes and config is not None:
-            replace = changed if part == "representation" else dataclasses.replace
-            changes = replace(getattr(config, part), **changes)
+        replace = changed if part == "representation" else dataclasses.replace
         if changes:
-            out[part] = changes
+            out[part] = changes if config is None else replace(getattr(config, part), **changes)
     return out
 
 
@@ -243,13 +239,12 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
             f"recipe must be {config.recipe!r}, as the configuration's, got {overrides['recipe']!r}; name it beside a "
             "preset, in place of one"
         )
+    shape = reshaped(config.representation, overrides.get("shape"), config.steps / SDSConfig.steps)
+    config = dataclasses.replace(config, representation=shape)
     steps = overrides.get("steps", config.steps)
     if steps != config.steps:
         overrides = {**_stretched(config, steps), **overrides}
     return replaced(config, **overrides)
-
-
-RAMPS = ("lambda_", "min_step", "max_step", "grad_clip", "sdf_levels", "cos_anneal")  # how their names begin
 
 
 def _stretched(config: SDSConfig, steps: int) -> dict[str, Any]:
@@ -257,7 +252,7 @@ def _stretched(config: SDSConfig, steps: int) -> dict[str, Any]:
     factor = steps / config.steps
     out: dict[str, Any] = {}
     for name, value in settings_of(config).items():
-        if name.startswith(RAMPS) and value is not None:
+        if name.startswith((*RAMPS, "min_step", "max_step", "grad_clip")) and value is not None:
             start, first, last, end = value
             out[name] = (start * factor, first, last, end * factor)
     out["shading_from"] = round(config.shading_from * factor)

@@ -4,11 +4,10 @@ from typing import Any
 
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.core.schema import checked
 from mvdream_fast.scene.base import Representation, RepresentationConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.nerf import Nerf
-from mvdream_fast.scene.shapes import class_for, names_of
+from mvdream_fast.scene.shapes import checked_shape, class_for, names_of
 from mvdream_fast.scene.surface.config import SurfaceConfig
 from mvdream_fast.scene.surface.surface import Surface
 
@@ -30,5 +29,5 @@ def config_from_dict(values: dict[str, Any], source: str) -> RepresentationConfi
 
     Raises ModelError naming the value that cannot be.
     """
-    cls = class_for({name: values[name] for name in ("shape",) if name in values})
-    return checked(cls, {name: v for name, v in values.items() if name in names_of(cls)}, source, ModelError)
+    names = names_of(class_for({"shape": values.get("shape", "volume")}))
+    return checked_shape({name: value for name, value in values.items() if name in names}, source, ModelError)

@@ -266,6 +266,9 @@ def test_settings_of_a_surface():
     assert config_from_dict(settings, "x") == shape
     assert config_from_dict(settings_of(mini()), "x") == mini().representation
     assert isinstance(new_representation(shape), Surface)
+    # Switched to in a run of 600 steps it has a surface's schedules at their place in the run, and the run's its own.
+    switched = resolve_config("mini", shape="surface", steps=1200).representation
+    assert (switched.sdf_levels, switched.cos_anneal) == ((240.0, 4.0, 16.0, 960.0), (0.0, 0.0, 1.0, 1200.0))
     longer = resolve_config(config, steps=1200).representation
     assert longer.sdf_levels == (4000.0, 4.0, 16.0, 16000.0)
     assert longer.cos_anneal[3] == 20_000
@@ -276,9 +279,12 @@ def test_settings_that_cannot_be():
         ArgumentError, match=r"sphere_radius must be left out for the shape volume; it is .* of surface"
     ):
         replaced(mini(), sphere_radius=0.3)
+    with pytest.raises(ArgumentError, match="shape must be one of volume, surface, got 'cube'"):
+        resolve_config("mini", shape="cube")
     for settings, words in (
         ({"sphere_radius": 0}, "sphere_radius must be greater than 0"),
-        ({"shape": "cube"}, "shape must be 'volume'"),
+        ({"shape": "cube"}, "f: shape must be one of volume, surface, got 'cube'"),
+        ({"shape": ["surface"]}, "f: shape must be one of volume, surface"),
         ({"shape": "surface", "sdf_opacity": "nerf"}, "sdf_opacity must be 'neus' or 'volsdf'"),
         ({"shape": "volume", "sdf_levels": [0, 1, 1, 0]}, "unknown key"),
         ({"sdf_levels": [0, 0, 1, 0]}, r"sdf_levels\[1\] must be at least 1"),
