@@ -27,7 +27,7 @@ class SurfaceConfig(HashGridConfig):
     sdf_opacity: Literal["neus", "volsdf"] = "neus"
     sphere_radius: Annotated[float, Interval(gt=0, le=100)] = 0.5  # of what there is before the first step
     deviation: Annotated[float, Interval(ge=-1, le=1)] = 0.3
-    sdf_levels: tuple[float, Levels, Levels, float] = (2000.0, 4.0, 16.0, 8000.0)
+    sdf_levels: tuple[float, Levels, Levels, float] = (2000.0, 8.0, 16.0, 6000.0)
     cos_anneal: ShareRamp = (0.0, 0.0, 1.0, 10_000.0)
     sdf_normals: Literal["finite_difference", "analytic"] = "finite_difference"
     lambda_eikonal: WeightRamp = (0.0, 1000.0, 1000.0, 0.0)

@@ -133,7 +133,7 @@ def test_the_eikonal_loss_is_looked_at_on_rays_and_in_the_whole_box():
     numbers = {name: x() if callable(x) else x for name, x in surface.statistics().items()}
     assert numbers["slope"] == pytest.approx(slopes.mean().item(), rel=1e-6)
     assert numbers["deviation"] == pytest.approx(1 / 200, rel=1e-5)
-    assert numbers["levels"] == 4
+    assert numbers["levels"] == 8
     with pytest.raises(TypeError, match="rendered must be a training render"):
         surface.regularizers(surface.render(rays), rays, 5)
 
@@ -191,13 +191,13 @@ def test_levels_and_annealing_follow_the_steps():
 
 def test_restored_it_is_at_the_step_where_it_was(tmp_path):
     surface = Surface(SMALL)
-    surface.after_step(4000, Stream(0, 0, "occupancy"))
+    surface.after_step(2999, Stream(0, 0, "occupancy"))
     asset = Asset(surface, "a ball", 3, settings_of(replaced(mini(), **vars(SMALL))))
     asset.save(tmp_path / "asset.safetensors")
     loaded = Asset.load(tmp_path / "asset.safetensors")
     assert isinstance(loaded.representation, Surface)
     assert loaded.representation.config == SMALL
-    assert loaded.representation.volume.n_active == surface.volume.n_active == 8
+    assert loaded.representation.volume.n_active == surface.volume.n_active == 10
     assert same(loaded.state(), asset.state())
     rays = generate_rays(evaluation_cameras(1), 8, 8)
     assert torch.equal(loaded.representation.render(rays).rgb, surface.render(rays).rgb)
@@ -268,9 +268,9 @@ def test_settings_of_a_surface():
     assert isinstance(new_representation(shape), Surface)
     # Switched to in a run of 600 steps it has a surface's schedules at their place in the run, and the run's its own.
     switched = resolve_config("mini", shape="surface", steps=1200).representation
-    assert (switched.sdf_levels, switched.cos_anneal) == ((240.0, 4.0, 16.0, 960.0), (0.0, 0.0, 1.0, 1200.0))
+    assert (switched.sdf_levels, switched.cos_anneal) == ((240.0, 8.0, 16.0, 720.0), (0.0, 0.0, 1.0, 1200.0))
     longer = resolve_config(config, steps=1200).representation
-    assert longer.sdf_levels == (4000.0, 4.0, 16.0, 16000.0)
+    assert longer.sdf_levels == (4000.0, 8.0, 16.0, 12000.0)
     assert longer.cos_anneal[3] == 20_000
 
 
