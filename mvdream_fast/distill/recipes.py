@@ -24,7 +24,7 @@ from mvdream_fast.distill.recipe import Recipe
 from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
 from mvdream_fast.models.config import MINI
 from mvdream_fast.scene.nerf.config import NerfConfig
-from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, checked_shape, names_of, reshaped
+from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, checked_shape, reshaped
 
 MVDREAM = "mvdream"
 RecipeName = Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"]
@@ -97,8 +97,8 @@ class SDSConfig(Checked):
 
 
 PARTS = {f.name: c for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(c := f.default_factory)}
-PART_OF = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
-PART_OF |= {name: "representation" for cls in SHAPES.values() for name in names_of(cls)}
+_CLASSES = [*PARTS.items(), *(("representation", cls) for cls in SHAPES.values())]
+PART_OF = {f.name: part for part, cls in _CLASSES for f in dataclasses.fields(cls)}
 SETTINGS = sorted({f.name for f in dataclasses.fields(SDSConfig)} - PARTS.keys() | PART_OF.keys())
 
 

@@ -14,7 +14,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene.nerf.volume import Volume
 from mvdream_fast.scene.shading import finite_differences
 from mvdream_fast.scene.surface.config import SurfaceConfig
-from mvdream_fast.scene.surface.opacity import density_of
+from mvdream_fast.scene.surface.opacity import Opacity, density_of
 
 
 class SignedDistance(Volume):
@@ -29,7 +29,7 @@ class SignedDistance(Volume):
 
     def __init__(self, config: SurfaceConfig, stream: Stream | None = None):
         super().__init__(config.volume_config(), stream)
-        self.opacity = config.sdf_opacity
+        self.opacity: Opacity = config.sdf_opacity
         # ops.field's raw output is the network's plus scale * (1 - |x| / std): minus the distance, for these.
         sphere = {"bias_scale": config.sphere_radius, "bias_std": config.sphere_radius}
         self.spec = replace(self.spec, density_activation="none", **sphere)
