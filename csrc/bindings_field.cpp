@@ -43,8 +43,8 @@ Mlp make_mlp(const Layers& layers) {
   return mlp;
 }
 
-Field make_field(const HashGrid& grid, float to_unit, float bias_scale, float bias_std, bool exp, bool color_sigmoid,
-                 Address table, const Layers& density, const Layers& color) {
+Field make_field(const HashGrid& grid, float to_unit, float bias_scale, float bias_std, int activation,
+                 bool color_sigmoid, Address table, const Layers& density, const Layers& color) {
   Field field;
   field.grid = grid;
   field.table = floats(table);
@@ -53,7 +53,8 @@ Field make_field(const HashGrid& grid, float to_unit, float bias_scale, float bi
   field.to_unit = to_unit;
   field.bias_scale = bias_scale;
   field.bias_std = bias_std;
-  field.activation = exp ? DensityActivation::exp : DensityActivation::softplus;
+  if (activation < 0 || activation > 2) throw std::invalid_argument("Field: the activation is 0, 1 or 2");
+  field.activation = DensityActivation(activation);
   field.color_sigmoid = color_sigmoid;
   return field;
 }

@@ -21,7 +21,7 @@ struct Mlp {
   }
 };
 
-enum class DensityActivation { softplus = 0, exp = 1 };
+enum class DensityActivation { softplus = 0, exp = 1, none = 2 };
 
 struct Field {
   HashGrid grid;

@@ -32,10 +32,12 @@ void add_bias(const Field& field, const float* norm, float* raw) {
 }
 
 VecF density(const Field& field, VecF raw) {
+  if (field.activation == DensityActivation::none) return raw;
   return field.activation == DensityActivation::softplus ? softplus(raw) : exp(raw);
 }
 
 VecF density_slope(const Field& field, VecF raw) {
+  if (field.activation == DensityActivation::none) return splat(1.0f);
   return field.activation == DensityActivation::softplus ? sigmoid(raw) : exp(raw);
 }
 

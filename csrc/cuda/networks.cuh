@@ -192,11 +192,13 @@ __device__ inline float sigmoid(float x) {
 }
 
 __device__ inline float density_of(const Field& field, float raw) {
+  if (field.activation == DensityActivation::none) return raw;
   if (field.activation == DensityActivation::exp) return expf(raw);
   return fmaxf(raw, 0.0f) + log1pf(expf(-fabsf(raw)));
 }
 
 __device__ inline float density_slope(const Field& field, float raw) {
+  if (field.activation == DensityActivation::none) return 1.0f;
   return field.activation == DensityActivation::exp ? expf(raw) : sigmoid(raw);
 }
 

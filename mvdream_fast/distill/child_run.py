@@ -51,10 +51,10 @@ def check_same(folder: Path, request: Request) -> None:
         return
     run = read_run(folder)
     has, wants = (settings_of(r.config) | {"seed": r.seed, "model": r.model} for r in (run, request))
-    other = next((name for name, value in wants.items() if has[name] != value), None)
+    other = next((name for name, value in wants.items() if has.get(name) != value), None)
     if other is not None:
         raise ArgumentError(
-            f"{folder} holds a run with {other} {has[other]}, but asked for is {wants[other]}; name another by -o"
+            f"{folder} holds a run with {other} {has.get(other)}, but asked for is {wants[other]}; name another by -o"
         )
 
 

@@ -24,6 +24,7 @@ from mvdream_fast.distill.recipe import Recipe
 from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
 from mvdream_fast.models.config import MINI
 from mvdream_fast.scene.nerf.config import NerfConfig
+from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, checked_shape, reshaped
 
 MVDREAM = "mvdream"
 RecipeName = Literal["mvdream", "mvdream-sharp", "dreamfusion-if", "prolificdreamer"]
@@ -61,7 +62,7 @@ class SDSConfig(Checked):
     # Updates towards one answer of the model; the paper makes one.
     updates_per_guidance: Annotated[int, Interval(ge=1, le=1000)] = 1
     match: Literal["latents", "pixels"] = "latents"  # where a render is compared with that answer
-    representation: NerfConfig = field(default_factory=NerfConfig)
+    representation: ShapeConfig = field(default_factory=NerfConfig)
     shading: bool = False
     shading_from: int = 5000  # the step of the first lit render
     soft_shading: bool = True  # the share of diffuse light is drawn each time; else it is 0.9
@@ -95,15 +96,17 @@ class SDSConfig(Checked):
         return max(n * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
 
 
-PARTS = {f.name: f.type for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(f.type)}
-PART_OF = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
+PARTS = {f.name: c for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(c := f.default_factory)}
+_CLASSES = [*PARTS.items(), *(("representation", cls) for cls in SHAPES.values())]
+PART_OF = {f.name: part for part, cls in _CLASSES for f in dataclasses.fields(cls)}
 SETTINGS = sorted({f.name for f in dataclasses.fields(SDSConfig)} - PARTS.keys() | PART_OF.keys())
 
 
 def settings_of(config: SDSConfig) -> dict[str, Any]:
-    """Every setting by its own name: what config.json, checkpoints and assets hold."""
+    """Every setting by its own name, those of other shapes left out: what config.json, checkpoints and assets hold."""
     values = {name: getattr(config, name) for name in SETTINGS if name not in PART_OF}
-    return values | {name: getattr(getattr(config, part), name) for name, part in PART_OF.items()}
+    parts = [getattr(config, part) for part in PARTS]
+    return values | {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
 
 
 def replaced(config: SDSConfig, **settings: Any) -> SDSConfig:
@@ -124,7 +127,9 @@ def typed(
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise error(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
-    whole = checked(SDSConfig, _nested(settings), source, error, {name: name for name in SETTINGS} | dict(names or {}))
+    names, nested = {name: name for name in SETTINGS} | dict(names or {}), _nested(settings)
+    shape = checked_shape(nested.pop("representation", {}), source, error, names)
+    whole = dataclasses.replace(checked(SDSConfig, nested, source, error, names), representation=shape)
     return {name: value for name, value in settings_of(whole).items() if name in settings}
 
 
@@ -148,8 +153,9 @@ def _nested(settings: Mapping[str, Any], config: SDSConfig | None = None) -> dic
     out = {name: value for name, value in settings.items() if name not in PART_OF}
     for part in PARTS:
         changes = {name: value for name, value in settings.items() if PART_OF.get(name) == part}
+        replace = changed if part == "representation" else dataclasses.replace
         if changes:
-            out[part] = changes if config is None else dataclasses.replace(getattr(config, part), **changes)
+            out[part] = changes if config is None else replace(getattr(config, part), **changes)
     return out
 
 
@@ -233,6 +239,8 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
             f"recipe must be {config.recipe!r}, as the configuration's, got {overrides['recipe']!r}; name it beside a "
             "preset, in place of one"
         )
+    shape = reshaped(config.representation, overrides.get("shape"), config.steps / SDSConfig.steps)
+    config = dataclasses.replace(config, representation=shape)
     steps = overrides.get("steps", config.steps)
     if steps != config.steps:
         overrides = {**_stretched(config, steps), **overrides}
@@ -244,7 +252,7 @@ def _stretched(config: SDSConfig, steps: int) -> dict[str, Any]:
     factor = steps / config.steps
     out: dict[str, Any] = {}
     for name, value in settings_of(config).items():
-        if name.startswith(("lambda_", "min_step", "max_step", "grad_clip")) and value is not None:
+        if name.startswith((*RAMPS, "min_step", "max_step", "grad_clip")) and value is not None:
             start, first, last, end = value
             out[name] = (start * factor, first, last, end * factor)
     out["shading_from"] = round(config.shading_from * factor)

@@ -300,10 +300,11 @@ def read_run(folder: Path) -> Request:
     path = folder / "config.json"
     file = read_settings(path)
     missing = [key for key in ("kind", "prompt", "seed", "model", "sds") if key not in file]
-    if missing or set(file["sds"]) != set(SETTINGS):
+    config = replaced(SDSConfig(), **file.get("sds", {}))
+    if missing or set(file["sds"]) != set(settings_of(config)):
         raise InputFileError(f"{path} is not the configuration of an sds run: {', '.join(missing) or 'sds'} incomplete")
     export = ExportConfig(**file.get("export", {}))
-    return Request(file["prompt"], _seed(file["seed"]), file["model"], replaced(SDSConfig(), **file["sds"]), export)
+    return Request(file["prompt"], _seed(file["seed"]), file["model"], config, export)
 
 
 def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -181,10 +181,10 @@ def _settings(found: Sequence[Compared]) -> str:
     columns = {recipe: settings_of(runs[0].request.config) for recipe, runs in by_recipe(found).items()}
     names = [
         name
-        for name in next(iter(columns.values()))
-        if len(columns) == 1 or len({json.dumps(values[name]) for values in columns.values()}) > 1
+        for name in dict.fromkeys(name for values in columns.values() for name in values)
+        if len(columns) == 1 or len({json.dumps(values.get(name)) for values in columns.values()}) > 1
     ]
-    rows = {name: [json.dumps(values[name]) for values in columns.values()] for name in names}
+    rows = {name: [json.dumps(values.get(name)) for values in columns.values()] for name in names}
     return _table(["setting", *columns], rows)
 
 

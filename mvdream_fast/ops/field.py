@@ -36,6 +36,7 @@ from mvdream_fast.ops.hash_encode import (
 )
 
 WIDTHS = (16, 32, 64, 128)
+ACTIVATIONS = ("softplus", "exp", "none")  # by their numbers in csrc/field_types.h
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ class FieldSpec:
     radius: float = 1.0
     bias_scale: float = 10.0
     bias_std: float = 0.5
-    density_activation: Literal["softplus", "exp"] = "softplus"
+    density_activation: Literal["softplus", "exp", "none"] = "softplus"  # none: of a field that is no density
     color_sigmoid: bool = True
 
     def __post_init__(self) -> None:
         if not self.radius > 0 or not self.bias_std > 0:
             raise ValueError(f"FieldSpec: radius and bias_std must be > 0, got {self.radius} and {self.bias_std}")
-        if self.density_activation not in ("softplus", "exp"):
-            raise ValueError(f"FieldSpec: density_activation must be softplus or exp, got {self.density_activation!r}")
+        if self.density_activation not in ACTIVATIONS:
+            known = "softplus, exp or none"
+            raise ValueError(f"FieldSpec: density_activation must be {known}, got {self.density_activation!r}")
 
 
 def field(
@@ -159,6 +161,8 @@ def _density_ref(features: Tensor, positions: Tensor, weights: Sequence[Tensor],
     # linalg.vector_norm has a zero (sub)gradient at the origin, where sqrt of a sum of squares would give NaN.
     bias = spec.bias_scale * (1 - torch.linalg.vector_norm(positions, dim=-1) / spec.bias_std)
     raw = _mlp_ref(features, weights)[:, 0] + (bias if spec.bias_scale else 0)
+    if spec.density_activation == "none":
+        return raw
     return F.softplus(raw) if spec.density_activation == "softplus" else raw.exp()
 
 
@@ -200,7 +204,7 @@ def native_of(spec: FieldSpec, n_density: int, parameters: Sequence[Tensor]):
     """The field as an object of the extension, which points into the (contiguous) parameters."""
     table, *weights = parameters
     layers = [(address(w), *w.shape) for w in weights]
-    bias = (spec.bias_scale, spec.bias_std, spec.density_activation == "exp", spec.color_sigmoid)
+    bias = (spec.bias_scale, spec.bias_std, ACTIVATIONS.index(spec.density_activation), spec.color_sigmoid)
     field_type = load_native("field").Field
     return field_type(
         spec.grid.native, 0.5 / spec.radius, *bias, address(table), layers[:n_density], layers[n_density:]
@@ -234,7 +238,9 @@ def _registered(positions, table, density_weights, feature_weights, spec) -> tup
 
 
 @cache
-def _spec_of(numbers: tuple[float, ...], activation: Literal["softplus", "exp"], color_sigmoid: bool) -> FieldSpec:
+def _spec_of(
+    numbers: tuple[float, ...], activation: Literal["softplus", "exp", "none"], color_sigmoid: bool
+) -> FieldSpec:
     n_levels, n_features, log2_size, base_resolution, growth, radius, bias_scale, bias_std = numbers
     grid = HashGrid(int(n_levels), int(n_features), int(log2_size), int(base_resolution), growth)
     return FieldSpec(grid, radius, bias_scale, bias_std, activation, color_sigmoid)

@@ -1,19 +1,18 @@
 """The one place where the kind of a representation is chosen, by its configuration."""
 
-import dataclasses
 from typing import Any
 
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.core.schema import checked
 from mvdream_fast.scene.base import Representation, RepresentationConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.nerf import Nerf
+from mvdream_fast.scene.shapes import SHAPES, checked_shape, class_for, names_of
+from mvdream_fast.scene.surface.config import SurfaceConfig
+from mvdream_fast.scene.surface.surface import Surface
 from mvdream_fast.scene.tets.config import TetsConfig, TexturedMeshConfig
 from mvdream_fast.scene.tets.tets import Tets
 from mvdream_fast.scene.tets.textured import TexturedMesh
-
-SHAPES = {"volume": NerfConfig, "tets": TetsConfig, "textured-mesh": TexturedMeshConfig}  # a file's value of "shape"
 
 
 def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = False) -> Representation:
@@ -21,6 +20,8 @@ def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = 
     stream = Stream(seed, 0, "volume")
     if isinstance(config, NerfConfig):
         return Nerf(config, stream, lit)
+    if isinstance(config, SurfaceConfig):
+        return Surface(config, stream, lit)
     if isinstance(config, TetsConfig):
         return Tets(config, stream)
     if isinstance(config, TexturedMeshConfig):
@@ -36,8 +37,5 @@ def config_from_dict(values: dict[str, Any], source: str) -> RepresentationConfi
 
     Raises ModelError naming the value that cannot be.
     """
-    shape = values.get("shape", "volume")
-    if shape not in SHAPES:
-        raise ModelError(f"{source}: shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    names = {field.name for field in dataclasses.fields(SHAPES[shape])}
-    return checked(SHAPES[shape], {name: v for name, v in values.items() if name in names}, source, ModelError)
+    names = names_of(class_for({"shape": values.get("shape", "volume")}))
+    return checked_shape({name: value for name, value in values.items() if name in names}, source, ModelError)

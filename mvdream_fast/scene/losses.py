@@ -31,3 +31,11 @@ def z_variance_loss(z_variance: torch.Tensor, opacity: torch.Tensor) -> torch.Te
     """Mean depth variance over the rays of opacity above 0.5: [R], [R] -> scalar, 0 where there is none."""
     solid = (opacity > 0.5).to(z_variance.dtype)
     return (z_variance * solid).sum() / solid.sum().clamp(min=1)
+
+
+def eikonal_loss(slopes: torch.Tensor) -> torch.Tensor:
+    """Mean of (|grad f| - 1)^2, zero for a signed distance f: slopes |grad f| [P] -> scalar, 0 without points.
+
+    Source: Gropp et al. 2020, "Implicit Geometric Regularization", arXiv 2002.10099, eq. 2.
+    """
+    return (slopes - 1).square().sum() / max(slopes.numel(), 1)

@@ -87,8 +87,13 @@ def analytic_normals(sigmas: torch.Tensor, positions: torch.Tensor, create_graph
 
 def finite_difference_normals(sigma_fn: SigmaFn, positions: torch.Tensor, eps: float = 0.01) -> torch.Tensor:
     """The same from six densities at distance eps, central differences: [S, 3]."""
+    return -normalize(finite_differences(sigma_fn, positions, eps), dim=-1)
+
+
+def finite_differences(function: SigmaFn, positions: torch.Tensor, eps: float) -> torch.Tensor:
+    """The derivatives of a function ([P, 3] -> [P]) at positions [S, 3], central differences of +-eps: [S, 3]."""
     offsets = eps * torch.eye(3, device=positions.device, dtype=positions.dtype)
     around = positions[:, None, None] + torch.stack([offsets, -offsets])  # [S, 2, 3, 3]
-    sigmas = sigma_fn(around.reshape(-1, 3)).reshape(-1, 2, 3)
-    # Divided by the distance, so that `normalize` takes only truly flat densities for flat.
-    return -normalize((sigmas[:, 0] - sigmas[:, 1]) / (2 * eps), dim=-1)
+    values = function(around.reshape(-1, 3)).reshape(-1, 2, 3)
+    # Divided by the distance, so that `normalize` takes only what is truly flat for flat.
+    return (values[:, 0] - values[:, 1]) / (2 * eps)

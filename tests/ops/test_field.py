@@ -64,6 +64,7 @@ def test_networks(width, n_hidden):
     "flags",
     [
         {"density_activation": "exp", "bias_scale": 1.0},
+        {"density_activation": "none", "bias_scale": 0.5},
         {"color_sigmoid": False},
         {"bias_scale": 0.0},
         {"bias_scale": 3.0, "bias_std": 0.2, "radius": 0.7},
@@ -339,7 +340,7 @@ def test_wrong_arguments_are_named():
     nan = torch.full((5, 3), float("nan"))
     with pytest.raises(ValueError, match="field: positions must be numbers, got NaN; check what produced them"):
         ops.field(nan, table, density, features, spec)
-    with pytest.raises(ValueError, match="FieldSpec: density_activation must be softplus or exp, got 'relu'"):
+    with pytest.raises(ValueError, match="FieldSpec: density_activation must be softplus, exp or none, got 'relu'"):
         FieldSpec(GRID, density_activation="relu")
 
 

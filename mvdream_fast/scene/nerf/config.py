@@ -69,8 +69,9 @@ class VolumeConfig:
 
 
 @dataclass(frozen=True)
-class NerfConfig(Checked):
-    """A density volume on a hash grid (nerf.py); the defaults are MVDream's recipe. Weights of losses are ramps."""
+class HashGridConfig(Checked):
+    """What a volume and a surface on a hash grid have in common; the defaults are MVDream's recipe. Weights of losses
+    are ramps."""
 
     volume: Literal["paper", "mini"] = "paper"
     radius: Annotated[float, Interval(gt=0, le=100)] = 1.0  # the volume fills [-radius, radius]^3
@@ -94,6 +95,9 @@ class NerfConfig(Checked):
     def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
         """Estimated bytes by part of a training step of n_rays; nothing is allocated for it. gpu_memory: of the GPU
         that it takes place on, None for a CPU."""
+        return self._memory(n_rays, gpu_memory, BYTES_PER_SAMPLE)
+
+    def _memory(self, n_rays: int, gpu_memory: int | None, bytes_per_sample: int) -> dict[str, int]:
         volume = self.volume_config()
         samples = min(self.max_samples, n_rays * self.samples_per_ray)
         before_pruning = PRUNE_BYTES * self.samples_per_ray
@@ -102,6 +106,13 @@ class NerfConfig(Checked):
             before_pruning = block * self.samples_per_ray * MARCHED_BYTES
         features = 4 * volume.n_levels * volume.n_features * min(samples, FEATURES_AT_ONCE)
         return {
-            "the renderer's samples": samples * BYTES_PER_SAMPLE + before_pruning + features,
+            "the renderer's samples": samples * bytes_per_sample + before_pruning + features,
             "the volume and its optimiser": 16 * volume.spec.grid.n_entries * volume.n_features,
         }
+
+
+@dataclass(frozen=True)
+class NerfConfig(HashGridConfig):
+    """A density volume on a hash grid (nerf.py)."""
+
+    shape: Literal["volume"] = "volume"

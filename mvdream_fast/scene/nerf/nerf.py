@@ -13,7 +13,7 @@ from mvdream_fast.scene.base import Lighting, Rendered, Statistic
 from mvdream_fast.scene.losses import opaque_loss, orientation_loss, sparsity_loss, z_variance_loss
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold
 from mvdream_fast.scene.mesh.texture import bake_texture
-from mvdream_fast.scene.nerf.config import NerfConfig
+from mvdream_fast.scene.nerf.config import HashGridConfig
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid
 from mvdream_fast.scene.nerf.renderer import Renderer, VolumeRendered
 from mvdream_fast.scene.nerf.volume import Volume
@@ -34,8 +34,8 @@ class Nerf(Renderer):
 
     volume: Volume
 
-    def __init__(self, config: NerfConfig, stream: Stream | None = None, lit: bool = False):
-        volume = Volume(config.volume_config(), stream)
+    def __init__(self, config: HashGridConfig, stream: Stream | None = None, lit: bool = False):
+        volume = self._new_volume(config, stream)
         super().__init__(
             volume,
             OccupancyGrid(radius=volume.config.radius),
@@ -55,6 +55,9 @@ class Nerf(Renderer):
     def device(self) -> torch.device:
         """Where its tensors are."""
         return self.occupancy.ema.device
+
+    def _new_volume(self, config: HashGridConfig, stream: Stream | None) -> Volume:
+        return Volume(config.volume_config(), stream)
 
     def render(
         self, rays: "Rays", stream: Stream | None = None, training: bool = False, lighting: Lighting | None = None
@@ -104,7 +107,7 @@ class Nerf(Renderer):
 
     def restart(self, seed: int) -> None:
         """Takes the values of a fresh volume of this seed."""
-        self.load_state_dict(Nerf(self.config, Stream(seed, 0, "volume")).state_dict())
+        self.load_state_dict(type(self)(self.config, Stream(seed, 0, "volume")).state_dict())
 
     def save_memory(self, n_rays: int) -> None:
         """Half of the samples that a step could have had; a step above that marches in larger steps. On a GPU at most

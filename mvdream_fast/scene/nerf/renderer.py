@@ -164,10 +164,13 @@ class Renderer(nn.Module):
                 *(part, self.near, self.far),
             )
             n_marched += marched.n_samples
-            sigmas = self.density(marched.positions(rays_o, rays_d))
+            sigmas = self._marched_sigmas(marched, rays_o, rays_d)
             # Asked for only now: the march has waited for its own numbers, so the mean, sent before, is there.
             parts.append(prune_samples(marched, sigmas, min(self.alpha_thre, mean()), self.early_stop_eps))
         return join_samples(parts) if len(parts) > 1 else parts[0], n_marched
+
+    def _marched_sigmas(self, marched: Samples, rays_o: torch.Tensor, rays_d: torch.Tensor) -> torch.Tensor:
+        return self.density(marched.positions(rays_o, rays_d))
 
     def _rays_per_prune(self, device: torch.device) -> int:
         if not reads.reads_wait(device):
