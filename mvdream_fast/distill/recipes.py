@@ -216,9 +216,10 @@ def preset_for(image_size: int) -> str:
 
 
 def shaded(config: SDSConfig) -> SDSConfig:
-    """The shading variant of a recipe: a point light in its second half, and an orientation loss of 10 to 1000."""
+    """The shading variant of a recipe: a point light in its second half, and of what has densities an orientation loss."""
     half = config.steps // 2
-    return replaced(config, shading=True, shading_from=half, lambda_orient=(0.0, 10.0, 1000.0, float(half)))
+    losses = {"lambda_orient": (0.0, 10.0, 1000.0, float(half))} if "lambda_orient" in settings_of(config) else {}
+    return replaced(config, shading=True, shading_from=half, **losses)
 
 
 def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
@@ -255,9 +256,8 @@ def _stretched(config: SDSConfig, steps: int) -> dict[str, Any]:
         if name.startswith((*RAMPS, "min_step", "max_step", "grad_clip")) and value is not None:
             start, first, last, end = value
             out[name] = (start * factor, first, last, end * factor)
-    out["shading_from"] = round(config.shading_from * factor)
-    out["milestones"] = tuple(round(m * factor) for m in config.milestones)
-    return out
+    milestones = tuple(round(m * factor) for m in config.milestones)
+    return out | {"shading_from": round(config.shading_from * factor), "milestones": milestones}
 
 
 def constant(weight: float) -> WeightRamp:
@@ -269,8 +269,8 @@ def repaint(config: SDSConfig, share: float = 0.3, opaque: float = 300.0) -> SDS
     """The recipe with its last `share` of steps fitted to views that the model has redrawn, and with a loss of that
     weight on opacities between 0 and 1, whole half-way to the end, where it has none of its own."""
     first, last = (1 - share) * config.steps, config.steps
-    has_own = any(config.representation.lambda_opaque[1:3])
-    losses = {} if has_own else {"lambda_opaque": (first, 0.0, opaque, (first + last) / 2)}
+    own = settings_of(config).get("lambda_opaque")  # None: a mesh is opaque
+    losses = {} if own is None or any(own[1:3]) else {"lambda_opaque": (first, 0.0, opaque, (first + last) / 2)}
     return replaced(config, repaint_from=1 - share, **losses)
 
 

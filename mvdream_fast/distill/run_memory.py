@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "the model's weights"
 VOLUME = "the volume and its optimiser"
+TETS = "the tetrahedra and their optimiser"
+TEXTURE = "the texture and its optimiser"
+OF_EACH_PARTICLE = {VOLUME, TETS, TEXTURE}
 LEARNER = "the adapters and their step"
 REPAINTED = "the repainted views"
 UNET_FACTOR = 48  # live activations of a call without graph, in feature maps of the first level
@@ -32,8 +35,8 @@ FLAGS = {
     "the renderer's samples": "--render-size 64",
     "the renderer's images": "--render-size 64",
     VOLUME: "--preset mini",
-    "the tetrahedra and their optimiser": "a lower tets_resolution",
-    "the texture and its optimiser": "a smaller texture_size",
+    TETS: "a lower tets_resolution",
+    TEXTURE: "a smaller texture_size",
     LEARNER: "--guidance sds",
     REPAINTED: "fewer repaint_groups in --config",
     memory.GRAPHS: "--no-graphs",
@@ -52,7 +55,8 @@ def estimate(
         those of VSD and of repainting.
     """
     renderer = config.representation.memory(config.n_rays(), gpu_memory)
-    renderer[VOLUME] *= config.guidance.particles
+    for name in OF_EACH_PARTICLE & renderer.keys():
+        renderer[name] *= config.guidance.particles
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}
     if model is not None and config.method == "sds":
         images = max(config.n_groups) * config.cameras.n_views

@@ -292,7 +292,7 @@ def test_settings_that_cannot_be():
         with pytest.raises(InputFileError, match=words):
             typed(settings, "f", InputFileError)
     with pytest.raises(
-        TypeError, match="config must be one of NerfConfig, SurfaceConfig, TetsConfig, TexturedMeshConfig, got int"
+        TypeError, match="must be one of NerfConfig, SurfaceConfig, TetsConfig, TexturedMeshConfig, got int"
     ):
         new_representation(3)
 
