@@ -83,14 +83,15 @@ def register(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: 
     op = _define(name, f"({form}", runs, _filling(fake, one))
     if not _is_differentiable(cpu):
         return
-    pulls = {device: _pulling(body) for device, body in bodies.items() if _is_differentiable(body)}
+    lists = _lists_of_tensors(arguments)
+    pulls = {device: _pulling(body, lists) for device, body in bodies.items() if _is_differentiable(body)}
     signature = f"(Tensor[] cotangents, Tensor[] kept, bool[] wanted, {arguments}) -> Tensor[]"
-    backward = _define(f"{name}_backward", signature, pulls, _pull_fake)
+    backward = _define(f"{name}_backward", signature, pulls, _pull_faking(lists))
 
     def setup(ctx, inputs, output):
         outputs = _several(output)
-        ctx.lengths = [len(x) if _is_tensors(x) else None for x in inputs]
-        _save(ctx, _flat(inputs), [outputs[i] for i in cpu.keeps])
+        ctx.lengths = [len(x) if several else None for x, several in zip(inputs, lists)]
+        _save(ctx, _flat(inputs, lists), [outputs[i] for i in cpu.keeps])
 
     def gradients(ctx, *cotangents):
         flat, kept = _saved(ctx)
@@ -126,16 +127,20 @@ def _filling(run: Callable, one: bool) -> Callable:
     return filled
 
 
-def _pulling(body: type[Differentiable]) -> Callable:
+def _pulling(body: type[Differentiable], lists: Sequence[bool]) -> Callable:
     def pull(cotangents, kept, wanted, *arguments):
-        gradients = zip(body.pull(cotangents, kept, wanted, *arguments), _flat(arguments), wanted)
+        gradients = zip(body.pull(cotangents, kept, wanted, *arguments), _flat(arguments, lists), wanted)
         return [_own(d, x) for d, x, want in gradients if want]
 
     return pull
 
 
-def _pull_fake(cotangents, kept, wanted, *arguments):
-    return [torch.empty_like(x, memory_format=_format(x)) for x, want in zip(_flat(arguments), wanted) if want]
+def _pull_faking(lists: Sequence[bool]) -> Callable:
+    def fake(cotangents, kept, wanted, *arguments):
+        flat = _flat(arguments, lists)
+        return [torch.empty_like(x, memory_format=_format(x)) for x, want in zip(flat, wanted) if want]
+
+    return fake
 
 
 def _own(gradient: Tensor, like: Tensor) -> Tensor:
@@ -177,13 +182,14 @@ def _several(outputs: Any) -> Sequence[Any]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def _is_tensors(x: Any) -> bool:
-    return isinstance(x, (list, tuple)) and bool(x) and all(isinstance(y, Tensor) for y in x)
+def _lists_of_tensors(arguments: str) -> list[bool]:
+    """Which arguments of a schema are lists of tensors: an empty list does not say what it is of."""
+    return [argument.strip().startswith("Tensor[]") for argument in arguments.split(",")]
 
 
-def _flat(arguments: Sequence[Any]) -> list[Any]:
+def _flat(arguments: Sequence[Any], lists: Sequence[bool]) -> list[Any]:
     """The arguments with each list of tensors laid open."""
-    return [x for argument in arguments for x in (argument if _is_tensors(argument) else [argument])]
+    return [x for argument, several in zip(arguments, lists) for x in (argument if several else [argument])]
 
 
 def _nested(flat: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:

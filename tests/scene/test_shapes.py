@@ -46,8 +46,8 @@ def test_a_mesh_gets_no_losses_of_densities(shape):
     lit, redrawn = shaded(config), repaint(config)
     assert (lit.shading, lit.shading_from, lit.representation) == (True, config.steps // 2, config.representation)
     assert (redrawn.repaint.repaint_from, redrawn.representation) == (0.7, config.representation)
-    assert shaded(mini()).representation.lambda_orient[2] == 1000
-    assert repaint(mini()).representation.lambda_opaque[2] == 300
+    assert settings_of(shaded(mini()))["lambda_orient"][2] == 1000
+    assert settings_of(repaint(mini()))["lambda_opaque"][2] == 300
 
 
 @pytest.mark.parametrize(
