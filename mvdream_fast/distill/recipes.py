@@ -216,7 +216,7 @@ def preset_for(image_size: int) -> str:
 
 
 def shaded(config: SDSConfig) -> SDSConfig:
-    """The shading variant of a recipe: a point light in its second half, and of what has densities an orientation loss."""
+    """The shading variant of a recipe: a point light in its second half; where it has the weight, orientation loss."""
     half = config.steps // 2
     losses = {"lambda_orient": (0.0, 10.0, 1000.0, float(half))} if "lambda_orient" in settings_of(config) else {}
     return replaced(config, shading=True, shading_from=half, **losses)
