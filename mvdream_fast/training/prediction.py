@@ -54,7 +54,7 @@ def likeness(model: Model) -> float:
     """
     size, config = model.config.latent_size, model.config
     noise = Stream(0, 0, "prediction").normal(1, config.unet.in_channels, size, size)
-    unet, _, text, tokenizer = model.whole()
+    unet, (text, tokenizer) = needed(model.unet, "unet"), model.words()
     out = unet(noise, torch.tensor(config.schedule.n_timesteps - 1), text(tokenizer.encode("").ids))
     return F.cosine_similarity(out.flatten(), noise.flatten(), dim=0).item()
 
