@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mvdream_fast.checkpoints.open import Model, load_model, not_ours, open_source
+from mvdream_fast.checkpoints.open import Model, load_model, needed, not_ours, open_source
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.tokenizer import Tokenizer
