@@ -285,8 +285,8 @@ def trained_and_judged(args: argparse.Namespace, start: Path, name: str) -> tupl
 def fill_latents(args: argparse.Namespace, start: Path) -> None:
     """Encodes all views before several processes read them, which may not make the cache's files at once."""
     model = load_model(start, torch.float32, ("vae",))
-    vae = model.vae.to(choose_device(args.device))
-    source_of(args.out / LATENTS, model.config, vae, Shards(args.data)).fill()
+    device = choose_device(args.device)
+    source_of(args.out / LATENTS, model.config, model.vae.to(device), Shards(args.data), device).fill()
 
 
 @contextmanager

@@ -354,6 +354,17 @@ def test_a_resume_refuses_what_would_be_another_run(begun, capsys):
         (["--elevation-range-deg", "0", "10"], "got --elevation-range-deg 0.0 10.0"),
         (["--fovy-range-deg", "20", "30"], "got --fovy-range-deg 20.0 30.0"),
         (["--shading"], "--shading False, as the run was begun, got --shading True"),
+        (["--recipe", "prolificdreamer"], "got --recipe prolificdreamer"),
+        (["--guidance", "vsd"], "--guidance sds, as the run was begun, got --guidance vsd"),
+        (["--loss", "sds"], "--loss x0, as the run was begun, got --loss sds"),
+        (["--guided-from", "cond"], "--guided-from uncond, as the run was begun, got --guided-from cond"),
+        (["--timesteps", "each"], "--timesteps shared, as the run was begun, got --timesteps each"),
+        (["--view-words"], "got --view-words True"),
+        (["--lora-rank", "8"], "--lora-rank 4, as the run was begun, got --lora-rank 8"),
+        (["--lora-lr", "0.1"], "got --lora-lr 0.1"),
+        (["--particles", "2"], "--particles 1, as the run was begun, got --particles 2"),
+        (["--weighting", "uniform"], "--weighting sds, as the run was begun, got --weighting uniform"),
+        (["--perp-neg"], "--perp-neg False, as the run was begun, got --perp-neg True"),
         (["-o", "elsewhere"], "-o must be left out, or be the folder of --resume"),
     ):  # fmt: skip
         assert command("--resume", str(begun), *flags) == 2
@@ -375,6 +386,17 @@ def test_a_resume_refuses_what_would_be_another_run(begun, capsys):
         "elevation_range_deg",
         "fovy_range_deg",
         "shading",
+        "recipe",
+        "guidance",
+        "loss",
+        "guided_from",
+        "timesteps",
+        "view_words",
+        "lora_rank",
+        "lora_lr",
+        "particles",
+        "weighting",
+        "perp_neg",
     }  # fmt: skip (a new flag needs a line above)
     assert (begun / "config.json").read_bytes() == config
 

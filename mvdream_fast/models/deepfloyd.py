@@ -88,9 +88,9 @@ class DeepFloydUNet(nn.Module):
 
     def learn_camera(self, seed: int = 0) -> None:
         """See `MultiViewUNet.learn_camera`; diffusers' class embedding is what it is."""
-        # any module that takes what class_labels holds will do; diffusers names its own kinds
         embedding = fresh_camera_embedding(self.config, seed).to(self.model.device)
-        self.model.register_module("class_embedding", embedding)
+        # any module that takes class_labels will do; diffusers names its own kinds
+        self.model.class_embedding = embedding  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
     def prepare_context(self, context: Tensor) -> TextContext:

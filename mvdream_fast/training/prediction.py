@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mvdream_fast.checkpoints.open import Model, load_model, not_ours, open_source
+from mvdream_fast.checkpoints.open import Model, load_model, needed, not_ours, open_source
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def likeness(model: Model) -> float:
     """
     size, config = model.config.latent_size, model.config
     noise = Stream(0, 0, "prediction").normal(1, config.unet.in_channels, size, size)
-    unet, _, text, tokenizer = model.whole()
+    unet, (text, tokenizer) = needed(model.unet, "unet"), model.words()
     out = unet(noise, torch.tensor(config.schedule.n_timesteps - 1), text(tokenizer.encode("").ids))
     return F.cosine_similarity(out.flatten(), noise.flatten(), dim=0).item()
 
