@@ -286,11 +286,10 @@ def guided_views(config: SDSConfig) -> int:
 
 def _sampler_steps(config: SDSConfig) -> int:
     """Of all groups that a run redraws together."""
-    begin, end = config.repaint.repaint_strength
     first, n, most, total = config.repaint_step, config.repaint.repaint_steps, config.repaint.repaint_groups, 0
     for step in range(first, config.steps):
         if step - first < most or (step - first) % config.repaint.repaint_every == 0:
-            strength = begin + (end - begin) * (step - first) / (config.steps - first)
+            strength = config.repaint.strength(step, first, config.steps)
             total += n - min(round((1 - strength) * n), n - 1) if strength else 0
     return total
 

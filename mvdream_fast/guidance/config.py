@@ -65,3 +65,9 @@ class RepaintConfig(Checked):
     def repaints(self) -> bool:
         """Whether there is any of it."""
         return self.repaint_from < 1
+
+    def strength(self, step: int, first: int, n_steps: int) -> float:
+        """How far the views of a step are noised, in a run of n_steps that repaints from `first` on: linear between the
+        two strengths."""
+        start, end = self.repaint_strength
+        return start + (end - start) * (step - first) / (n_steps - first)

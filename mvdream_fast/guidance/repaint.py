@@ -103,9 +103,8 @@ class Repaint:
         self._fresh: Group | None = None  # redrawn in this step, kept once it is over
 
     def strength(self, step: int) -> float:
-        """How far the views of a step are noised: linear between the two of the configuration."""
-        start, end = self.config.repaint_strength
-        return start + (end - start) * (step - self.first) / (self.n_steps - self.first)
+        """How far the views of a step are noised."""
+        return self.config.strength(step, self.first, self.n_steps)
 
     def views(self, step: int, stream: Stream) -> Cameras:
         """The other guidance's; then one group of random cameras, or those of a group that has been redrawn."""

@@ -30,11 +30,11 @@ class Pixels(nn.Module):
     def encode_in(self, dtype: torch.dtype) -> None:
         """Nothing that works in a dtype of its own."""
 
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The squares themselves and, as they are certain, minus infinity for the logarithm of their variance.
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What the UNet sees of images; as nothing is uncertain, noise changes nothing.
 
         Args: images [B, 3, Hp, Wp] in [-1, 1]; Hp and Wp must be multiples of the patch size.
-        Returns: two tensors [B, 3 p^2, Hp / p, Wp / p].
+        Returns: [B, 3 p^2, Hp / p, Wp / p].
         Raises: ValueError if the images have another shape.
         """
         p = self.config.patch_size
@@ -43,19 +43,7 @@ class Pixels(nn.Module):
                 f"Pixels.encode: images must be [B, 3, Hp, Wp] with sides that are multiples of {p}, "
                 f"got {tuple(images.shape)}"
             )
-        squares = F.pixel_unshuffle(images, p)
-        return squares, torch.full_like(squares, -torch.inf)
-
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What the UNet sees of images, [B, 3 p^2, Hp / p, Wp / p]; as nothing is uncertain, noise changes nothing.
-
-        Raises: ValueError as `posterior`.
-        """
-        return self.scaled(self.posterior(images)[0])
-
-    def scaled(self, sample: Tensor) -> Tensor:
-        """(sample - shift_factor) * scale_factor; the shape stays."""
-        return (sample - self.config.shift_factor) * self.config.scale_factor
+        return (F.pixel_unshuffle(images, p) - self.config.shift_factor) * self.config.scale_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, about [-1, 1] but not clamped, [B, 3, Hp, Wp], of [B, 3 p^2, h, w].

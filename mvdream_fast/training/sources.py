@@ -22,7 +22,6 @@ def mixed_source(
     cache: Path | None, parts: Parts, shards: Shards, pictures: Shards | None, workers: int, sides: bool = False
 ) -> Source:
     """What the steps draw: renders, and pictures for some of the 2D ones. sides: tell single views theirs."""
-
     device = next(parts.unet.parameters()).device
 
     def of(name: str, kind: Shards, sides: bool) -> Source:
