@@ -188,7 +188,7 @@ def mini() -> SDSConfig:
             guidance_scale=7.5, min_step=(0.0, 0.98, 0.02, 480.0), max_step=(0.0, 0.98, 0.50, 480.0)
         ),
         negative_prompt="",
-        representation=NerfConfig(volume="mini", background="grey", samples_per_ray=128),
+        representation=NerfConfig(volume="mini", background="grey", samples_per_ray=128, normals="finite_difference"),
     )
 
 
@@ -374,7 +374,7 @@ def _embedded(paper: SDSConfig, size: str, weight: float = 1.0) -> SDSConfig:
     """
     like = SDS_PRESETS[size]
     config = resolve_config(paper, steps=like.steps)
-    of_model = ("volume", "radius", "background", "background_aug_prob", "samples_per_ray")
+    of_model = ("volume", "normals", "radius", "background", "background_aug_prob", "samples_per_ray")
     nerf = {name: getattr(like.representation, name) for name in of_model}
     weights = {
         name: (ramp[0], ramp[1] * weight, ramp[2] * weight, ramp[3])

@@ -54,7 +54,7 @@ def estimate(
         graphs: whether there will be CUDA graphs, one for each size of the rendered views and
         those of VSD and of repainting.
     """
-    renderer = config.representation.memory(config.n_rays(), gpu_memory)
+    renderer = config.representation.memory(config.n_rays(), gpu_memory, lit=config.shading)
     for name in OF_EACH_PARTICLE & renderer.keys():
         renderer[name] *= config.guidance.particles
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}

@@ -43,8 +43,9 @@ class Lighting(NamedTuple):
 class RepresentationConfig(Protocol):
     """The frozen values that a representation is made from; no torch is needed to hold or read them."""
 
-    def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
-        """Estimated bytes by part of a training step of n_rays, on a GPU of so much memory or (None) on a CPU."""
+    def memory(self, n_rays: int, gpu_memory: int | None = None, lit: bool = False) -> dict[str, int]:
+        """Estimated bytes by part of a training step of n_rays, on a GPU of so much memory or (None) on a CPU; lit:
+        with normals."""
         ...
 
 

@@ -19,9 +19,9 @@ def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = 
     """A fresh representation. lit: it will be shaded, so it has to know its normals, which a mesh always does."""
     stream = Stream(seed, 0, "volume")
     if isinstance(config, NerfConfig):
-        return Nerf(config, stream, lit)
+        return Nerf(config, stream, config.normals if lit else "none")
     if isinstance(config, SurfaceConfig):
-        return Surface(config, stream, lit)
+        return Surface(config, stream, config.sdf_normals if lit else "none")
     if isinstance(config, TetsConfig):
         return Tets(config, stream)
     if isinstance(config, TexturedMeshConfig):

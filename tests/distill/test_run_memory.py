@@ -37,7 +37,7 @@ def test_what_grows_the_run_grows_the_estimate():
     assert four_prompts["the UNet"] == 2 * run_memory.estimate(SD21, PAPER)["the UNet"]
     reconstruction = run_memory.estimate(SD21, replaced(PAPER, method="reconstruct"))
     assert "the UNet" not in reconstruction
-    assert total(SD21, shaded(PAPER)) >= base
+    assert total(SD21, shaded(PAPER)) > base
 
 
 def test_a_gpu_marches_all_rays_at_once_and_has_an_encoder_of_16_bits():

@@ -29,19 +29,19 @@ SILHOUETTE_VIEWS, SILHOUETTE_SIZE = 8, 96  # renders that a mesh's threshold is 
 class Nerf(Renderer):
     """A Representation (scene/base.py): the renderer with its learning rates, losses, mesh and state.
 
-    Args: lit: its normals are made, so that it can be shaded.
+    Args: normals: how they are made, as in `Renderer`; it can be shaded only with them.
     """
 
     volume: Volume
 
-    def __init__(self, config: HashGridConfig, stream: Stream | None = None, lit: bool = False):
+    def __init__(self, config: HashGridConfig, stream: Stream | None = None, normals: str = "none"):
         volume = self._new_volume(config, stream)
         super().__init__(
             volume,
             OccupancyGrid(radius=volume.config.radius),
             new_background(config.background, config.background_aug_prob),
             n_samples_per_ray=config.samples_per_ray,
-            normals="analytic" if lit else "none",
+            normals=normals,
             max_samples=config.max_samples,
         )
         self.config, self.n_samples = config, 0

@@ -38,6 +38,6 @@ class SurfaceConfig(HashGridConfig):
         volume = super().volume_config()
         return replace(volume, top_resolution=min(volume.top_resolution, TOP_RESOLUTION))
 
-    def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
+    def memory(self, n_rays: int, gpu_memory: int | None = None, lit: bool = False) -> dict[str, int]:
         """Estimated bytes by part of a training step of n_rays, as a volume's with more for each sample."""
         return self._memory(n_rays, gpu_memory, SURFACE_BYTES_PER_SAMPLE)

@@ -46,7 +46,7 @@ class Surface(Nerf):
     The field is asked at the ends of the samples, which neighbours share: two of them make the opacity of a sample, the
     mean of their colours its colour. Nothing is rendered differently without gradients, but the jitter.
 
-    Args: lit: its normals are made, so that it can be shaded.
+    Args: normals: how they are made, "none", "finite_difference" or "analytic"; it can be shaded only with them.
     Source: Wang et al. 2021, "NeuS", arXiv 2106.10689; Tsalicoglou et al. 2023, "TextMesh", arXiv 2304.12439.
     """
 
@@ -54,9 +54,8 @@ class Surface(Nerf):
     config: SurfaceConfig
     steps_done: Tensor  # [1] int64
 
-    def __init__(self, config: SurfaceConfig, stream: Stream | None = None, lit: bool = False):
-        super().__init__(config, stream, lit)
-        self.normals = config.sdf_normals if lit else "none"
+    def __init__(self, config: SurfaceConfig, stream: Stream | None = None, normals: str = "none"):
+        super().__init__(config, stream, normals)
         self.register_buffer("steps_done", torch.zeros(1, dtype=torch.int64))
         self._slope: reads.Later | None = None
         self._set_step(0)

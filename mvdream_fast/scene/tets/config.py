@@ -53,7 +53,7 @@ class TetsConfig(MeshColors):
     lambda_laplacian: WeightRamp = (0.0, 0.0, 0.0, 0.0)
     lr_geometry: LearningRate = 0.01
 
-    def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
+    def memory(self, n_rays: int, gpu_memory: int | None = None, lit: bool = False) -> dict[str, int]:
         """Estimated bytes by part of a training step of n_rays; the same on a GPU."""
         n_points = self.tets_resolution**3 // 4
         return {**self._memory(n_rays), "the tetrahedra and their optimiser": n_points * BYTES_PER_POINT}
@@ -73,7 +73,7 @@ class TexturedMeshConfig(MeshColors):
     lr_mlp: LearningRate = 0.001
     lr_background: LearningRate = 0.001
 
-    def memory(self, n_rays: int, gpu_memory: int | None = None) -> dict[str, int]:
+    def memory(self, n_rays: int, gpu_memory: int | None = None, lit: bool = False) -> dict[str, int]:
         """Estimated bytes by part of a training step of n_rays; the same on a GPU."""
         parts = self._memory(n_rays)
         if self.mesh_colors == "texture":

@@ -10,6 +10,7 @@ from mvdream_fast.core import memory, reads
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene import losses
 from mvdream_fast.scene.background import EnvironmentMap, FixedBackground
+from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.nerf import Nerf
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid
@@ -231,6 +232,17 @@ def test_normals_of_a_ball_point_outwards(normals):
     out = train(make(normals=normals), rays_around(50))
     outwards = torch.nn.functional.normalize(out.positions, dim=-1)
     assert bool(((out.normals * outwards).sum(-1) > 0.999).all())
+
+
+def test_a_volume_makes_its_normals_as_its_settings_say():
+    ways = {}
+    for normals in ("analytic", "finite_difference"):
+        nerf = new_representation(NerfConfig(volume="mini", samples_per_ray=32, normals=normals), lit=True)
+        out = nerf.render(rays_around(50), Stream(0, 0, "render"), training=True)
+        ways[normals] = out.normals.detach()
+        assert new_representation(nerf.config).render(rays_around(9), Stream(0, 0, "r"), training=True).normals is None
+    cosines = (ways["analytic"] * ways["finite_difference"]).sum(-1)
+    assert 0.99 < cosines.mean() < 1
 
 
 def test_normals_can_be_differentiated():

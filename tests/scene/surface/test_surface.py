@@ -33,7 +33,8 @@ RUN = replaced(
 
 def sphere(sharpness=200.0, lit=False, **settings):
     """A fresh surface, opaque within about 1 / sharpness of its sphere of radius 0.5."""
-    surface = Surface(SurfaceConfig(**{**vars(SMALL), **settings}), lit=lit)
+    config = SurfaceConfig(**{**vars(SMALL), **settings})
+    surface = Surface(config, normals=config.sdf_normals if lit else "none")
     surface.volume.deviation.data.fill_(math.log(sharpness) / 10)
     surface.after_step(0, Stream(0, 0, "occupancy"))
     return surface
@@ -255,7 +256,7 @@ def test_settings_of_a_surface():
     assert isinstance(shape, SurfaceConfig)
     assert (shape.sphere_radius, shape.samples_per_ray, shape.volume, shape.background) == (0.3, 128, "mini", "grey")
     assert replaced(config, radius=2.0).representation.sphere_radius == 0.3
-    back = replaced(config, shape="volume").representation
+    back = replaced(config, shape="volume", normals="finite_difference").representation  # which a surface has not
     assert back == replaced(mini(), lambda_sparsity=(0.0, 1.0, 1.0, 0.0)).representation
     settings = settings_of(config)
     assert settings["shape"] == "surface"
