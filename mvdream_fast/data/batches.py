@@ -237,22 +237,12 @@ class ImageSource:
         """Multi-view: scenes of orthogonal views of an orbit. 2D: as many single views of as many orbits, no camera."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
         colors = [background(draw_background(stream), stream) for _ in groups]
-        captions = [self.shards.caption(i, stream) for i, _ in groups]
-        if self.side and not multi_view:
-            endings = self._endings(groups, self.side, stream)
-            captions = [caption + ending for caption, ending in zip(captions, endings, strict=True)]
+        captions = _captions(self.shards, groups, None if multi_view else self.side, stream)
         groups = ranks.part(groups)
         views = (self.shards.views(i)[which] for i, which in groups)
         images = torch.cat([on_background(rgba, color) for rgba, color in zip(views, ranks.part(colors))])
         cameras = _cameras(self.shards, groups) if multi_view else None
         return Batch(images, cameras, ranks.part(captions), v, encoded=False)
-
-    def _endings(self, groups: list[tuple[int, list[int]]], side: Side, stream: Stream) -> list[str]:
-        """What each single view is told of where it is seen from, as the end of its caption; often nothing."""
-        told = (stream.uniform(len(groups)) < SIDE_SHARE).tolist()
-        sides = side(_poses(self.shards, groups))
-        fronts = (self.shards.records[i].meta.get("has_front", False) for i, _ in groups)
-        return [f", {words}" if tell and front else "" for tell, front, words in zip(told, fronts, sides, strict=True)]
 
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single images for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
@@ -277,10 +267,19 @@ class LatentSource:
         file: `<file>.npy` and `<file>.filled.npy` are made or continued.
         shape: (C, h, w).
         key: names shards and autoencoder; a cache made under another key is made again.
+        side: as ImageSource's.
     """
 
-    def __init__(self, shards: Shards, encode: Callable[[Tensor], Tensor], file: Path, shape: tuple, key: str):
-        self.shards, self.encode = shards, encode
+    def __init__(
+        self,
+        shards: Shards,
+        encode: Callable[[Tensor], Tensor],
+        file: Path,
+        shape: tuple,
+        key: str,
+        side: Side | None = None,
+    ):
+        self.shards, self.encode, self.side = shards, encode, side
         n_views = shards.records[0].n_views
         note, full = file.with_suffix(".key"), (len(shards), len(BACKGROUND_SHARES), n_views, *shape)
         made_of = f"{key} {full}".encode()
@@ -298,7 +297,7 @@ class LatentSource:
         """As ImageSource.batch, but encoded."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
         kinds = [draw_background(stream) for _ in groups]
-        captions = [self.shards.caption(i, stream) for i, _ in groups]
+        captions = _captions(self.shards, groups, None if multi_view else self.side, stream)
         groups = ranks.part(groups)
         images = torch.cat([self._get(i, kind, which) for (i, which), kind in zip(groups, ranks.part(kinds))])
         cameras = _cameras(self.shards, groups) if multi_view else None
@@ -366,6 +365,19 @@ def _groups(
     n, v = (n_scenes, n_views) if multi_view else (n_scenes * n_views, 1)
     picks = _pick(len(shards), n, stream)
     return [(i, view_group(shards.records[i].n_views, v, stream)) for i in picks], v
+
+
+def _captions(shards: Shards, groups: list[tuple[int, list[int]]], side: Side | None, stream: Stream) -> list[str]:
+    """One for each group; with `side`, some of single views end with words for where they are seen from."""
+    captions = [shards.caption(i, stream) for i, _ in groups]
+    if side is None:
+        return captions
+    told = (stream.uniform(len(groups)) < SIDE_SHARE).tolist()
+    fronts = [shards.records[i].meta.get("has_front", False) for i, _ in groups]
+    sides = side(_poses(shards, groups))
+    return [
+        f"{c}, {s}" if tell and front else c for c, tell, front, s in zip(captions, told, fronts, sides, strict=True)
+    ]
 
 
 def _pick(total: int, n: int, stream: Stream) -> list[int]:

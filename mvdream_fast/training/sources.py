@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Source, WithPictures
+from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Side, Source, WithPictures
 from mvdream_fast.guidance.prompts import VIEW_WORDS, view_words
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.pixels import Codec
@@ -24,26 +24,25 @@ def mixed_source(
     """What the steps draw: renders, and pictures for some of the 2D ones. sides: tell single views theirs."""
     device = next(parts.unet.parameters()).device
 
-    def of(name: str, kind: Shards, sides: bool) -> Source:
-        if sides:
-            return ImageSource(kind.at(parts.config.vae.image_size), side_words)
-        source = source_of(cache and Path(f"{cache}{name}"), parts.config, parts.vae, kind, device)
+    def of(name: str, kind: Shards, side: Side | None) -> Source:
+        source = source_of(cache and Path(f"{cache}{name}"), parts.config, parts.vae, kind, device, side)
         if workers and isinstance(source, LatentSource):
             source.fill(workers)  # what draws batches cannot encode on a GPU
         return source
 
-    renders = of("", shards, sides)
-    return renders if pictures is None else WithPictures(renders, of("-pictures", pictures, False))
+    renders = of("", shards, side_words if sides else None)
+    return renders if pictures is None else WithPictures(renders, of("-pictures", pictures, None))
 
 
 def source_of(
-    cache: Path | None, config: ModelConfig, autoencoder: Codec, shards: Shards, device: torch.device
-) -> Source:
-    """Latents from a cache, or where there is none images that the trainer encodes."""
+    cache: Path | None, config: ModelConfig, autoencoder: Codec, shards: Shards, device: torch.device,
+    side: Side | None = None,
+) -> Source:  # fmt: skip
+    """Latents from a cache, or where there is none images that the trainer encodes. side: as `ImageSource`'s."""
     vae = config.vae
     shards = shards.at(vae.image_size)
     if cache is None:
-        return ImageSource(shards)
+        return ImageSource(shards, side)
     digest = hashlib.blake2b(digest_size=16)
     for tensor in autoencoder.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -54,4 +53,4 @@ def source_of(
         return autoencoder.encode(images.to(device))
 
     size = config.latent_size
-    return LatentSource(shards, encode, cache, (vae.latent_channels, size, size), digest.hexdigest())
+    return LatentSource(shards, encode, cache, (vae.latent_channels, size, size), digest.hexdigest(), side)

@@ -69,7 +69,8 @@ def test_2d_batches_hold_single_views_of_different_orbits(folder):
     assert ImageSource(Shards(folder)).batch(Stream(0, 3, "x"), 2, 4, False).images.shape[0] == 8
 
 
-def test_half_of_the_single_views_with_a_front_are_told_their_side(tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_half_of_the_single_views_with_a_front_are_told_their_side(tmp_path, cached):
     samples = [make_sample(i) for i in range(60)]
     for i, sample in enumerate(samples):
         sample.meta["has_front"] = i < 40
@@ -81,7 +82,7 @@ def test_half_of_the_single_views_with_a_front_are_told_their_side(tmp_path):
         seen.append(c2w)
         return [f"side {k}" for k in range(len(c2w))]
 
-    source = ImageSource(Shards(tmp_path), side)
+    source = latents(tmp_path, Encoder(), side=side) if cached else ImageSource(Shards(tmp_path), side)
     told, could = 0, 0
     for step in range(10):
         captions = source.batch(Stream(0, step, "x"), 30, 1, multi_view=False).captions
@@ -200,8 +201,8 @@ class Encoder:
         return torch.nn.functional.avg_pool2d(images, 8)
 
 
-def latents(folder, encoder, key="k"):
-    return LatentSource(Shards(folder), encoder, folder / "cache" / "latents", (3, 2, 2), key)
+def latents(folder, encoder, key="k", side=None):
+    return LatentSource(Shards(folder), encoder, folder / "cache" / "latents", (3, 2, 2), key, side)
 
 
 def test_latents_are_encoded_once_and_survive_a_restart(folder):
