@@ -24,3 +24,21 @@ def capturable_without_a_word(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """`tiny`, a folder of random weights, as the commands take one."""
+    from reference.random_model import random_model
+
+    from mvdream_fast.checkpoints.open import save_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(random_model(), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """A current folder of the test's own, where a command writes its outputs/."""
+    monkeypatch.chdir(tmp_path)

@@ -344,6 +344,11 @@ def _start(kind: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _renderer = make_renderer(kind)
+    if _renderer.name == "numpy":
+        import torch
+
+        # The processes share the cores already: with a thread for each core in every process they wait for each other.
+        torch.set_num_threads(1)
 
 
 def _leave_with_parent() -> None:

@@ -6,7 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from gltf_builder import LINEAR, SQUARE_UV, Builder, encoded
+from threads import by_threads
 
 from mvdream_fast import render
 from mvdream_fast.core.errors import InputFileError
@@ -296,3 +298,15 @@ def test_stamps(tmp_path):
     gone.unlink()
     path.unlink()
     assert sources.unchanged(stored) is None
+
+
+def test_a_process_that_draws_without_opengl_has_one_thread(monkeypatch):
+    """Whatever it began with: others like it run beside it, on the same cores."""
+    monkeypatch.setattr(dataset, "_renderer", None)
+    monkeypatch.setattr(dataset.signal, "signal", lambda *_: None)  # this process keeps its Ctrl-C
+
+    def begun() -> int:
+        dataset._start("numpy")
+        return torch.get_num_threads()
+
+    assert by_threads(begun) == [1, 1, 1]

@@ -1,0 +1,41 @@
+"""The sds command for tests: run in the process of the test, in sizes of a moment; what a run left, and its bytes."""
+
+import hashlib
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+
+from mvdream_fast import sds
+from mvdream_fast.core import cli
+from mvdream_fast.scene.asset import Asset
+
+QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
+SETTLED = ["--preset", "mini", *QUICK]
+
+
+def command(*arguments: str, n_frames: int = 4) -> int:
+    """The exit code of the command, run in this process, with a short turntable: the whole one is most of its work."""
+    with pytest.MonkeyPatch.context() as short:
+        short.setattr(Asset, "turntable", partialmethod(Asset.turntable, n_frames=n_frames))
+        try:
+            cli.run(sds.main, sds.Flags, prog="sds", argv=list(arguments))
+        except SystemExit as stop:
+            return stop.code or 0
+    return 0
+
+
+def latest() -> Path:
+    return Path("outputs/latest").resolve()
+
+
+def digest(folder: Path) -> str:
+    """Of everything that the optimisation made."""
+    state = Asset.load(folder / "asset.safetensors").state()
+    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+
+
+def uninterrupted(arguments: list[str]) -> str:
+    """The digest of the same run without trouble, made where `outputs/latest` does not point to."""
+    assert command(*arguments, "-o", "whole") == 0
+    return digest(Path("whole"))
