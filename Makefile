@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= a green armchair
 ARGS ?=
+# Tests run in a process for each core, four at most: each has its own torch in memory. `make test JOBS=` takes one.
+JOBS ?= -n logical --maxprocesses 4 --dist worksteal
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -16,10 +18,10 @@ sds: $(VENV)/.built
 	$(BIN)/python -m mvdream_fast.sds --prompt "$(PROMPT)" $(ARGS)
 
 test: $(VENV)/.built-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(JOBS) $(ARGS)
 
 test-all: $(VENV)/.built-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) $(ARGS)
 
 bench: $(VENV)/.built-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)

@@ -1,12 +1,17 @@
-"""Where there is no GPU, Triton interprets its kernels: that must be known before anything imports it."""
+"""What must be known before torch and Triton are imported, and fixtures of many folders."""
 
 import os
 import warnings
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes test side by side: they share the cores out
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # Triton interprets its kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
 if os.environ.get("MVDREAM_FAST_SANITIZE"):  # `make sanitize` means its own build, not the installed one

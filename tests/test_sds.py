@@ -265,7 +265,7 @@ def test_o_is_the_folder_of_the_run(tiny_model, capsys):
 
 
 def test_random_seed_and_live_page_are_told(tiny_model, capsys):
-    arguments = ["--steps", "2", "--seed", "random", "--viewer", *SETTLED]
+    arguments = ["--steps", "2", "--seed", "random", "--viewer", "--viewer-port", "7300", *SETTLED]
     assert command("a red car", "--model", tiny_model, *arguments) == 0
     seed = json.loads((latest() / "config.json").read_text())["seed"]
     out = capsys.readouterr().out

@@ -163,11 +163,13 @@ def test_hopper_at_the_default_width(tmp_path):
 def extension():
     """mvdream_fast._C with the CUDA backend for every architecture, as `pip install` makes it, warnings as errors."""
     import pybind11
+    from reference.cuda_host import alone_in
 
     configure = ["cmake", "-S", ROOT, "-B", TREE, "-G", "Ninja", "-DMVDREAM_FAST_CUDA=ON"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    subprocess.run([*configure, f"-DMVDREAM_FAST_OUTPUT={TREE / 'site'}"], check=True, capture_output=True)
-    built = subprocess.run(["cmake", "--build", TREE, "--parallel", "2"], capture_output=True, text=True)
+    with alone_in(TREE):
+        subprocess.run([*configure, f"-DMVDREAM_FAST_OUTPUT={TREE / 'site'}"], check=True, capture_output=True)
+        built = subprocess.run(["cmake", "--build", TREE, "--parallel", "2"], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-4000:]
     (library,) = (TREE / "site").glob("_C*.so")
     return library
