@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference.tiny_model import TINY, write_tiny
+from reference.tiny_model import TINY
 
 from mvdream_fast.checkpoints.manifest import manifest
 from mvdream_fast.checkpoints.open import load_model, open_source
@@ -256,11 +256,6 @@ def test_tensors_of_both_formats_open_alike(tmp_path):
 
 
 # Damage.
-
-
-@pytest.fixture
-def tiny(tmp_path) -> Path:
-    return write_tiny(tmp_path / "tiny")
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
