@@ -62,7 +62,7 @@ FILES = repository_files()
 
 def strangers(text: str) -> set[str]:
     """Names of source files and pages in a text that the repository does not have."""
-    return {name for name in FILE.findall(text) if name not in FILES | ELSEWHERE}
+    return set(FILE.findall(text)) - FILES - ELSEWHERE
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))

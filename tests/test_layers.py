@@ -8,6 +8,7 @@ no file is left out.
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,14 @@ def imported(source: str, package: list[str], types: bool = True) -> Iterator[st
             base = package[: len(package) + 1 - node.level] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             modules = [f"{stem}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+        elif isinstance(node, ast.Call) and _name_of(node.func) == "import_module" and node.args:
             modules = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
         yield from (module for module in modules if module.startswith(f"{PACKAGE}."))
+
+
+def _name_of(called: ast.expr) -> str:
+    """The last word of what is called: f of f() and of module.f()."""
+    return called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
 
 
 def imports(path: Path, types: bool = True) -> set[str]:
@@ -89,10 +95,11 @@ def imports(path: Path, types: bool = True) -> set[str]:
     return {name.split(".")[1] for name in _imported_by(path, types)} - {"__version__"}
 
 
-def _imported_by(path: Path, types: bool) -> Iterator[str]:
+@cache
+def _imported_by(path: Path, types: bool) -> set[str]:
     name = dotted(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    return imported(path.read_text(encoding="utf-8"), package.split("."), types)
+    return set(imported(path.read_text(encoding="utf-8"), package.split("."), types))
 
 
 FILES = [path for path in python_files() if path != ROOT / PACKAGE / "__init__.py"]
@@ -158,7 +165,7 @@ def test_no_two_files_import_each_other():
     names = {dotted(path): path for path in FILES}
     graph = {}
     for name, path in names.items():
-        modules = list(_imported_by(path, types=True))
+        modules = _imported_by(path, types=True)
         graph[name] = {m if m in names else m.rpartition(".")[0] for m in modules} & names.keys() - {name}
     assert circle(graph) == set()
 

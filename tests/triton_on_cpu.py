@@ -37,3 +37,8 @@ from mvdream_fast.kernels._attention_tiles import Tile  # noqa: E402
 # Attention tiles for tests, of which few tokens give several.
 SMALL = Tile(16, 16, 4, 1)
 SMALL_AHEAD = SMALL._replace(AHEAD=True)
+
+# Random cases of an op: those of every run, among which is each value of each choice that any op draws (6 and 120 bring
+# the last of them), and those that the slow campaign adds.
+DRAWN = (6, 120, *range(2, 200, 3))
+CAMPAIGN = sorted({*range(1000)} - {*DRAWN})

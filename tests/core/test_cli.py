@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import re
 import signal
@@ -17,24 +18,61 @@ from tyro import conf
 from mvdream_fast.core import cli, errors
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "numpy", "diffusers", "transformers", "matplotlib", "triton", "skimage", "trimesh"}
+HEAVY = ["torch", "numpy", "diffusers", "transformers", "matplotlib", "triton", "skimage", "trimesh"]
 VERBS = sorted(
     path.stem for path in (ROOT / "mvdream_fast").glob("*.py") if "cli.run(main" in path.read_text(encoding="utf-8")
 )
+WRONG = [
+    ["x", "--n-views", "0"],
+    ["x", "--n-views", "four"],
+    ["x", "--steps", "37"],
+    [""],
+    ["   "],
+    [],
+    ["x", "--prompt", "x"],
+    ["a\x07bell"],
+    ["y" * 9000],
+    ["x", "--guidance-scale", "nan"],
+    ["x", "--elevation-deg", "inf"],
+    ["x", "--elevation-deg", "120"],
+    ["-a red chair"],
+    ["--prompt", "-a red chair"],
+    ["x", "--threads", "0"],
+    ["x", "--seed", "-1"],
+    ["x", "--seed", "dice"],
+    ["x", "--dtype", "int8"],
+    ["x", "--mode", "4d"],
+    ["x", "--negative-prompt", "a\x1b"],
+]  # of generate
+PROGRAM = """
+import contextlib, io, json, runpy, sys
+heavy, asked, answers = *map(json.loads, sys.argv[1:]), []
+for name, *arguments in asked:
+    before, out, err, code = set(sys.modules), io.StringIO(), io.StringIO(), 0
+    sys.argv = ["", *arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(f"mvdream_fast.{name}", run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+    answers.append((code, out.getvalue(), err.getvalue(), [x for x in heavy if x in sys.modules and x not in before]))
+print(json.dumps(answers))
+"""
 
 
-def verb(name: str, *arguments: str) -> tuple[int, str, str, set[str]]:
-    """Runs `python -m mvdream_fast.<name>`: exit code, stdout, stderr, and which heavy packages it imported."""
-    code = (
-        "import runpy, sys\n"
-        "sys.argv[0] = ''\n"
-        f"try:\n    runpy.run_module('mvdream_fast.{name}', run_name='__main__')\n"
-        "finally:\n"
-        f"    print('\\nimported', *sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    message, _, imported = done.stderr.rpartition("\nimported")
-    return done.returncode, done.stdout, message, set(imported.split())
+@pytest.fixture(scope="module")
+def verb():
+    """What `python -m mvdream_fast.<name>` answers: exit code, stdout, stderr, and which heavy packages it imported.
+
+    One process answers all that the tests ask, one verb after another, for none of them may import any.
+    """
+    asked = [(name, *line) for name in VERBS for line in (["--help"], ["--no-such-flag", "1"])]
+    asked += [("generate", *line) for line in WRONG]
+    line = [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-c", PROGRAM, json.dumps(HEAVY), json.dumps(asked)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = dict(zip(asked, json.loads(done.stdout), strict=True))
+    return lambda *line: answers[line]
 
 
 def test_the_verbs_are_found():
@@ -42,55 +80,30 @@ def test_the_verbs_are_found():
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_help_comes_before_torch(name):
+def test_help_comes_before_torch(name, verb):
     code, out, _, imported = verb(name, "--help")
-    assert (code, imported) == (0, set())
+    assert (code, imported) == (0, [])
     assert f"python -m mvdream_fast.{name}" in out
     assert "exit codes: 0 done; 2 wrong arguments" in out
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_help_says_what_a_person_would_type(name):
+def test_help_says_what_a_person_would_type(name, verb):
     assert "None" not in verb(name, "--help")[1]
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_a_wrong_flag_is_refused_before_torch(name):
+def test_a_wrong_flag_is_refused_before_torch(name, verb):
     code, out, message, imported = verb(name, "--no-such-flag", "1")
-    assert (code, imported) == (2, set())
+    assert (code, imported) == (2, [])
     assert "--help" in out + message
     assert "Traceback" not in message
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["x", "--n-views", "0"],
-        ["x", "--n-views", "four"],
-        ["x", "--steps", "37"],
-        [""],
-        ["   "],
-        [],
-        ["x", "--prompt", "x"],
-        ["a\x07bell"],
-        ["y" * 9000],
-        ["x", "--guidance-scale", "nan"],
-        ["x", "--elevation-deg", "inf"],
-        ["x", "--elevation-deg", "120"],
-        ["-a red chair"],
-        ["--prompt", "-a red chair"],
-        ["x", "--threads", "0"],
-        ["x", "--seed", "-1"],
-        ["x", "--seed", "dice"],
-        ["x", "--dtype", "int8"],
-        ["x", "--mode", "4d"],
-        ["x", "--negative-prompt", "a\x1b"],
-    ],
-    ids=lambda arguments: " ".join(arguments)[:30] or "nothing",
-)
-def test_generate_refuses_wrong_arguments_before_torch(arguments):
+@pytest.mark.parametrize("arguments", WRONG, ids=lambda arguments: " ".join(arguments)[:30] or "nothing")
+def test_generate_refuses_wrong_arguments_before_torch(arguments, verb):
     code, out, message, imported = verb("generate", *arguments)
-    assert (code, imported) == (2, set())
+    assert (code, imported) == (2, [])
     assert "Traceback" not in message
     assert message.strip() or out.strip()
 
@@ -156,7 +169,7 @@ def test_every_path_of_every_verb_begins_at_home(name, argv, fields, monkeypatch
     assert paths <= set(fields.split()), "a new path flag needs a word above"
 
 
-def test_dreambooth_takes_dashes_and_underscores_and_shows_dashes():
+def test_dreambooth_takes_dashes_and_underscores_and_shows_dashes(verb):
     from mvdream_fast import dreambooth
 
     found = []

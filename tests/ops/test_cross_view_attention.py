@@ -9,7 +9,7 @@ import triton.language as tl
 from mvdream_fast.kernels._attention_rows import token_offsets
 from tolerances import close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
-from triton_on_cpu import DEVICE, SMALL, SMALL_AHEAD
+from triton_on_cpu import CAMPAIGN, DEVICE, DRAWN, SMALL, SMALL_AHEAD
 
 from mvdream_fast.ops import cross_view_attention as attention
 from mvdream_fast.ops import cross_view_attention_ref as attention_ref
@@ -191,13 +191,13 @@ def check_case(case):
         within_flash_rule(x, plain[name], exact[name], terms[name])
 
 
-@pytest.mark.parametrize("case", range(200))
+@pytest.mark.parametrize("case", DRAWN)
 def test_kernels_follow_the_flash_rule(case, small_tiles):
     check_case(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(200, 1000))
+@pytest.mark.parametrize("case", CAMPAIGN)
 def test_kernels_follow_the_flash_rule_campaign(case, small_tiles):
     check_case(case)
 

@@ -7,7 +7,7 @@ import torch
 from threads import by_threads
 from tolerances import close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
-from triton_on_cpu import DEVICE
+from triton_on_cpu import CAMPAIGN, DEVICE, DRAWN
 
 from mvdream_fast.ops import group_norm_silu, group_norm_silu_ref
 from mvdream_fast.ops.group_norm_silu import _GroupNormSiLU
@@ -185,13 +185,13 @@ def check_case(case):
         within_flash_rule(result, plain[name], exact[name], terms[name])
 
 
-@pytest.mark.parametrize("case", range(200))
+@pytest.mark.parametrize("case", DRAWN)
 def test_kernels_follow_the_flash_rule(case):
     check_case(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(200, 1000))
+@pytest.mark.parametrize("case", CAMPAIGN)
 def test_kernels_follow_the_flash_rule_campaign(case):
     check_case(case)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
-from triton_on_cpu import DEVICE
+from triton_on_cpu import CAMPAIGN, DEVICE, DRAWN
 
 from mvdream_fast.ops import MLP, camera_embedding, time_camera_embedding, time_camera_embedding_ref
 from mvdream_fast.ops.time_camera_embedding import _d_silu, _forward_cpu, _TimeCameraEmbedding, sinusoid
@@ -187,13 +187,13 @@ def check_case(case):
         within_flash_rule(result, plain[name], exact[name], max(4, terms[name]))
 
 
-@pytest.mark.parametrize("case", range(200))
+@pytest.mark.parametrize("case", DRAWN)
 def test_kernels_follow_the_flash_rule(case):
     check_case(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(200, 1000))
+@pytest.mark.parametrize("case", CAMPAIGN)
 def test_kernels_follow_the_flash_rule_campaign(case):
     check_case(case)
 
