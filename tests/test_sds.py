@@ -36,7 +36,7 @@ def test_graphs_are_made_unless_they_are_switched_off(graphs, tiny_model):
 
 def test_everything_is_left_behind(tiny_model, capsys):
     asked = ["a green chair", "--model", tiny_model, "--steps", "6", "--seed", "4"]
-    assert command(*asked, *SETTLED, n_frames=120) == 0
+    assert command(*asked, *SETTLED, whole=True) == 0
     folder = latest()
     names = {path.name for path in folder.iterdir()}
     assert names == {

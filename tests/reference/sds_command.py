@@ -8,16 +8,23 @@ import pytest
 
 from mvdream_fast import sds
 from mvdream_fast.core import cli
+from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 
 QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
 SETTLED = ["--preset", "mini", *QUICK]
 
 
-def command(*arguments: str, n_frames: int = 4) -> int:
-    """The exit code of the command, run in this process, with a short turntable: the whole one is most of its work."""
+def command(*arguments: str, whole: bool = False) -> int:
+    """The exit code of the command, run in this process.
+
+    whole: with 120 frames of a turn and 25 steps for the first views, which are most of the work of so small a run.
+    """
+    call = MVDreamPipeline.__call__
     with pytest.MonkeyPatch.context() as short:
-        short.setattr(Asset, "turntable", partialmethod(Asset.turntable, n_frames=n_frames))
+        if not whole:
+            short.setattr(Asset, "turntable", partialmethod(Asset.turntable, n_frames=4))
+            short.setattr(MVDreamPipeline, "__call__", lambda *given, **named: call(*given, **named | {"n_steps": 2}))
         try:
             cli.run(sds.main, sds.Flags, prog="sds", argv=list(arguments))
         except SystemExit as stop:
