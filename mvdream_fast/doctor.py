@@ -125,8 +125,10 @@ def _triton() -> dict[str, Any]:
 
 def _egl() -> dict[str, Any]:
     """Headless OpenGL, which renders the training images."""
+    from mvdream_fast.rendering.opengl import new_context
+
     try:
-        context = importlib.import_module("moderngl").create_standalone_context(backend="egl")
+        context = new_context()
     except Exception as error:  # moderngl and its loaders raise many kinds, plain Exception among them
         why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return {"usable": False, "why": f"{why}; Debian has it in libegl1 and libgl1-mesa-dri"}

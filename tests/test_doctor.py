@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ def without(monkeypatch):
             return find(name, *rest)
 
         monkeypatch.setattr(importlib, "import_module", missing)
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)  # what `import` takes for missing
 
     return hide
 

@@ -3,6 +3,7 @@
 The look (light, glass, holes, emission, box-filtered edges) is software.py's; a test holds the two together.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,20 @@ void main() {
 """
 
 
+def new_context() -> "moderngl.Context":
+    """A headless OpenGL context; raises whatever moderngl raises where there is no EGL.
+
+    Triton is loaded before it, where it is installed. Mesa makes the names of its LLVM known to the whole process;
+    Triton's own LLVM, loaded after that, would call into Mesa's for functions of the same names, and crash.
+    """
+    import moderngl
+
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+    settings: dict[str, Any] = {"backend": "egl"}  # of any type, not the dictionaries that moderngl annotates
+    return moderngl.create_context(standalone=True, **settings)
+
+
 class GLRenderer:
     """An OpenGL context of its own, for one process; raises whatever moderngl raises where there is no EGL."""
 
@@ -98,8 +113,7 @@ class GLRenderer:
 
         self.gl = moderngl
         _keep_one_thread()
-        settings: dict[str, Any] = {"backend": "egl"}  # of any type, not the dictionaries that moderngl annotates
-        self.context = moderngl.create_context(standalone=True, **settings)
+        self.context = new_context()
         self.name = f"OpenGL ({self.context.info['GL_RENDERER']})"
         self.program = self.context.program(vertex_shader=VERTEX, fragment_shader=FRAGMENT)
         self.copy = self.context.program(vertex_shader=COPY_VERTEX, fragment_shader=COPY_FRAGMENT)
