@@ -1,9 +1,11 @@
-// Where a silhouette crosses the line between two neighbouring pixels, and what that means for their colours.
+// Where outlines cross the lines between neighbouring pixels, and what that means for their colours.
 //
-// A pair of neighbours that show different triangles belongs to the nearer one, the owner. Where the line from the
-// owner's centre to the other's leaves the triangle through a silhouette edge at distance d, in pixels, the owner takes
-// max(0, 1/2 - d) of the other's colour, and the other max(0, d - 1/2) of the owner's: the area of a pixel that an edge
-// at right angles to that line would cover.
+// An outline is an edge with one triangle, or with two that lie on the same side of it. It is followed over the screen,
+// row by row, or where it is flatter than 45 degrees column by column. Between the two pixels' centres that it passes
+// there, the one on the side of its triangles, the owner, shows a surface, and the other something farther than the
+// edge. At distance d from the owner, in pixels, the owner takes max(0, 1/2 - d) of the other's colour, and the other
+// max(0, d - 1/2) of the owner's: the area of a pixel that an edge at right angles to that line would cover. The
+// triangles at the edge need not be seen: at the limb of anything round they are thinner than a pixel.
 #pragma once
 
 #include "rasterize.h"
@@ -11,13 +13,6 @@
 
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
-
-constexpr double kCrossingSlack = 1.0 / 256;  // coverage is decided on snapped vertices, crossings on exact ones
-
-struct Crossing {
-  int edge = -1;        // the triangle's corner that the edge is opposite to; -1: no silhouette crosses
-  double distance = 0;  // from the owner's centre, in [0, 1]
-};
 
 // The line that a pair of pixels lies on.
 struct PairLine {
@@ -40,33 +35,6 @@ MVDREAM_FAST_HD double side_of(const Corner& a, const Corner& b, const Corner& p
   return a.x * (b.y * p.w - b.w * p.y) - a.y * (b.x * p.w - b.w * p.x) + a.w * (b.x * p.y - b.y * p.x);
 }
 
-// `beyond`: the corner across each edge; `has`: whether there is one.
-MVDREAM_FAST_HD Crossing crossing_of(const Corner* corners, const Corner* beyond, const bool* has,
-                                     const PairLine& line) {
-  Crossing crossing;
-  double along[3], across[3], farthest = -1e300;
-  for (int k = 0; k < 3; ++k) {
-    if (corners[k].w > 0) on_line(corners[k], line, &along[k], &across[k]);
-  }
-  for (int k = 0; k < 3; ++k) {
-    const int a = (k + 1) % 3, b = (k + 2) % 3;
-    if (!(corners[a].w > 0 && corners[b].w > 0) || (across[a] < 0) == (across[b] < 0)) continue;
-    const double d = line.direction * (along[a] * across[b] - along[b] * across[a]) / (across[b] - across[a]);
-    if (!(d > farthest)) continue;
-    farthest = d;
-    crossing.edge = k;
-  }
-  if (crossing.edge < 0) return crossing;
-  const int k = crossing.edge, a = (k + 1) % 3, b = (k + 2) % 3;
-  const bool within = farthest >= -kCrossingSlack && farthest <= 1 + kCrossingSlack;
-  const bool steep = std::fabs(across[b] - across[a]) >= std::fabs(along[b] - along[a]);
-  const bool outline =
-      !has[k] || side_of(corners[a], corners[b], corners[k]) * side_of(corners[a], corners[b], beyond[k]) >= 0;
-  crossing.distance = clamped(farthest, 0, 1);
-  if (!(within && steep && outline)) crossing.edge = -1;
-  return crossing;
-}
-
 // Gradients of x, y and w of the edge's corners a and b from that of the distance.
 MVDREAM_FAST_HD void crossing_gradients(const Corner& a, const Corner& b, const PairLine& line, double d_distance,
                                         double d_a[3], double d_b[3]) {
@@ -85,18 +53,6 @@ MVDREAM_FAST_HD void crossing_gradients(const Corner& a, const Corner& b, const 
     out[k][1] = d_y;
     out[k][2] = -(d_x * corners[k]->x + d_y * corners[k]->y) / corners[k]->w;
   }
-}
-
-// A crossing as one number of a pair: 0 for none, 1 + distance where the first pixel is the owner, less that for the
-// second. `first_takes`: whether the first pixel is the one whose colour changes, by `share` of the difference.
-struct Share {
-  bool first_takes;
-  float share;
-};
-
-MVDREAM_FAST_HD Share share_of(float crossing) {
-  const float distance = (crossing > 0 ? crossing : -crossing) - 1, share = 0.5f - distance;
-  return {(share > 0) == (crossing > 0), share > 0 ? share : -share};
 }
 
 // An image for crossings: rast [H, W, 4], pos [V, 4], tri and opposite [F, 3].
@@ -119,69 +75,130 @@ MVDREAM_FAST_HD Outlines outlines_of(const Silhouettes& args, int64_t image) {
           args.meshes.width};
 }
 
-// A pair of neighbours: the first pixel, and the axis along which the second comes after it.
-struct Found {
-  Crossing crossing;
+// The nearest crossing of a pair of pixels is the least key: 36 bits of depth above twice the number of the edge, three
+// times the triangle's plus the corner's that it is opposite to, plus 1 where the first pixel is the owner. What is
+// kept of a pair is that number plus 1, and 0 without a crossing.
+constexpr int kEdgeBits = 27;
+
+MVDREAM_FAST_HD uint64_t crossing_key(double depth, int64_t edge, bool first_owns) {
+  const double steps = (depth + 1) * 34359738368.0, most = 68719476735.0;
+  const uint64_t high = static_cast<uint64_t>(!(steps >= 0) ? 0 : steps > most ? most : steps);
+  return high << kEdgeBits | static_cast<uint64_t>(2 * edge + (first_owns ? 1 : 0));
+}
+
+MVDREAM_FAST_HD int32_t kept_of(uint64_t key) {
+  return static_cast<int32_t>(key & ((uint64_t(1) << kEdgeBits) - 1)) + 1;
+}
+
+// Whether the owner shows a surface, and the other something farther than a depth.
+MVDREAM_FAST_HD bool passes_between(const float* own, const float* other, double depth) {
+  return own[3] > 0 && own[3] != other[3] && (other[3] == 0 || other[2] > depth);
+}
+
+// The whole numbers from `at` on, in [0, n].
+MVDREAM_FAST_HD int first_line(double at, int n) {
+  const double line = ceil(at);
+  return line <= 0 ? 0 : line >= n ? n : static_cast<int>(line);
+}
+
+// Calls visit(pair, key) where an outline from a to b passes between two pixels; pair: twice the first one's number,
+// plus the axis. `left`: the side of its triangles, seen along it, y upwards.
+template <typename Visit>
+MVDREAM_FAST_HD void follow(const Outlines& image, const Corner& a, const Corner& b, bool left, int64_t edge,
+                            Visit visit) {
+  if (!(a.w > 0 && b.w > 0)) return;
+  const double half[2] = {image.width * 0.5, image.height * 0.5};
+  PairLine line = {0, 1, {0.5, 0.5}, {half[0], half[1]}};
+  double x, y, end_x, end_y;
+  on_line(a, line, &x, &y);
+  on_line(b, line, &end_x, &end_y);
+  const int axis = fabs(end_x - x) > fabs(end_y - y) ? 1 : 0;
+  const double along = axis == 0 ? x : y, across = axis == 0 ? y : x;
+  const double way = (axis == 0 ? end_x : end_y) - along, rise = (axis == 0 ? end_y : end_x) - across;
+  if (!(rise != 0)) return;
+  const int n_lines = axis == 0 ? image.height : image.width, last = (axis == 0 ? image.width : image.height) - 1;
+  const bool first_owns = (axis == 0 ? rise > 0 : rise < 0) == left;
+  const double depth = a.z / a.w, deeper = b.z / b.w - depth;
+  const int end = first_line(most(across, across + rise), n_lines);
+  for (int i = first_line(least(across, across + rise), n_lines); i < end; ++i) {
+    const double share = (i - across) / rise, at = along + share * way, here = depth + share * deeper;
+    if (!(at >= 0 && at < last)) continue;
+    const int place = static_cast<int>(at);
+    const int64_t first = axis == 0 ? int64_t(i) * image.width + place : int64_t(place) * image.width + i;
+    const float *one = image.rast + 4 * first, *two = one + 4 * (axis == 0 ? 1 : image.width);
+    if (!passes_between(first_owns ? one : two, first_owns ? two : one, here)) continue;
+    visit(2 * first + axis, crossing_key(here, edge, first_owns));
+  }
+}
+
+// Calls visit(pair, key) for the outlines among a triangle's edges. Raises `bad` for vertices that there are not.
+template <typename Visit>
+MVDREAM_FAST_HD void visit_outlines(const Outlines& image, int64_t face, int* bad, Visit visit) {
+  const int32_t *v = image.tri + 3 * face, *opposite = image.opposite + 3 * face;
+  Corner corners[3];
+  for (int k = 0; k < 3; ++k) {
+    if (v[k] < 0 || v[k] >= image.n_vertices || opposite[k] >= image.n_vertices) {
+      *bad = 1;
+      return;
+    }
+    corners[k] = corner_of(image.pos + 4 * int64_t(v[k]));
+  }
+  const double own = side_of(corners[0], corners[1], corners[2]);
+  for (int k = 0; k < 3; ++k) {
+    if (opposite[k] >= 0 && opposite[k] < v[k]) continue;  // the other triangle sees to it
+    const Corner &a = corners[(k + 1) % 3], &b = corners[(k + 2) % 3];
+    const double its = opposite[k] < 0 ? own : side_of(a, b, corner_of(image.pos + 4 * int64_t(opposite[k])));
+    if (own * its >= 0 && own + its != 0) follow(image, a, b, own + its > 0, 3 * face + k, visit);
+  }
+}
+
+// A pair of neighbours with a crossing: the ends of its edge and how far that is from the owner, in [0, 1];
+// `first_takes`: whether the first pixel is the one whose colour changes, by `share` of the difference.
+struct Crossing {
+  int32_t a, b;
   PairLine line;
-  int32_t corners[3];
-  bool first_owns;
+  bool owner_takes, first_takes;
+  float share;
 };
 
-// Looks for a crossing between two pixels that show different triangles.
-MVDREAM_FAST_HD Found find_crossing(const Outlines& image, int x, int y, int axis, int* bad) {
-  Found found;
-  const float* first = image.rast + 4 * (int64_t(y) * image.width + x);
-  const float* second = first + 4 * (axis == 0 ? 1 : image.width);
-  found.first_owns = second[3] == 0 || (first[3] != 0 && first[2] < second[2]);
-  const float id = (found.first_owns ? first : second)[3];
-  if (!corners_of(id, image.tri, image.n_faces, image.n_vertices, found.corners, bad)) return found;
-  Corner corners[3], beyond[3];
-  bool has[3];
-  for (int k = 0; k < 3; ++k) {
-    const int32_t across = image.opposite[3 * (static_cast<int64_t>(id) - 1) + k];
-    if (across >= image.n_vertices) *bad = 1;
-    has[k] = across >= 0 && across < image.n_vertices;
-    corners[k] = corner_of(image.pos + 4 * int64_t(found.corners[k]));
-    beyond[k] = has[k] ? corner_of(image.pos + 4 * int64_t(across)) : corners[k];
-  }
-  const int step = found.first_owns ? 0 : 1;
+MVDREAM_FAST_HD Crossing crossing_of(const Outlines& image, int x, int y, int axis, int32_t kept) {
+  const int32_t edge = (kept - 1) / 2, k = edge % 3, *v = image.tri + 3 * (edge / 3);
+  const bool first_owns = (kept - 1) % 2 != 0;
+  const int step = first_owns ? 0 : 1;
+  Crossing found;
+  found.a = v[(k + 1) % 3];
+  found.b = v[(k + 2) % 3];
   found.line = {axis,
-                found.first_owns ? 1 : -1,
+                first_owns ? 1 : -1,
                 {x + 0.5 + (axis == 0 ? step : 0), y + 0.5 + (axis == 1 ? step : 0)},
                 {image.width * 0.5, image.height * 0.5}};
-  found.crossing = crossing_of(corners, beyond, has, found.line);
+  double along_a, across_a, along_b, across_b;
+  on_line(corner_of(image.pos + 4 * int64_t(found.a)), found.line, &along_a, &across_a);
+  on_line(corner_of(image.pos + 4 * int64_t(found.b)), found.line, &along_b, &across_b);
+  const double d = found.line.direction * (along_a * across_b - along_b * across_a) / (across_b - across_a);
+  const double share = 0.5 - clamped(d, 0, 1);
+  found.owner_takes = share > 0;
+  found.first_takes = found.owner_takes == first_owns;
+  found.share = static_cast<float>(share > 0 ? share : -share);
   return found;
-}
-
-MVDREAM_FAST_HD bool differs(const Outlines& image, int x, int y, int axis) {
-  if (axis == 0 ? x + 1 >= image.width : y + 1 >= image.height) return false;
-  const float* first = image.rast + 4 * (int64_t(y) * image.width + x);
-  return first[3] != first[4 * (axis == 0 ? 1 : image.width) + 3];
-}
-
-// The number of a pair (see Share).
-MVDREAM_FAST_HD float crossing_number(const Outlines& image, int x, int y, int axis, int* bad) {
-  if (!differs(image, x, y, axis)) return 0;
-  const Found found = find_crossing(image, x, y, axis, bad);
-  if (found.crossing.edge < 0) return 0;
-  const float number = static_cast<float>(1 + found.crossing.distance);
-  return found.first_owns ? number : -number;
 }
 
 // Calls visit(the other pixel, how much this one takes of it, how much it takes of this one) for the pairs of a pixel
 // with crossings [H, W, 2].
 template <typename Visit>
-MVDREAM_FAST_HD void visit_pairs(const float* crossings, int x, int y, int width, int height, Visit visit) {
-  const int64_t pixel = int64_t(y) * width + x;
+MVDREAM_FAST_HD void visit_pairs(const Outlines& image, const int32_t* crossings, int x, int y, Visit visit) {
+  const int64_t pixel = int64_t(y) * image.width + x;
   for (int axis = 0; axis < 2; ++axis) {
-    const int64_t step = axis == 0 ? 1 : width;
-    if ((axis == 0 ? x + 1 < width : y + 1 < height) && crossings[2 * pixel + axis] != 0) {
-      const Share share = share_of(crossings[2 * pixel + axis]);
-      visit(pixel + step, share.first_takes ? share.share : 0.0f, share.first_takes ? 0.0f : share.share);
+    const int64_t step = axis == 0 ? 1 : image.width;
+    const int32_t after = crossings[2 * pixel + axis];
+    if (after != 0) {
+      const Crossing found = crossing_of(image, x, y, axis, after);
+      visit(pixel + step, found.first_takes ? found.share : 0.0f, found.first_takes ? 0.0f : found.share);
     }
-    if ((axis == 0 ? x : y) > 0 && crossings[2 * (pixel - step) + axis] != 0) {
-      const Share share = share_of(crossings[2 * (pixel - step) + axis]);
-      visit(pixel - step, share.first_takes ? 0.0f : share.share, share.first_takes ? share.share : 0.0f);
+    const int32_t before = (axis == 0 ? x : y) > 0 ? crossings[2 * (pixel - step) + axis] : 0;
+    if (before != 0) {
+      const Crossing found = crossing_of(image, x - (axis == 0), y - (axis == 1), axis, before);
+      visit(pixel - step, found.first_takes ? 0.0f : found.share, found.first_takes ? found.share : 0.0f);
     }
   }
 }
@@ -189,25 +206,20 @@ MVDREAM_FAST_HD void visit_pairs(const float* crossings, int x, int y, int width
 // Calls add(corner, gradients of its x, y and w) for the two corners of the edge between a pair of pixels.
 template <typename Add>
 MVDREAM_FAST_HD void pair_gradients(const Outlines& image, const float* color, const float* d_out, int n_channels,
-                                    int x, int y, int axis, float crossing, Add add) {
-  int bad = 0;
-  const Share share = share_of(crossing);
+                                    int x, int y, int axis, int32_t kept, Add add) {
+  const Crossing found = crossing_of(image, x, y, axis, kept);
   const int64_t first = int64_t(y) * image.width + x, second = first + (axis == 0 ? 1 : image.width);
-  const float* taker = color + (share.first_takes ? first : second) * n_channels;
-  const float* giver = color + (share.first_takes ? second : first) * n_channels;
-  const float* d_taker = d_out + (share.first_takes ? first : second) * n_channels;
+  const float* taker = color + (found.first_takes ? first : second) * n_channels;
+  const float* giver = color + (found.first_takes ? second : first) * n_channels;
+  const float* d_taker = d_out + (found.first_takes ? first : second) * n_channels;
   double d_share = 0;
   for (int c = 0; c < n_channels; ++c) d_share += double(d_taker[c]) * (double(giver[c]) - taker[c]);
   if (d_share == 0) return;
-  const Found found = find_crossing(image, x, y, axis, &bad);
-  if (found.crossing.edge < 0) return;
-  const double d_distance = found.first_owns == share.first_takes ? -d_share : d_share;
-  const int32_t a = found.corners[(found.crossing.edge + 1) % 3], b = found.corners[(found.crossing.edge + 2) % 3];
   double d_a[3], d_b[3];
-  crossing_gradients(corner_of(image.pos + 4 * int64_t(a)), corner_of(image.pos + 4 * int64_t(b)), found.line,
-                     d_distance, d_a, d_b);
-  add(a, d_a);
-  add(b, d_b);
+  crossing_gradients(corner_of(image.pos + 4 * int64_t(found.a)), corner_of(image.pos + 4 * int64_t(found.b)),
+                     found.line, found.owner_takes ? -d_share : d_share, d_a, d_b);
+  add(found.a, d_a);
+  add(found.b, d_b);
 }
 
 }  // namespace MVDREAM_FAST_ISA

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/pages.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -45,6 +46,9 @@ PYBIND11_MODULE(_C, m) {
       list += std::string(list.empty() ? "" : ", ") + isa_name(isa);
     }
     return info;
+  });
+  m.def("advise_huge_pages", [](std::uintptr_t address, int64_t bytes) {
+    mvdream_fast::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
   });
   mvdream_fast::bind_field(m);
   mvdream_fast::bind_render(m);

@@ -281,14 +281,14 @@ void bind_shapes_cuda(py::module_& m) {
   m.def(
       "antialias_forward",
       [](const Silhouettes& args, Address color, Address crossings, Address out, cuda::Queue queue) {
-        return cuda::antialias_forward(args, at<float>(color), at<float>(crossings), at<float>(out), queue);
+        return cuda::antialias_forward(args, at<float>(color), at<int32_t>(crossings), at<float>(out), queue);
       },
       NoGil());
   m.def(
       "antialias_backward",
       [](const Silhouettes& args, Address color, Address crossings, Address d_out, Address d_color, Address d_pos,
          cuda::Queue queue) {
-        cuda::antialias_backward(args, at<float>(color), at<float>(crossings), at<float>(d_out), at<float>(d_color),
+        cuda::antialias_backward(args, at<float>(color), at<int32_t>(crossings), at<float>(d_out), at<float>(d_color),
                                  at<float>(d_pos), queue);
       },
       NoGil());

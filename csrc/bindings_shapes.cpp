@@ -46,6 +46,12 @@ void bind_interpolate(py::module_& m) {
 }
 
 void bind_antialias(py::module_& m) {
+  m.def(
+      "edge_topology",
+      [](Address tri, int64_t n_faces, Address opposite, int n_threads) {
+        MVDREAM_FAST_CPU(edge_topology)(at<int32_t>(tri), n_faces, at<int32_t>(opposite), n_threads);
+      },
+      NoGil());
   py::class_<Silhouettes>(m, "Silhouettes")
       .def(py::init([](const Meshes& meshes, Address rast, Address opposite, int n_channels) {
         return Silhouettes{meshes, at<float>(rast), at<int32_t>(opposite), n_channels};
@@ -53,7 +59,7 @@ void bind_antialias(py::module_& m) {
   m.def(
       "antialias_forward",
       [](const Silhouettes& args, Address color, Address crossings, Address out, int n_threads) {
-        return MVDREAM_FAST_CPU(antialias_forward)(args, at<float>(color), at<float>(crossings), at<float>(out),
+        return MVDREAM_FAST_CPU(antialias_forward)(args, at<float>(color), at<int32_t>(crossings), at<float>(out),
                                                    n_threads);
       },
       NoGil());
@@ -62,7 +68,7 @@ void bind_antialias(py::module_& m) {
       [](const Silhouettes& args, Address color, Address crossings, Address d_out, Address d_color, Address d_pos,
          int n_threads) {
         MVDREAM_FAST_CPU(antialias_backward)
-        (args, at<float>(color), at<float>(crossings), at<float>(d_out), at<float>(d_color), at<float>(d_pos),
+        (args, at<float>(color), at<int32_t>(crossings), at<float>(d_out), at<float>(d_color), at<float>(d_pos),
          n_threads);
       },
       NoGil());

@@ -1,4 +1,5 @@
-// antialias on CPUs: crossings pair by pair, then each pixel takes from its neighbours.
+// antialias on CPUs: crossings face by face, of which each pair of pixels keeps the nearest, then each pixel takes from
+// its neighbours.
 #include "antialias.h"
 
 #include <algorithm>
@@ -17,31 +18,64 @@ struct EdgeGradient {
   double d[3];
 };
 
+struct Hit {
+  int64_t pair;
+  uint64_t key;
+};
+
+constexpr int64_t kFacesPerChunk = 4096;
+
+// What is kept of each pair of an image, [H, W, 2]; whether a vertex is none.
+int keep_nearest(const Outlines& image, int32_t* crossings, int n_threads) {
+  const int64_t n_chunks = (image.n_faces + kFacesPerChunk - 1) / kFacesPerChunk;
+  std::vector<std::vector<Hit>> of_chunks(n_chunks);
+  int any_bad = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) reduction(| : any_bad)
+  for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
+    const int64_t end = std::min(image.n_faces, (chunk + 1) * kFacesPerChunk);
+    const auto add = [&](int64_t pair, uint64_t key) { of_chunks[chunk].push_back({pair, key}); };
+    int bad = 0;
+    for (int64_t face = chunk * kFacesPerChunk; face < end; ++face) visit_outlines(image, face, &bad, add);
+    any_bad |= bad;
+  }
+  std::fill(crossings, crossings + 2 * int64_t(image.height) * image.width, 0);
+  std::vector<Hit> hits;
+  for (const std::vector<Hit>& chunk : of_chunks) hits.insert(hits.end(), chunk.begin(), chunk.end());
+  for (size_t i = 0; i < hits.size(); ++i) {  // first -1 - the number of the nearest, then what is kept of it
+    int32_t& nearest = crossings[hits[i].pair];
+    if (nearest == 0 || hits[i].key < hits[-1 - nearest].key) nearest = -1 - int32_t(i);
+  }
+  for (size_t i = 0; i < hits.size(); ++i) {
+    int32_t& nearest = crossings[hits[i].pair];
+    if (nearest == -1 - int32_t(i)) nearest = kept_of(hits[i].key);
+  }
+  return any_bad;
+}
+
 }  // namespace
 
-int antialias_forward(const Silhouettes& args, const float* color, float* crossings, float* out, int n_threads) {
+int antialias_forward(const Silhouettes& args, const float* color, int32_t* crossings, float* out, int n_threads) {
   const int height = args.meshes.height, width = args.meshes.width, channels = args.n_channels;
   const int64_t n_rows = args.meshes.n_images * height;
   int any_bad = 0;
+  for (int64_t image = 0; image < args.meshes.n_images; ++image) {
+    any_bad |= keep_nearest(outlines_of(args, image), crossings + 2 * image * height * width, n_threads);
+  }
 #pragma omp parallel num_threads(n_threads) reduction(| : any_bad)
   {
     int bad = 0;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < n_rows; ++row) {
-      const Outlines image = outlines_of(args, row / height);
-      for (int64_t i = 0; i < 2 * int64_t(width); ++i) {
-        crossings[2 * row * width + i] = crossing_number(image, int(i / 2), int(row % height), int(i % 2), &bad);
-      }
-    }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < n_rows; ++row) {
       const int64_t image = row / height * height * width;
+      const Outlines outlines = outlines_of(args, row / height);
       const float* from = color + image * channels;
       for (int x = 0; x < width; ++x) {
         float* to = out + (row * width + x) * channels;
         const float* own = color + (row * width + x) * channels;
+        const float id = args.rast[4 * (row * width + x) + 3];
+        bad |= !(id >= 0 && id <= static_cast<float>(args.meshes.n_faces));
         std::copy(own, own + channels, to);
-        visit_pairs(crossings + 2 * image, x, int(row % height), width, height, [&](int64_t other, float takes, float) {
+        visit_pairs(outlines, crossings + 2 * image, x, int(row % height), [&](int64_t other, float takes, float) {
           for (int c = 0; c < channels; ++c) to[c] += takes * (from[other * channels + c] - own[c]);
         });
       }
@@ -51,7 +85,7 @@ int antialias_forward(const Silhouettes& args, const float* color, float* crossi
   return any_bad ? kNoFace : kRasterFine;
 }
 
-void antialias_backward(const Silhouettes& args, const float* color, const float* crossings, const float* d_out,
+void antialias_backward(const Silhouettes& args, const float* color, const int32_t* crossings, const float* d_out,
                         float* d_color, float* d_pos, int n_threads) {
   const int height = args.meshes.height, width = args.meshes.width, channels = args.n_channels;
   const int64_t n_images = args.meshes.n_images, n_rows = n_images * height;
@@ -75,10 +109,10 @@ void antialias_backward(const Silhouettes& args, const float* color, const float
             const float* d_other = d_out + (image + other) * channels;
             for (int c = 0; c < channels; ++c) to[c] += gives * d_other[c] - takes * d[c];
           };
-          visit_pairs(crossings + 2 * image, x, int(row % height), width, height, add);
+          visit_pairs(outlines, crossings + 2 * image, x, int(row % height), add);
         }
         for (int axis = 0; axis < (d_pos ? 2 : 0); ++axis) {
-          const float crossing = crossings[2 * pixel + axis];
+          const int32_t crossing = crossings[2 * pixel + axis];
           if (crossing == 0) continue;
           const auto add = [&](int32_t corner, const double* d) {
             of_rows[row].push_back({corner, {d[0], d[1], d[2]}});

@@ -24,13 +24,17 @@ MVDREAM_FAST_CPU_OP(int, interpolate_forward, const mvdream_fast::Attributes& ar
 MVDREAM_FAST_CPU_OP(void, interpolate_backward, const mvdream_fast::Attributes& args, const float* d_out,
                     const float* d_out_da, float* d_attr, float* d_rast, float* d_db, int n_threads)
 
+// opposite [F, 3]: the vertex of the other triangle across the edge opposite to each corner, -1 where there is none or
+// more than one. Any numbers may stand for vertices.
+MVDREAM_FAST_CPU_OP(void, edge_topology, const int32_t* tri, int64_t n_faces, int32_t* opposite, int n_threads)
+
 // color, out [B, H, W, C]; crossings [B, H, W, 2], of a pixel with the next in its row and in its column (antialias.h).
 // Returns a RasterStatus.
-MVDREAM_FAST_CPU_OP(int, antialias_forward, const mvdream_fast::Silhouettes& args, const float* color, float* crossings,
-                    float* out, int n_threads)
+MVDREAM_FAST_CPU_OP(int, antialias_forward, const mvdream_fast::Silhouettes& args, const float* color,
+                    int32_t* crossings, float* out, int n_threads)
 // d_color [B, H, W, C] and d_pos [B, V, 4] may be null.
 MVDREAM_FAST_CPU_OP(void, antialias_backward, const mvdream_fast::Silhouettes& args, const float* color,
-                    const float* crossings, const float* d_out, float* d_color, float* d_pos, int n_threads)
+                    const int32_t* crossings, const float* d_out, float* d_color, float* d_pos, int n_threads)
 
 // out [B, pixels, C]; d_tex as tex, d_uv and d_da as uv and uv_da, each may be null.
 MVDREAM_FAST_CPU_OP(void, texture_forward, const mvdream_fast::Textured& args, float* out, int n_threads)

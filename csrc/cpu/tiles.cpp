@@ -3,17 +3,14 @@
 
 #include <new>
 
+#include "cpu/pages.h"
+
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#ifdef __linux__
-#include <sys/mman.h>
 #endif
 
 namespace mvdream_fast::MVDREAM_FAST_ISA {
 namespace {
-
-constexpr int64_t kHugePage = int64_t(2) << 20;
 
 // The cells of kLanes samples: the vertices' rows in the level and the weight of the upper side along each axis.
 struct Cells {
@@ -212,18 +209,6 @@ MVDREAM_FAST_INLINE void with_shape(const GridLevel& level, int n_features, Body
     default:
       return with_hashed<8>(level.hashed, body);
   }
-}
-
-// Asks the system to back fresh memory with huge pages: touching it page by page costs as much as zeroing it.
-void advise_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t huge = kHugePage;
-  const uintptr_t first = (uintptr_t(memory) + huge - 1) / huge * huge;
-  const uintptr_t last = (uintptr_t(memory) + bytes) / huge * huge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#else
-  (void)memory, (void)bytes;
-#endif
 }
 
 constexpr int64_t kOwnPages = int64_t(4) << 20;  // bytes from which a buffer has pages of its own

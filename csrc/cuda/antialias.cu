@@ -1,4 +1,5 @@
-// antialias on GPUs: a thread takes a pair of neighbours to find its crossing, then a pixel to blend it.
+// antialias on GPUs: a thread follows a triangle's outlines, the nearest at each pair of pixels is a minimum of 64-bit
+// keys, which no order of the threads changes; then a thread takes a pixel to blend it.
 #include "antialias.h"
 #include "cuda/sums.cuh"
 
@@ -8,6 +9,7 @@ namespace {
 using namespace device;
 
 constexpr int kThreads = 128;
+constexpr unsigned long long kNobody = ~0ull;
 
 // A pixel counted through all images.
 struct Pixel {
@@ -24,23 +26,30 @@ struct Pixel {
 
 int64_t n_pixels_of(const Silhouettes& args) { return args.meshes.n_images * args.meshes.height * args.meshes.width; }
 
-__global__ void __launch_bounds__(kThreads) crossings_kernel(Silhouettes args, int64_t n, float* crossings) {
-  for (int64_t i = thread_index(); i < 2 * n; i += n_threads()) {
-    const Pixel pixel(args.meshes, i / 2);
+__global__ void __launch_bounds__(kThreads) outlines_kernel(Silhouettes args, unsigned long long* keys) {
+  const int64_t n_pairs = 2 * int64_t(args.meshes.height) * args.meshes.width;
+  for (int64_t i = thread_index(); i < args.meshes.n_images * args.meshes.n_faces; i += n_threads()) {
+    const int64_t image = i / args.meshes.n_faces;
     int bad = 0;
-    crossings[i] = crossing_number(outlines_of(args, pixel.image), pixel.x, pixel.y, static_cast<int>(i % 2), &bad);
+    visit_outlines(outlines_of(args, image), i % args.meshes.n_faces, &bad, [&](int64_t pair, uint64_t key) {
+      atomicMin(keys + image * n_pairs + pair, static_cast<unsigned long long>(key));
+    });
   }
 }
 
+__global__ void __launch_bounds__(kThreads) kept_kernel(int64_t n, const unsigned long long* keys, int32_t* crossings) {
+  for (int64_t i = thread_index(); i < n; i += n_threads()) crossings[i] = keys[i] == kNobody ? 0 : kept_of(keys[i]);
+}
+
 __global__ void __launch_bounds__(kThreads)
-    take_kernel(Silhouettes args, int64_t n, const float* color, const float* crossings, float* out) {
+    take_kernel(Silhouettes args, int64_t n, const float* color, const int32_t* crossings, float* out) {
   const int channels = args.n_channels;
   for (int64_t i = thread_index(); i < n; i += n_threads()) {
     const Pixel pixel(args.meshes, i);
     const float *from = color + pixel.start * channels, *own = color + i * channels;
     float* to = out + i * channels;
     for (int c = 0; c < channels; ++c) to[c] = own[c];
-    visit_pairs(crossings + 2 * pixel.start, pixel.x, pixel.y, args.meshes.width, args.meshes.height,
+    visit_pairs(outlines_of(args, pixel.image), crossings + 2 * pixel.start, pixel.x, pixel.y,
                 [&](int64_t other, float takes, float) {
                   for (int c = 0; c < channels; ++c) to[c] += takes * (from[other * channels + c] - own[c]);
                 });
@@ -48,14 +57,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    colors_kernel(Silhouettes args, int64_t n, const float* crossings, const float* d_out, float* d_color) {
+    colors_kernel(Silhouettes args, int64_t n, const int32_t* crossings, const float* d_out, float* d_color) {
   const int channels = args.n_channels;
   for (int64_t i = thread_index(); i < n; i += n_threads()) {
     const Pixel pixel(args.meshes, i);
     const float *from = d_out + pixel.start * channels, *own = d_out + i * channels;
     float* to = d_color + i * channels;
     for (int c = 0; c < channels; ++c) to[c] = own[c];
-    visit_pairs(crossings + 2 * pixel.start, pixel.x, pixel.y, args.meshes.width, args.meshes.height,
+    visit_pairs(outlines_of(args, pixel.image), crossings + 2 * pixel.start, pixel.x, pixel.y,
                 [&](int64_t other, float takes, float gives) {
                   for (int c = 0; c < channels; ++c) to[c] += gives * from[other * channels + c] - takes * own[c];
                 });
@@ -63,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) corners_kernel(Silhouettes args, int64_t n, const float* color,
-                                                           const float* crossings, const float* d_out, Sink sink) {
+                                                           const int32_t* crossings, const float* d_out, Sink sink) {
   for (int64_t i = thread_index(); i < 2 * n; i += n_threads()) {
     if (crossings[i] == 0) continue;
     const Pixel pixel(args.meshes, i / 2);
@@ -79,16 +88,20 @@ __global__ void __launch_bounds__(kThreads) corners_kernel(Silhouettes args, int
 
 }  // namespace
 
-int antialias_forward(const Silhouettes& args, const float* color, float* crossings, float* out, Queue queue) {
+int antialias_forward(const Silhouettes& args, const float* color, int32_t* crossings, float* out, Queue queue) {
   const DeviceGuard guard(queue.device);
   const char* name = "antialias forward";
   const int64_t n = n_pixels_of(args);
-  launch(name, crossings_kernel, blocks_for(2 * n, kThreads), kThreads, 0, queue.stream, args, n, crossings);
+  const int64_t n_faces = args.meshes.n_images * args.meshes.n_faces;
+  const Scratch<unsigned long long> keys(2 * n, queue.stream);
+  if (n > 0) check(cudaMemsetAsync(keys.get(), 0xff, 2 * n * sizeof(kNobody), queue.stream), name);
+  launch(name, outlines_kernel, blocks_for(n_faces, kThreads), kThreads, 0, queue.stream, args, keys.get());
+  launch(name, kept_kernel, blocks_for(2 * n, kThreads), kThreads, 0, queue.stream, 2 * n, keys.get(), crossings);
   launch(name, take_kernel, blocks_for(n, kThreads), kThreads, 0, queue.stream, args, n, color, crossings, out);
   return kRasterFine;
 }
 
-void antialias_backward(const Silhouettes& args, const float* color, const float* crossings, const float* d_out,
+void antialias_backward(const Silhouettes& args, const float* color, const int32_t* crossings, const float* d_out,
                         float* d_color, float* d_pos, Queue queue) {
   const DeviceGuard guard(queue.device);
   const char* name = "antialias backward";

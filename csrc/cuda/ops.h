@@ -68,8 +68,8 @@ void rasterize_backward(const Meshes& meshes, const float* rast, const float* d_
 int interpolate_forward(const Attributes& args, float* out, float* out_da, Queue queue);
 void interpolate_backward(const Attributes& args, const float* d_out, const float* d_out_da, float* d_attr,
                           float* d_rast, float* d_db, Queue queue);
-int antialias_forward(const Silhouettes& args, const float* color, float* crossings, float* out, Queue queue);
-void antialias_backward(const Silhouettes& args, const float* color, const float* crossings, const float* d_out,
+int antialias_forward(const Silhouettes& args, const float* color, int32_t* crossings, float* out, Queue queue);
+void antialias_backward(const Silhouettes& args, const float* color, const int32_t* crossings, const float* d_out,
                         float* d_color, float* d_pos, Queue queue);
 void texture_forward(const Textured& args, float* out, Queue queue);
 void texture_backward(const Textured& args, const float* d_out, float* d_tex, float* d_uv, float* d_da, Queue queue);

@@ -20,6 +20,7 @@ from mvdream_fast.core.machine import available_cores
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDE_FLOATS = (torch.float32, torch.float64)  # what the packed-sample ops take
 BACKENDS = ("cpu", "cuda")  # what the extension has of them
+MAPPED = 32 << 20  # bytes from which glibc's malloc asks the system for each block by itself, and gives it back
 
 
 def require(
@@ -254,6 +255,18 @@ def aligned(tensor: Tensor) -> Tensor:
 def has_vector_loads(tensor: Tensor) -> bool:
     """Whether the kernels for this tensor's device read several numbers at once."""
     return tensor.is_cuda
+
+
+def new_result(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor on the device of `like`, not filled, for an op that may have large results.
+
+    From MAPPED bytes on a CPU's memory is new at every call, and the system clears it as it is first written: page by
+    page, which takes longer than an op like `rasterize`. Large pages are asked for, which it clears as fast as it can.
+    """
+    result = like.new_empty(*shape, dtype=dtype)
+    if result.device.type == "cpu" and result.nbytes > MAPPED:
+        load_native("new_result").advise_huge_pages(address(result), result.nbytes)
+    return result
 
 
 def address(tensor: Tensor | None) -> int:

@@ -11,6 +11,7 @@ from mvdream_fast.ops._edges import (
     check_same_device,
     is_batched,
     load_native,
+    new_result,
     queue_of,
     require,
     runs_natively,
@@ -73,8 +74,7 @@ def interpolate_ref(
 def _forward(attr, rast, tri, rast_db, diff_attrs) -> tuple[Tensor, Tensor]:
     attr, rast, tri, rast_db = attr.contiguous(), rast.contiguous(), tri.contiguous(), _contiguous(rast_db)
     native, n_attr = load_native("interpolate", attr), attr.shape[-1]
-    out = attr.new_empty(*rast.shape[:3], n_attr)
-    out_da = attr.new_empty(*rast.shape[:3], 2 * len(diff_attrs))
+    out, out_da = (new_result(attr, *rast.shape[:3], n) for n in (n_attr, 2 * len(diff_attrs)))
     args, _alive = _arguments(attr, rast, tri, rast_db, diff_attrs)
     status = native.interpolate_forward(args, *map(address, (out, out_da)), queue_of(attr))
     _refuse(status, len(tri), attr.shape[-2])
@@ -86,8 +86,8 @@ def _backward(cotangents, kept, wanted, attr, rast, tri, rast_db, diff_attrs) ->
     d_out, d_out_da = map(_contiguous, cotangents)
     native = load_native("interpolate", attr)
     args, _alive = _arguments(attr, rast, tri, rast_db, diff_attrs)
-    d_attr, d_rast = (torch.empty_like(x) if want else None for x, want in zip((attr, rast), wanted))
-    d_db = torch.empty_like(rast_db) if rast_db is not None and wanted[3] else None
+    d_attr, d_rast = (new_result(x, *x.shape) if want else None for x, want in zip((attr, rast), wanted))
+    d_db = new_result(rast_db, *rast_db.shape) if rast_db is not None and wanted[3] else None
     if d_attr is not None and not rast.shape[0]:
         d_attr.zero_()  # no image writes it
     addresses = map(address, (d_out, d_out_da, d_attr, d_rast, d_db))

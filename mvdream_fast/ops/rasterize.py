@@ -17,6 +17,7 @@ from mvdream_fast.ops._edges import (
     check_shaped,
     is_batched,
     load_native,
+    new_result,
     queue_of,
     require,
     runs_natively,
@@ -150,8 +151,7 @@ def _at_pixels(corners: Tensor, row: Tensor, column: Tensor, resolution: tuple[i
 
 def _forward(pos: Tensor, tri: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     pos, tri = pos.contiguous(), tri.contiguous()
-    rast = pos.new_empty(len(pos), height, width, 4)
-    rast_db = torch.empty_like(rast)
+    rast, rast_db = (new_result(pos, len(pos), height, width, 4) for _ in range(2))
     native = load_native("rasterize", pos)
     status = native.rasterize_forward(
         meshes_of(pos, tri, height, width), address(rast), address(rast_db), queue_of(pos)

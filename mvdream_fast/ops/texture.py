@@ -12,6 +12,7 @@ from mvdream_fast.ops._edges import (
     check_shaped,
     is_batched,
     load_native,
+    new_result,
     queue_of,
     require,
     runs_natively,
@@ -147,14 +148,14 @@ def _detail(uv_da: Tensor, height: int, width: int, n_levels: int) -> Tensor:
 
 def _forward(chain, uv, uv_da, *settings) -> Tensor:
     chain, uv, uv_da = chain.contiguous(), uv.contiguous(), uv_da if uv_da is None else uv_da.contiguous()
-    out, native = uv.new_empty(*uv.shape[:3], chain.shape[-1]), load_native("texture", chain)
+    out, native = new_result(uv, *uv.shape[:3], chain.shape[-1]), load_native("texture", chain)
     native.texture_forward(_textured(chain, uv, uv_da, *settings), address(out), queue_of(chain))
     return out
 
 
 def _backward(cotangents, kept, wanted, chain, uv, uv_da, *settings) -> list[Tensor | None]:
     inputs = [x if x is None else x.contiguous() for x in (chain, uv, uv_da)]
-    gradients = [torch.empty_like(x) if want and x is not None else None for x, want in zip(inputs, wanted)]
+    gradients = [new_result(x, *x.shape) if want and x is not None else None for x, want in zip(inputs, wanted)]
     native = load_native("texture", chain)
     d_out = cotangents[0].contiguous()
     addresses = map(address, (d_out, *gradients))

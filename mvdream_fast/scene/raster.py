@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mvdream_fast.ops import interpolate, rasterize
+from mvdream_fast.ops import antialias, interpolate, rasterize
 from mvdream_fast.scene.base import Lighting, Rendered
-from mvdream_fast.scene.outlines import smooth_outlines
 from mvdream_fast.scene.shading import ALBEDO, shade
 
 if TYPE_CHECKING:
@@ -101,5 +100,5 @@ def compose(
     behind = torch.cat([background, background.new_zeros(len(background), 2)], 1)
     image = behind.index_put((seen.pixel,), there).view(*seen.rast.shape[:3], 5)
     body = seen.body
-    smooth = smooth_outlines(image, seen.rast.detach(), seen.clip, body.faces, body.topology).view(-1, 5)
+    smooth = antialias(image, seen.rast, seen.clip, body.faces, body.topology).view(-1, 5)
     return MeshRendered(smooth[:, :3], smooth[:, 3], smooth[:, 4], body)

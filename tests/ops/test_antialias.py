@@ -9,7 +9,7 @@ from scipy.spatial import ConvexHull
 from threads import by_threads
 from tolerances import PARITY
 
-from mvdream_fast.ops.antialias import antialias, antialias_ref, edge_topology
+from mvdream_fast.ops.antialias import _forward, antialias, antialias_ref, edge_topology, edge_topology_ref
 from mvdream_fast.ops.rasterize import rasterize
 
 SQUARE = torch.tensor([[0, 1, 2], [2, 1, 3]], dtype=torch.int32)
@@ -59,14 +59,14 @@ def test_by_hand():
 
 
 def test_the_gradient_of_an_edge_by_hand():
-    # Row j moves the upper corner by (j + 0.5 - 4) / 8 of its own way, the lower one by the rest. Row 4 has none: its
-    # pixel at the edge shows the other triangle, of which that edge is not one.
+    # Row j moves the upper corner by (j + 0.5 - 4) / 8 of its own way, the lower one by the rest; in row 4, too, where
+    # the pixel at the edge shows the other triangle.
     pos = square(torch.tensor([4.0, 4.0]), torch.tensor([10.3, 12.0])).requires_grad_()
     rast = rasterize(pos, SQUARE, (16, 16)).rast.detach()
     color = (rast[..., 3:] > 0).float()
     out = antialias(color, rast, pos, SQUARE)
     (d_pos,) = torch.autograd.grad(out[:, 4:12, 6:].sum(), pos)
-    rows = (torch.arange(5, 12) + 0.5 - 4) / 8
+    rows = (torch.arange(4, 12) + 0.5 - 4) / 8
     moved = torch.stack([torch.zeros(()), (1 - rows).sum(), torch.zeros(()), rows.sum()])
     torch.testing.assert_close(d_pos[:, 0] / 8, moved, rtol=0, atol=1e-4)
     torch.testing.assert_close(d_pos[:, 3], -d_pos[:, 0] * pos[:, 0].detach(), rtol=0, atol=1e-3)
@@ -123,6 +123,39 @@ def test_a_turned_box_pulls_its_outline():
     assert sum(slopes) / 36 == pytest.approx((hull(0.5501) - hull(0.5499)) / 2e-4, rel=2e-2)
 
 
+@pytest.mark.parametrize("n_rings", [12, 100])
+def test_a_ball_pulls_its_outline_however_fine_it_is(n_rings):
+    """Of the finer one hardly any pixel shows a triangle that has an edge in the outline."""
+    vertices, tri = sphere(n_rings, 2 * n_rings)
+
+    def exact(radius):
+        return math.pi * (2 * math.tan(math.asin(radius / 3)) * 32) ** 2
+
+    areas, slopes = [], []
+    for i in range(9):
+        radius = torch.tensor(0.9, requires_grad=True)
+        pos = perspective(vertices * radius)
+        shift = torch.tensor([(i % 3 + 0.2) / 3, (i // 3 + 0.4) / 3, 0, 0]) * 2 / 64
+        area = white(pos + shift * pos[:, 3:], tri, (64, 64))
+        areas.append(area.item())
+        slopes.append(torch.autograd.grad(area, radius)[0].item())
+    smaller = 2e-2 if n_rings == 12 else 1e-3  # a ball of flat sides is
+    assert sum(areas) / 9 == pytest.approx(exact(0.9), rel=1e-3 + smaller)
+    assert sum(slopes) / 9 == pytest.approx((exact(0.9001) - exact(0.8999)) / 2e-4, rel=1e-2 + smaller)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_of_several_outlines_between_two_pixels_the_nearest_counts(order):
+    # Squares whose right sides are 0.3 and, farther away, 0.6 of a pixel right of the centre of pixel 6: as if there
+    # were the first alone.
+    squares = [square(torch.tensor([2.0, 2.0]), torch.tensor([right, 13.0])) for right in (6.8, 7.1)]
+    squares[1][:, 2] = 0.5
+    pos, tri = torch.cat([squares[i] for i in order]), torch.cat([SQUARE, SQUARE + 4])
+    rast = rasterize(pos, tri, (16, 16)).rast
+    out = antialias((rast[..., 3:] > 0).float(), rast, pos, tri)[0, 3:12, 5:8, 0]
+    torch.testing.assert_close(out, torch.tensor([1, 0.8, 0]).expand(9, 3), rtol=0, atol=1e-5)
+
+
 def test_parity():
     color, rast, pos, tri = scene()
     topology = edge_topology(tri)
@@ -130,6 +163,8 @@ def test_parity():
     wide = color.double(), rast.double(), pos.double(), tri, topology
     wanted = outputs_and_gradients(lambda *arguments: antialias_ref(*arguments)[0], *wide)
     assert (wanted[0] != color).any(-1).sum() > 100
+    kept = _forward(color, rast, pos, tri, topology)[1], antialias_ref(*wide)[1]
+    assert torch.equal(*kept)
     for name, a, b in zip(("antialias", *["antialias.gradients"] * 2), got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=PARITY[name], atol=PARITY[name] * max(1, float(b.abs().max())))
 
@@ -142,7 +177,7 @@ def test_gradients_of_the_reference_by_finite_differences():
         return antialias_ref(color, rast.double(), pos, tri, topology)[0]
 
     inputs = [x.double().requires_grad_() for x in (color, pos)]
-    assert torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
+    assert torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12, fast_mode=True)
 
 
 def test_second_derivatives():
@@ -201,6 +236,17 @@ def test_topology_by_hand():
     assert edge_topology(fan).tolist() == [[-1] * 3] * 3
     assert edge_topology(torch.tensor([[0, 0, 1], [0, 1, 0]], dtype=torch.int32)).min() >= -1
     assert edge_topology(torch.zeros(0, 3, dtype=torch.int32)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("highest", [3, 30, 2**31 - 1])
+def test_topology_of_any_numbers_is_that_of_plain_torch(highest):
+    generator = torch.Generator().manual_seed(0)
+    for n_faces in (0, 1, 200):
+        tri = torch.randint(-highest - 1, highest, (n_faces, 3), generator=generator).int()
+        tri[: n_faces // 3] = tri[n_faces // 3 : n_faces // 3 * 2].flip(1)  # some share their edges
+        assert torch.equal(edge_topology(tri), edge_topology_ref(tri))
+        columns = tri.T.contiguous().T
+        assert torch.equal(edge_topology(columns), edge_topology_ref(tri))
 
 
 @pytest.mark.parametrize("mesh", [box(), sphere(7, 9)])

@@ -33,7 +33,10 @@ SHAPE_OPS = [sys.modules[f"mvdream_fast.ops.{name}"] for name in SHAPE_NAMES]
 field_op, hash_encode_op = (sys.modules[f"mvdream_fast.ops.{name}"] for name in ("field", "hash_encode"))
 
 
-SHARED = ("HashGrid", "Field", "Meshes", "Attributes", "Silhouettes", "Textured")  # classes of the CPU's module
+SHARED = (  # what the CPU's module has for both
+    *("HashGrid", "Field", "Meshes", "Attributes", "Silhouettes", "Textured"),
+    *("edge_topology", "advise_huge_pages"),
+)
 
 
 @pytest.fixture(scope="session")

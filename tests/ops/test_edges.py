@@ -45,6 +45,16 @@ def test_a_queue_names_the_device_of_its_tensors(monkeypatch):
     assert made == [(10, False, torch.backends.cuda.matmul.allow_tf32, 3)]
 
 
+def test_results_that_malloc_maps_anew_ask_for_large_pages(monkeypatch):
+    asked = []
+    native = SimpleNamespace(advise_huge_pages=lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(mvdream_fast, "_C", native, raising=False)
+    like = torch.zeros(1)
+    small, large = _edges.new_result(like, 2, 3, dtype=torch.int32), _edges.new_result(like, 1 << 21, 5)
+    assert (small.dtype, small.shape, large.dtype, large.shape) == (torch.int32, (2, 3), torch.float32, (1 << 21, 5))
+    assert asked == [(large.data_ptr(), 40 << 20)]
+
+
 def test_refusals_say_what_to_do():
     x = torch.zeros(3, 2)
     _edges.check_shaped("op", "x", x, (None, 2))

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from mvdream_fast.camera import Cameras, evaluation_cameras, generate_rays, orbit_cameras
-from mvdream_fast.ops import edge_topology
+from mvdream_fast.ops import antialias, edge_topology
 from mvdream_fast.scene.base import Lighting
-from mvdream_fast.scene.outlines import smooth_outlines
 from mvdream_fast.scene.raster import Body, clip_matrices, compose, see
 from mvdream_fast.scene.shading import Shading
 from mvdream_fast.scene.tets.lattice import Lattice, positions_of
@@ -164,7 +163,7 @@ def test_gradients_of_outlines_are_those_of_differences():
     weights = torch.rand(image.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def value(at):
-        return (weights * smooth_outlines(image, rast, at, body.faces, body.topology)).sum()
+        return (weights * antialias(image, rast, at, body.faces, body.topology)).sum()
 
     (gradient,) = torch.autograd.grad(value(clip), clip)
     moved = gradient.abs().sum(2).flatten().argsort(descending=True)[:12]
