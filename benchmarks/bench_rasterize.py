@@ -4,6 +4,7 @@ Rows of one group are ratios of one run. On a machine that others use, the least
 """
 
 import math
+import time
 
 import pytest
 import torch
@@ -64,6 +65,24 @@ def bench_rasterize_and_interpolate(benchmark, threads, backward):
     call = drawing(100_000, backward=backward)
     benchmark.group = f"rasterize + interpolate {'with backward' if backward else 'forward'}"
     benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
+def bench_two_threads_beside_one(benchmark, backward):
+    """One and two threads taking turns, so that what else runs falls on both; the goal of 1.7 needs two idle cores."""
+    call, seconds, before = drawing(100_000, backward=backward), {1: [], 2: []}, torch.get_num_threads()
+
+    def turns():
+        for n_threads, spent in seconds.items():
+            torch.set_num_threads(n_threads)
+            start = time.perf_counter()
+            call()
+            spent.append(time.perf_counter() - start)
+
+    benchmark.pedantic(turns, rounds=ROUNDS, warmup_rounds=2)
+    torch.set_num_threads(before)
+    benchmark.extra_info["speed_up"] = min(seconds[1]) / min(seconds[2])
+    print(f"two threads {benchmark.extra_info['speed_up']:.2f}x one")  # shown by -s
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["ours", "plain torch"])
