@@ -16,6 +16,7 @@ from mvdream_fast.ops._edges import (
     queue_of,
     require,
     runs_natively,
+    thread_count,
     vmap_error,
 )
 from mvdream_fast.ops._registered import differentiable, register
@@ -86,7 +87,7 @@ def edge_topology(tri: Tensor) -> Tensor:
         return edge_topology_ref(tri)
     tri = tri.contiguous()
     opposite = torch.empty_like(tri)
-    load_native("edge_topology").edge_topology(address(tri), len(tri), address(opposite), queue_of(tri))
+    load_native("edge_topology").edge_topology(address(tri), len(tri), address(opposite), thread_count())
     return opposite
 
 
