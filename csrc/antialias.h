@@ -98,7 +98,7 @@ MVDREAM_FAST_HD bool passes_between(const float* own, const float* other, double
 // The whole numbers from `at` on, in [0, n].
 MVDREAM_FAST_HD int first_line(double at, int n) {
   const double line = ceil(at);
-  return line <= 0 ? 0 : line >= n ? n : static_cast<int>(line);
+  return line >= n ? n : line > 0 ? static_cast<int>(line) : 0;  // 0 for NaN, too
 }
 
 // Calls visit(pair, key) where an outline from a to b passes between two pixels; pair: twice the first one's number,
