@@ -21,7 +21,7 @@ def signed_distance(mesh: Mesh, resolution: int, radius: float, reach: float) ->
     inside = _winding(mesh, n, spacing) > 0
     axis = np.linspace(-radius, radius, n)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    distance = _distance(points, mesh, spacing, reach).reshape(n, n, n)
+    distance = surface_distance(points, mesh, spacing, reach).reshape(n, n, n)
     return np.where(inside, -distance, distance).astype(np.float32)
 
 
@@ -43,7 +43,7 @@ def _winding(mesh: Mesh, n: int, spacing: float) -> np.ndarray:
     return above.reshape(n, n, n).transpose(1, 0, 2)  # rows of the image are y
 
 
-def _distance(points: np.ndarray, mesh: Mesh, spacing: float, reach: float) -> np.ndarray:
+def surface_distance(points: np.ndarray, mesh: Mesh, spacing: float, reach: float) -> np.ndarray:
     """Unsigned distances [P], at most `reach`, to the nearest of the triangles whose samples are nearest."""
     from scipy.spatial import KDTree
 
