@@ -49,7 +49,7 @@ KINDS = ("volume", "surface", "tets")
 N_VIEWS, JUDGED = 32, range(2, 32, 4)  # 24 to fit, 8 to judge
 FITTED = [i for i in range(N_VIEWS) if i not in JUDGED]
 FOVY_DEG, SHOWN = 40.0, JUDGED[3]
-RAYS_PER_STEP = 4096  # of a volume or a surface; tetrahedra are drawn as whole images
+RAYS_PER_STEP = 2048  # of a volume or a surface; tetrahedra are drawn as whole images
 IMAGES_PER_STEP = 2
 VOLUME_SHARE = 0.5
 SPACING = 0.02  # of the samples that a distance's triangles are found with
@@ -76,10 +76,10 @@ class TetsFit(FineVolume, TetsConfig):
 
 
 VOLUME = VolumeFit(
-    volume="mini", background="white", samples_per_ray=384, lambda_opaque=(0.0, 1e-3, 1e-3, 0.0), lr_encoding=0.02, lr_mlp=0.005,
+    volume="mini", background="white", samples_per_ray=256, max_samples=1 << 16, lambda_opaque=(0.0, 1e-3, 1e-3, 0.0), lr_encoding=0.02, lr_mlp=0.005,
 )  # fmt: skip
 SURFACE = SurfaceFit(
-    volume="mini", background="white", samples_per_ray=384, sdf_levels=(0.0, 6.0, 12.0, 200.0),
+    volume="mini", background="white", samples_per_ray=256, max_samples=1 << 16, sdf_levels=(0.0, 6.0, 12.0, 200.0),
     cos_anneal=(0.0, 0.0, 1.0, 200.0), lambda_eikonal=(0.0, 0.1, 0.1, 0.0), lr_encoding=0.01, lr_mlp=0.005, lr_deviation=0.005,
 )  # fmt: skip
 TETS = TetsFit(
