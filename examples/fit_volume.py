@@ -1,4 +1,4 @@
-"""Fits a volume, a surface or tetrahedra to 24 images of a mesh: how do 8 views come out that it never saw, and its mesh?
+"""Fits a volume, a surface or tetrahedra to 24 images of a mesh: how do 8 other views come out, and its mesh?
 
     python examples/fit_volume.py MESH.glb [--representation volume surface tets] [--seconds 60] [--out fit]
     python examples/fit_volume.py FOLDER --name "teddy bear"   # of meshes, or Debian's sweethome3d-furniture, unpacked
@@ -33,13 +33,13 @@ from mvdream_fast.rendering.catalogue import Entry, read_folder, read_sweethome3
 from mvdream_fast.rendering.mesh import Mesh as Drawn
 from mvdream_fast.rendering.mesh_file import load_mesh
 from mvdream_fast.rendering.software import NumpyRenderer
-from mvdream_fast.scene.base import Representation
-from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.mesh.distance import surface_distance
 from mvdream_fast.scene.mesh.mesh import Mesh
 from mvdream_fast.scene.nerf.config import NerfConfig, VolumeConfig
+from mvdream_fast.scene.nerf.nerf import Nerf
 from mvdream_fast.scene.raster import clip_matrices
 from mvdream_fast.scene.surface.config import SurfaceConfig
+from mvdream_fast.scene.surface.surface import Surface
 from mvdream_fast.scene.tets.config import TetsConfig
 from mvdream_fast.scene.tets.tets import Tets
 
@@ -54,6 +54,7 @@ IMAGES_PER_STEP = 2
 VOLUME_SHARE = 0.5
 SPACING = 0.02  # of the samples that a distance's triangles are found with
 N_POINTS = 20_000  # each way, of the Chamfer distance
+MESH_RESOLUTION = 128  # cells a side that a volume's and a surface's mesh is taken from
 
 
 class FineVolume:
@@ -75,16 +76,18 @@ class TetsFit(FineVolume, TetsConfig):
     """What tetrahedra are fitted as."""
 
 
-VOLUME = VolumeFit(
-    volume="mini", background="white", samples_per_ray=256, max_samples=1 << 16, lambda_opaque=(0.0, 1e-3, 1e-3, 0.0), lr_encoding=0.02, lr_mlp=0.005,
-)  # fmt: skip
+COMMON = {"volume": "mini", "background": "white", "lr_encoding": 0.01, "lr_mlp": 0.005}
+MARCHED = {"samples_per_ray": 256, "max_samples": 1 << 16}
+VOLUME = VolumeFit(**COMMON | MARCHED | {"lr_encoding": 0.02, "lambda_opaque": (0.0, 1e-3, 1e-3, 0.0)})
 SURFACE = SurfaceFit(
-    volume="mini", background="white", samples_per_ray=256, max_samples=1 << 16, sdf_levels=(0.0, 6.0, 12.0, 200.0),
-    cos_anneal=(0.0, 0.0, 1.0, 200.0), lambda_eikonal=(0.0, 0.1, 0.1, 0.0), lr_encoding=0.01, lr_mlp=0.005, lr_deviation=0.005,
-)  # fmt: skip
-TETS = TetsFit(
-    volume="mini", background="white", lambda_normal_consistency=(0.0, 0.01, 0.01, 0.0), lr_encoding=0.01, lr_mlp=0.002, lr_geometry=0.002
+    **COMMON | MARCHED,
+    sphere_radius=0.95,  # around all of the mesh: what is carved keeps thin parts, what grows has to reach them
+    sdf_levels=(0.0, 6.0, 12.0, 200.0),
+    cos_anneal=(0.0, 0.0, 1.0, 200.0),
+    lambda_eikonal=(0.0, 0.1, 0.1, 0.0),
+    lr_deviation=0.005,
 )
+TETS = TetsFit(**COMMON | {"lr_mlp": 0.002}, lambda_normal_consistency=(0.0, 0.01, 0.01, 0.0), lr_geometry=0.002)
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,12 @@ def main() -> None:
     args = parse_arguments()
     set_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    chosen = {"fit": load_mesh(args.source)} if args.source.is_file() else load_named(args.source, args.name)
+    chosen = {args.source.stem: load_mesh(args.source)} if args.source.is_file() else load_named(args.source, args.name)
     record = args.out / "fit.json"
     scores = [Score(**row) for row in json.loads(record.read_text())] if record.exists() else []
-    for name, drawn in chosen.items():
-        target, views = drawn.normalised("sphere"), draw(drawn.normalised("sphere"), args.size)
+    for i, (name, drawn) in enumerate(chosen.items()):
+        target = drawn.normalised("sphere")
+        views = draw(target, args.size)
         save_view(over(views.some([SHOWN]).rgba, torch.ones(3))[0], args.out / f"{name}-mesh.png")
         for kind in args.representation:
             if any((score.name, score.kind) == (name, kind) for score in scores):
@@ -135,13 +139,9 @@ def main() -> None:
             scores.append(fit_and_score(name, kind, target, views, args))
             print(row_of(scores[-1]), flush=True)
             atomic_write(record, json.dumps([asdict(score) for score in scores], indent=1).encode())
-    atomic_write(args.out / "fit.md", table(scores, args.representation).encode())
-    columns = [
-        np.concatenate([np.asarray(Image.open(args.out / f"{name}-{row}.png")) for row in ("mesh", *args.representation)])
-        for name in chosen
-    ]
-    Image.fromarray(np.concatenate(columns, 1)).save(args.out / "fit.png")
-    print(table(scores, args.representation), args.out / "fit.png", sep="\n")
+        atomic_write(args.out / "fit.md", table(scores, args.representation).encode())
+        save_sheet([*chosen][: i + 1], args)
+    print(args.out / "fit.md", args.out / "fit.png", sep="\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -210,7 +210,7 @@ def whole_images(views: Views) -> Batch:
     return batch
 
 
-def fit(shape: Representation, batch: Batch, until: float, seed: int) -> int:
+def fit(shape: Nerf | Tets, batch: Batch, until: float, seed: int) -> int:
     """Optimises until the processor's time is `until`; a new colour stands behind each step, so that emptiness must be
     transparent. Learning rates fall with the time, as a cosine. Returns the number of steps."""
     optimizer = torch.optim.Adam(shape.parameter_groups(), betas=(0.9, 0.99), eps=1e-15, fused=True)
@@ -232,10 +232,11 @@ def fit(shape: Representation, batch: Batch, until: float, seed: int) -> int:
     return step
 
 
-def fitted(kind: str, views: Views, seconds: float, seed: int) -> tuple[Representation, int]:
+def fitted(kind: str, views: Views, seconds: float, seed: int) -> tuple[Nerf | Tets, int]:
     """The shape after `seconds` of processor time, and its steps."""
     begun = time.process_time()
-    shape = new_representation(SURFACE if kind == "surface" else VOLUME, seed)
+    stream = Stream(seed, 0, "volume")
+    shape = Surface(SURFACE, stream) if kind == "surface" else Nerf(VOLUME, stream)
     share = VOLUME_SHARE if kind == "tets" else 1
     steps = fit(shape, rays_of_all(views), begun + share * seconds, seed)
     if kind == "tets":
@@ -257,13 +258,20 @@ def fit_and_score(name: str, kind: str, target: Drawn, views: Views, args: argpa
         view_seconds = time.process_time() - begun
     psnr = -10 * torch.log10((rgb - over(unseen.rgba, torch.ones(3))).square().mean((1, 2, 3))).mean().item()
     try:
-        mesh = shape.mesh()
+        mesh = shape.mesh(MESH_RESOLUTION)
     except DivergedError:
         save_view(torch.ones(views.size, views.size, 3), args.out / f"{name}-{kind}.png")
         return Score(name, kind, psnr, 0.0, math.inf, steps, seconds, view_seconds)
     save_view(picture(mesh, views.some([SHOWN])), args.out / f"{name}-{kind}.png")
     return Score(
-        name, kind, psnr, silhouette_iou(mesh, unseen), chamfer(mesh, whole(target), views.cameras), steps, seconds, view_seconds
+        name,
+        kind,
+        psnr,
+        silhouette_iou(mesh, unseen),
+        chamfer(mesh, whole(target), views.cameras),
+        steps,
+        seconds,
+        view_seconds,
     )
 
 
@@ -314,14 +322,26 @@ def save_view(image: torch.Tensor, path: Path) -> None:
     Image.fromarray(to_bytes(image)).save(path)
 
 
+def save_sheet(names: list[str], args: argparse.Namespace) -> None:
+    """A column for each mesh, what was made of it below."""
+    columns = [[f"{name}-{row}.png" for row in ("mesh", *args.representation)] for name in names]
+    images = [np.concatenate([np.asarray(Image.open(args.out / file)) for file in column]) for column in columns]
+    Image.fromarray(np.concatenate(images, 1)).save(args.out / "fit.png")
+
+
 def row_of(score: Score) -> str:
-    numbers = f"{score.psnr:.2f} | {score.iou:.3f} | {1000 * score.chamfer:.1f} | {score.steps} | {score.view_seconds:.2f}"
+    numbers = (
+        f"{score.psnr:.2f} | {score.iou:.3f} | {1000 * score.chamfer:.1f} | {score.steps} | {score.view_seconds:.2f}"
+    )
     return f"| {score.name} | {score.kind} | {numbers} |"
 
 
 def table(scores: list[Score], kinds: list[str]) -> str:
     """Markdown: each fit, then the means of each kind."""
-    head = ["| mesh | shape | PSNR, dB | IoU | Chamfer, 1/1000 | steps | view of 512, s |", "|---|---|---|---|---|---|---|"]
+    head = [
+        "| mesh | shape | PSNR, dB | IoU | Chamfer, 1/1000 | steps | view of 512, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     means = []
     for kind in kinds:
         own = [score for score in scores if score.kind == kind]

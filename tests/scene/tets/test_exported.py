@@ -60,7 +60,9 @@ def gltf_arrays(data):
 def obj_arrays(files):
     """The same of an OBJ and of what lies beside it, each array by the corners of the triangles."""
     lines = files["a.obj"].decode().splitlines()
-    rows = {kind: np.array([line.split()[1:4] for line in lines if line.startswith(kind + " ")]) for kind in ("v", "vn")}
+    rows = {
+        kind: np.array([line.split()[1:4] for line in lines if line.startswith(kind + " ")]) for kind in ("v", "vn")
+    }
     uvs = np.array([line.split()[1:3] for line in lines if line.startswith("vt ")], float)
     corners = np.array([re.findall(r"(\d+)/(\d+)/(\d+)", line) for line in lines if line.startswith("f ")], int) - 1
     sheet = re.search(r"map_Kd (.*)", files["a.mtl"].decode()).group(1)
