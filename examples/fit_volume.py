@@ -347,7 +347,9 @@ def table(scores: list[Score], kinds: list[str]) -> str:
         own = [score for score in scores if score.kind == kind]
         numbers = [sum(getattr(s, field) for s in own) / max(len(own), 1) for field in list(asdict(own[0]))[2:]]
         means.append(row_of(Score(f"mean of {len(own)}", kind, *numbers[:3], round(numbers[3]), *numbers[4:])))
-    return "\n".join([*head, *map(row_of, scores), *means, ""])
+    names = [score.name for score in scores]
+    rows = sorted(scores, key=lambda score: (names.index(score.name), KINDS.index(score.kind)))
+    return "\n".join([*head, *map(row_of, rows), *means, ""])
 
 
 if __name__ == "__main__":
