@@ -82,6 +82,7 @@ VOLUME = VolumeFit(**COMMON | MARCHED | {"lr_encoding": 0.02, "lambda_opaque": (
 SURFACE = SurfaceFit(
     **COMMON | MARCHED,
     sphere_radius=0.95,  # around all of the mesh: what is carved keeps thin parts, what grows has to reach them
+    deviation=0.45,  # a narrow shell from the first step on
     sdf_levels=(0.0, 6.0, 12.0, 200.0),
     cos_anneal=(0.0, 0.0, 1.0, 200.0),
     lambda_eikonal=(0.0, 0.1, 0.1, 0.0),
@@ -345,7 +346,7 @@ def table(scores: list[Score], kinds: list[str]) -> str:
     means = []
     for kind in kinds:
         own = [score for score in scores if score.kind == kind]
-        numbers = [sum(getattr(s, field) for s in own) / max(len(own), 1) for field in list(asdict(own[0]))[2:]]
+        numbers = [sum(getattr(s, field) for s in own) / len(own) for field in list(asdict(own[0]))[2:]]
         means.append(row_of(Score(f"mean of {len(own)}", kind, *numbers[:3], round(numbers[3]), *numbers[4:])))
     names = [score.name for score in scores]
     rows = sorted(scores, key=lambda score: (names.index(score.name), KINDS.index(score.kind)))

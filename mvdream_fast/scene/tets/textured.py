@@ -134,15 +134,15 @@ class TexturedMesh(ColoredMesh):
             raise DivergedError("there is no mesh to export: none was given, and none restored")
         colors, simplified = self.colors, max_faces is not None and len(self.faces) > max_faces
         if self.logits is not None:
-            own, shown = self._textured()
+            own, places, there = self._textured()
             if not simplified:
                 return own
-            colors = shown
+            colors = _nearest_color(places, there)
         mesh = colored_mesh(self.vertices.cpu().numpy(), self.faces.cpu().numpy(), colors, max_faces)
         return mesh if texture is None else bake_texture(mesh, colors, texture)
 
-    def _textured(self) -> tuple[Mesh, ColorFn]:
-        """The mesh with its texture, and the colour of the nearest texel, for another mesh of the same shape."""
+    def _textured(self) -> tuple[Mesh, np.ndarray, np.ndarray]:
+        """The mesh with its texture, and of the texels that it shows the places [K, 3] and the colours [K, 3]."""
         assert self.logits is not None
         sheet, size = torch.sigmoid(self.logits), self.config.texture_size
         colors = texture(sheet, self.uvs[None, None])[0, 0]
@@ -150,8 +150,8 @@ class TexturedMesh(ColoredMesh):
         positions, covered = texel_positions(vertices, faces, uvs, size)
         rows = spread_over_gaps(np.ascontiguousarray(to_bytes(sheet[0])[::-1]), covered)
         normals = self.normals[self.vertex_of_uv].cpu().numpy()
-        nearest = _nearest_color(positions[covered], rows[covered].astype(np.float32) / 255)
-        return Mesh(vertices, faces, colors.cpu().numpy(), normals, uvs, rows), nearest
+        textured = Mesh(vertices, faces, colors.cpu().numpy(), normals, uvs, rows)
+        return textured, positions[covered], rows[covered].astype(np.float32) / 255
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the mesh, too. Raises ModelError for another configuration, a mesh that is none, and numbers that
