@@ -43,7 +43,7 @@ from mvdream_fast.scene.surface.surface import Surface
 from mvdream_fast.scene.tets.config import TetsConfig
 from mvdream_fast.scene.tets.tets import Tets
 
-# The first by name of each of these nouns of metadata.csv; the schedules were tried on the second ones.
+# The first file of each of these nouns of metadata.csv; the schedules were tried on the second chair alone.
 HELD_OUT = ("chair", "bar stool", "table", "coffee table", "desk", "floor lamp", "bicycle", "horse", "tree", "robot")
 KINDS = ("volume", "surface", "tets")
 N_VIEWS, JUDGED = 32, range(2, 32, 4)  # 24 to fit, 8 to judge
@@ -81,8 +81,7 @@ MARCHED = {"samples_per_ray": 256, "max_samples": 1 << 16}
 VOLUME = VolumeFit(**COMMON | MARCHED | {"lr_encoding": 0.02, "lambda_opaque": (0.0, 1e-3, 1e-3, 0.0)})
 SURFACE = SurfaceFit(
     **COMMON | MARCHED,
-    sphere_radius=0.95,  # around all of the mesh: what is carved keeps thin parts, what grows has to reach them
-    deviation=0.45,  # a narrow shell from the first step on
+    sphere_radius=0.7,  # what it has to grow out of it, such as legs, is not far away
     sdf_levels=(0.0, 6.0, 12.0, 200.0),
     cos_anneal=(0.0, 0.0, 1.0, 200.0),
     lambda_eikonal=(0.0, 0.1, 0.1, 0.0),

@@ -40,7 +40,8 @@ def _close(mesh: Mesh, n: int, spacing: float, reach: float) -> np.ndarray:
     whole = np.rint(_samples(mesh, spacing / 2)[0] / spacing + (n - 1) / 2).astype(np.int64).clip(0, n - 1)
     near = np.zeros((n, n, n), np.uint8)
     near[tuple(whole.T)] = 1
-    return maximum_filter(near, 2 * min(math.ceil(reach / spacing) + 1, n) + 1, mode="constant") > 0
+    width = 2 * min(math.ceil(reach / spacing) + 1, n) + 1
+    return np.asarray(maximum_filter(near, width, mode="constant")) > 0
 
 
 def _winding(mesh: Mesh, n: int, spacing: float) -> np.ndarray:
