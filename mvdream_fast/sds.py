@@ -117,7 +117,7 @@ class Flags:
     mesh_resolution: int | None = None
     """Cells a side that the surface is taken from. Default: 128."""
     texture: int | None = None
-    """The colours of mesh.glb are a texture of this many pixels a side (default 512); 0 colours its vertices."""
+    """The colours of mesh.glb are a texture of this many pixels a side (default 1024); 0 colours its vertices."""
     formats: tuple[Literal["glb", "obj", "ply"], ...] | None = None
     """Files of the mesh; mesh.glb is always made."""
     up: Literal["y", "z"] | None = None

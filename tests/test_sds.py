@@ -49,8 +49,8 @@ def test_everything_is_left_behind(tiny_model, capsys):
     assert [r["step"] for r in records] == list(range(6))
     body = trimesh.load(folder / "mesh.glb", force="mesh")
     assert len(body.faces) > 20
-    assert body.visual.material.baseColorTexture.size == (512, 512)
-    assert "a texture of 512 x 512; watertight" in (folder / "report.html").read_text()
+    assert body.visual.material.baseColorTexture.size == (1024, 1024)
+    assert "a texture of 1024 x 1024; watertight" in (folder / "report.html").read_text()
     with Image.open(folder / "turntable.webp") as picture:
         assert picture.size == (128, 128)
     with av.open(folder / "turntable.mp4") as film:
