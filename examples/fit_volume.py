@@ -81,7 +81,7 @@ MARCHED = {"samples_per_ray": 256, "max_samples": 1 << 16}
 VOLUME = VolumeFit(**COMMON | MARCHED | {"lr_encoding": 0.02, "lambda_opaque": (0.0, 1e-3, 1e-3, 0.0)})
 SURFACE = SurfaceFit(
     **COMMON | MARCHED,
-    sphere_radius=0.7,  # what it has to grow out of it, such as legs, is not far away
+    sphere_radius=0.95,  # around all of the mesh: what is carved keeps thin parts, what grows has to reach them
     sdf_levels=(0.0, 6.0, 12.0, 200.0),
     cos_anneal=(0.0, 0.0, 1.0, 200.0),
     lambda_eikonal=(0.0, 0.1, 0.1, 0.0),
