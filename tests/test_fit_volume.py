@@ -86,7 +86,7 @@ def test_every_shape_is_fitted_scored_and_drawn_once(fit_volume, tmp_path, monke
     monkeypatch.setattr(fit_volume, "TETS", dataclasses.replace(fit_volume.TETS, tets_resolution=32))
     out = tmp_path / "out"
     box = write_box(tmp_path / "box.glb")
-    monkeypatch.setattr(sys, "argv", ["fit_volume.py", str(box), "--seconds", "2", "--size", "32", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["fit_volume.py", str(box), "--seconds", "1", "--size", "24", "--out", str(out)])
     fit_volume.main()
     scores = json.loads((out / "fit.json").read_text())
     assert [score["kind"] for score in scores] == ["volume", "surface", "tets"]
@@ -94,10 +94,10 @@ def test_every_shape_is_fitted_scored_and_drawn_once(fit_volume, tmp_path, monke
         assert score["psnr"] > 12, score  # a white picture has 7
         assert score["iou"] > 0.7, score
         assert score["chamfer"] < 0.1, score
-        assert 2 <= score["seconds"] < 6, score
+        assert 1 <= score["seconds"] < 4, score
         assert score["steps"] > 3, score
     with Image.open(out / "fit.png") as picture:
-        assert picture.size == (32, 4 * 32)
+        assert picture.size == (24, 4 * 24)
     table = (out / "fit.md").read_text().splitlines()
     assert len(table) == 2 + 3 + 3
     assert [line.split(" | ")[:2] for line in table[2:]] == [
