@@ -82,7 +82,7 @@ def test_the_first_of_each_noun_is_taken(fit_volume, tmp_path):
 
 
 def test_every_shape_is_fitted_scored_and_drawn_once(fit_volume, tmp_path, monkeypatch, capsys):
-    for name, value in (("MESH_RESOLUTION", 32), ("LARGE", 48), ("N_POINTS", 2000)):
+    for name, value in (("MESH_RESOLUTION", 32), ("LARGE", 48), ("N_POINTS", 500), ("SPACING", 0.1)):
         monkeypatch.setattr(fit_volume, name, value)
     monkeypatch.setattr(fit_volume, "TETS", dataclasses.replace(fit_volume.TETS, tets_resolution=32))
     out = tmp_path / "out"
