@@ -141,7 +141,7 @@ def test_an_error_names_what_the_user_wrote():
         request.resolve({**CHAIR, "lr": 20.0})
     with pytest.raises(ArgumentError, match="^--render-size must be at most 1024, got 4000$"):
         request.resolve({**CHAIR, "render_size": 4000})
-    with pytest.raises(ArgumentError, match="^--texture must be at most 8192, got 9000$"):
+    with pytest.raises(ArgumentError, match="^--texture must be 0 or at most 8192, got 9000$"):
         request.resolve({**CHAIR, "texture": 9000})
     with pytest.raises(ArgumentError, match="^distance_range must be low, then high, got 2.0 and 1.0$"):
         request.resolve(CHAIR, {"sds": {"distance_range": (2.0, 1.0)}})
