@@ -6,7 +6,7 @@
 
 The images are drawn by a rasteriser in numpy, which shares nothing with what is fitted. Each fit has the same processor
 time on one thread. The tetrahedra have, as in the recipes that end with them, a volume before: VOLUME_SHARE of their
-time. Writes `fit.json` and `fit.md`, the table; and `fit.png`, a view that was not fitted: the mesh above, below it the
+time. Writes `fit.json` and `table.md`, the table; and `fit.png`, a view that was not fitted: the mesh above, below it the
 meshes that were made, as they are exported. A fit that is in `fit.json` already is not made again.
 """
 
@@ -140,9 +140,9 @@ def main() -> None:
             scores.append(fit_and_score(name, kind, target, views, args))
             print(row_of(scores[-1]), flush=True)
             atomic_write(record, json.dumps([asdict(score) for score in scores], indent=1).encode())
-        atomic_write(args.out / "fit.md", table(scores, args.representation).encode())
+        atomic_write(args.out / "table.md", table(scores, args.representation).encode())
         save_sheet([*chosen][: i + 1], args)
-    print(args.out / "fit.md", args.out / "fit.png", sep="\n")
+    print(args.out / "table.md", args.out / "fit.png", sep="\n")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -105,7 +105,7 @@ def test_every_shape_is_fitted_scored_and_drawn_once(fit_volume, tmp_path, monke
         assert 140 <= score["steps"] <= 150, score
     with Image.open(out / "fit.png") as picture:
         assert picture.size == (24, 4 * 24)
-    table = (out / "fit.md").read_text().splitlines()
+    table = (out / "table.md").read_text().splitlines()
     assert len(table) == 2 + 3 + 3
     assert [line.split(" | ")[:2] for line in table[2:]] == [
         [f"| {name}", kind] for name in ("box", "mean of 1") for kind in ("volume", "surface", "tets")
