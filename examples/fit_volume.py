@@ -6,8 +6,8 @@
 
 The images are drawn by a rasteriser in numpy, which shares nothing with what is fitted. Each fit has the same processor
 time on one thread. The tetrahedra have, as in the recipes that end with them, a volume before: VOLUME_SHARE of their
-time. Writes `fit.json` and `table.md`, the table; and `fit.png`, a view that was not fitted: the mesh above, below it the
-meshes that were made, as they are exported. A fit that is in `fit.json` already is not made again.
+time. Writes `fit.json` and `table.md`, the table; and `fit.png`, a view that was not fitted: the mesh above, below
+it the meshes that were made, as they are exported. A fit that is in `fit.json` already is not made again.
 """
 
 import argparse
