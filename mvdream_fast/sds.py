@@ -117,7 +117,7 @@ class Flags:
     mesh_resolution: int | None = None
     """Cells a side that the surface is taken from. Default: 128."""
     texture: int | None = None
-    """Bakes a texture of this many pixels a side into mesh.glb, instead of colouring its vertices."""
+    """The colours of mesh.glb are a texture of this many pixels a side (default 1024); 0 colours its vertices."""
     formats: tuple[Literal["glb", "obj", "ply"], ...] | None = None
     """Files of the mesh; mesh.glb is always made."""
     up: Literal["y", "z"] | None = None
@@ -389,9 +389,8 @@ def export(
     wanted = request.export
     asset.save(folder / "asset.safetensors")
     asset.turntable(*[folder / f"turntable.{ending}" for ending in ("webp", "mp4") if ending == "webp" or has_video()])
-    mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, wanted.texture)
-    texture = f", a texture of {wanted.texture} x {wanted.texture}" if wanted.texture else ""
-    notes = [f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles{texture}"]
+    mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, wanted.texture or None)
+    notes = [mesh.describe()]
     for ending in dict.fromkeys(("glb", *wanted.formats)):
         save_mesh(mesh, folder / f"mesh.{ending}", wanted.up, notes.append)
     for lost in notes[1:]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
-from reference.sds_command import QUICK, SETTLED, command, digest, latest
+from reference.sds_command import QUICK, SETTLED, SMALL, command, digest, latest
 
 from mvdream_fast import sds
 from mvdream_fast.core import memory
@@ -36,7 +36,7 @@ def test_graphs_are_made_unless_they_are_switched_off(graphs, tiny_model):
 
 def test_everything_is_left_behind(tiny_model, capsys):
     asked = ["a green chair", "--model", tiny_model, "--steps", "6", "--seed", "4"]
-    assert command(*asked, *SETTLED, whole=True) == 0
+    assert command(*asked, "--preset", "mini", *SMALL, whole=True) == 0
     folder = latest()
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -47,7 +47,10 @@ def test_everything_is_left_behind(tiny_model, capsys):
     assert folder.name.endswith("-s4")
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(6))
-    assert len(trimesh.load(folder / "mesh.glb", force="mesh").faces) > 20
+    body = trimesh.load(folder / "mesh.glb", force="mesh")
+    assert len(body.faces) > 20
+    assert body.visual.material.baseColorTexture.size == (1024, 1024)
+    assert "a texture of 1024 x 1024; watertight" in (folder / "report.html").read_text()
     with Image.open(folder / "turntable.webp") as picture:
         assert picture.size == (128, 128)
     with av.open(folder / "turntable.mp4") as film:
@@ -107,7 +110,7 @@ def test_reconstruction_shares_the_loop(tiny_model):
         (["a chair", "--guidance-scale", "nan"], 2, "--guidance-scale must be a finite number, got nan"),
         (["a chair", "--lr", "-1"], 2, "--lr must be greater than 0, got -1.0"),
         (["a chair", "--preset", "huge"], 2, ""),
-        (["a chair", "--texture", "3"], 2, "--texture must be at least 16, got 3"),
+        (["a chair", "--texture", "3"], 2, "--texture must be 0 or at least 16, got 3"),
         (["a chair", "--checkpoint-every", "0"], 2, "--checkpoint-every must be at least 1"),
         (["a chair", "--prompts-file", "x.jsonl"], 2, "give the prompt once"),
         (["--prompts-file", "x.jsonl"], 5, "cannot read x.jsonl: No such file"),

@@ -26,10 +26,11 @@ def begun(tiny_model) -> Path:
 def test_a_resume_obeys_what_it_can_and_says_so(begun):
     """The mesh is made as asked, config.json has it, and where and from what it was changed."""
     before = json.loads((begun / "config.json").read_text())
-    assert before["export"]["texture"] is None
+    assert before["export"]["texture"] == 0
+    assert b"baseColorTexture" not in (begun / "mesh.glb").read_bytes()
     assert (before["machine"]["device"], before["machine"]["dtype"]) == ("cpu", "float32")
     again = ["--steps", "2", "--seed", "5", "--preset", "mini", "--lr", "0.01"]  # as it is: no contradiction
-    assert command("--resume", "latest", "--texture", "32", "--formats", "obj", *again, *QUICK) == 0
+    assert command("--resume", "latest", *QUICK, "--texture", "32", "--formats", "obj", *again) == 0
     after = json.loads((begun / "config.json").read_text())
     assert (after["export"]["texture"], after["export"]["formats"]) == (32, ["obj"])
     assert (begun / "mesh.obj").exists()
@@ -37,7 +38,7 @@ def test_a_resume_obeys_what_it_can_and_says_so(begun):
     assert after["sds"] == before["sds"]
     (session,) = after["resumed"]
     assert (session["step"], session["machine"]["dtype"]) == (2, "float32")
-    assert session["before"] == {"export": {"texture": None, "formats": ["glb"]}}
+    assert session["before"] == {"export": {"texture": 0, "formats": ["glb"]}}
 
 
 def test_a_resume_refuses_what_would_be_another_run(begun, capsys):

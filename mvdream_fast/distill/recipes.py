@@ -165,7 +165,8 @@ class ExportConfig(Checked):
 
     mesh_resolution: Annotated[int, Interval(ge=8, le=512)] = 128
     faces: Annotated[int, Interval(ge=4)] | None = None  # at most this many triangles
-    texture: Annotated[int, Interval(ge=16, le=8192)] | None = None  # pixels a side; None colours the vertices instead
+    # Pixels a side; 0, or None in files of older runs, colours the vertices instead.
+    texture: Literal[0] | Annotated[int, Interval(ge=16, le=8192)] | None = 1024
     formats: tuple[Literal["glb", "obj", "ply"], ...] = ("glb",)
     up: Literal["y", "z"] = "y"  # of OBJ and PLY; GLB is always y-up
 

@@ -49,7 +49,7 @@ def asset_report(asset: Asset, records: list[dict[str, Any]], path: Path) -> Pat
     """The same page of an asset alone, as `asset.report("report.html")` writes it: without files of a run."""
     try:
         mesh = asset.mesh()
-        notes = [f"{len(mesh.vertices)} vertices, {len(mesh.faces)} triangles"]
+        notes = [mesh.describe()]
     except DivergedError as error:
         mesh, notes = None, [f"There is no mesh: {error}."]
     config = {"prompt": asset.prompt, "seed": asset.seed, "sds": asset.settings}

@@ -80,7 +80,7 @@ def test_shading_begins_in_the_middle_of_any_run():
         ("a.json", {"sds": {"steps": "3"}}, "a.json: sds.steps must be an integer, got '3'"),
         ("a.json", {"sds": {"steps": 0}}, "a.json: sds.steps must be at least 1, got 0"),
         ("a.json", {"sds": {"lr_mlp": math.inf}}, "a.json: sds.lr_mlp must be a finite number, got inf"),
-        ("a.json", {"export": {"texture": 9}}, "a.json: export.texture must be at least 16, got 9"),
+        ("a.json", {"export": {"texture": 9}}, "a.json: export.texture must be 0 or at least 16, got 9"),
         ("a.json", {"sds": {"steps": True}}, "sds.steps must be an integer, got True"),
         ("a.json", {"sds": {"min_step": [0, 1, 1]}}, r"sds.min_step\[3\] is missing"),
         ("a.json", {"sds": 3}, "a.json: sds must be an object, got 3"),
@@ -141,7 +141,7 @@ def test_an_error_names_what_the_user_wrote():
         request.resolve({**CHAIR, "lr": 20.0})
     with pytest.raises(ArgumentError, match="^--render-size must be at most 1024, got 4000$"):
         request.resolve({**CHAIR, "render_size": 4000})
-    with pytest.raises(ArgumentError, match="^--texture must be at most 8192, got 9000$"):
+    with pytest.raises(ArgumentError, match="^--texture must be 0 or at most 8192, got 9000$"):
         request.resolve({**CHAIR, "texture": 9000})
     with pytest.raises(ArgumentError, match="^distance_range must be low, then high, got 2.0 and 1.0$"):
         request.resolve(CHAIR, {"sds": {"distance_range": (2.0, 1.0)}})
@@ -152,7 +152,7 @@ def test_an_error_names_what_the_user_wrote():
     [
         ({"mesh_resolution": 4}, "mesh_resolution must be at least 8, got 4"),
         ({"faces": 3}, "faces must be at least 4, got 3"),
-        ({"texture": 9}, "texture must be at least 16, got 9"),
+        ({"texture": 9}, "texture must be 0 or at least 16, got 9"),
     ],
 )
 def test_meshes_that_cannot_be_made(export, message):

@@ -1,5 +1,7 @@
 """How far points of a regular grid are from a mesh, and on which side."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -9,20 +11,37 @@ from mvdream_fast.scene.mesh.mesh import Mesh
 NEIGHBOURS = 8  # triangles that a point's distance is the least of
 
 
-def signed_distance(mesh: Mesh, resolution: int, radius: float, reach: float) -> np.ndarray:
+def signed_distance(
+    mesh: Mesh, resolution: int, radius: float, reach: float, at: np.ndarray | None = None
+) -> np.ndarray:
     """Distances to a mesh, negative inside, cut off at +-reach: [n, n, n] float32 for n = resolution + 1, axes xyz.
 
-    The points are a regular grid over [-radius, radius]^3 that includes its borders. Inside is where the surface
-    winds around a point: every column of points is a pixel of an image of the mesh from above, whose fragments say
-    where the column enters and leaves. An open mesh gives what its triangles above a point add up to.
+    The points are a regular grid over [-radius, radius]^3 that includes its borders; at: [K, 3], the whole numbers of
+    those that are wanted, for [K]. Inside is where the surface winds around a point: every column of points is a pixel
+    of an image of the mesh from above, whose fragments say where the column enters and leaves. An open mesh gives what
+    its triangles above a point add up to.
     """
     n = resolution + 1
     spacing = 2 * radius / resolution
-    inside = _winding(mesh, n, spacing) > 0
-    axis = np.linspace(-radius, radius, n)
-    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    distance = _distance(points, mesh, spacing, reach).reshape(n, n, n)
-    return np.where(inside, -distance, distance).astype(np.float32)
+    chosen = tuple(np.indices((n, n, n)).reshape(3, -1) if at is None else at.T)
+    inside = (_winding(mesh, n, spacing) > 0)[chosen]
+    close = _close(mesh, n, spacing, reach)[chosen]
+    points = np.stack([np.linspace(-radius, radius, n)[axis[close]] for axis in chosen], -1)
+    distance = np.full(len(close), reach)
+    distance[close] = surface_distance(points, mesh, spacing, reach)
+    signed = np.where(inside, -distance, distance).astype(np.float32)
+    return signed.reshape(n, n, n) if at is None else signed
+
+
+def _close(mesh: Mesh, n: int, spacing: float, reach: float) -> np.ndarray:
+    """Which points of the grid can be within `reach` of the mesh, and more, [n, n, n]."""
+    from scipy.ndimage import maximum_filter
+
+    whole = np.rint(_samples(mesh, spacing / 2)[0] / spacing + (n - 1) / 2).astype(np.int64).clip(0, n - 1)
+    near = np.zeros((n, n, n), np.uint8)
+    near[tuple(whole.T)] = 1
+    width = 2 * min(math.ceil(reach / spacing) + 1, n) + 1
+    return np.asarray(maximum_filter(near, width, mode="constant")) > 0
 
 
 def _winding(mesh: Mesh, n: int, spacing: float) -> np.ndarray:
@@ -43,7 +62,7 @@ def _winding(mesh: Mesh, n: int, spacing: float) -> np.ndarray:
     return above.reshape(n, n, n).transpose(1, 0, 2)  # rows of the image are y
 
 
-def _distance(points: np.ndarray, mesh: Mesh, spacing: float, reach: float) -> np.ndarray:
+def surface_distance(points: np.ndarray, mesh: Mesh, spacing: float, reach: float) -> np.ndarray:
     """Unsigned distances [P], at most `reach`, to the nearest of the triangles whose samples are nearest."""
     from scipy.spatial import KDTree
 

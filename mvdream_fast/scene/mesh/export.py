@@ -69,7 +69,7 @@ def _textured(mesh: Mesh, texture: np.ndarray, name: str):
         doubleSided=True,
     )
     visual = TextureVisuals(uv=mesh.uvs, material=material)
-    normals = None if mesh.normals is None else mesh.normals @ Y_UP.T
+    normals = _turned(mesh.normals, Y_UP)
     body = trimesh.Trimesh(mesh.vertices @ Y_UP.T, mesh.faces, process=False, visual=visual, vertex_normals=normals)
     scene = trimesh.Scene()
     scene.add_geometry(body, geom_name=name, node_name=name)
@@ -81,7 +81,13 @@ def _scene(mesh: Mesh, colors: np.ndarray, name: str):
     import trimesh
 
     rgba = np.concatenate([colors, np.ones((len(colors), 1))], axis=1).astype(np.float32)
-    body = trimesh.Trimesh(mesh.vertices @ Y_UP.T, mesh.faces, process=False, vertex_attributes={"_COLOR": rgba})
+    body = trimesh.Trimesh(
+        mesh.vertices @ Y_UP.T,
+        mesh.faces,
+        process=False,
+        vertex_attributes={"_COLOR": rgba},
+        vertex_normals=_turned(mesh.normals, Y_UP),
+    )
     scene = trimesh.Scene()
     scene.add_geometry(body, geom_name=name, node_name=name)
     return scene
@@ -153,11 +159,14 @@ def _body(mesh: Mesh, up: str):
     import trimesh
 
     turn = Y_UP if up == "y" else np.eye(3, dtype=np.float32)
-    normals = None if mesh.normals is None else mesh.normals @ turn.T
-    colors = to_bytes(mesh.colors)
+    normals, colors = _turned(mesh.normals, turn), to_bytes(mesh.colors)
     return trimesh.Trimesh(
         mesh.vertices @ turn.T, mesh.faces, process=False, vertex_colors=colors, vertex_normals=normals
     )
+
+
+def _turned(normals: np.ndarray | None, turn: np.ndarray) -> np.ndarray | None:
+    return None if normals is None else normals @ turn.T
 
 
 def save_mesh(mesh: Mesh, path: Path | str, up: Literal["y", "z"] = "y", say: Callable[[str], None] = print) -> None:

@@ -28,6 +28,25 @@ class Mesh:
     uvs: np.ndarray | None = None  # [n, 2] float32, from the lower left
     texture: np.ndarray | None = None  # [T, T, 3] uint8, sRGB, the top row first
 
+    def n_open_edges(self) -> int:
+        """Edges that not as many triangles pass one way as the other; a watertight mesh has none.
+
+        Vertices of one place are one: the seams of a texture open nothing.
+        """
+        _, place = np.unique(self.vertices, axis=0, return_inverse=True)
+        corners = place.reshape(-1)[self.faces]  # [m, 3]
+        ends = np.stack([corners, np.roll(corners, -1, 1)], -1).reshape(-1, 2)
+        _, edge = np.unique(np.sort(ends, axis=1), axis=0, return_inverse=True)
+        ways = np.sign(ends[:, 1] - ends[:, 0])
+        return int(np.count_nonzero(np.bincount(edge.reshape(-1), ways)))
+
+    def describe(self) -> str:
+        """Its size, what its colours are, and whether it is watertight."""
+        texture = "" if self.texture is None else ", a texture of {} x {}".format(*self.texture.shape)
+        n_open = self.n_open_edges()
+        closed = "watertight" if not n_open else f"not watertight: it is open at {n_open} edges"
+        return f"{len(self.vertices)} vertices, {len(self.faces)} triangles{texture}; {closed}"
+
 
 def sample_grid(density_fn: DensityFn, resolution: int, radius: float) -> np.ndarray:
     """Densities on a regular grid over [-radius, radius]^3 that includes its borders: [G, G, G] float32, axes xyz."""
@@ -99,13 +118,25 @@ def extract_mesh(
 
 
 def colored_mesh(vertices: np.ndarray, faces: np.ndarray, color_fn: ColorFn, max_faces: int | None = None) -> Mesh:
-    """Triangles with the colours there, simplified to at most `max_faces`. vertices: [n, 3]; faces: [m, 3]."""
+    """Triangles with colours and normals there, simplified to at most `max_faces`. vertices: [n, 3]; faces: [m, 3]."""
     if max_faces is not None and len(faces) > max_faces:
         vertices, faces = _decimate(vertices, faces, max_faces)
     with torch.no_grad():
         points = torch.from_numpy(vertices)
         colors = torch.cat([color_fn(chunk) for chunk in points.split(CHUNK)]).clamp(0, 1)
-    return Mesh(vertices, faces, colors.float().cpu().numpy())
+    return Mesh(vertices, faces, colors.float().cpu().numpy(), smooth_normals(vertices, faces))
+
+
+def smooth_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals at the vertices [n, 3] float32: the mean of the faces around, weighted by their area; up where that
+    is no direction."""
+    a, b, c = (vertices[faces[:, k]] for k in range(3))
+    of_faces = np.cross(b - a, c - a)
+    normals = np.zeros(vertices.shape, dtype=np.float64)
+    for k in range(3):
+        np.add.at(normals, faces[:, k], of_faces)
+    normals[np.linalg.norm(normals, axis=1) < 1e-20] = 0, 0, 1
+    return (normals / np.linalg.norm(normals, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _iso_surface(grid: np.ndarray, threshold: float, radius: float) -> tuple[np.ndarray, np.ndarray]:

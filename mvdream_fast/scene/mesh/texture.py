@@ -10,7 +10,7 @@ import torch
 
 from mvdream_fast.core.images import to_bytes
 from mvdream_fast.ops import interpolate, rasterize
-from mvdream_fast.scene.mesh.mesh import CHUNK, ColorFn, Mesh
+from mvdream_fast.scene.mesh.mesh import CHUNK, ColorFn, Mesh, smooth_normals
 
 PADDING = 2  # texels between charts; the rest of the sheet repeats the nearest chart's border
 
@@ -82,13 +82,3 @@ def spread_over_gaps(sheet: np.ndarray, covered: np.ndarray) -> np.ndarray:
         return sheet
     rows, columns = np.asarray(distance_transform_edt(~covered, return_distances=False, return_indices=True))
     return sheet[rows, columns]
-
-
-def smooth_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Unit normals at the vertices [n, 3] float32: the mean of the faces around, weighted by their area."""
-    a, b, c = (vertices[faces[:, k]] for k in range(3))
-    of_faces = np.cross(b - a, c - a)
-    normals = np.zeros(vertices.shape, dtype=np.float64)
-    for k in range(3):
-        np.add.at(normals, faces[:, k], of_faces)
-    return (normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)).astype(np.float32)

@@ -72,10 +72,10 @@ class Tets(ColoredMesh):
         tets = Tets(config, Stream(seed, 0, "volume"))
         lattice = tets.lattice
         mesh = source.mesh(lattice.resolution)
-        distance = signed_distance(mesh, lattice.resolution, lattice.radius, REACH * lattice.spacing)
         at = whole_coordinates(lattice, torch.device("cpu")).numpy()
+        reach = REACH * lattice.spacing
         with torch.no_grad():
-            tets.sdf.copy_(torch.from_numpy(distance[at[:, 0], at[:, 1], at[:, 2]]))
+            tets.sdf.copy_(torch.from_numpy(signed_distance(mesh, lattice.resolution, lattice.radius, reach, at)))
         tets.take_colors(source.state())
         return tets
 

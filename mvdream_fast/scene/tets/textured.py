@@ -134,22 +134,24 @@ class TexturedMesh(ColoredMesh):
             raise DivergedError("there is no mesh to export: none was given, and none restored")
         colors, simplified = self.colors, max_faces is not None and len(self.faces) > max_faces
         if self.logits is not None:
-            own = self._textured()
+            own, places, there = self._textured()
             if not simplified:
                 return own
-            colors = _nearest_color(own.vertices, own.colors)
+            colors = _nearest_color(places, there)
         mesh = colored_mesh(self.vertices.cpu().numpy(), self.faces.cpu().numpy(), colors, max_faces)
         return mesh if texture is None else bake_texture(mesh, colors, texture)
 
-    def _textured(self) -> Mesh:
+    def _textured(self) -> tuple[Mesh, np.ndarray, np.ndarray]:
+        """The mesh with its texture, and of the texels that it shows the places [K, 3] and the colours [K, 3]."""
         assert self.logits is not None
         sheet, size = torch.sigmoid(self.logits), self.config.texture_size
         colors = texture(sheet, self.uvs[None, None])[0, 0]
         vertices, faces, uvs = (x.cpu().numpy() for x in (self.vertices[self.vertex_of_uv], self.uv_faces, self.uvs))
-        _, covered = texel_positions(vertices, faces, uvs, size)
+        positions, covered = texel_positions(vertices, faces, uvs, size)
         rows = spread_over_gaps(np.ascontiguousarray(to_bytes(sheet[0])[::-1]), covered)
         normals = self.normals[self.vertex_of_uv].cpu().numpy()
-        return Mesh(vertices, faces, colors.cpu().numpy(), normals, uvs, rows)
+        textured = Mesh(vertices, faces, colors.cpu().numpy(), normals, uvs, rows)
+        return textured, positions[covered], rows[covered].astype(np.float32) / 255
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the mesh, too. Raises ModelError for another configuration, a mesh that is none, and numbers that
@@ -194,9 +196,9 @@ def _fit(vertices: Tensor, faces: Tensor, uvs: Tensor, uv_faces: Tensor, vertex_
     return shapes and all(not x.numel() or bool(x.min() >= 0 and x.max() < n) for x, n in indices)
 
 
-def _nearest_color(vertices: np.ndarray, colors: np.ndarray) -> ColorFn:
-    """The colour of the nearest vertex."""
+def _nearest_color(positions: np.ndarray, colors: np.ndarray) -> ColorFn:
+    """The colour of the nearest of some points."""
     from scipy.spatial import KDTree
 
-    tree = KDTree(vertices)
+    tree = KDTree(positions)
     return lambda points: torch.from_numpy(colors[tree.query(points.cpu().numpy())[1]])

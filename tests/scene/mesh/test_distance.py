@@ -69,3 +69,12 @@ def test_a_torus_keeps_its_hole(turn):
     expected = np.hypot(np.linalg.norm(points[..., :2], axis=-1) - 0.5, points[..., 2]) - 0.2
     found = signed_distance(of_trimesh(body), 16, 1.0, 2.0)
     np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
+def test_points_that_are_asked_for_are_those_of_the_grid():
+    ball = of_trimesh(trimesh.creation.icosphere(3, 0.6))
+    at = np.random.default_rng(0).integers(0, 17, (200, 3))
+    found = signed_distance(ball, 16, 1.0, 0.3, at)
+    np.testing.assert_array_equal(found, signed_distance(ball, 16, 1.0, 0.3)[tuple(at.T)])
+    assert (np.abs(found) < 0.3).any()
+    assert (found == np.float32(0.3)).any()

@@ -16,7 +16,14 @@ from mvdream_fast.distill.recipes import mini
 from mvdream_fast.rendering import mesh as parts
 from mvdream_fast.rendering.software import NumpyRenderer
 from mvdream_fast.scene.mesh import export
-from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh, sample_grid, silhouette_threshold, trilinear
+from mvdream_fast.scene.mesh.mesh import (
+    Mesh,
+    extract_mesh,
+    sample_grid,
+    silhouette_threshold,
+    smooth_normals,
+    trilinear,
+)
 
 
 def ball(points, radius=0.5):
@@ -192,3 +199,28 @@ def test_mesh_and_volume_have_the_same_silhouette(soft):
     iou = (solid & volume).sum((1, 2)) / (solid | volume).sum((1, 2))
     assert volume.float().mean() > 0.05
     assert iou.min() >= 0.95, iou
+
+
+def test_open_edges_are_counted_and_seams_are_none():
+    """A box of twelve triangles; without one it is open at three edges, with one turned over at as many."""
+    body = trimesh.creation.box()
+    vertices, faces = np.asarray(body.vertices, np.float32), np.asarray(body.faces, np.int32)
+    colors = np.zeros_like(vertices)
+    whole = Mesh(vertices, faces, colors)
+    assert (whole.n_open_edges(), Mesh(vertices, faces[1:], colors).n_open_edges()) == (0, 3)
+    turned = np.concatenate([faces[:1, ::-1], faces[1:]])
+    assert Mesh(vertices, turned, colors).n_open_edges() == 3
+    soup = Mesh(vertices[faces.reshape(-1)], np.arange(36, dtype=np.int32).reshape(12, 3), colors[faces.reshape(-1)])
+    assert soup.n_open_edges() == 0
+    assert whole.describe() == "8 vertices, 12 triangles; watertight"
+    assert Mesh(vertices, faces[1:], colors).describe().endswith("; not watertight: it is open at 3 edges")
+
+
+def test_normals_by_hand():
+    """A vertex of a square and of a triangle twice as large that stands on it; one of no triangle looks up."""
+    vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 2], [9, 9, 9]], np.float32)
+    faces = np.array([[0, 1, 2], [0, 3, 1]], np.int32)  # areas 1/2, upwards, and 1, to +y
+    normals = smooth_normals(vertices, faces)
+    expected = [[0, 2, 1], [0, 2, 1], [0, 0, 1], [0, 1, 0], [0, 0, 1]]
+    expected = np.array(expected) / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(normals, expected, atol=1e-6)

@@ -107,6 +107,19 @@ def test_a_simplified_mesh_has_colours_at_its_vertices():
         assert len(mesh.mesh().faces) == len(source.mesh().faces)
 
 
+def test_a_simplified_mesh_is_baked_from_its_texture_not_from_its_vertices():
+    """Stripes that are finer than the triangles of a box: they are in the new sheet, too."""
+    mesh = TexturedMesh(SHEET, box())
+    with torch.no_grad():
+        mesh.logits.copy_(torch.where(torch.arange(64) % 8 < 4, 9.0, -9.0)[None, :, None, None].expand(1, 64, 64, 3))
+    small = mesh.mesh(max_faces=11, texture=128)
+    assert len(small.faces) <= 11
+    assert small.texture.shape == (128, 128, 3)
+    stripes = (small.texture > 127).mean()
+    assert 0.3 < stripes < 0.7
+    assert ((small.texture < 9) | (small.texture > 246)).mean() > 0.99  # no blends of two stripes
+
+
 def test_colours_are_taken_over():
     source = Tets(TetsConfig(volume="mini", background="grey", tets_resolution=32), Stream(9, 0, "volume"))
     expected = source.render(RAYS)
