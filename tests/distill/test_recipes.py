@@ -13,19 +13,11 @@ from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.sampler import translate
 from mvdream_fast.diffusion.schedule import NoiseSchedule
-from mvdream_fast.distill.recipes import (
-    RECIPES,
-    SDS_PRESETS,
-    RecipeName,
-    guided_views,
-    repaint,
-    replaced,
-    resolve_config,
-    settings_of,
-    shaded,
-)
+from mvdream_fast.distill.config import RecipeName, replaced, settings_of
+from mvdream_fast.distill.recipes import RECIPES, guided_views, resolve_config, shaded
 from mvdream_fast.distill.request import check_config
 from mvdream_fast.distill.state import RunState
+from mvdream_fast.distill.systems import SDS_PRESETS, repaint
 from mvdream_fast.guidance.repaint import Repaint
 from mvdream_fast.models.config import MINI, PIXELS, ScheduleConfig
 from mvdream_fast.pipeline import MVDreamPipeline

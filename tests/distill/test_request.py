@@ -10,8 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, UserError
+from mvdream_fast.distill import config as distill_config
 from mvdream_fast.distill import request
-from mvdream_fast.distill.recipes import RECIPES, SDS_PRESETS, ExportConfig, SDSConfig, replaced, resolve_config, shaded
+from mvdream_fast.distill.config import ExportConfig, SDSConfig, replaced
+from mvdream_fast.distill.recipes import RECIPES, resolve_config, shaded
+from mvdream_fast.distill.systems import SDS_PRESETS
 
 CHAIR = {"prompt": "a green chair"}
 
@@ -185,7 +188,7 @@ def test_what_vsd_cannot_be_asked_for(settings, message):
 
 
 def test_without_peft_vsd_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(request, "find_spec", lambda name: None)
+    monkeypatch.setattr(distill_config, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"--guidance vsd learns with peft; install mvdream_fast\[train\], or take"):
         request.resolve({**CHAIR, "guidance": "vsd"})
 

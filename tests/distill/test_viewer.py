@@ -12,7 +12,7 @@ from websockets.sync.client import connect
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill import viewer
-from mvdream_fast.distill.recipes import replaced
+from mvdream_fast.distill.config import replaced
 
 
 def test_nothing_is_printed_but_what_we_say(capsys):

@@ -6,18 +6,9 @@ from reference.random_model import random_model
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.recipes import (
-    RECIPES,
-    SDS_PRESETS,
-    SDSConfig,
-    mini,
-    repaint,
-    replaced,
-    resolve_config,
-    settings_of,
-    shaded,
-    typed,
-)  # fmt: skip
+from mvdream_fast.distill.config import SDSConfig, replaced, settings_of, typed
+from mvdream_fast.distill.recipes import RECIPES, resolve_config, shaded
+from mvdream_fast.distill.systems import SDS_PRESETS, mini, repaint
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.shapes import SHAPES, class_for

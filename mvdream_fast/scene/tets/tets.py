@@ -65,7 +65,7 @@ class Tets(ColoredMesh):
 
     @staticmethod
     def from_representation(config: TetsConfig, source: Representation, seed: int = 0) -> "Tets":
-        """One that shows the mesh of another representation, and its colours where those are a volume's of this size.
+        """One that shows the mesh of another representation in its colours, as well as its lattice can.
 
         Raises: DivergedError where it has no mesh.
         """
@@ -76,7 +76,7 @@ class Tets(ColoredMesh):
         at = whole_coordinates(lattice, torch.device("cpu")).numpy()
         with torch.no_grad():
             tets.sdf.copy_(torch.from_numpy(distance[at[:, 0], at[:, 1], at[:, 2]]))
-        tets.take_colors(source.state())
+        tets.take_colors(source, mesh, seed)
         return tets
 
     def body(self) -> Body:
