@@ -20,7 +20,9 @@ from mvdream_fast.text_to_3d import TextTo3D
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("preset", SDS_PRESETS)
 def test_a_recipe_takes_any_shape(preset, recipe, shape):
-    plain, config = (resolve_config(preset, recipe=recipe, **name) for name in ({}, {"shape": shape}))
+    plain, whole = (resolve_config(preset, recipe=recipe, **name) for name in ({}, {"shape": shape}))
+    assert whole.later == plain.later  # which are handed theirs
+    config = whole.stages[0]
     assert type(config.representation) is SHAPES[shape] is class_for({"shape": shape})
     assert config.representation.volume == plain.representation.volume
     assert config.representation.background == plain.representation.background

@@ -89,10 +89,10 @@ class ColoredMesh(nn.Module):
     def take_colors(self, source: Representation, mesh: Mesh | None = None, seed: int = 0) -> None:
         """Takes over the background of another representation, where it is of one kind, and its colours: as they are
         where they are those of a field like this one, else fitted to those of its mesh, where there is one."""
-        volume, background = (getattr(source, name, None) for name in ("volume", "background"))
+        volume, background, logits = (getattr(source, name, None) for name in ("volume", "background", "logits"))
         if isinstance(background, type(self.background)):
             self.background.load_state_dict(background.state_dict())
-        if isinstance(volume, Volume) and volume.config == self.volume.config:
+        if isinstance(volume, Volume) and volume.config == self.volume.config and logits is None:  # else a texture's
             own, found = self.volume.state_dict(), volume.state_dict()
             self.volume.load_state_dict({name: found[name] for name in own})
         elif mesh is not None:
