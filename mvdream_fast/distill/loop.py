@@ -72,18 +72,21 @@ class Loop:
             DivergedError: numbers that are not finite, or nothing to see, after one recovery; nothing to hand over.
         """
         done, tensors = self._resume(config, seed)
-        number, made, records = config.at_work(done), None, []
+        number = config.at_work(done)
+        state = begin(number, None)
+        if tensors is not None:
+            state.restore(tensors)
+            del tensors
         while True:
-            state = begin(number, made)
-            state.asset.records = records
-            if made is None and tensors is not None:
-                state.restore(tensors)
             with repeated_shapes(state.representation.device):
                 self._steps(state, max(done - state.before, 0), _about(config, seed, state.asset.prompt))
             if self._is_stopped or number == len(config.later):
                 return state.asset
-            number, made, tensors = number + 1, state.asset.representation, None
-            del state
+            made, number = state.asset, number + 1
+            del state  # before the next stage's model is loaded
+            state = begin(number, made.representation)
+            state.asset.records = made.records
+            del made
 
     def _steps(self, state: RunState, first: int, about: dict[str, Any]) -> None:
         """A stage's steps from `first` on. about: it is what checkpoints say of the run."""

