@@ -19,7 +19,7 @@ from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.core.schema import Checked, Share, checked
 from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
-from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, checked_shape, names_of
+from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, checked_shapes, names_of
 
 MVDREAM = "mvdream"
 RecipeName = Literal[
@@ -170,7 +170,8 @@ def shared_out(steps: int, config: SDSConfig) -> list[int]:
 
     Raises: ArgumentError where they are too few.
     """
-    ends, total, n = [], config.ends[-1], len(config.ends)
+    ends: list[int] = []
+    total, n = config.ends[-1], len(config.ends)
     if steps < n:
         raise ArgumentError(f"steps must be at least {n}, one for each stage of {config.recipe}, got {steps}")
     for i, end in enumerate(config.ends, 1):
@@ -189,9 +190,10 @@ def typed(
     if unknown:
         raise error(f"{source}: unknown key(s) {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
     names, nested = {name: name for name in SETTINGS} | dict(names or {}), _nested(settings)
-    shape = checked_shape(nested.pop("representation", {}), source, error, names)
-    whole = dataclasses.replace(checked(SDSConfig, nested, source, error, names), representation=shape)
-    return {name: value for name, value in settings_of(whole).items() if name in settings}
+    shapes = nested.pop("representation", {})
+    values = settings_of(checked(SDSConfig, nested, source, error, names))
+    values |= checked_shapes(shapes, source, error, names)
+    return {name: value for name, value in values.items() if name in settings}
 
 
 def check_ending(config: SDSConfig) -> None:
