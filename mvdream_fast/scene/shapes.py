@@ -46,10 +46,12 @@ def checked_shape(
 def checked_shapes(
     settings: Mapping[str, Any], source: str, error: type[UserError], names: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Settings of one shape, or of several that stages have, as their types want them; the arguments as above."""
+    """Settings of one shape, or, where none is named, of several that stages have, as their types want them; the
+    arguments as above."""
     out: dict[str, Any] = {}
     for cls in (class_for(settings), *SHAPES.values()):
-        own = {name: value for name, value in settings.items() if name in names_of(cls) - out.keys()}
+        has = settings.keys() if "shape" in settings else names_of(cls)
+        own = {name: value for name, value in settings.items() if name in has and name not in out}
         shape = checked_shape(own, source, error, names)
         out |= {name: getattr(shape, name) for name in own}
     return out

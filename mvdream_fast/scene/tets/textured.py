@@ -122,7 +122,9 @@ class TexturedMesh(ColoredMesh):
 
     def restart(self, seed: int) -> None:
         """Takes the colours of a fresh one of this seed, a grey texture; the mesh stays."""
-        self.take_colors(TexturedMesh(self.config, None, Stream(seed, 0, "volume")))
+        fresh = TexturedMesh(self.config, None, Stream(seed, 0, "volume"))
+        self.volume.load_state_dict(fresh.volume.state_dict())
+        self.background.load_state_dict(fresh.background.state_dict())
         if self.logits is not None:
             self.logits.data.zero_()
 
