@@ -201,7 +201,11 @@ def prolificdreamer(size: str = "paper") -> SDSConfig:
     )  # Adam
     texture = dataclasses.replace(on_mesh, steps=30_000, representation=TexturedMeshConfig())
     paper = joined([volume, geometry, texture])
-    return paper if size == "paper" else _embedded(paper, size, *[LATENTS_SHARE] * 3)
+    if size == "paper":
+        return paper
+    # Of few steps most are the volume's: what has no shape by then gets none.
+    shares = joined(map(restepped, paper.stages, (40_000, 10_000, 10_000)))
+    return _embedded(shares, size, *[LATENTS_SHARE] * 3)
 
 
 # Numbers in the embedded model's latents over those in Stable Diffusion's at 512 pixels: guidance sums over them.

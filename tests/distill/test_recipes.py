@@ -360,16 +360,16 @@ def test_small_sizes_keep_the_papers_guidance_and_mvdreams_budget(name, size):
 
 
 def test_schedules_and_losses_at_a_small_size():
-    """600 of 10,000 steps, 214 of 25,000; 24 x 8 x 8 numbers in the embedded latents, 4 x 64 x 64 in the paper's."""
+    """600 of 10,000 steps, 400 of 25,000; 24 x 8 x 8 numbers in the embedded latents, 4 x 64 x 64 in the paper's."""
     single, vsd = (settings_of(RECIPES[name].at("mini")) for name in ("dreamfusion-if", "prolificdreamer"))
     assert single["shading_from"] == 120
     assert single["lambda_orient"] == pytest.approx((0, 10, 1000, 300))
     assert single["lambda_sparsity"] == (0, 1, 1, 0)  # of pixels there are as many as in the paper
-    assert vsd["max_step"] == pytest.approx((42.8, 0.98, 0.5, 42.80856))
+    assert vsd["max_step"] == pytest.approx((80, 0.98, 0.5, 80.016))
     assert vsd["lambda_sparsity"] == pytest.approx((0, 0.9375, 0.9375, 0))
-    assert vsd["lambda_opaque"] == pytest.approx((85.6, 0, 93.75, 85.60856))
+    assert vsd["lambda_opaque"] == pytest.approx((160, 0, 93.75, 160.016))
     _, geometry, texture = RECIPES["prolificdreamer"].at("mini").stages
-    assert [vsd["steps"], geometry.steps, texture.steps] == [214, 129, 257]  # of 25, 15 and 30 thousand
+    assert [vsd["steps"], geometry.steps, texture.steps] == [400, 100, 100]
     assert settings_of(geometry)["lambda_laplacian"] == pytest.approx((0, 937.5, 937.5, 0))
     surface = settings_of(RECIPES["textmesh-if"].at("mini"))
     assert surface["sdf_levels"] == pytest.approx((120, 8, 16, 360))

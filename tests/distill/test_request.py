@@ -334,8 +334,8 @@ def test_a_recipe_brings_its_settings_and_its_model(tmp_path):
     assert request.resolve(CHAIR).config.recipe == "mvdream"
     changed = request.resolve({**CHAIR, "recipe": "prolificdreamer", "mode": "3d", "steps": 60}).config
     assert (changed.recipe, {stage.mode for stage in changed.stages}) == ("prolificdreamer", {"3d"})
-    assert [stage.steps for stage in changed.stages] == [21, 13, 26]  # of 214, 129 and 257
-    assert changed.guidance.max_step == pytest.approx((4.2, 0.98, 0.5, 4.20084))
+    assert [stage.steps for stage in changed.stages] == [40, 10, 10]
+    assert changed.guidance.max_step == pytest.approx((8, 0.98, 0.5, 8.0016))
     file = request.read_settings(written(tmp_path, 'recipe = "dreamfusion-if"\n[sds]\nsteps = 60\n'))
     assert request.resolve(CHAIR, file).config == resolve_config("mini", recipe="dreamfusion-if", steps=60)
     again = request.read_settings(written(tmp_path, run.to_dict(), "config.json"))

@@ -15,7 +15,7 @@ from mvdream_fast import sds
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.distill import request, run_memory
-from mvdream_fast.distill.config import joined, replaced, settings_of, shared_out, written
+from mvdream_fast.distill.config import joined, replaced, restepped, settings_of, shared_out, written
 from mvdream_fast.distill.progress import Watcher
 from mvdream_fast.distill.recipes import RECIPES, guided_views, resolve_config
 from mvdream_fast.distill.report import asset_report, differences
@@ -29,7 +29,7 @@ from mvdream_fast.text_to_3d import TextTo3D
 
 CHAIR = {"prompt": "a green chair"}
 SMALL = {"render_size": (8,), "samples_per_ray": 24, "tets_resolution": 32}
-THREE = resolve_config("mini", recipe="prolificdreamer", steps=6, **SMALL)  # 2, 1 and 3 steps
+THREE = joined(map(restepped, resolve_config("mini", recipe="prolificdreamer", **SMALL).stages, (2, 1, 3)))
 TWO = resolve_config("mini", recipe="magic3d-if-sd", steps=3, **SMALL)  # 2 and 1
 
 
