@@ -172,10 +172,10 @@ def shared_out(steps: int, config: SDSConfig) -> list[int]:
     """
     ends: list[int] = []
     total, n = config.ends[-1], len(config.ends)
-    if steps < n:
+    if 1 < n > steps:
         raise ArgumentError(f"steps must be at least {n}, one for each stage of {config.recipe}, got {steps}")
     for i, end in enumerate(config.ends, 1):
-        ends.append(min(max(round(steps * end / total), i), steps - (n - i)))
+        ends.append(min(max(round(steps * end / total), i), steps - (n - i)))  # the last of which is steps
     return [end - before for before, end in pairwise([0, *ends])]
 
 

@@ -86,7 +86,7 @@ def test_shading_begins_in_the_middle_of_any_run():
         ("a.json", {"export": {"texture": 9}}, "a.json: export.texture must be at least 16, got 9"),
         ("a.json", {"sds": {"steps": True}}, "sds.steps must be an integer, got True"),
         ("a.json", {"sds": {"min_step": [0, 1, 1]}}, r"sds.min_step\[3\] is missing"),
-        ("a.json", {"sds": 3}, "a.json: sds must be an object or a list, got 3"),
+        ("a.json", {"sds": 3}, "a.json: sds must be an object or an array, got 3"),
         ("a.json", {"export": {"up": "x"}}, "export.up must be 'y' or 'z', got 'x'"),
         ("a.json", {"seed": 1.5}, "seed must be an integer or a string, got 1.5"),
         ("a.json", {"prompt": ["x"]}, "prompt must be a string, got \\['x'\\]"),
