@@ -50,7 +50,7 @@ def table(seconds: dict[tuple[str, str], float]) -> "Table":
         views = ", ".join(str(guided_views(recipe.at(size))) for size in (*SMALL, "paper"))
         times = [f"{size} {seconds[name, size]:.0f} s" for size in SDS_PRESETS if (name, size) in seconds]
         priors = [recipe.prior, *([recipe.refine] if recipe.refine else [])]
-        model = ", ".join(f"{prior.needs}; {prior.embedded}" for prior in priors)
+        model = "; then ".join(f"{prior.needs}; {prior.embedded}" for prior in priors)
         out.add_row(name, recipe.paper, recipe.stages, model, views, ", ".join(times) or "-")
     return out
 
