@@ -370,7 +370,11 @@ def test_schedules_and_losses_at_a_small_size():
     assert vsd["lambda_opaque"] == pytest.approx((160, 0, 93.75, 160.016))
     _, geometry, texture = RECIPES["prolificdreamer"].at("mini").stages
     assert [vsd["steps"], geometry.steps, texture.steps] == [400, 100, 100]
-    assert settings_of(geometry)["lambda_laplacian"] == pytest.approx((0, 937.5, 937.5, 0))
+    for mesh in (geometry, RECIPES["magic3d-if-sd"].at("mini").stages[1]):
+        assert settings_of(mesh)["lambda_normal_consistency"] == (0, 1e4, 1e4, 0)
+    assert settings_of(geometry)["lambda_laplacian"] == (0, 1e4, 1e4, 0)
+    refined = RECIPES["mvdream-mesh"].at("mini").stages[1]
+    assert settings_of(refined)["lambda_normal_consistency"] == (0, 937.5, 937.5, 0)
     surface = settings_of(RECIPES["textmesh-if"].at("mini"))
     assert surface["sdf_levels"] == pytest.approx((120, 8, 16, 360))
     assert surface["cos_anneal"] == pytest.approx((0, 0, 1, 600))
