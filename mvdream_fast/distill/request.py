@@ -358,7 +358,7 @@ def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any
         if name == "seed":
             same = str(value) == str(has)
         elif name in ("model", "refine_model"):
-            same = value == has or Path(value).resolve() == Path(has).resolve()
+            same = value == has or (has != "" and Path(value).resolve() == Path(has).resolve())
         elif name in ("recipe", "preset", "shading"):
             same = value in ("auto", has)
         elif name == "view_words":  # which may have been left to the mode
