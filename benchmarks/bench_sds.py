@@ -97,7 +97,8 @@ def measure(size: str, name: str) -> dict:
 
 
 def configurations(size: str):
-    from mvdream_fast.distill.recipes import SDS_PRESETS, replaced
+    from mvdream_fast.distill.config import replaced
+    from mvdream_fast.distill.systems import SDS_PRESETS
     from mvdream_fast.models.config import MINI, SD21, UNetConfig, VAEConfig
 
     if size == "mini":

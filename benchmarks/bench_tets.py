@@ -87,7 +87,7 @@ def measure(name: str) -> dict:
     from mvdream_fast.core.rng import Stream
     from mvdream_fast.diffusion.denoiser import TextCond
     from mvdream_fast.diffusion.schedule import NoiseSchedule
-    from mvdream_fast.distill.recipes import replaced
+    from mvdream_fast.distill.config import replaced
     from mvdream_fast.distill.state import RunState
     from mvdream_fast.guidance.sds import SDS, ScoreDistillation
     from mvdream_fast.scene.tets.config import TetsConfig

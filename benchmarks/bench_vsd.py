@@ -57,9 +57,10 @@ def measure(mode: str) -> dict:
     """In this process: seconds of a step of each, their ratio step by step, and the process' high-water mark."""
     import torch
 
+    from mvdream_fast.distill.config import replaced
     from mvdream_fast.distill.loop import new_guidance
-    from mvdream_fast.distill.recipes import mini, replaced
     from mvdream_fast.distill.state import RunState
+    from mvdream_fast.distill.systems import mini
     from mvdream_fast.pipeline import MVDreamPipeline
 
     torch.set_num_threads(THREADS)

@@ -101,7 +101,7 @@ def _score(graphs: bool = True) -> Any:
     """Score distillation with the full-size model and random numbers, as `sds` sets it up."""
     from mvdream_fast.core.machine import encoder_dtype
     from mvdream_fast.diffusion.schedule import NoiseSchedule
-    from mvdream_fast.distill.recipes import SDS_PRESETS
+    from mvdream_fast.distill.systems import SDS_PRESETS
     from mvdream_fast.guidance.sds import ScoreDistillation
 
     whole, (unet, text, latents, _) = MINI if TOY else SD21, full_size()
@@ -278,8 +278,8 @@ def _under(context: Callable[[], Any], call: Callable[[torch.Tensor], object], p
 
 def sds_step() -> Found:
     """A step of score distillation, `paper`, both stages: unsynchronised, then part by part, then its waits."""
-    from mvdream_fast.distill.recipes import SDS_PRESETS
     from mvdream_fast.distill.state import RunState
+    from mvdream_fast.distill.systems import SDS_PRESETS
     from mvdream_fast.guidance.sds import SDS
 
     config = SDS_PRESETS["mini" if TOY else "paper"]

@@ -18,8 +18,9 @@ from PIL import Image
 
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import to_image
+from mvdream_fast.distill.config import SDSConfig
 from mvdream_fast.distill.loop import new_guidance
-from mvdream_fast.distill.recipes import SDSConfig, resolve_config
+from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.distill.state import RunState
 from mvdream_fast.evaluation import measures, runs
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, load_evaluator

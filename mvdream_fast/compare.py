@@ -12,7 +12,7 @@ import tyro
 from mvdream_fast.core import cli
 from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, InputFileError
-from mvdream_fast.distill.recipes import RecipeName
+from mvdream_fast.distill.config import RecipeName
 
 if TYPE_CHECKING:
     from mvdream_fast.distill.request import Request
@@ -35,7 +35,7 @@ class Flags:
     """Several prompts instead, one a line; lines that begin with # are comments."""
     first: int | None = None
     """Only so many of the file's prompts, from its beginning."""
-    recipes: tuple[RecipeName, ...] = ("mvdream", "dreamfusion-if", "prolificdreamer")
+    recipes: tuple[RecipeName, ...] = ("mvdream", "dreamfusion-if", "magic3d-if-sd", "textmesh-if", "prolificdreamer")
     """The systems, in the order of the page; python -m mvdream_fast.sds --list-recipes says what each is."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The folder of the comparison, new or one to go on with. Needed."""
@@ -44,7 +44,8 @@ class Flags:
     size: Literal["mini", "fast", "paper"] = "mini"
     """The preset of every run: at mini and fast all recipes ask the model about as many views."""
     models: tuple[str, ...] = ()
-    """Other models than the package's own, each as RECIPE=MODEL."""
+    """Other models than the package's own, each as RECIPE=MODEL; as RECIPE=MODEL,MODEL where later stages ask
+    another."""
     steps: int | None = None
     """Steps of every run; schedules stretch with it. Default: the preset's."""
     config: Path | None = None
@@ -111,14 +112,17 @@ def prompts(flags: Flags) -> list[str]:
     return found
 
 
-def models(flags: Flags) -> dict[str, str]:
-    """The models that are named, by recipe. Raises ArgumentError."""
+def models(flags: Flags) -> dict[str, list[str]]:
+    """The models that are named, by recipe: one, or two where its later stages have their own. Raises ArgumentError."""
     out = {}
     for word in flags.models:
-        recipe, sign, model = word.partition("=")
-        if not sign or recipe not in flags.recipes or not model or recipe in out:
-            raise ArgumentError(f"--models must be RECIPE=MODEL, each for one of --recipes, got {word!r}")
-        out[recipe] = str(user_path(model)) if model.startswith("~") else model
+        recipe, sign, names = word.partition("=")
+        found = names.split(",")
+        if not sign or recipe not in flags.recipes or not all(found) or len(found) > 2 or recipe in out:
+            raise ArgumentError(
+                f"--models must be RECIPE=MODEL or RECIPE=MODEL,MODEL, each for one of --recipes, got {word!r}"
+            )
+        out[recipe] = [str(user_path(model)) if model.startswith("~") else model for model in found]
     return out
 
 
@@ -133,8 +137,8 @@ def plan(flags: Flags) -> list[Job]:
         for recipe in flags.recipes:
             asked: dict[str, Any] = {"recipe": recipe, "preset": flags.size, "seed": flags.seed}
             asked |= {"steps": flags.steps} if flags.steps else {}
-            asked |= {"model": named[recipe]} if recipe in named else {}
-            begin = [f"--{name}={value}" for name, value in {"prompt": prompt, **asked}.items()]
+            asked |= dict(zip(("model", "refine_model"), named.get(recipe, [])))
+            begin = [f"--{name.replace('_', '-')}={value}" for name, value in {"prompt": prompt, **asked}.items()]
             begin += [f"--config={flags.config}"] if flags.config else []
             wanted = request.resolve({"prompt": prompt, **asked}, file)
             jobs.append(Job(dataclasses.replace(wanted, why=""), root / "runs" / slugify(prompt) / recipe, begin))

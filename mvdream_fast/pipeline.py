@@ -118,6 +118,11 @@ class MVDreamPipeline:
         """
         return MVDreamPipeline(load_model("embedded" if path is None else path), device, dtype, graphs)
 
+    def drop(self) -> None:
+        """Lets go of the model: it draws nothing from now on, and its memory is free once nothing else holds it."""
+        self.unet = self.vae = self.text = self.model.unet = self.model.vae = self.model.text = None
+        self._guided_call = guided_call(self.graphs)
+
     @property
     def suffix(self) -> str:
         """What ended the captions that the model was trained on."""

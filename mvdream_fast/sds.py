@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ import tyro
 
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, UserError
-from mvdream_fast.distill.recipes import RecipeName
+from mvdream_fast.distill.config import RecipeName
 
 if TYPE_CHECKING:
     from mvdream_fast.core.run_folder import Interrupt
@@ -42,6 +43,8 @@ class Flags:
     model: cli.Model | None = None
     """A model folder, a released checkpoint, or the name of a small model of the package: "embedded", "pixels".
     Default: the recipe's."""
+    refine_model: cli.Model | None = None
+    """The model of the stages after the first, for a recipe that asks another one there (magic3d-if-sd)."""
     recipe: RecipeName | None = None
     """The system: mvdream unless another is named. --list-recipes says what each is."""
     list_recipes: bool = False
@@ -68,7 +71,7 @@ class Flags:
     particles: int | None = None
     """Assets that --guidance vsd optimises in turn, for variety; the first one is kept. Default: 1."""
     steps: int | None = None
-    """Number of steps; schedules stretch with it. Default: the preset's."""
+    """Number of steps, shared by the stages in proportion; schedules stretch with it. Default: the preset's."""
     seed: str | None = None
     """A number, 0 if left out, or "random" (the drawn seed is printed)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -238,18 +241,19 @@ def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
     from mvdream_fast.distill.request import open_model
 
     device = machine.choose_device(flags.device)
-    source = open_model(requests[0])
     dtype, gpu_memory = machine.choose_dtype(flags.dtype, device), run_memory.memory_of(device)
-    for part in PARTS:
-        source.check(part)
-    weights = source.n_bytes(dtype)
+    sources = [open_model(requests[0], stage) for stage in range(len(requests[0].config.stages))]
+    for source in sources:
+        for part in PARTS:
+            source.check(part)
     for config in {request.config: None for request in requests}:
-        parts = run_memory.estimate(
-            source.config, config, weights, gpu_memory=gpu_memory,
-            encoder_bytes=machine.encoder_dtype(dtype, device).itemsize,
-            graphs=flags.graphs and device.type == "cuda",
-        )  # fmt: skip
-        run_memory.check(parts, config, str(device))
+        for stage, source in zip(config.stages, sources, strict=True):
+            parts = run_memory.estimate(
+                source.config, stage, source.n_bytes(dtype), gpu_memory=gpu_memory,
+                encoder_bytes=machine.encoder_dtype(dtype, device).itemsize,
+                graphs=flags.graphs and device.type == "cuda",
+            )  # fmt: skip
+            run_memory.check(parts, stage, str(device))
 
 
 def new_folder(flags: Flags, request: "Request") -> Path:
@@ -266,13 +270,13 @@ def write_record(request: "Request", folder: Path, flags: Flags) -> None:
     run_folder.write_record(folder, "sds", request.to_dict(), "ckpt", device=str(device), dtype=dtype)
 
 
-def load_pipeline(request: "Request", flags: Flags) -> "MVDreamPipeline":
-    """The run's model, on the device and in the type that the flags name."""
+def load_pipeline(request: "Request", flags: Flags, stage: int = 0) -> "MVDreamPipeline":
+    """The model of a run's stage, on the device and in the type that the flags name."""
     from mvdream_fast.checkpoints.open import load_model
     from mvdream_fast.distill.request import open_model
     from mvdream_fast.pipeline import MVDreamPipeline
 
-    return MVDreamPipeline(load_model(open_model(request)), flags.device, flags.dtype, flags.graphs)
+    return MVDreamPipeline(load_model(open_model(request, stage)), flags.device, flags.dtype, flags.graphs)
 
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:
@@ -319,9 +323,11 @@ def first_line(pipeline: "MVDreamPipeline", request: "Request") -> str:
     method = "" if config.method == "sds" else f", {config.method}"
     endings = prompt_endings(config)
     unseen = pipeline.unseen_words([request.prompt] * len(endings), config.negative_prompt, endings)
+    steps = " + ".join(str(stage.steps) for stage in config.stages)
     recipe = "" if config.recipe == "mvdream" else f"recipe {config.recipe}, "
-    parts = [f"{recipe}preset {config.preset}{method}: {request.why}", f"{config.steps} steps", f"seed {request.seed}"]
-    return "; ".join([*parts, f"model {pipeline.describe()}", *unseen])
+    parts = [f"{recipe}preset {config.preset}{method}: {request.why}", f"{steps} steps", f"seed {request.seed}"]
+    refines = [f"model of its refinement {request.refine_model}"] if request.refine_model else []
+    return "; ".join([*parts, f"model {pipeline.describe()}", *refines, *unseen])
 
 
 def sample_views(pipeline: "MVDreamPipeline", request: "Request", folder: Path) -> None:
@@ -349,7 +355,8 @@ def optimise(
     viewer = open_viewer(flags, request, say)
     watcher = Watcher(folder, request.config, flags.preview_every, say, viewer)
     try:
-        asset = TextTo3D(pipeline, keep=flags.prompts_file is not None)(
+        refine = partial(load_pipeline, request, flags, 1)
+        asset = TextTo3D(pipeline, keep=flags.prompts_file is not None, refine=refine)(
             request.prompt, seed=request.seed, config=request.config, callback=watcher, checkpoints=folder / "ckpt",
             checkpoint_every=flags.checkpoint_every, interrupt=interrupt,
         )  # fmt: skip

@@ -14,13 +14,15 @@ import torch
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.distill.config import SETTINGS, SDSConfig, check_stages, typed, written
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
-from mvdream_fast.distill.recipes import RECIPES, SETTINGS, SDSConfig, preset_for, resolve_config, typed
+from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config
 from mvdream_fast.distill.state import GrownAsset, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.base import Representation
+from mvdream_fast.scene.kinds import handed_over, new_representation
 
 __all__ = ["Asset", "GrownAsset", "Progress", "TextTo3D"]
 
@@ -28,15 +30,20 @@ __all__ = ["Asset", "GrownAsset", "Progress", "TextTo3D"]
 class TextTo3D:
     """Turns prompts into assets with one model, or with a guidance of your own (then the pipeline may be None)."""
 
-    def __init__(self, pipeline: MVDreamPipeline | None, keep: bool = True, guidance: Guidance | None = None):
-        """keep: False frees what a run does not need, the text tower and the VAE's decoder, once it has begun; the
-        pipeline makes one asset then and no more views. guidance: replaces the one that the recipe would make."""
+    def __init__(
+        self, pipeline: MVDreamPipeline | None, keep: bool = True, guidance: Guidance | None = None,
+        refine: Callable[[], MVDreamPipeline] | None = None,
+    ):  # fmt: skip
+        """keep: False frees what a run does not need: the text tower and the VAE's decoder once its last stage has
+        begun, the whole model where later stages ask another; the pipeline makes one asset then and no more views.
+        guidance: replaces the one that each stage would make. refine: loads the model of later stages where a recipe
+        has another one for them; by default the package's own."""
         if isinstance(pipeline, (str, Path)) or (pipeline is None and guidance is None):
             raise ArgumentError(
                 f"TextTo3D: pipeline must be an MVDreamPipeline, got {pipeline!r}; "
                 "MVDreamPipeline.from_pretrained makes one of a path or a name"
             )
-        self.pipeline, self.keep, self.guidance = pipeline, keep, guidance
+        self.pipeline, self.keep, self.guidance, self.refine = pipeline, keep, guidance, refine
 
     def __call__(
         self,
@@ -57,17 +64,18 @@ class TextTo3D:
         Args:
             seed: None draws one, which the asset names.
             preset: a key of SDS_PRESETS, or "auto" for the one that fits the model; `config` replaces it, `overrides`
-                replace single settings (steps=300, ...) and, beside a preset, the recipe (recipe="dreamfusion-if").
+                replace single settings (steps=300, ...), in every stage that has them, and, beside a preset, the recipe
+                (recipe="dreamfusion-if").
             callback: called after every step with a Progress.
             checkpoints: a folder; the run saves there every `checkpoint_every` steps and goes on from what it holds.
             interrupt: when requested, the run saves and returns the asset as it is.
-            representation: what to optimise; by default a fresh one of the recipe's.
+            representation: what to optimise, in the first stage; by default a fresh one of the recipe's.
 
         Returns:
-            GrownAsset: an Asset that also knows the records of this call's steps.
+            GrownAsset: an Asset, of the last stage, that also knows the records of this call's steps.
 
         Raises:
-            ArgumentError: unknown preset, setting or an unusable prompt.
+            ArgumentError: unknown preset, setting or an unusable prompt; stages that can't follow one another.
             ModelError: a checkpoint of another configuration, or a model of another kind than the recipe needs.
             OutOfMemoryError: a step that does not fit, even with half of the samples.
             DivergedError: numbers that are not finite, or nothing to see, after one recovery.
@@ -80,18 +88,9 @@ class TextTo3D:
         checkpoint_every = whole("TextTo3D", "checkpoint_every", checkpoint_every, "100 is the default")
         checkpoints = None if checkpoints is None else user_path(checkpoints)
         config = self._config(preset, config, overrides)
-        guidance = self.guidance
-        if guidance is None:
-            if self.pipeline is None:
-                raise AssertionError  # __init__ refuses to have neither
-            model = self.pipeline.config
-            RECIPES[config.recipe].check_model(config.recipe, config.mode, model.name, model)
-            guidance = new_guidance(self.pipeline, prompt, config, seed)
-        if not self.keep and self.pipeline is not None:
-            _release(self.pipeline, config)
-        state = RunState(config, prompt, seed, guidance, self.device, representation)
-        model = self.pipeline.config if self.pipeline else None
-        return Loop(callback, checkpoints, checkpoint_every, interrupt, model).run(state)
+        check_stages(config, representation is not None)
+        begin = _Stages(self, config, prompt, seed, representation)
+        return Loop(callback, checkpoints, checkpoint_every, interrupt).run(config, seed, begin)
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +113,56 @@ class TextTo3D:
         if self.pipeline and config is None and "3d" not in self.pipeline.config.modes:
             plain = {"mode": "2d", **plain}
         return resolve_config(config or str(preset), **plain)
+
+
+class _Stages:
+    """How each stage of a run begins: with its model's guidance, and with what the stage before has made.
+
+    Args: first: what the first stage optimises, None for a fresh one of its own.
+    """
+
+    def __init__(self, maker: TextTo3D, config: SDSConfig, prompt: str, seed: int, first: Representation | None):
+        self.maker, self.config, self.prompt, self.seed, self.first = maker, config, prompt, seed, first
+        self.recipe, self.pipeline, self.of_refine = RECIPES[config.recipe], maker.pipeline, False
+
+    def __call__(self, number: int, made: Representation | None) -> RunState:
+        """The stage of this index, with what the one before has made, or to be restored."""
+        stage, maker = self.config.stages[number], self.maker
+        guidance = maker.guidance or self._guidance(number, stage)
+        representation = self.first if number == 0 else None
+        if made is not None:
+            representation = handed_over(stage.representation, made, self.seed)
+        elif number:
+            representation = new_representation(stage.representation, self.seed)
+        before = self.config.ends[number] - stage.steps
+        model = self.pipeline.config if self.pipeline else None
+        args = self.prompt, self.seed, guidance, maker.device, representation, before, made is not None, model
+        state = RunState(stage, *args)
+        if self.config.later:
+            state.asset.settings["stages"] = written(self.config)
+        return state
+
+    def _guidance(self, number: int, stage: SDSConfig) -> Guidance:
+        prior, pipeline = self.recipe.prior_of(number), self._pipeline(number)
+        prior.check(self.config.recipe, stage.mode, pipeline.config.name, pipeline.config)
+        guidance = new_guidance(pipeline, self.prompt, stage, self.seed)
+        if not self.maker.keep and number == len(self.config.later):
+            _release(pipeline, stage)
+        return guidance
+
+    def _pipeline(self, number: int) -> MVDreamPipeline:
+        """The stage's model; where it is not the first one's, that is let go of before it is loaded."""
+        pipeline = self.pipeline
+        if pipeline is None:
+            raise AssertionError  # TextTo3D refuses to have neither
+        if self.recipe.refine is None or not number or self.of_refine:
+            return pipeline
+        if not self.maker.keep:
+            pipeline.drop()
+        device, dtype, graphs, name = pipeline.device, pipeline.dtype, pipeline.graphs, self.recipe.refine.embedded
+        load = self.maker.refine or (lambda: MVDreamPipeline.from_pretrained(name, device, dtype, graphs))
+        self.pipeline, self.of_refine = load(), True
+        return self.pipeline
 
 
 def _release(pipeline: MVDreamPipeline, config: SDSConfig) -> None:

@@ -23,7 +23,7 @@ from mvdream_fast.camera import (
     sample_cameras,
 )
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import SDSConfig
+from mvdream_fast.distill.config import SDSConfig
 
 S, C = 0.258819, 0.965926  # sine and cosine of 15 degrees
 GOLDEN = {

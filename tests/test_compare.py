@@ -37,10 +37,10 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-def arguments(place: Path, *more: str, prolific: str = "tiny") -> list[str]:
-    models = [f"mvdream={place / 'tiny'}", f"prolificdreamer={place / prolific}"]
+def arguments(place: Path, *more: str, second: str = "tiny") -> list[str]:
+    models = [f"mvdream={place / 'tiny'}", f"mvdream-sharp={place / second}"]
     return [
-        CHAIR, "--recipes", "mvdream", "prolificdreamer", "--models", *models, "--config", str(place / "run.toml"),
+        CHAIR, "--recipes", "mvdream", "mvdream-sharp", "--models", *models, "--config", str(place / "run.toml"),
         "--steps", "2", "--device", "cpu", "--threads", "1", *more,
     ]  # fmt: skip
 
@@ -62,13 +62,13 @@ def run_folder(out: Path, recipe: str) -> Path:
 def test_a_failing_recipe_stops_no_other_and_only_what_is_missing_is_made(place, tmp_path, capfd):
     """One broken model at first; once it is mended the same command makes that run alone."""
     out = tmp_path / "out"
-    assert command(*arguments(place, "-o", str(out), prolific="nothing")) == 3
+    assert command(*arguments(place, "-o", str(out), second="nothing")) == 3
     said = capfd.readouterr()
-    assert "compare: 'a green chair', prolificdreamer failed (3); the others go on" in said.err
-    assert "| prolificdreamer | 0 of 1 | - |" in said.out
+    assert "compare: 'a green chair', mvdream-sharp failed (3); the others go on" in said.err
+    assert "| mvdream-sharp | 0 of 1 | - |" in said.out
     first = json.loads((out / "compare.json").read_text())["runs"]
     assert [run["exit_code"] for run in first] == [0, 3]
-    assert "the recipe prolificdreamer needs a model of latents: fetch the folder" in first[1]["message"]
+    assert "the recipe mvdream-sharp needs a multi-view model: fetch MVDream" in first[1]["message"]
     assert first[0]["seconds"] > 0.1
     assert 0.1 < first[0]["memory_gb"] < 4
     assert first[0]["guided_views"] == 2 * 4
@@ -89,8 +89,8 @@ def test_a_failing_recipe_stops_no_other_and_only_what_is_missing_is_made(place,
     html = (out / "compare.html").read_text()
     assert html.count("data:image/webp;base64,") == 2
     assert "<td>guided_from</td>" not in html  # the same in both
-    assert "<td>lora_lr</td>" not in html
-    assert "<td>recipe</td><td>&quot;mvdream&quot;</td><td>&quot;prolificdreamer&quot;</td>" in html
+    assert "<td>guidance_scale</td>" not in html
+    assert "<td>recipe</td><td>&quot;mvdream&quot;</td><td>&quot;mvdream-sharp&quot;</td>" in html
 
     assert command(*arguments(place, "-o", str(out), "--seed", "1")) == 2
     assert "holds a run with seed 0, but asked for is 1; name another by -o" in capfd.readouterr().err
@@ -140,7 +140,17 @@ def wait_for(holds, seconds: float = 200) -> None:
         (["a chair", "-o", "x", "--first", "3"], 2, "--first counts the prompts of --prompts-file"),
         (["a chair", "-o", "x", "--steps", "0"], 2, "--steps must be at least 1, got 0"),
         (["a chair", "-o", "x", "--seed", "-1"], 2, "--seed must be at least 0, got -1"),
-        (["a chair", "-o", "x", "--models", "tiny"], 2, "--models must be RECIPE=MODEL"),
+        (["a chair", "-o", "x", "--models", "tiny"], 2, "--models must be RECIPE=MODEL or RECIPE=MODEL,MODEL"),
+        (
+            ["a chair", "-o", "x", "--models", "mvdream=a,b,c"],
+            2,
+            "RECIPE=MODEL,MODEL, each for one of --recipes, got",
+        ),
+        (
+            ["a chair", "-o", "x", "--models", "mvdream=a,b"],
+            2,
+            "--refine-model must be left out with the recipe",
+        ),
         (["a chair", "-o", "x", "--models", "mvdream-sharp=y"], 2, "each for one of --recipes, got 'mvdream-sharp=y'"),
         (["", "-o", "x"], 2, "prompt is empty"),
         (["--prompts-file", "none.txt", "-o", "x"], 5, "cannot read none.txt"),
@@ -166,11 +176,16 @@ def test_every_prompt_of_a_file_gets_every_recipe(tmp_path):
     assert [(job.request.prompt, job.request.config.recipe) for job in jobs] == [
         (prompt, recipe)
         for prompt in ("a red car", "a blue boat")
-        for recipe in ("mvdream", "dreamfusion-if", "prolificdreamer")
+        for recipe in ("mvdream", "dreamfusion-if", "magic3d-if-sd", "textmesh-if", "prolificdreamer")
     ]
     assert {(job.request.seed, job.request.config.preset) for job in jobs} == {(7, "fast")}
-    assert [job.request.model for job in jobs[:3]] == ["embedded", "pixels", "embedded"]
-    assert len({job.folder for job in jobs}) == 6
+    models = [["embedded"], ["pixels"], ["pixels", "embedded"], ["pixels"], ["embedded"]]
+    assert [job.request.models() for job in jobs[:5]] == models
+    assert len({job.folder for job in jobs}) == 10
+    named = dataclasses.replace(flags, models=("magic3d-if-sd=x,~/y", "mvdream=z"))
+    home = str(Path("~/y").expanduser())
+    assert [job.request.models() for job in compare.plan(named)[:3]] == [["z"], ["pixels"], ["x", home]]
+    assert compare.plan(named)[2].begin[-2:] == ["--model=x", f"--refine-model={home}"]
     assert jobs[1].begin == ["--prompt=a red car", "--recipe=dreamfusion-if", "--preset=fast", "--seed=7"]
 
 

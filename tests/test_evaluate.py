@@ -18,7 +18,7 @@ from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
-from mvdream_fast.distill.recipes import mini
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.evaluation import classifier, judging
 from mvdream_fast.evaluation.evaluator import load_evaluator
 from mvdream_fast.evaluation.independent import RealSeen

@@ -17,8 +17,8 @@ from mvdream_fast.core import memory
 from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.distill import request
 from mvdream_fast.distill.loop import new_guidance
-from mvdream_fast.distill.recipes import mini
 from mvdream_fast.distill.request import resolve
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.sds import ScoreDistillation
 from mvdream_fast.scene.asset import Asset
 

@@ -12,7 +12,8 @@ from mvdream_fast.camera import Cameras, sample_cameras
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import replaced, resolve_config
+from mvdream_fast.distill.config import replaced
+from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.distill.state import EMPTY_STEPS, MAX_SKIPPED, Record, RunState, make_optimizer
 from mvdream_fast.guidance.base import no_timing
 from mvdream_fast.scene.asset import Asset

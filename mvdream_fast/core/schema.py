@@ -90,7 +90,8 @@ def _requirement(message: str) -> str:
     """pydantic's "Input should be greater than or equal to 1" as "be at least 1"."""
     text = message.partition("should ")[2].partition(" after validation")[0] or f"be right ({message})"
     text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
-    return text.replace("a valid integer", "an integer").replace("a valid", "a")
+    text = text.replace("a valid integer", "an integer").replace("a valid array", "an array")
+    return text.replace("a valid", "a")
 
 
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:

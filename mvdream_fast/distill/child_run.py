@@ -20,7 +20,6 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.core.files import atomic_write, read_json
 from mvdream_fast.core.schema import Checked, checked
-from mvdream_fast.distill.recipes import settings_of
 from mvdream_fast.distill.request import Request, read_run
 
 RESULT = "result.json"
@@ -50,7 +49,7 @@ def check_same(folder: Path, request: Request) -> None:
     if not (folder / run_folder.RECORD).exists():
         return
     run = read_run(folder)
-    has, wants = (settings_of(r.config) | {"seed": r.seed, "model": r.model} for r in (run, request))
+    has, wants = (r.settings() for r in (run, request))
     other = next((name for name, value in wants.items() if has.get(name) != value), None)
     if other is not None:
         raise ArgumentError(

@@ -1,8 +1,10 @@
-"""The loop over the steps of a text-to-3D run: checkpoints, recoveries, memory that runs out; and its guidance.
+"""The loop over the stages of a text-to-3D run and their steps: checkpoints, recoveries, memory that runs out; and the
+guidance of a stage.
 
 What a step does is state.py's; TextTo3D (text_to_3d.py) is the way in.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,9 @@ from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
-from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.recipes import SDSConfig, check_ending, settings_of
-from mvdream_fast.distill.request import check_vsd
+from mvdream_fast.distill.config import SDSConfig, check_ending, check_vsd, written
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
@@ -27,12 +27,16 @@ from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
 from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.scene.asset import Asset
+from mvdream_fast.scene.base import Representation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mvdream_fast.models.config import ModelConfig
     from mvdream_fast.pipeline import MVDreamPipeline
+
+# Begins the stage of an index, with what the one before has made: nothing for the first stage, and for one whose state
+# is about to be restored.
+Begin = Callable[[int, Representation | None], RunState]
 
 
 @dataclass(frozen=True)
@@ -48,44 +52,62 @@ class Loop:
     """How a run goes on and where it saves.
 
     checkpoints: a folder; the run saves there every `checkpoint_every` steps and goes on from what it holds. callback:
-    called after every step. interrupt: when requested, the run saves and ends. model: for advice where memory runs out.
+    called after every step. interrupt: when requested, the run saves and ends.
     """
 
     callback: Callable[[Progress], None] | None = None
     checkpoints: Path | None = None
     checkpoint_every: int = 100
     interrupt: run_folder.Interrupt | None = None
-    model: "ModelConfig | None" = None
 
-    def run(self, state: RunState) -> GrownAsset:
-        """The remaining steps of `state`'s run; see `_steps` for what it raises."""
-        with repeated_shapes(state.representation.device):
-            return self._steps(state)
+    def run(self, config: SDSConfig, seed: int, begin: Begin) -> GrownAsset:
+        """The remaining steps of all stages, each of which `begin` begins.
 
-    def _steps(self, state: RunState) -> GrownAsset:
-        """The remaining steps.
+        A stage that has ended is saved before the next one begins, so that a run that is killed in between hands over
+        once more. What it held, its guidance and model too, is let go of by then.
 
         Raises:
             ModelError: a checkpoint of another configuration.
             OutOfMemoryError: a step that does not fit, even with half of the samples.
-            DivergedError: numbers that are not finite, or nothing to see, after one recovery.
+            DivergedError: numbers that are not finite, or nothing to see, after one recovery; nothing to hand over.
         """
+        done, tensors = self._resume(config, seed)
+        number = config.at_work(done)
+        state = begin(number, None)
+        if tensors is not None:
+            state.restore(tensors)
+            del tensors
+        while True:
+            with repeated_shapes(state.representation.device):
+                self._steps(state, max(done - state.before, 0), _about(config, seed, state.asset.prompt))
+            if self._is_stopped or number == len(config.later):
+                return state.asset
+            made, number = state.asset, number + 1
+            del state  # before the next stage's model is loaded
+            state = begin(number, made.representation)
+            state.asset.records = made.records
+            del made
+
+    def _steps(self, state: RunState, first: int, about: dict[str, Any]) -> None:
+        """A stage's steps from `first` on. about: it is what checkpoints say of the run."""
         config = state.config
-        first = self._resume(state)
-        if config.stage(first) < config.stage(config.steps - 1):
+        if config.phase(first) < config.phase(config.steps - 1):
             self._attempt(state, first, state.rehearse)
         for step in range(first, config.steps):
-            if self.interrupt is not None and self.interrupt.requested is not None:
+            if self._is_stopped:
                 break
             self._report(state, self._attempt(state, step, lambda step=step: state.step(step)))
-            if (step + 1) % self.checkpoint_every == 0:
-                self._save(state, step + 1)
+            if (state.before + step + 1) % self.checkpoint_every == 0:
+                self._save(state, step + 1, about)
         else:
             step = config.steps
         self._report(state, state.settle())
         if first < config.steps:
-            self._save(state, step)
-        return state.asset
+            self._save(state, step, about)
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self.interrupt is not None and self.interrupt.requested is not None
 
     def _report(self, state: RunState, record: Record | None) -> None:
         if record is None:  # not known yet
@@ -105,28 +127,31 @@ class Loop:
             except MemoryError as error:
                 if last:
                     gpu_memory = run_memory.memory_of(state.representation.device)
-                    parts = run_memory.estimate(self.model, state.config, gpu_memory=gpu_memory)
-                    raise OutOfMemoryError(f"step {step}: {error}; {run_memory.advice(parts, state.config)}") from error
+                    parts = run_memory.estimate(state.model, state.config, gpu_memory=gpu_memory)
+                    advice = run_memory.advice(parts, state.config)
+                    raise OutOfMemoryError(f"step {state.before + step}: {error}; {advice}") from error
             state.halve()  # outside of the handler: the error's traceback holds the step's tensors
         raise AssertionError
 
     def _latest(self) -> tuple[int, dict[str, "Tensor"], dict[str, Any]] | None:
         return run_folder.load_latest(self.checkpoints) if self.checkpoints is not None else None
 
-    def _resume(self, state: RunState) -> int:
+    def _resume(self, config: SDSConfig, seed: int) -> tuple[int, dict[str, "Tensor"] | None]:
+        """How many of the run's steps are done, and the state of the stage at work."""
         saved = self._latest()
         if saved is None:
-            return 0
+            return 0, None
         step, tensors, meta = saved
-        if meta.get("config") != _plain(state.config) or meta.get("seed") != state.seed:
+        about = _about(config, seed, "")
+        if any(meta.get(name) != about[name] for name in ("config", "seed")):
             raise ModelError(
                 f"the checkpoint in {self.checkpoints} is of another configuration or seed; start a new run"
             )
-        state.restore(tensors)
-        return step
+        return step, tensors
 
     def _recover(self, state: RunState, step: int) -> None:
-        """Goes back to the last checkpoint's values (without one, to the start), once; the streams go on."""
+        """Goes back to the values of the stage's last checkpoint (without one, to its start), once; the streams go
+        on."""
         if state.restarts:
             raise DivergedError(
                 f"the last {MAX_SKIPPED} steps before step {step} gave numbers that are not finite, again after a "
@@ -134,23 +159,22 @@ class Loop:
             )
         saved = self._latest()
         happened = f"{MAX_SKIPPED} steps gave numbers that are not finite"
-        if saved is None:
-            state.restart(f"{happened}: the volume is started again from another seed")
+        if saved is None or saved[0] <= state.before:  # which is of the stage before
+            state.restart(happened)
             return
         state.restore(saved[1])
         state.restarts, state.event = 1, f"{happened}: back to the values of step {saved[0]}"
 
-    def _save(self, state: RunState, step: int) -> None:
+    def _save(self, state: RunState, step: int, about: dict[str, Any]) -> None:
         if self.checkpoints is None:
             return
         self._report(state, state.settle())
-        meta = {"config": _plain(state.config), "seed": state.seed, "prompt": state.asset.prompt}
-        run_folder.save_checkpoint(self.checkpoints, step, state.state(), meta)
+        run_folder.save_checkpoint(self.checkpoints, state.before + step, state.state(), about)
 
 
-def _plain(config: SDSConfig) -> dict[str, Any]:
-    """The configuration as JSON would give it back (lists for tuples)."""
-    return {name: list(v) if is_tuple(v) else v for name, v in settings_of(config).items()}
+def _about(config: SDSConfig, seed: int, prompt: str) -> dict[str, Any]:
+    """What checkpoints say of a run, as JSON would give it back (lists for tuples)."""
+    return json.loads(json.dumps({"config": written(config), "seed": seed, "prompt": prompt}))
 
 
 def prompt_endings(config: SDSConfig) -> list[str]:
@@ -180,7 +204,7 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
 
     def n_groups(step: int) -> int:
-        return config.n_groups[config.stage(step)]
+        return config.n_groups[config.phase(step)]
 
     if config.guidance.kind == "vsd":
         if not isinstance(unet, MultiViewUNet):

@@ -12,8 +12,8 @@ from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.machine import resident_memory
 from mvdream_fast.core.progress import Pace
+from mvdream_fast.distill.config import SDSConfig
 from mvdream_fast.distill.loop import Progress
-from mvdream_fast.distill.recipes import SDSConfig
 from mvdream_fast.distill.state import Record
 from mvdream_fast.scene.asset import Asset
 
@@ -45,15 +45,23 @@ class Watcher:
         if self.is_preview(record.step + 1):
             save_preview(asset, self.folder / "preview" / f"{record.step + 1:06d}.png")
         if self.viewer is not None:
-            self.viewer.update(asset, record.step + 1)
-        if line := self.pace(record.step + 1, self.config.steps):
-            self.say(f"{line}, {figures(record)}")
+            self.viewer.update(asset, record.step + 1, self.stage(record.step + 1))
+        if line := self.pace(record.step + 1, self.config.ends[-1]):
+            self.say(", ".join(filter(None, [line, self.stage(record.step + 1), figures(record)])))
+
+    def stage(self, done: int) -> str:
+        """Which of several stages has made the last of so many steps, and of what; empty where there is but one."""
+        number = self.config.at_work(done)
+        shape = self.config.stages[number].representation.shape
+        return f"stage {number + 1} of {len(self.config.ends)} ({shape})" if self.config.later else ""
 
     def is_preview(self, done: int) -> bool:
-        """Whether a preview is due after so many steps."""
+        """Whether a preview is due after so many steps; at the end of each of several stages it is."""
+        if self.config.later and done in self.config.ends:
+            return True
         if self.preview_every:
             return done % self.preview_every == 0
-        steps = self.config.steps
+        steps = self.config.ends[-1]
         return done == max(1, steps // 50) or done % max(1, steps // 10) == 0
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mvdream_fast.core import machine
 from mvdream_fast.core.errors import UserError
 from mvdream_fast.core.files import parse_json, read_json, read_lines
-from mvdream_fast.distill.recipes import RECIPES, SDS_PRESETS, guided_views
+from mvdream_fast.distill.recipes import RECIPES, guided_views
 from mvdream_fast.distill.request import Request, read_run
+from mvdream_fast.distill.systems import SDS_PRESETS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,8 +30,9 @@ def print_recipes(root: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(measured(root)))
     console.print(
-        "model: what it needs, and the one of this package that it takes unless --model names another; guided views: "
-        "how many the model is asked about, with and without the prompt, at the presets "
+        "model: what it needs, and the one of this package that it takes unless --model (for later stages "
+        "--refine-model) names another; guided views: how many it is asked about, with and without the prompt, at the "
+        "presets "
         f"{', '.join(SMALL)} and paper; time here: of the steps of the last finished run under {root} on this machine",
         style="dim",
     )
@@ -47,7 +49,8 @@ def table(seconds: dict[tuple[str, str], float]) -> "Table":
     for name, recipe in RECIPES.items():
         views = ", ".join(str(guided_views(recipe.at(size))) for size in (*SMALL, "paper"))
         times = [f"{size} {seconds[name, size]:.0f} s" for size in SDS_PRESETS if (name, size) in seconds]
-        model = f"{recipe.needs}; {recipe.embedded}"
+        priors = [recipe.prior, *([recipe.refine] if recipe.refine else [])]
+        model = "; then ".join(f"{prior.needs}; {prior.embedded}" for prior in priors)
         out.add_row(name, recipe.paper, recipe.stages, model, views, ", ".join(times) or "-")
     return out
 
@@ -79,7 +82,8 @@ def _newest(root: Path) -> Iterator[Path]:
 
 def _is_plain(run: Request) -> bool:
     recipe = RECIPES[run.config.recipe]
-    return run.config == recipe.at(run.config.preset) and run.model == recipe.embedded
+    models = (recipe.prior.embedded, recipe.refine.embedded if recipe.refine else "")
+    return run.config == recipe.at(run.config.preset) and (run.model, run.refine_model) == models
 
 
 def _was_made_here(record: dict[str, Any]) -> bool:

@@ -8,12 +8,15 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.files import atomic_write
-from mvdream_fast.distill.recipes import RECIPES, SDS_PRESETS, settings_of
+from mvdream_fast.distill.config import settings_of
+from mvdream_fast.distill.recipes import RECIPES
+from mvdream_fast.distill.systems import SDS_PRESETS
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.mesh.animation import webp_bytes
 from mvdream_fast.scene.mesh.export import viewer_html
@@ -64,30 +67,51 @@ def _page(
 ) -> str:  # fmt: skip
     """The whole page; images are data URIs, "" where there is none."""
     title = html.escape(config.get("prompt", ""))
-    settings = config.get("sds", {})
+    stages = stages_of(config.get("sds", {}))
     parts = [f"<h1>{title}</h1>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
     parts += _section("The asset", _viewer(mesh), _image(turntable, "turntable"))
     parts += _section("Views sampled from the model", _image(views, "views"))
     parts += _section("How it grew", *(_image(uri, step) for step, uri in previews.items()))
+    parts += _section("Stages", _table(_stages(stages), "steps", "what it optimised"))
     parts += _section("Curves", _curves(records))
     parts += _section("Where the time went", _table(time_split(records), "part of a step", "share"))
     events = {f"step {r['step'] + 1}": r["event"] for r in records if r.get("event")}
     parts += _section("What went wrong and was mended", _table(events, "", ""))
-    parts += _section("Run", _table({k: json.dumps(v) for k, v in config.items() if not isinstance(v, dict)}, "", ""))
-    differing = differences(settings)
-    parts += _section("Settings that differ from the recipe", _table(differing, "setting", "value (recipe's)"))
-    parts += _section("All settings", _table({k: json.dumps(v) for k, v in settings.items()}, "setting", "value"))
+    about = {k: json.dumps(v) for k, v in config.items() if k != "sds" and not isinstance(v, dict)}
+    parts += _section("Run", _table(about, "", ""))
+    for number, settings in enumerate(stages, 1):
+        of = f" of stage {number}" if len(stages) > 1 else ""
+        differing = differences(settings, number)
+        values = {name: json.dumps(value) for name, value in settings.items()}
+        parts += _section(f"Settings{of} that differ from the recipe", _table(differing, "setting", "value (recipe's)"))
+        parts += _section(f"All settings{of}", _table(values, "setting", "value"))
     parts += _section("Machine", _table(config.get("machine", {}), "", ""))
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}<body>{"".join(parts)}</body></html>'
 
 
-def differences(settings: dict) -> dict[str, str]:
-    """Settings that are not their recipe's at this preset: the value, and the recipe's in brackets."""
-    recipe, preset = RECIPES.get(settings.get("recipe", "mvdream")), settings.get("preset")
-    if recipe is None or preset not in SDS_PRESETS:
+def stages_of(settings: dict | list[dict]) -> list[dict]:
+    """The settings of each stage, as config.json holds them or an asset of the last one."""
+    return settings if isinstance(settings, list) else settings.get("stages", [settings])
+
+
+def _stages(stages: list[dict]) -> dict[str, str]:
+    """What each of several stages made, by its steps."""
+    if len(stages) < 2:
         return {}
-    plain = json.loads(json.dumps(settings_of(recipe.at(preset))))
+    ends = [0, *accumulate(stage["steps"] for stage in stages)]
+    spans = [f"{first + 1} to {last}" for first, last in pairwise(ends)]
+    return dict(zip(spans, (f"{stage['shape']}, {stage['mode']} {stage['kind']}" for stage in stages), strict=True))
+
+
+def differences(settings: dict, number: int = 1) -> dict[str, str]:
+    """Settings of a stage, counted from 1, that are not its recipe's at this preset: the value, and the recipe's in
+    brackets."""
+    recipe, preset = RECIPES.get(settings.get("recipe", "mvdream")), settings.get("preset")
+    stages = () if recipe is None or preset not in SDS_PRESETS else recipe.at(preset).stages
+    if number > len(stages):
+        return {}
+    plain = json.loads(json.dumps(settings_of(stages[number - 1])))
     found = json.loads(json.dumps(settings))
     return {k: f"{json.dumps(v)} ({json.dumps(plain.get(k))})" for k, v in found.items() if v != plain.get(k)}
 

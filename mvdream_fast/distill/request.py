@@ -7,7 +7,6 @@ import secrets
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,21 +14,23 @@ from mvdream_fast.checkpoints.places import EMBEDDED, stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.core.files import lines, parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked
-from mvdream_fast.distill.recipes import (
+from mvdream_fast.distill.config import (
     MVDREAM,
-    RECIPES,
     SETTINGS,
+    VSD_ALONE,
     ExportConfig,
     RecipeName,
     SDSConfig,
     check_ending,
-    preset_for,
+    check_stages,
+    check_vsd,
+    joined,
     replaced,
-    resolve_config,
     settings_of,
-    shaded,
     typed,
+    written,
 )
+from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, shaded
 from mvdream_fast.models.tokenizer import check_prompt
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 RENAMED = {"lr": "lr_encoding", "guidance": "kind"}  # flags whose field has another name
 VSD_SCALE = 7.5  # ProlificDreamer's, where SDS needs more
-VSD_ALONE = ("lora_rank", "lora_lr", "camera_dropout", "particles")
 MAX_FILE = 8 << 20
 
 
@@ -49,9 +49,10 @@ class SettingsFile(Checked):
     prompt: str = ""
     seed: int | str = 0
     model: str = ""
+    refine_model: str = ""
     recipe: RecipeName = "mvdream"
     preset: Literal["auto", "paper", "mini", "fast"] = "auto"
-    sds: dict[str, Any] = field(default_factory=dict)
+    sds: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
     export: ExportConfig = field(default_factory=ExportConfig)
     version: Any = None
     machine: Any = None
@@ -71,7 +72,10 @@ class Line(Checked):
 
 @dataclass(frozen=True)
 class Request:
-    """One run. `why` is the reason for its preset, for the first line of output."""
+    """One run. `why` is the reason for its preset, for the first line of output.
+
+    refine_model: of the stages after the first, "" where the recipe has no other one for them.
+    """
 
     prompt: str
     seed: int
@@ -79,11 +83,29 @@ class Request:
     config: SDSConfig
     export: ExportConfig = field(default_factory=ExportConfig)
     why: str = ""
+    refine_model: str = ""
+
+    def model_of(self, stage: int) -> str:
+        """The model that the stage of this index asks."""
+        return self.refine_model if stage and self.refine_model else self.model
+
+    def models(self) -> list[str]:
+        """The models that its stages ask, each once."""
+        return [*dict.fromkeys(self.model_of(stage) for stage in range(len(self.config.stages)))]
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that makes the run what it is, by name: of several stages the first one's settings by themselves,
+        the others' as `stages`."""
+        stages = {"stages": written(self.config)} if self.config.later else {}
+        return settings_of(self.config) | stages | {"seed": self.seed} | self._models()
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved form: what a run leaves as config.json, and what `--config` and `--resume` read."""
-        rest = {"sds": settings_of(self.config), "export": dataclasses.asdict(self.export)}
-        return {"kind": "sds", "prompt": self.prompt, "seed": self.seed, "model": self.model, **rest}
+        rest = {"sds": written(self.config), "export": dataclasses.asdict(self.export)}
+        return {"kind": "sds", "prompt": self.prompt, "seed": self.seed, **self._models(), **rest}
+
+    def _models(self) -> dict[str, str]:
+        return {"model": self.model} | ({"refine_model": self.refine_model} if self.refine_model else {})
 
 
 def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Request:
@@ -95,42 +117,66 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     file = file or {}
     prompt = flags.get("prompt", file.get("prompt", ""))
     check_prompt(prompt)
-    model = flags.get("model", file.get("model"))
+    model, refine = (flags.get(name, file.get(name)) for name in ("model", "refine_model"))
     recipe = _recipe(flags.get("recipe"), file)
+    known = RECIPES[recipe]
+    if refine is not None and known.refine is None:
+        raise ArgumentError(f"--refine-model must be left out with the recipe {recipe}, whose stages ask one model")
     preset, why = _preset(flags.get("preset", "auto"), file, model)
-    config = _with_flags(resolve_config(preset, **file.get("sds", {}) | {"recipe": recipe}), flags)
-    config = _with_mode(config, model, "mode" in flags or "mode" in file.get("sds", {}))
+    config = _with_flags(_with_file(resolve_config(preset, recipe=recipe), file.get("sds", {})), flags)
+    modes = "mode" in flags or any("mode" in table for table in _tables(file))
+    asked = [model, *[refine if known.refine else model] * len(config.later)]
+    config = joined(_with_mode(stage, name, modes) for stage, name in zip(config.stages, asked, strict=True))
     check_config(config, flag_names(flags))
     export = dataclasses.replace(ExportConfig(), **file.get("export", {}))
     names = {f.name for f in dataclasses.fields(ExportConfig)}
     export = dataclasses.replace(export, **{name: value for name, value in flags.items() if name in names})
     check_export(export, flag_names(flags))
     seed = _seed(flags.get("seed", file.get("seed", 0)))
-    return Request(prompt, seed, model or RECIPES[recipe].embedded, config, export, why)
+    refines = refine or (known.refine.embedded if known.refine else "")
+    return Request(prompt, seed, model or known.prior.embedded, config, export, why, refines)
 
 
-def open_model(request: Request) -> "Source":
-    """The run's model, recognised but not read. A run from single views takes Stable Diffusion's own files, too.
+def open_model(request: Request, stage: int = 0) -> "Source":
+    """The model of a run's stage, recognised but not read. One from single views takes Stable Diffusion's own files,
+    too.
 
     Raises: ModelError where there is none, saying what to get, or one of another kind than the recipe needs.
     """
     from mvdream_fast.checkpoints.open import open_source
 
-    name, mode = request.config.recipe, request.config.mode
-    recipe = RECIPES[name]
+    name, mode, model = request.config.recipe, request.config.stages[stage].mode, request.model_of(stage)
+    prior = RECIPES[name].prior_of(stage)
     try:
-        source = open_source(request.model, add_cameras=mode == "2d")
+        source = open_source(model, add_cameras=mode == "2d")
     except ModelError as error:
         if name == MVDREAM:
             raise
-        raise ModelError(f"the recipe {name} needs {recipe.needs}: {recipe.get} ({error})") from error
-    recipe.check_model(name, mode, request.model, source.config)
+        raise ModelError(f"the recipe {name} needs {prior.needs}: {prior.get} ({error})") from error
+    prior.check(name, mode, model, source.config)
     return source
+
+
+def _tables(file: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables `sds` of a file: one, or one for each stage."""
+    found = file.get("sds", {})
+    return (found or [{}]) if isinstance(found, list) else [found]
+
+
+def _with_file(config: SDSConfig, found: dict[str, Any] | list[dict[str, Any]]) -> SDSConfig:
+    """A recipe with a file's settings: those of one table for the whole run, of several for each stage its own."""
+    if isinstance(found, dict):
+        return resolve_config(config, **found)
+    if len(found) != len(config.stages):
+        raise ArgumentError(
+            f"sds must be one table, or {len(config.stages)}, one for each stage of {config.recipe}, got {len(found)}"
+        )
+    return joined(resolve_config(stage, **table) for stage, table in zip(config.stages, found, strict=True))
 
 
 def _recipe(asked: str | None, file: dict[str, Any]) -> str:
     """The recipe's name: the flag's, the file's, or mvdream."""
-    of_file = file.get("sds", {}).get("recipe", file.get("recipe"))
+    of_file = _tables(file)[0].get("recipe", file.get("recipe"))
     if None not in (asked, of_file) and asked != of_file:
         raise ArgumentError(f"--recipe {asked} contradicts the file of --config, which is for {of_file}; name one")
     return asked or of_file or MVDREAM
@@ -138,7 +184,7 @@ def _recipe(asked: str | None, file: dict[str, Any]) -> str:
 
 def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, str]:
     """The preset's name and the reason for it."""
-    of_file = file.get("sds", {}).get("preset", file.get("preset", "auto"))
+    of_file = _tables(file)[0].get("preset", file.get("preset", "auto"))
     if "auto" not in (asked, of_file) and asked != of_file:
         raise ArgumentError(f"--preset {asked} contradicts the file of --config, which is for {of_file}; name one")
     for preset, why in ((asked, "as asked"), (of_file, "as in the file of --config")):
@@ -157,6 +203,12 @@ def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, s
 def _with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
     names = set(SETTINGS) - {"recipe", "preset", "shading", "render_size"}
     config = resolve_config(config, **{name: value for name, value in flags.items() if name in names})
+    config = joined(_stage_with_flags(stage, flags) for stage in config.stages)
+    return shaded(config) if flags.get("shading") else config
+
+
+def _stage_with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
+    """The flags that are no setting's name."""
     if flags.get("guidance", config.guidance.kind) != config.guidance.kind:
         config = replaced(config, kind=flags["guidance"])
         if config.guidance.kind == "vsd" and "guidance_scale" not in flags:
@@ -165,7 +217,7 @@ def _with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
         config = replaced(config, lr_encoding=flags["lr"])
     if "render_size" in flags:
         config = replaced(config, render_size=(flags["render_size"],) * len(config.render_size))
-    return shaded(config) if flags.get("shading") else config
+    return config
 
 
 def _with_mode(config: SDSConfig, model: str | None, asked: bool) -> SDSConfig:
@@ -193,7 +245,15 @@ def _seed(seed: str | int) -> int:
 
 def check_config(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
     """Raises ArgumentError for numbers that no run can use. names: what the user wrote for a setting, as a flag."""
-    names, settings = names or {}, settings_of(config)
+    check_stages(config)
+    names, learns = names or {}, any(stage.guidance.kind == "vsd" for stage in config.stages)
+    for stage in config.stages:
+        of_others = VSD_ALONE if learns and stage.guidance.kind != "vsd" else ()
+        _check_stage(stage, {name: flag for name, flag in names.items() if name not in of_others})
+
+
+def _check_stage(config: SDSConfig, names: Mapping[str, str]) -> None:
+    settings = settings_of(config)
     typed(settings, "", ArgumentError, names)
     if config.mode == "2d" and config.method == "reconstruct":
         raise ArgumentError("--mode must be 3d with --method reconstruct, whose views are sampled together, got 2d")
@@ -232,31 +292,6 @@ def check_guidance(config: SDSConfig) -> None:
         raise ArgumentError("--view-words can't be told to the views of --method reconstruct, which share one prompt")
 
 
-def check_vsd(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
-    """Raises ArgumentError where variational score distillation cannot be had as it is asked for; names as above."""
-    names, guidance = names or {}, config.guidance
-    if guidance.kind != "vsd":
-        given = [names[name] for name in VSD_ALONE if name in names]
-        if given or guidance.particles > 1:
-            raise ArgumentError(
-                f"{given[0] if given else 'particles'} is a setting of VSD, and the guidance is {guidance.kind}; add "
-                "--guidance vsd, or leave it out"
-            )
-        return
-    vsd = names.get("kind", "guidance") + " vsd"
-    if config.method == "reconstruct":
-        raise ArgumentError(f"{vsd} asks the model at every step, and --method reconstruct never; leave one out")
-    if config.updates_per_guidance > 1:
-        raise ArgumentError(
-            f"updates_per_guidance must be 1 with {vsd}, whose learner follows each update, got "
-            f"{config.updates_per_guidance}"
-        )
-    if config.match != "latents":
-        raise ArgumentError(f"match must be latents with {vsd}, whose gradient is one on latents, got {config.match}")
-    if find_spec("peft") is None:
-        raise ArgumentError(f"{vsd} learns with peft; install mvdream_fast[train], or take --guidance sds")
-
-
 def check_export(export: ExportConfig, names: Mapping[str, str] | None = None) -> None:
     """Raises ArgumentError for a mesh that cannot be made; names as in `check_config`."""
     checked(ExportConfig, dataclasses.asdict(export), "", ArgumentError, names)
@@ -264,16 +299,23 @@ def check_export(export: ExportConfig, names: Mapping[str, str] | None = None) -
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A settings file: TOML, or JSON such as a run's config.json. Tables `sds` and `export` hold fields of SDSConfig
-    and ExportConfig, any number of them; beside them stand prompt, seed, model and preset.
+    and ExportConfig, any number of them; beside them stand prompt, seed, model and preset. Several tables `sds` are
+    one for each stage.
 
     Raises:
         InputFileError: a file that cannot be read, is no TOML or JSON, or has a key or a value that cannot be.
     """
     data = _parse(path, read_text(path, limit=MAX_FILE))
     file = _given(checked(SettingsFile, data, str(path), InputFileError), data)
-    if "sds" in file:
-        file["sds"] = typed(file["sds"], str(path), InputFileError, {name: f"sds.{name}" for name in SETTINGS})
+    if isinstance(file.get("sds"), list):
+        file["sds"] = [_typed(table, path, f"sds[{i}].") for i, table in enumerate(file["sds"])]
+    elif "sds" in file:
+        file["sds"] = _typed(file["sds"], path, "sds.")
     return file
+
+
+def _typed(table: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
+    return typed(table, str(path), InputFileError, {name: prefix + name for name in SETTINGS})
 
 
 def _given(whole: Any, data: dict[str, Any]) -> dict[str, Any]:
@@ -300,22 +342,23 @@ def read_run(folder: Path) -> Request:
     path = folder / "config.json"
     file = read_settings(path)
     missing = [key for key in ("kind", "prompt", "seed", "model", "sds") if key not in file]
-    config = replaced(SDSConfig(), **file.get("sds", {}))
-    if missing or set(file["sds"]) != set(settings_of(config)):
+    stages = [replaced(SDSConfig(), **table) for table in _tables(file)]
+    whole = all(set(table) == set(settings_of(stage)) for table, stage in zip(_tables(file), stages, strict=True))
+    if missing or not whole or not stages:
         raise InputFileError(f"{path} is not the configuration of an sds run: {', '.join(missing) or 'sds'} incomplete")
-    export = ExportConfig(**file.get("export", {}))
-    return Request(file["prompt"], _seed(file["seed"]), file["model"], config, export)
+    export, refine = ExportConfig(**file.get("export", {})), file.get("refine_model", "")
+    return Request(file["prompt"], _seed(file["seed"]), file["model"], joined(stages), export, refine_model=refine)
 
 
 def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Which flags (by name) ask for something else than a run is: name -> (what is asked for, what the run has)."""
-    out, settings = {}, settings_of(run.config) | {"seed": run.seed, "model": run.model}
+    out, settings = {}, run.settings() | {"refine_model": run.refine_model, "steps": run.config.ends[-1]}
     for name, value in flags.items():
         has = settings[RENAMED.get(name, name)]
         if name == "seed":
             same = str(value) == str(has)
-        elif name == "model":
-            same = value == has or Path(value).resolve() == Path(has).resolve()
+        elif name in ("model", "refine_model"):
+            same = value == has or (has != "" and Path(value).resolve() == Path(has).resolve())
         elif name in ("recipe", "preset", "shading"):
             same = value in ("auto", has)
         elif name == "view_words":  # which may have been left to the mode

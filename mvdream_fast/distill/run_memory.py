@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mvdream_fast.core import memory
 from mvdream_fast.core.machine import resident_memory
-from mvdream_fast.distill.recipes import SDSConfig
+from mvdream_fast.distill.config import SDSConfig
 from mvdream_fast.models.config import ModelConfig, UNetConfig
 
 if TYPE_CHECKING:

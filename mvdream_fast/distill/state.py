@@ -1,4 +1,4 @@
-"""The state of a text-to-3D run between steps: a representation, its optimiser and counters, and a step.
+"""The state of a stage of a text-to-3D run between steps: a representation, its optimiser and counters, and a step.
 
 Everything random is keyed by (seed, step), so a state and a step's number are all that a resumed run needs. Files,
 checkpoints and the loop over steps live in loop.py.
@@ -19,8 +19,9 @@ from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError
 from mvdream_fast.core.machine import choose_device
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import SDSConfig, settings_of
+from mvdream_fast.distill.config import SDSConfig, settings_of
 from mvdream_fast.guidance.base import Guidance
+from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.scene.asset import Asset, Settings
 from mvdream_fast.scene.base import Lighting, Rendered, Representation, Statistic
 from mvdream_fast.scene.kinds import new_representation
@@ -74,16 +75,25 @@ class GrownAsset(Asset):
 
 
 class RunState:
-    """One run between steps. Args: representation: what to optimise; by default a fresh one of the recipe's, or as many
-    as it has particles, the first of which is the asset."""
+    """One stage of a run between steps.
+
+    Args:
+        representation: what to optimise; by default a fresh one of the recipe's, or as many as it has particles, the
+            first of which is the asset.
+        before: the steps of the stages before this one. Records and errors count the run's steps, all else the stage's.
+        handed_over: the representation is what the stage before has made, so a restart goes back to it.
+        model: that the guidance asks, for advice where memory runs out.
+    """
 
     def __init__(
         self, config: SDSConfig, prompt: str, seed: int, guidance: Guidance, device: torch.device | str = "cpu",
-        representation: Representation | None = None,
+        representation: Representation | None = None, before: int = 0, handed_over: bool = False,
+        model: ModelConfig | None = None,
     ):  # fmt: skip
-        self.config, self.seed, self.guidance = config, seed, guidance
+        self.config, self.seed, self.guidance, self.before, self.model = config, seed, guidance, before, model
         self.representation = _representation(config, seed, representation)
         self.representation.to(choose_device(device))
+        self.start = {name: x.clone() for name, x in self.representation.state().items()} if handed_over else {}
         shown = self.representation.first if isinstance(self.representation, Particles) else self.representation
         self.asset = GrownAsset(shown, prompt, seed, settings_of(config))
         self.optimizer = make_optimizer(self.representation, config)
@@ -117,7 +127,7 @@ class RunState:
         statistics = self.representation.statistics()
         before = self.settle()
         clock.part("rest")
-        self._unread = Record(step, math.nan, t, math.nan, {}, clock.take()), numbers, statistics
+        self._unread = Record(self.before + step, math.nan, t, math.nan, {}, clock.take()), numbers, statistics
         return before if reads.reads_wait(self.representation.device) else self.settle()
 
     def settle(self) -> Record | None:
@@ -164,7 +174,7 @@ class RunState:
     def _render(self, cameras: Cameras, step: int) -> tuple[Rays, Rendered, Tensor]:
         """Rays, what they met, and their colours as images [B*V, 3, Hp, Wp]."""
         config, lighting = self.config, None
-        size = config.render_size[config.stage(step)]
+        size = config.render_size[config.phase(step)]
         cameras = cameras.to(self.representation.device)
         if config.shading:
             stream = Stream(self.seed, step, "light")
@@ -186,12 +196,18 @@ class RunState:
                 f"density is empty after {EMPTY_STEPS} steps, again after a restart: {known}; "
                 "try another --seed or a lower --guidance-scale"
             )
-        self.restart(f"density was empty for {EMPTY_STEPS} steps: the volume is started again from another seed")
+        self.restart(f"density was empty for {EMPTY_STEPS} steps")
 
-    def restart(self, event: str) -> None:
-        """Starts again from the values of the next seed; the streams go on. Counts as the run's one recovery."""
-        self.restarts, self.skipped, self.empty, self.event = 1, 0, 0, event
-        self.representation.restart(self.seed + 1)
+    def restart(self, happened: str) -> None:
+        """Starts again from what was handed over, or else from the values of the next seed; the streams go on. Counts
+        as the stage's one recovery."""
+        self.restarts, self.skipped, self.empty = 1, 0, 0
+        if self.start:
+            self.event = f"{happened}: the stage begins again with what it was handed"
+            self.representation.restore(self.start)
+        else:
+            self.event = f"{happened}: the volume is started again from another seed"
+            self.representation.restart(self.seed + 1)
         self.optimizer = make_optimizer(self.representation, self.config)
 
     def halve(self) -> None:
@@ -202,6 +218,7 @@ class RunState:
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs to go on with the same bytes, once the last step is settled."""
         tensors = {f"asset.{name}": value for name, value in self.representation.state().items()}
+        tensors |= {f"start.{name}": value for name, value in self.start.items()}
         for i, parameter in enumerate(parameters(self.optimizer)):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{i}.{key}"] = value
@@ -212,6 +229,7 @@ class RunState:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Goes back to a `state`. Raises ModelError when it is of another configuration."""
         self.representation.restore(_under("asset.", tensors))
+        self.start = _under("start.", tensors)
         learned = parameters(self.optimizer)
         self.optimizer.state.clear()
         for name, value in _under("optimizer.", tensors).items():

@@ -63,19 +63,22 @@ class Viewer:
             f"ssh -L {self.port}:{HOST}:{self.port} {user_host})"
         )
 
-    def update(self, asset: Asset, step: int) -> bool:
+    def update(self, asset: Asset, step: int, stage: str = "") -> bool:
         """Shows the asset as it is, unless the last refresh was a moment ago. Returns whether it did.
+
+        stage: which of several it is, as the page says it.
 
         Only reads the volume. While there is no surface yet, the page keeps what it shows.
         """
         start = time.perf_counter()
         if start < self._next:
             return False
+        where = f"step {step}, {_escaped(stage)}" if stage else f"step {step}"
         try:
             self.show(asset)
-            self._text.content = f"{_escaped(self._title)}\n\nstep {step}"
+            self._text.content = f"{_escaped(self._title)}\n\n{where}"
         except DivergedError:
-            self._text.content = f"{_escaped(self._title)}\n\nstep {step}: no surface yet"
+            self._text.content = f"{_escaped(self._title)}\n\n{where}: no surface yet"
         taken = time.perf_counter() - start
         self._next = time.perf_counter() + max(self.every_s, taken / MOST_OF_THE_TIME)
         return True

@@ -58,8 +58,8 @@ class Compared:
         """For compare.json; the folder relative to `root`."""
         return self.figures() | {
             "prompt": self.request.prompt, "recipe": self.recipe, "seed": self.request.seed,
-            "model": self.request.model, "run": str(self.folder.relative_to(root)), "exit_code": self.result.exit_code,
-            "message": self.result.message,
+            "model": ", ".join(self.request.models()), "run": str(self.folder.relative_to(root)),
+            "exit_code": self.result.exit_code, "message": self.result.message,
         }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import png_bytes
-from mvdream_fast.distill.recipes import RECIPES, settings_of
+from mvdream_fast.distill.config import settings_of
+from mvdream_fast.distill.recipes import RECIPES
 from mvdream_fast.evaluation.comparison import (
     COLUMNS,
     N_FRAMES,
@@ -170,15 +171,19 @@ def _runs_table(runs: Sequence[Compared]) -> str:
 
 def _recipes(found: Sequence[Compared]) -> str:
     rows = {
-        name: [RECIPES[name].paper, RECIPES[name].stages, runs[0].request.model]
+        name: [RECIPES[name].paper, RECIPES[name].stages, ", ".join(runs[0].request.models())]
         for name, runs in by_recipe(found).items()
     }
     return _table(["recipe", "paper", "stages", "model"], rows)
 
 
 def _settings(found: Sequence[Compared]) -> str:
-    """Settings that are not the same for all, by recipe; of one recipe, all of them."""
-    columns = {recipe: settings_of(runs[0].request.config) for recipe, runs in by_recipe(found).items()}
+    """Settings that are not the same for all, by recipe and stage; of a single one, all of them."""
+    columns = {
+        f"{recipe}, stage {number}" if number > 1 else recipe: settings_of(stage)
+        for recipe, runs in by_recipe(found).items()
+        for number, stage in enumerate(runs[0].request.config.stages, 1)
+    }
     names = [
         name
         for name in dict.fromkeys(name for values in columns.values() for name in values)

@@ -32,6 +32,17 @@ def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = 
     )
 
 
+def handed_over(config: RepresentationConfig, source: Representation, seed: int = 0) -> Representation:
+    """A representation that shows what another one has become. Raises DivergedError where that has no mesh."""
+    if isinstance(config, TetsConfig):
+        return Tets.from_representation(config, source, seed)
+    if isinstance(config, TexturedMeshConfig):
+        return TexturedMesh.from_representation(config, source, seed)
+    raise TypeError(
+        f"handed_over: config must be one of a mesh, got {type(config).__name__}; only those start from another's"
+    )
+
+
 def config_from_dict(values: dict[str, Any], source: str) -> RepresentationConfig:
     """The configuration in a file's values; the others, such as those of the run around it, are passed over.
 

@@ -43,6 +43,20 @@ def checked_shape(
     return checked(class_for(settings), settings, source, error, names)
 
 
+def checked_shapes(
+    settings: Mapping[str, Any], source: str, error: type[UserError], names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Settings of one shape, or, where none is named, of several that stages have, as their types want them; the
+    arguments as above."""
+    out: dict[str, Any] = {}
+    for cls in (class_for(settings), *SHAPES.values()):
+        has = settings.keys() if "shape" in settings else names_of(cls)
+        own = {name: value for name, value in settings.items() if name in has and name not in out}
+        shape = checked_shape(own, source, error, names)
+        out |= {name: getattr(shape, name) for name in own}
+    return out
+
+
 def reshaped(config: ShapeConfig, shape: str | None, factor: float) -> ShapeConfig:
     """`config` as another shape, if it is one; what is that shape's own changes over a run `factor` times as long as
     that which its defaults are made for."""

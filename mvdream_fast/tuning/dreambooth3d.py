@@ -28,9 +28,10 @@ from mvdream_fast.core.progress import Pace
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.diffusion import sampler
+from mvdream_fast.distill.config import SDSConfig
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.progress import figures
-from mvdream_fast.distill.recipes import SDSConfig, resolve_config
+from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.distill.state import RunState
 from mvdream_fast.guidance.reconstruction import Anchored
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -157,7 +158,7 @@ class Stages:
         if views is not None:
             cameras = [views.cameras(group) for group in range(len(views.images))]
             guidance = Anchored(guidance, views.images, cameras, weight)
-        state = RunState(config, self.prompt, seed, guidance, pipeline.device)
+        state = RunState(config, self.prompt, seed, guidance, pipeline.device, model=pipeline.config)
         pace = Pace(PROGRESS_S)
 
         def tell(progress: Progress) -> None:
@@ -165,8 +166,8 @@ class Stages:
                 print(f"{line}, {figures(progress.record)}", flush=True)
 
         with run_folder.Interrupt() as interrupt:
-            loop = Loop(tell, folder / "ckpt", interrupt=interrupt, model=pipeline.config)
-            asset = loop.run(state)
+            loop = Loop(tell, folder / "ckpt", interrupt=interrupt)
+            asset = loop.run(config, seed, lambda *_: state)
             if interrupt.requested is not None:
                 return interrupt.exit_code
         asset.turntable(folder / "turntable.webp", n_frames=60)

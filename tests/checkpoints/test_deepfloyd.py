@@ -17,8 +17,8 @@ from mvdream_fast.checkpoints.places import stored_config
 from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import mini
 from mvdream_fast.distill.request import resolve
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.sds import ScoreDistillation
 from mvdream_fast.models.t5 import T5Encoder
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -302,8 +302,8 @@ def test_a_model_of_ours_is_not_taken_for_one():
 
 def test_cameras_of_a_step_tell_the_side_in_words(pipeline):
     """The prompt of each view is that of its side: what `SingleViewSDS` asks, with T5's tower."""
+    from mvdream_fast.distill.config import replaced
     from mvdream_fast.distill.loop import new_guidance
-    from mvdream_fast.distill.recipes import replaced
 
     guidance = new_guidance(pipeline, "a red car", replaced(mini(), mode="2d"), 0)
     views = sample_cameras(mini().cameras, Stream(0, 0, "cameras"), 1)

@@ -8,7 +8,7 @@ import torch
 from reference.browser import CHROMIUM, Browser
 from reference.studio import TINY, fresh_asset
 
-from mvdream_fast.distill.recipes import settings_of
+from mvdream_fast.distill.config import settings_of
 from mvdream_fast.distill.report import write_report
 from mvdream_fast.distill.viewer import Viewer
 from mvdream_fast.scene.asset import Asset

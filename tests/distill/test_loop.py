@@ -6,7 +6,8 @@ import torch
 
 from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.distill.recipes import mini, replaced
+from mvdream_fast.distill.config import replaced
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.scene.base import Rendered
 from mvdream_fast.scene.mesh.mesh import Mesh
 from mvdream_fast.text_to_3d import TextTo3D

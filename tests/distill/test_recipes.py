@@ -6,26 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from reference.random_model import TINY as TINY_MODEL
-from reference.random_model import random_model
+from reference.random_model import TINY_PIXELS, random_model
 from reference.studio import TINY, Painter
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.sampler import translate
 from mvdream_fast.diffusion.schedule import NoiseSchedule
-from mvdream_fast.distill.recipes import (
-    RECIPES,
-    SDS_PRESETS,
-    RecipeName,
-    guided_views,
-    repaint,
-    replaced,
-    resolve_config,
-    settings_of,
-    shaded,
-)
+from mvdream_fast.distill.config import RecipeName, replaced, settings_of
+from mvdream_fast.distill.recipes import RECIPES, guided_views, resolve_config, shaded
 from mvdream_fast.distill.request import check_config
 from mvdream_fast.distill.state import RunState
+from mvdream_fast.distill.systems import SDS_PRESETS, repaint
 from mvdream_fast.guidance.repaint import Repaint
 from mvdream_fast.models.config import MINI, PIXELS, ScheduleConfig
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -76,9 +68,9 @@ def test_shading_variant_adds_light_and_orientation_only():
     assert lit.representation.lambda_orient == (0, 10, 1000, 5000)
 
 
-def test_stages_switch_at_the_milestone():
+def test_phases_switch_at_the_milestone():
     paper = SDS_PRESETS["paper"]
-    assert [paper.stage(step) for step in (0, 4999, 5000, 9999)] == [0, 0, 1, 1]
+    assert [paper.phase(step) for step in (0, 4999, 5000, 9999)] == [0, 0, 1, 1]
 
 
 def test_learning_rates_fall_geometrically_and_only_if_asked():
@@ -190,14 +182,115 @@ PROLIFICDREAMER = {
     "betas": (0.9, 0.99),
     "adam_eps": 1e-15,
 }
+NO_LOSSES = dict.fromkeys(("lambda_orient", "lambda_sparsity", "lambda_opaque", "lambda_z_variance"), (0, 0, 0, 0))
+TEXTMESH_IF = DREAMFUSION_IF | {
+    "recipe": "textmesh-if",
+    "shape": "surface",
+    "sdf_opacity": "neus",
+    "sphere_radius": 0.5,
+    "sdf_levels": (2000, 8, 16, 6000),
+    "sdf_normals": "finite_difference",
+    "cos_anneal": (0, 0, 1, 10_000),
+    "lambda_eikonal": (0, 1000, 1000, 0),
+    "lr_mlp": 0.001,
+    "lr_deviation": 0.001,
+    **NO_LOSSES,
+}
+MAGIC3D_COARSE = DREAMFUSION_IF | {"recipe": "magic3d-if-sd", "weighting": "uniform", "soft_shading": True}
+OF_VOLUMES = ("samples_per_ray", *NO_LOSSES)
+
+
+def without(table, *names):
+    return {name: value for name, value in table.items() if name not in names}
+
+
+MAGIC3D_REFINE = without(MAGIC3D_COARSE, *OF_VOLUMES) | {
+    "weighting": "sds",
+    "guidance_scale": 100,
+    "max_step": (0, 0.5, 0.5, 0),
+    "steps": 5000,
+    "render_size": (512,),
+    "elevation_range_deg": (-10, 45),
+    "fovy_range_deg": (30, 45),
+    "shape": "tets",
+    "tets_resolution": 128,
+    "lambda_normal_consistency": (0, 1e4, 1e4, 0),
+    "lambda_laplacian": (0, 0, 0, 0),
+    "shading_from": 0,
+    **dict.fromkeys(("lr_geometry", "lr_encoding", "lr_mlp", "lr_background"), 0.01),
+}
+PROLIFIC_TEXTURE = without(PROLIFICDREAMER, *OF_VOLUMES) | {
+    "steps": 30_000,
+    "n_groups": (1,),
+    "render_size": (512,),
+    "milestones": (),
+    "shape": "textured-mesh",
+    "mesh_colors": "field",
+}
+PROLIFIC_GEOMETRY = PROLIFIC_TEXTURE | {
+    "kind": "sds",
+    "loss": "sds",
+    "guidance_scale": 100,
+    "guided_from": "cond",
+    "steps": 15_000,
+    "shape": "tets",
+    "shows": "normals",
+    "tets_resolution": 128,
+    "lambda_normal_consistency": (0, 1e4, 1e4, 0),
+    "lambda_laplacian": (0, 1e4, 1e4, 0),
+    "weight_decay": 0,
+    **dict.fromkeys(("lr_geometry", "lr_encoding", "lr_mlp", "lr_background"), 0.005),
+}
+del PROLIFIC_GEOMETRY["mesh_colors"]
+MVDREAM_MESH = {
+    "mode": "3d",
+    "steps": 5000,
+    "n_views": 4,
+    "n_groups": (1,),
+    "render_size": (512,),
+    "guidance_scale": 50,
+    "loss": "x0",
+    "min_step": (0, 0.02, 0.02, 0),
+    "max_step": (0, 0.5, 0.5, 0),
+    "shape": "tets",
+    "radius": 1,
+    "tets_resolution": 128,
+    "weight_decay": 0,
+}
+PUBLISHED = [
+    ("dreamfusion-if", 0, DREAMFUSION_IF),
+    ("textmesh-if", 0, TEXTMESH_IF),
+    ("magic3d-if-sd", 0, MAGIC3D_COARSE),
+    ("magic3d-if-sd", 1, MAGIC3D_REFINE),
+    ("prolificdreamer", 0, PROLIFICDREAMER),
+    ("prolificdreamer", 1, PROLIFIC_GEOMETRY),
+    ("prolificdreamer", 2, PROLIFIC_TEXTURE),
+    ("mvdream-mesh", 1, MVDREAM_MESH),
+]
 SMALL = ("mini", "fast")
-SINGLE = ("dreamfusion-if", "prolificdreamer")
+SINGLE = ("dreamfusion-if", "textmesh-if", "magic3d-if-sd", "prolificdreamer")
 
 
-@pytest.mark.parametrize("expected", [DREAMFUSION_IF, PROLIFICDREAMER], ids=lambda expected: expected["recipe"])
-def test_baselines_are_the_published_table(expected):
-    paper = settings_of(RECIPES[expected["recipe"]].at("paper"))
+@pytest.mark.parametrize(("recipe", "stage", "expected"), PUBLISHED)
+def test_baselines_are_the_published_table(recipe, stage, expected):
+    paper = settings_of(RECIPES[recipe].at("paper").stages[stage])
     assert {key: paper[key] for key in expected} == expected
+
+
+def test_the_table_of_stages_is_whole():
+    stages = {name: recipe.at("paper").stages for name, recipe in RECIPES.items()}
+    assert {name: [stage.representation.shape for stage in found] for name, found in stages.items()} == {
+        "mvdream": ["volume"],
+        "mvdream-sharp": ["volume"],
+        "mvdream-mesh": ["volume", "tets"],
+        "dreamfusion-if": ["volume"],
+        "magic3d-if-sd": ["volume", "tets"],
+        "textmesh-if": ["surface"],
+        "prolificdreamer": ["volume", "tets", "textured-mesh"],
+    }
+    first, second = stages["mvdream-mesh"]
+    assert replaced(first, recipe="mvdream") == RECIPES["mvdream"].at("paper")
+    assert second.steps == first.steps // 2
 
 
 def test_the_table_names_every_recipe_once():
@@ -242,51 +335,62 @@ def test_guided_views_count_the_steps_that_ask(changes, views):
     if config.repaint.repaints:
         return
     asked = [step for step in range(config.steps) if config.asked(step) == step]
-    assert views == sum(config.n_groups[config.stage(step)] * config.cameras.n_views for step in asked)
+    assert views == sum(config.n_groups[config.phase(step)] * config.cameras.n_views for step in asked)
 
 
 @pytest.mark.parametrize("size", SMALL)
 @pytest.mark.parametrize("name", SINGLE)
 def test_small_sizes_keep_the_papers_guidance_and_mvdreams_budget(name, size):
-    small, paper, like = RECIPES[name].at(size), RECIPES[name].at("paper"), SDS_PRESETS[size]
+    whole, like = RECIPES[name].at(size), SDS_PRESETS[size]
+    assert whole.ends[-1] == like.steps
     plain = {"min_step": (0, 0, 0, 0), "max_step": (0, 0, 0, 0)}
-    assert replaced(small, **plain).guidance == replaced(paper, **plain).guidance
-    for key in ("fovy_range_deg", "elevation_range_deg", "distance_range", "relative_distance", "perturb"):
-        assert getattr(small.cameras, key) == getattr(like.cameras, key)
-    assert (small.cameras.n_views, small.n_groups) == (1, tuple(4 * n for n in like.n_groups))
-    for key in ("steps", "render_size", "milestones"):
-        assert getattr(small, key) == getattr(like, key)
-    for key in ("volume", "radius", "background", "background_aug_prob", "samples_per_ray"):
-        assert getattr(small.representation, key) == getattr(like.representation, key)
-    for key in ("lr_encoding", "lr_mlp", "lr_background"):
-        assert getattr(small.representation, key) == getattr(paper.representation, key)
+    for number, (small, paper) in enumerate(zip(whole.stages, RECIPES[name].at("paper").stages, strict=True)):
+        assert replaced(small, **plain).guidance == replaced(paper, **plain).guidance
+        for key in ("fovy_range_deg", "elevation_range_deg", "distance_range", "relative_distance", "perturb"):
+            assert getattr(small.cameras, key) == getattr(like.cameras, key)
+        n_groups = tuple(4 * n for n in like.n_groups)
+        assert (small.cameras.n_views, small.n_groups) == (1, n_groups[-1:] if number else n_groups)
+        assert small.render_size == (({"mini": 128, "fast": 64}[size],) if number else like.render_size)
+        has, wanted = settings_of(small), settings_of(like)
+        for key in has.keys() & {"volume", "radius", "background", "background_aug_prob", "samples_per_ray"}:
+            assert has[key] == wanted[key]
+        for key in ("lr_encoding", "lr_mlp", "lr_background"):
+            assert has[key] == getattr(paper.representation, key)
+        assert has.get("tets_resolution", 64) == 64
 
 
 def test_schedules_and_losses_at_a_small_size():
-    """600 of 10,000 and of 25,000 steps; 24 x 8 x 8 numbers in the embedded latents, 4 x 64 x 64 in the paper's."""
-    single, vsd = (settings_of(RECIPES[name].at("mini")) for name in SINGLE)
+    """600 of 10,000 steps, 400 of 25,000; 24 x 8 x 8 numbers in the embedded latents, 4 x 64 x 64 in the paper's."""
+    single, vsd = (settings_of(RECIPES[name].at("mini")) for name in ("dreamfusion-if", "prolificdreamer"))
     assert single["shading_from"] == 120
     assert single["lambda_orient"] == pytest.approx((0, 10, 1000, 300))
     assert single["lambda_sparsity"] == (0, 1, 1, 0)  # of pixels there are as many as in the paper
-    assert vsd["max_step"] == pytest.approx((120, 0.98, 0.5, 120.024))
+    assert vsd["max_step"] == pytest.approx((80, 0.98, 0.5, 80.016))
     assert vsd["lambda_sparsity"] == pytest.approx((0, 0.9375, 0.9375, 0))
-    assert vsd["lambda_opaque"] == pytest.approx((240, 0, 93.75, 240.024))
-
-
-TINY_PIXELS = replace(
-    TINY_MODEL,
-    unet=replace(TINY_MODEL.unet, in_channels=48, out_channels=48, camera_in="none", view_mixing="2d"),
-    vae=replace(PIXELS.vae, image_size=16),
-)
+    assert vsd["lambda_opaque"] == pytest.approx((160, 0, 93.75, 160.016))
+    _, geometry, texture = RECIPES["prolificdreamer"].at("mini").stages
+    assert [vsd["steps"], geometry.steps, texture.steps] == [400, 100, 100]
+    for mesh in (geometry, RECIPES["magic3d-if-sd"].at("mini").stages[1]):
+        assert settings_of(mesh)["lambda_normal_consistency"] == (0, 1e4, 1e4, 0)
+    assert settings_of(geometry)["lambda_laplacian"] == (0, 1e4, 1e4, 0)
+    refined = RECIPES["mvdream-mesh"].at("mini").stages[1]
+    assert settings_of(refined)["lambda_normal_consistency"] == (0, 937.5, 937.5, 0)
+    surface = settings_of(RECIPES["textmesh-if"].at("mini"))
+    assert surface["sdf_levels"] == pytest.approx((120, 8, 16, 360))
+    assert surface["cos_anneal"] == pytest.approx((0, 0, 1, 600))
+    assert surface["lambda_eikonal"] == (0, 1000, 1000, 0)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_makes_an_asset(name):
     """Ten steps pass through all of its schedules, light and losses."""
-    model = random_model(config=TINY_PIXELS if RECIPES[name].pixels else TINY_MODEL)
-    make = TextTo3D(MVDreamPipeline(model, "cpu", "float32"))
-    asset = make("a green chair", "mini", recipe=name, steps=10, render_size=(8,), samples_per_ray=24)
+    model = random_model(config=TINY_PIXELS if RECIPES[name].prior.pixels else TINY_MODEL)
+    refine = MVDreamPipeline(random_model(config=TINY_MODEL), "cpu", "float32")
+    make = TextTo3D(MVDreamPipeline(model, "cpu", "float32"), refine=lambda: refine)
+    lattice = {"tets_resolution": 32} if RECIPES[name].at("mini").later else {}
+    asset = make("a green chair", "mini", recipe=name, steps=10, render_size=(8,), samples_per_ray=24, **lattice)
     assert asset.settings["recipe"] == name
+    assert asset.settings["shape"] == RECIPES[name].at("mini").stages[-1].representation.shape
     assert [record["step"] for record in asset.records] == list(range(10))
     assert all(record["loss"] > 0 for record in asset.records)
     assert not any(record["event"] for record in asset.records)
@@ -295,13 +399,17 @@ def test_every_recipe_makes_an_asset(name):
 def test_any_recipe_can_end_with_repainting():
     """From three quarters on; the loss on opacities grows there, unless the recipe has its own."""
     for recipe in RECIPES.values():
-        plain = recipe.at("mini")
-        config = repaint(plain, 0.25)
-        opaque = plain.representation.lambda_opaque
-        if not any(opaque):
-            opaque = (0.75 * plain.steps, 0, 300, 0.875 * plain.steps)
-        assert (config.repaint.repaint_from, config.representation.lambda_opaque) == (0.75, opaque)
-        same = {"repaint_from": plain.repaint.repaint_from, "lambda_opaque": plain.representation.lambda_opaque}
+        *before, plain = recipe.at("mini").stages
+        *same_before, config = repaint(recipe.at("mini"), 0.25).stages
+        assert same_before == before
+        same = {"repaint_from": plain.repaint.repaint_from}
+        if "lambda_opaque" in settings_of(plain):
+            opaque = plain.representation.lambda_opaque
+            same["lambda_opaque"] = opaque
+            if not any(opaque):
+                opaque = (0.75 * plain.steps, 0, 300, 0.875 * plain.steps)
+            assert config.representation.lambda_opaque == opaque
+        assert config.repaint.repaint_from == 0.75
         assert replaced(config, **same) == plain
     sharp, plain = (RECIPES[name].at("mini") for name in ("mvdream-sharp", "mvdream"))
     assert (sharp.repaint.repaint_from, plain.repaint.repaint_from) == (0.7, 1)
@@ -335,13 +443,11 @@ def test_a_recipe_is_named_beside_a_preset():
 )
 def test_a_recipe_refuses_models_of_another_kind(recipe, mode, model, kind):
     if kind is None:
-        RECIPES[recipe].check_model(recipe, mode, "it", model)
+        RECIPES[recipe].prior.check(recipe, mode, "it", model)
         return
-    wanted = (
-        f"the recipe {recipe} needs {RECIPES[recipe].needs}, but the model it is one of {kind}; leave out the model"
-    )
+    wanted = f"the recipe {recipe} needs {RECIPES[recipe].prior.needs}, but the model it is one of {kind}; leave out"
     with pytest.raises(ModelError, match=wanted):
-        RECIPES[recipe].check_model(recipe, mode, "it", model)
+        RECIPES[recipe].prior.check(recipe, mode, "it", model)
 
 
 def test_redrawn_views_are_counted_as_they_are_drawn():

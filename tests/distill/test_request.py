@@ -10,8 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, UserError
+from mvdream_fast.distill import config as distill_config
 from mvdream_fast.distill import request
-from mvdream_fast.distill.recipes import RECIPES, SDS_PRESETS, ExportConfig, SDSConfig, replaced, resolve_config, shaded
+from mvdream_fast.distill.config import ExportConfig, SDSConfig, replaced
+from mvdream_fast.distill.recipes import RECIPES, resolve_config, shaded
+from mvdream_fast.distill.systems import SDS_PRESETS
 
 CHAIR = {"prompt": "a green chair"}
 
@@ -83,7 +86,7 @@ def test_shading_begins_in_the_middle_of_any_run():
         ("a.json", {"export": {"texture": 9}}, "a.json: export.texture must be 0 or at least 16, got 9"),
         ("a.json", {"sds": {"steps": True}}, "sds.steps must be an integer, got True"),
         ("a.json", {"sds": {"min_step": [0, 1, 1]}}, r"sds.min_step\[3\] is missing"),
-        ("a.json", {"sds": 3}, "a.json: sds must be an object, got 3"),
+        ("a.json", {"sds": 3}, "a.json: sds must be an object or an array, got 3"),
         ("a.json", {"export": {"up": "x"}}, "export.up must be 'y' or 'z', got 'x'"),
         ("a.json", {"seed": 1.5}, "seed must be an integer or a string, got 1.5"),
         ("a.json", {"prompt": ["x"]}, "prompt must be a string, got \\['x'\\]"),
@@ -185,7 +188,7 @@ def test_what_vsd_cannot_be_asked_for(settings, message):
 
 
 def test_without_peft_vsd_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(request, "find_spec", lambda name: None)
+    monkeypatch.setattr(distill_config, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"--guidance vsd learns with peft; install mvdream_fast\[train\], or take"):
         request.resolve({**CHAIR, "guidance": "vsd"})
 
@@ -330,8 +333,9 @@ def test_a_recipe_brings_its_settings_and_its_model(tmp_path):
     assert request.resolve({**CHAIR, "recipe": "prolificdreamer", "model": "x.pt"}).config.preset == "paper"
     assert request.resolve(CHAIR).config.recipe == "mvdream"
     changed = request.resolve({**CHAIR, "recipe": "prolificdreamer", "mode": "3d", "steps": 60}).config
-    assert (changed.recipe, changed.mode, changed.steps) == ("prolificdreamer", "3d", 60)
-    assert changed.guidance.max_step == pytest.approx((12, 0.98, 0.5, 12.0024))
+    assert (changed.recipe, {stage.mode for stage in changed.stages}) == ("prolificdreamer", {"3d"})
+    assert [stage.steps for stage in changed.stages] == [40, 10, 10]
+    assert changed.guidance.max_step == pytest.approx((8, 0.98, 0.5, 8.0016))
     file = request.read_settings(written(tmp_path, 'recipe = "dreamfusion-if"\n[sds]\nsteps = 60\n'))
     assert request.resolve(CHAIR, file).config == resolve_config("mini", recipe="dreamfusion-if", steps=60)
     again = request.read_settings(written(tmp_path, run.to_dict(), "config.json"))

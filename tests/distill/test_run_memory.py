@@ -11,7 +11,9 @@ import torch
 from mvdream_fast.core import memory
 from mvdream_fast.core.errors import OutOfMemoryError
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.recipes import SDS_PRESETS, replaced, shaded
+from mvdream_fast.distill.config import replaced
+from mvdream_fast.distill.recipes import shaded
+from mvdream_fast.distill.systems import SDS_PRESETS
 from mvdream_fast.models import lora
 from mvdream_fast.models.config import MINI, SD21
 from mvdream_fast.models.unet import MultiViewUNet

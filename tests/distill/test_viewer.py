@@ -12,7 +12,7 @@ from websockets.sync.client import connect
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill import viewer
-from mvdream_fast.distill.recipes import replaced
+from mvdream_fast.distill.config import replaced
 
 
 def test_nothing_is_printed_but_what_we_say(capsys):
@@ -153,3 +153,6 @@ def test_refreshes_are_spaced_and_an_empty_volume_is_told(live):
     asset.representation.density = lambda positions: torch.zeros(len(positions))
     assert live.update(asset, 3)
     assert "step 3: no surface yet" in live._text.content
+    live._next = 0.0
+    assert live.update(asset, 4, "stage 2 of 2 (tets)")
+    assert live._text.content.endswith("step 4, stage 2 of 2 \\(tets\\): no surface yet")

@@ -13,8 +13,8 @@ from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.distill.config import replaced
 from mvdream_fast.distill.loop import new_guidance
-from mvdream_fast.distill.recipes import replaced
 from mvdream_fast.distill.state import RunState
 from mvdream_fast.guidance.prompts import VIEW_WORDS, view_words
 from mvdream_fast.guidance.sds import SDS, SingleViewSDS

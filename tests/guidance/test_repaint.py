@@ -15,9 +15,10 @@ from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.diffusion.sampler import translate
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.distill import request, run_memory
+from mvdream_fast.distill.config import SDSConfig, replaced
 from mvdream_fast.distill.loop import new_guidance
-from mvdream_fast.distill.recipes import SDSConfig, mini, replaced
 from mvdream_fast.distill.state import RunState
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.base import Stateless, no_timing
 from mvdream_fast.guidance.config import RepaintConfig
 from mvdream_fast.guidance.repaint import Painter, Repaint

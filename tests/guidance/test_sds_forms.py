@@ -16,8 +16,8 @@ from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.distill.config import replaced
 from mvdream_fast.distill.loop import new_guidance
-from mvdream_fast.distill.recipes import replaced
 from mvdream_fast.distill.state import RunState
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.prompts import VIEW_WORDS

@@ -15,9 +15,10 @@ from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.distill.config import replaced
 from mvdream_fast.distill.loop import new_guidance
-from mvdream_fast.distill.recipes import mini, replaced
 from mvdream_fast.distill.state import RunState
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.guidance.vsd import Learner, VariationalScore
 from mvdream_fast.models.config import ScheduleConfig, VAEConfig

@@ -7,7 +7,7 @@ import torch
 
 from mvdream_fast.checkpoints.manifest import PARTS, build
 from mvdream_fast.checkpoints.open import Model, load_model
-from mvdream_fast.models.config import SD21, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from mvdream_fast.models.config import PIXELS, SD21, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 
 CAPTIONS = ["a green chair, 3d asset", "a brown bulldog", "a red car"]
@@ -27,6 +27,11 @@ TINY = ModelConfig(
         vocabulary_size=len(VOCABULARY),
     ),
 )  # fmt: skip
+TINY_PIXELS = replace(
+    TINY,
+    unet=replace(TINY.unet, in_channels=48, out_channels=48, camera_in="none", view_mixing="2d"),
+    vae=replace(PIXELS.vae, image_size=16),
+)
 ONE_LEVEL = replace(
     TINY,
     unet=replace(TINY.unet, channel_mult=(1,), attention_resolutions=(1,)),

@@ -3,7 +3,8 @@
 import torch
 
 from mvdream_fast.camera import sample_cameras
-from mvdream_fast.distill.recipes import mini, replaced, settings_of
+from mvdream_fast.distill.config import replaced, settings_of
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.base import Stateless, no_timing
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.kinds import new_representation

@@ -8,8 +8,9 @@ import torch
 from mvdream_fast.camera import generate_rays, orbit_cameras
 from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import mini, replaced
+from mvdream_fast.distill.config import replaced
 from mvdream_fast.distill.state import RunState
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.reconstruction import Reconstruction
 from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.particles import Particles, seed_of

@@ -6,18 +6,9 @@ from reference.random_model import random_model
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.recipes import (
-    RECIPES,
-    SDS_PRESETS,
-    SDSConfig,
-    mini,
-    repaint,
-    replaced,
-    resolve_config,
-    settings_of,
-    shaded,
-    typed,
-)  # fmt: skip
+from mvdream_fast.distill.config import SDSConfig, replaced, settings_of, typed
+from mvdream_fast.distill.recipes import RECIPES, resolve_config, shaded
+from mvdream_fast.distill.systems import SDS_PRESETS, mini, repaint
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.shapes import SHAPES, class_for
@@ -29,7 +20,9 @@ from mvdream_fast.text_to_3d import TextTo3D
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("preset", SDS_PRESETS)
 def test_a_recipe_takes_any_shape(preset, recipe, shape):
-    plain, config = (resolve_config(preset, recipe=recipe, **name) for name in ({}, {"shape": shape}))
+    plain, whole = (resolve_config(preset, recipe=recipe, **name) for name in ({}, {"shape": shape}))
+    assert whole.later == plain.later  # which are handed theirs
+    config = whole.stages[0]
     assert type(config.representation) is SHAPES[shape] is class_for({"shape": shape})
     assert config.representation.volume == plain.representation.volume
     assert config.representation.background == plain.representation.background

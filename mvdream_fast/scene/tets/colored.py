@@ -1,6 +1,5 @@
 """What the representations that are meshes share: colours at the surface, a background, rendering and state."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +7,8 @@ from torch import Tensor, nn
 
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene.background import new_background
-from mvdream_fast.scene.base import Lighting, Rendered
+from mvdream_fast.scene.base import Lighting, Rendered, Representation
+from mvdream_fast.scene.mesh.mesh import Mesh
 from mvdream_fast.scene.nerf.volume import Volume
 from mvdream_fast.scene.raster import Body, MeshRendered, Seen, compose, see
 from mvdream_fast.scene.saved import check_state
@@ -16,6 +16,23 @@ from mvdream_fast.scene.tets.config import MeshColors
 
 if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
+
+FIT_STEPS, FIT_POINTS, FIT_RATE = 200, 8192, 0.01
+
+
+def fit_colors(volume: Volume, mesh: Mesh, seed: int = 0) -> None:
+    """Teaches a field the colours at a mesh's vertices, by steps of Adam on some of them; what it knew is the start."""
+    learned = [volume.table, *volume.feature_weights]
+    optimizer = torch.optim.Adam(learned, lr=FIT_RATE, eps=1e-15)
+    vertices, colors = (torch.from_numpy(x).to(volume.table) for x in (mesh.vertices, mesh.colors))
+    for step in range(FIT_STEPS):
+        drawn = Stream(seed, step, "colours").integers(0, len(vertices), min(len(vertices), FIT_POINTS))
+        loss = (volume(vertices[drawn])[1] - colors[drawn]).square().mean()
+        gradients = torch.autograd.grad(loss, learned)
+        for parameter, gradient in zip(learned, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 class ColoredMesh(nn.Module):
@@ -69,18 +86,17 @@ class ColoredMesh(nn.Module):
         """The field's colours at positions [P, 3] in scene units, [P, 3] in [0, 1]."""
         return self.volume(positions.to(self.device))[1]
 
-    def take_colors(self, source: Mapping[str, Tensor]) -> None:
-        """Takes over the volume and the background of another representation's state, where they are of one kind."""
-        own = self.state_dict()
-        shared = {
-            name: value
-            for name, value in source.items()
-            if name.startswith(("volume.", "background.")) and name in own and own[name].shape == value.shape
-        }
-        for part in ("volume.", "background."):  # a network without its table is none
-            if {name for name in own if name.startswith(part)} - shared.keys():
-                shared = {name: value for name, value in shared.items() if not name.startswith(part)}
-        self.load_state_dict(shared, strict=False)
+    def take_colors(self, source: Representation, mesh: Mesh | None = None, seed: int = 0) -> None:
+        """Takes over the background of another representation, where it is of one kind, and its colours: as they are
+        where they are those of a field like this one, else fitted to those of its mesh, where there is one."""
+        volume, background, logits = (getattr(source, name, None) for name in ("volume", "background", "logits"))
+        if isinstance(background, type(self.background)):
+            self.background.load_state_dict(background.state_dict())
+        if isinstance(volume, Volume) and volume.config == self.volume.config and logits is None:  # else a texture's
+            own, found = self.volume.state_dict(), volume.state_dict()
+            self.volume.load_state_dict({name: found[name] for name in own})
+        elif mesh is not None:
+            fit_colors(self.volume, mesh, seed)
 
     def color_groups(self, lr_encoding: float, lr_mlp: float, lr_background: float) -> list[dict[str, Any]]:
         """The parameters of the colours with their learning rates; what has no parameters is left out."""

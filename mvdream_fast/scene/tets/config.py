@@ -1,6 +1,6 @@
 """What a mesh that is optimised is made of and how it learns, as frozen values, and the memory that takes; no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from annotated_types import Interval
@@ -19,6 +19,7 @@ class MeshColors(Checked):
     """The colours of a mesh, what is behind it, and what is shown."""
 
     volume: Literal["paper", "mini"] = "paper"  # the field whose colours the surface has
+    radius: Annotated[float, Interval(gt=0, le=100)] = 1.0  # the field, and what is drawn, fill [-radius, radius]^3
     background: Literal["learned", "grey", "white"] = "learned"
     background_aug_prob: Share = 0.5
     lr_encoding: Annotated[float, Interval(gt=0, lt=10)] = 0.01
@@ -27,7 +28,8 @@ class MeshColors(Checked):
 
     def volume_config(self) -> VolumeConfig:
         """The volume that `volume` names."""
-        return VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
+        volume = VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
+        return replace(volume, radius=self.radius)
 
     def _memory(self, n_rays: int) -> dict[str, int]:
         volume = self.volume_config()
@@ -47,7 +49,7 @@ class TetsConfig(MeshColors):
 
     shape: Literal["tets"] = "tets"
     tets_resolution: Literal[32, 64, 128] = 128  # planes of points a side
-    sphere_radius: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # of what a fresh one shows
+    sphere_radius: Annotated[float, Interval(gt=0, le=100)] = 0.5  # of what a fresh one shows
     shows: Literal["colors", "normals"] = "colors"
     lambda_normal_consistency: WeightRamp = (0.0, 1e4, 1e4, 0.0)
     lambda_laplacian: WeightRamp = (0.0, 0.0, 0.0, 0.0)

@@ -65,7 +65,7 @@ class Tets(ColoredMesh):
 
     @staticmethod
     def from_representation(config: TetsConfig, source: Representation, seed: int = 0) -> "Tets":
-        """One that shows the mesh of another representation, and its colours where those are a volume's of this size.
+        """One that shows the mesh of another representation in its colours, as well as its lattice can.
 
         Raises: DivergedError where it has no mesh.
         """
@@ -76,7 +76,7 @@ class Tets(ColoredMesh):
         reach = REACH * lattice.spacing
         with torch.no_grad():
             tets.sdf.copy_(torch.from_numpy(signed_distance(mesh, lattice.resolution, lattice.radius, reach, at)))
-        tets.take_colors(source.state())
+        tets.take_colors(source, mesh, seed)
         return tets
 
     def body(self) -> Body:

@@ -61,11 +61,14 @@ class TexturedMesh(ColoredMesh):
     def from_representation(
         config: TexturedMeshConfig, source: Representation, seed: int = 0, resolution: int = 128
     ) -> "TexturedMesh":
-        """One of another representation's mesh, and of its colours: the field's where it is one of this size, or those
-        of its texture. Raises: DivergedError where it has no mesh."""
-        size = config.texture_size if config.mesh_colors == "texture" else None
-        mesh = TexturedMesh(config, source.mesh(resolution, texture=size), Stream(seed, 0, "volume"))
-        mesh.take_colors(source.state())
+        """One of another representation's mesh, and of its colours, as a field or as a texture.
+
+        Raises: DivergedError where it has no mesh.
+        """
+        textured = config.mesh_colors == "texture"
+        found = source.mesh(resolution, texture=config.texture_size if textured else None)
+        mesh = TexturedMesh(config, found, Stream(seed, 0, "volume"))
+        mesh.take_colors(source, None if textured else found, seed)
         return mesh
 
     def _hold(self, vertices: Tensor, faces: Tensor, uvs: Tensor, uv_faces: Tensor, vertex_of_uv: Tensor) -> None:
@@ -119,7 +122,9 @@ class TexturedMesh(ColoredMesh):
 
     def restart(self, seed: int) -> None:
         """Takes the colours of a fresh one of this seed, a grey texture; the mesh stays."""
-        self.take_colors(TexturedMesh(self.config, None, Stream(seed, 0, "volume")).state())
+        fresh = TexturedMesh(self.config, None, Stream(seed, 0, "volume"))
+        self.volume.load_state_dict(fresh.volume.state_dict())
+        self.background.load_state_dict(fresh.background.state_dict())
         if self.logits is not None:
             self.logits.data.zero_()
 

@@ -12,7 +12,7 @@ from reference.studio import fresh_asset
 
 from mvdream_fast.core.color import to_linear
 from mvdream_fast.core.errors import ArgumentError, DivergedError, OutputError
-from mvdream_fast.distill.recipes import mini
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.rendering import mesh as parts
 from mvdream_fast.rendering.software import NumpyRenderer
 from mvdream_fast.scene.mesh import export

@@ -13,7 +13,9 @@ from mvdream_fast.camera import Rays, evaluation_cameras, generate_rays
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, DivergedError, InputFileError, ModelError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import mini, replaced, resolve_config, settings_of, typed
+from mvdream_fast.distill.config import replaced, settings_of, typed
+from mvdream_fast.distill.recipes import resolve_config
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.base import Lighting

@@ -8,8 +8,9 @@ import torch
 from mvdream_fast.camera import Cameras, evaluation_cameras, generate_rays, orbit_cameras
 from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.recipes import mini, replaced
+from mvdream_fast.distill.config import replaced
 from mvdream_fast.distill.run_memory import FLAGS
+from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.base import Stateless, no_timing
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.base import Rendered
