@@ -126,7 +126,8 @@ def test_colours_are_taken_over():
     by_field, by_texture = (
         TexturedMesh.from_representation(c, source, resolution=32).render(RAYS) for c in (FIELD, SHEET)
     )
-    assert torch.equal(by_field.rgb, expected.rgb)
+    # Its triangles have another order, in which the blends along outlines round.
+    torch.testing.assert_close(by_field.rgb, expected.rgb, atol=1e-5, rtol=0)
     assert (by_texture.rgb - expected.rgb).abs().max() < 0.01
 
 
