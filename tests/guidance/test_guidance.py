@@ -87,7 +87,7 @@ def test_one_update_an_answer_is_plain_distillation():
 def test_steps_that_share_an_answer_share_cameras_and_size():
     config = replaced(REUSING, milestones=(1,), render_size=(8, 16), n_groups=(1, 1))
     assert [config.asked(step) for step in range(7)] == [0, 0, 0, 3, 3, 3, 6]
-    assert [config.stage(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 1]
+    assert [config.phase(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 1]
     seen = []
 
     guidance = taught(config)

@@ -306,7 +306,7 @@ def launches(cuda_host, monkeypatch):
         return call
 
     classes = {*SHARED, "MarchArgs", "Packed", "ScanArgs"}
-    not_ops = ("devices", "syncs", "set_slabs", "update_occupancy")
+    not_ops = ("devices", "syncs", "set_slabs", "update_occupancy", "edge_topology", "advise_huge_pages")
     functions = {name for name in dir(cuda_host) if name[0].islower() and name not in not_ops}
     backend = {name: getattr(cuda_host, name) for name in classes} | {name: watched(name) for name in functions}
     monkeypatch.setattr(mvdream_fast, "_C", SimpleNamespace(**backend))
