@@ -71,6 +71,9 @@ def silhouette_threshold(
 ) -> tuple[float, float]:
     """The density level whose surface's silhouette agrees best with the rendered one, and their IoU.
 
+    The rendered one is where a ray's opacity is more than half of the largest: of a volume that is fog throughout, and
+    so nowhere half opaque, there is a surface, too.
+
     A ray meets the surface {density = level} exactly when the largest density along it exceeds the level, so the
     silhouettes of all levels follow from one pass over the rays; no mesh is made to find the level.
 
@@ -85,7 +88,7 @@ def silhouette_threshold(
             for o, d, d_o in zip(rays_o.split(2048), rays_d.split(2048), distance.split(2048), strict=True)
         ]
     ).numpy()  # [R]
-    solid = opacity.cpu().numpy() > 0.5
+    solid = (opacity > opacity.max() / 2).cpu().numpy()  # of fog, where it is densest
     order = np.argsort(-peak)
     # With the rays sorted by their peak, the surface at level peak[k] covers the first k+1 of them.
     inside = np.cumsum(solid[order])

@@ -108,12 +108,13 @@ def test_a_field_that_is_not_finite_says_so():
         extract_mesh(lambda p: p[:, 0] * float("nan"), axis_colors, radius=1.0, threshold=5.0, resolution=8)
 
 
-def test_threshold_is_found_from_the_silhouette():
+@pytest.mark.parametrize("most", [1.0, 0.3])  # 0.3: fog throughout
+def test_threshold_is_found_from_the_silhouette(most):
     axis = torch.linspace(-1, 1, 65)
     u, v = torch.meshgrid(axis, axis, indexing="ij")
     rays_o = torch.stack([u.flatten(), v.flatten(), torch.full((u.numel(),), 3.0)], dim=-1)
     rays_d = torch.tensor([[0.0, 0.0, -1.0]]).expand_as(rays_o)
-    opacity = (rays_o[:, :2].norm(dim=-1) < 0.4).float()
+    opacity = most * (rays_o[:, :2].norm(dim=-1) < 0.4)
     threshold, iou = silhouette_threshold(sample_grid(ball, 96, 1.0), 1.0, rays_o, rays_d, opacity)
     assert iou > 0.99
     expected = ball(torch.tensor([[0.4, 0, 0]])).item()
