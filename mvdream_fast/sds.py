@@ -120,7 +120,8 @@ class Flags:
     mesh_resolution: int | None = None
     """Cells a side that the surface is taken from. Default: 128."""
     texture: int | None = None
-    """The colours of mesh.glb are a texture of this many pixels a side (default 1024); 0 colours its vertices."""
+    """The colours of mesh.glb are a texture of this many pixels a side; 0 colours its vertices (default: 1024 where the
+    mesh itself was optimised, else 0)."""
     formats: tuple[Literal["glb", "obj", "ply"], ...] | None = None
     """Files of the mesh; mesh.glb is always made."""
     up: Literal["y", "z"] | None = None
@@ -396,7 +397,8 @@ def export(
     wanted = request.export
     asset.save(folder / "asset.safetensors")
     asset.turntable(*[folder / f"turntable.{ending}" for ending in ("webp", "mp4") if ending == "webp" or has_video()])
-    mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, wanted.texture or None)
+    texture = asset.representation.usual_texture if wanted.texture is None else wanted.texture
+    mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, texture or None)
     notes = [mesh.describe()]
     for ending in dict.fromkeys(("glb", *wanted.formats)):
         save_mesh(mesh, folder / f"mesh.{ending}", wanted.up, notes.append)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
-from reference.sds_command import QUICK, SETTLED, SMALL, command, digest, latest
+from reference.sds_command import QUICK, SETTLED, command, digest, latest
 
 from mvdream_fast import sds
 from mvdream_fast.core import memory
@@ -36,7 +36,7 @@ def test_graphs_are_made_unless_they_are_switched_off(graphs, tiny_model):
 
 def test_everything_is_left_behind(tiny_model, capsys):
     asked = ["a green chair", "--model", tiny_model, "--steps", "6", "--seed", "4"]
-    assert command(*asked, "--preset", "mini", *SMALL, whole=True) == 0
+    assert command(*asked, "--preset", "mini", *QUICK, whole=True) == 0
     folder = latest()
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -49,8 +49,8 @@ def test_everything_is_left_behind(tiny_model, capsys):
     assert [r["step"] for r in records] == list(range(6))
     body = trimesh.load(folder / "mesh.glb", force="mesh")
     assert len(body.faces) > 20
-    assert body.visual.material.baseColorTexture.size == (1024, 1024)
-    assert "a texture of 1024 x 1024; watertight" in (folder / "report.html").read_text()
+    assert b"baseColorTexture" not in (folder / "mesh.glb").read_bytes()
+    assert "watertight" in (folder / "report.html").read_text()
     with Image.open(folder / "turntable.webp") as picture:
         assert picture.size == (128, 128)
     with av.open(folder / "turntable.mp4") as film:

@@ -273,7 +273,7 @@ class ExportConfig(Checked):
 
     mesh_resolution: Annotated[int, Interval(ge=8, le=512)] = 128
     faces: Annotated[int, Interval(ge=4)] | None = None  # at most this many triangles
-    # Pixels a side; 0, or None in files of older runs, colours the vertices instead.
-    texture: Literal[0] | Annotated[int, Interval(ge=16, le=8192)] | None = 1024
+    # Pixels a side; 0 colours the vertices instead, None does what is usual for the shape.
+    texture: Literal[0] | Annotated[int, Interval(ge=16, le=8192)] | None = None
     formats: tuple[Literal["glb", "obj", "ply"], ...] = ("glb",)
     up: Literal["y", "z"] = "y"  # of OBJ and PLY; GLB is always y-up

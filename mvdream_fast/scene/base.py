@@ -100,6 +100,11 @@ class Representation(Protocol):
         """From now on a training step of n_rays takes about half of the memory it could have taken."""
         ...
 
+    @property
+    def usual_texture(self) -> int | None:
+        """Pixels a side of the texture that a command bakes for its mesh unasked; None where vertices are coloured."""
+        ...
+
     def mesh(self, resolution: int = 128, max_faces: int | None = None, texture: int | None = None) -> "Mesh":
         """Its surface. Raises DivergedError where there is none."""
         ...

@@ -44,6 +44,11 @@ class Particles:
         return self.first.radius
 
     @property
+    def usual_texture(self) -> int | None:
+        """That of the first one's shape."""
+        return self.first.usual_texture
+
+    @property
     def device(self) -> torch.device:
         """Where their tensors are."""
         return self.first.device

@@ -11,8 +11,7 @@ from mvdream_fast.core import cli
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 
-SMALL = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
-QUICK = [*SMALL, "--texture", "0"]
+QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
 SETTLED = ["--preset", "mini", *QUICK]
 
 

@@ -33,6 +33,7 @@ class Nerf(Renderer):
     """
 
     volume: Volume
+    usual_texture: int | None = None  # unwrapping takes longer than some runs where much of the surface is fog's
 
     def __init__(self, config: HashGridConfig, stream: Stream | None = None, normals: str = "none"):
         volume = self._new_volume(config, stream)

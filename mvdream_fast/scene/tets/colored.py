@@ -41,6 +41,8 @@ class ColoredMesh(nn.Module):
     Its colours are the volume's, whose density is not asked: so they can be taken over from a volume as they are.
     """
 
+    usual_texture: int | None = 1024
+
     def __init__(self, config: MeshColors, stream: Stream):
         super().__init__()
         self.volume = Volume(config.volume_config(), stream)
