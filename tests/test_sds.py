@@ -34,6 +34,17 @@ def test_graphs_are_made_unless_they_are_switched_off(graphs, tiny_model):
     assert (pipeline._guided_call.enabled, score._whole.enabled, score._guided_call.enabled) == (graphs,) * 3
 
 
+@pytest.mark.parametrize(("asked", "size"), [((), 1024), (("--texture", "0"), None)])
+def test_a_mesh_that_was_optimised_has_a_texture_unless_none_is_wanted(tiny_model, tmp_path, asked, size):
+    (tmp_path / "tets.toml").write_text('[sds]\nshape = "tets"\ntets_resolution = 32\n')
+    flags = ["--model", tiny_model, "--config", str(tmp_path / "tets.toml"), "--steps", "2", *SETTLED, *asked]
+    assert command("a red ball", *flags) == 0
+    body = trimesh.load(latest() / "mesh.glb", force="mesh")
+    image = body.visual.material.baseColorTexture
+    assert (image and image.size) == (size and (size, size))
+    assert "; watertight" in (latest() / "report.html").read_text()
+
+
 def test_everything_is_left_behind(tiny_model, capsys):
     asked = ["a green chair", "--model", tiny_model, "--steps", "6", "--seed", "4"]
     assert command(*asked, "--preset", "mini", *QUICK, whole=True) == 0

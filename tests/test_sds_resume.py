@@ -38,7 +38,7 @@ def test_a_resume_obeys_what_it_can_and_says_so(begun):
     assert after["sds"] == before["sds"]
     (session,) = after["resumed"]
     assert (session["step"], session["machine"]["dtype"]) == (2, "float32")
-    assert session["before"] == {"export": {"texture": 0, "formats": ["glb"]}}
+    assert session["before"] == {"export": {"texture": None, "formats": ["glb"]}}
 
 
 def test_a_resume_refuses_what_would_be_another_run(begun, capsys):
