@@ -227,13 +227,14 @@ def _embedded(paper: SDSConfig, size: str, *weights: float) -> SDSConfig:
 
     weights: of each stage's losses beside guidance, for a model whose images have fewer numbers than the paper's.
     """
-    stages = _shared(paper, SDS_PRESETS[size].steps)
-    first, *later = (_embedded_stage(stage, size, weight) for stage, weight in zip(stages, weights, strict=True))
+    steps = SDS_PRESETS[size].steps
+    fewer, stages = paper.ends[-1] / steps, _shared(paper, steps)
+    first, *later = (_embedded_stage(stage, size, weight, fewer) for stage, weight in zip(stages, weights, strict=True))
     on_mesh = {"n_groups": first.n_groups[-1:], "render_size": (SMALL_REFINED[size],), "milestones": ()}
     return joined([first, *(replaced(stage, **on_mesh) for stage in later)])
 
 
-def _embedded_stage(stage: SDSConfig, size: str, weight: float) -> SDSConfig:
+def _embedded_stage(stage: SDSConfig, size: str, weight: float, fewer: float) -> SDSConfig:
     like, shape = restepped(SDS_PRESETS[size], stage.steps), stage.representation
     of_model = names_of(type(shape)) & {
         "volume", "normals", "radius", "background", "background_aug_prob", "samples_per_ray",
@@ -244,6 +245,8 @@ def _embedded_stage(stage: SDSConfig, size: str, weight: float) -> SDSConfig:
             changes[name] = (ramp[0], ramp[1] * weight, ramp[2] * weight, ramp[3])
     if isinstance(shape, TetsConfig):
         changes["tets_resolution"] = SMALL_TETS
+    if isinstance(shape, SurfaceConfig):  # a deviation has as far to go in fewer steps; at the paper's rate it stays fog
+        changes["lr_deviation"] = shape.lr_deviation * fewer
     return dataclasses.replace(
         stage,
         preset=like.preset,

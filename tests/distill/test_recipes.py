@@ -379,6 +379,7 @@ def test_schedules_and_losses_at_a_small_size():
     assert surface["sdf_levels"] == pytest.approx((120, 8, 16, 360))
     assert surface["cos_anneal"] == pytest.approx((0, 0, 1, 600))
     assert surface["lambda_eikonal"] == (0, 1000, 1000, 0)
+    assert surface["lr_deviation"] == pytest.approx(0.001 * 10_000 / 600)  # as far in fewer steps
 
 
 @pytest.mark.parametrize("name", RECIPES)
