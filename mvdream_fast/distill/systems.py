@@ -245,7 +245,7 @@ def _embedded_stage(stage: SDSConfig, size: str, weight: float, fewer: float) ->
             changes[name] = (ramp[0], ramp[1] * weight, ramp[2] * weight, ramp[3])
     if isinstance(shape, TetsConfig):
         changes["tets_resolution"] = SMALL_TETS
-    if isinstance(shape, SurfaceConfig):  # a deviation has as far to go in fewer steps; at the paper's rate it stays fog
+    if isinstance(shape, SurfaceConfig):  # a deviation has as far to go in fewer steps, or it stays fog
         changes["lr_deviation"] = shape.lr_deviation * fewer
     return dataclasses.replace(
         stage,
