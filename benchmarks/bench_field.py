@@ -22,6 +22,7 @@ from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = min(2, os.cpu_count() or 1)
+pytestmark = pytest.mark.usefixtures("threads")
 N_SAMPLES = 1 << 20
 N_EAGER = 1 << 16  # plain torch keeps kilobytes a sample for its backward pass
 _ns: dict[str, float] = {}
@@ -30,14 +31,6 @@ _ns: dict[str, float] = {}
 @pytest.fixture(scope="module")
 def volume():
     return Volume(VolumeConfig.paper())
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

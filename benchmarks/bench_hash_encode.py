@@ -1,23 +1,13 @@
 """The hash-grid encoding alone on the paper's grid: plain torch beside ours, forward and forward+backward apart."""
 
-import os
-
 import pytest
 import torch
 
 from mvdream_fast import ops
 from mvdream_fast.ops.hash_encode import HashGrid
 
-THREADS = min(2, os.cpu_count() or 1)
+pytestmark = pytest.mark.usefixtures("threads")
 N_POINTS = 1 << 16
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("encode", [ops.hash_encode, ops.hash_encode_ref], ids=["ours", "reference"])

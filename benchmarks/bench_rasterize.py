@@ -15,6 +15,9 @@ SIZE = 512
 ROUNDS = 20
 
 
+one_and_two_threads = pytest.mark.parametrize("threads", [1, 2], ids=["1 thread", "2 threads"], indirect=True)
+
+
 def sphere(n_faces):
     """Clip space [V, 4] and triangles [F, 3] of a sphere that fills two thirds of the picture."""
     n_rings = max(3, math.isqrt(n_faces // 4))
@@ -30,14 +33,6 @@ def sphere(n_faces):
     a, b = ring * 2 * n_rings + around, ring * 2 * n_rings + after
     c, d = a + 2 * n_rings, b + 2 * n_rings
     return pos, torch.cat([torch.stack([a, b, c], -1), torch.stack([b, d, c], -1)]).int()
-
-
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def drawing(n_faces, size=SIZE, backward=False, reference=False):
@@ -59,6 +54,7 @@ def drawing(n_faces, size=SIZE, backward=False, reference=False):
     return call
 
 
+@one_and_two_threads
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
 def bench_rasterize_and_interpolate(benchmark, threads, backward):
     """100,000 triangles at 512 x 512."""
@@ -99,8 +95,11 @@ def bench_cost(benchmark, n_faces, size):
     benchmark.pedantic(drawing(n_faces, size), rounds=ROUNDS // 2, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("op", ["edge_topology", "antialias", "texture"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
+@one_and_two_threads
+@pytest.mark.parametrize(
+    ("op", "backward"),
+    [("edge_topology", False), *((op, backward) for op in ("antialias", "texture") for backward in (False, True))],
+)
 def bench_the_others(benchmark, threads, op, backward):
     """antialias of the same picture, with its topology at hand; a mip-mapped texture of 1024 x 1024 texels."""
     pos, tri = sphere(100_000)
@@ -116,8 +115,6 @@ def bench_the_others(benchmark, threads, op, backward):
         "antialias": lambda: ops.antialias(color, rast, pos, tri, across),
         "texture": lambda: ops.texture(tex, uv, uv_da, "linear-mipmap-linear"),
     }
-    if backward and op == "edge_topology":
-        pytest.skip("edge_topology has no gradient")
     inputs = (tex,) if op == "texture" else (color, pos)
 
     def call():

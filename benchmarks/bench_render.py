@@ -4,7 +4,6 @@ A tenth is a ball in the middle, as an object is. Rays are those of four cameras
 fresh paper-size volume made dense inside the ball, so that rays end where a surface would end them.
 """
 
-import os
 import statistics
 
 import pytest
@@ -20,20 +19,12 @@ from mvdream_fast.scene.nerf.occupancy import OccupancyGrid, default_step_size
 from mvdream_fast.scene.nerf.renderer import Renderer
 from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
-THREADS = min(2, os.cpu_count() or 1)
+pytestmark = pytest.mark.usefixtures("threads")
 STEP, BOX, CELLS = default_step_size(1.0), (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0), 32
 VIEWS = {"4x64x64": (4, 64), "512x512": (1, 512)}
 LARGE = {"full": (4, 64), "10 %": (4, 256)}  # views of about as many samples: 4 and 7 million
 _seconds: dict[str, float] = {}
 _bytes: dict[str, float] = {}
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 def rays_of(views):

@@ -1,7 +1,5 @@
 """A surface's share of a training step beside a volume's: render, losses, gradients; and its slopes by either way."""
 
-import os
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ from mvdream_fast.scene.shading import Shading
 from mvdream_fast.scene.surface.config import SurfaceConfig
 from mvdream_fast.scene.surface.distance import SignedDistance
 
-THREADS = min(2, os.cpu_count() or 1)
+pytestmark = pytest.mark.usefixtures("threads")
 SIZE, N_POINTS = 64, 5120
 COMMON = {"volume": "mini", "background": "grey", "samples_per_ray": 128}
 WHOLE = {"sdf_levels": (0.0, 12.0, 12.0, 0.0), "cos_anneal": (0.0, 1.0, 1.0, 0.0)}
@@ -23,14 +21,6 @@ CONFIGS = {
     "neus": SurfaceConfig(**COMMON, **WHOLE),
     "volsdf": SurfaceConfig(**COMMON, **WHOLE, sdf_opacity="volsdf"),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("lit", [False, True], ids=["albedo", "lit"])

@@ -1,8 +1,23 @@
-"""What every benchmark records besides its times: the machine, the libraries and the threads it ran with."""
+"""What every benchmark records besides its times (the machine, the libraries, the threads), and a fixture for many."""
 
 import os
 import platform
 from pathlib import Path
+
+import pytest
+
+TWO = min(2, os.cpu_count() or 1)
+
+
+@pytest.fixture
+def threads(request):
+    """torch has as many threads as the parameter says, two without one; what is yielded changes that."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(getattr(request, "param", TWO))
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

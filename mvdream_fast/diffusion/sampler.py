@@ -16,7 +16,7 @@ from mvdream_fast.core import reads
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.core.schema import is_tuple
-from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
+from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule, skipped
 from mvdream_fast.models.config import ScheduleConfig
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]  # latents [n or 2n, C, h, w], t scalar -> output, the latents' shape
@@ -88,7 +88,7 @@ def translate(
     if not strength:
         return latents, 0
     timesteps = schedule.timesteps(n_steps)
-    skip = min(round((1 - strength) * len(timesteps)), len(timesteps) - 1)
+    skip = skipped(len(timesteps), strength)
     noised = schedule.add_noise(latents, noise, timesteps[skip])
     return ddim_sample(model_fn, noised, schedule, n_steps, guidance_scale, skip=skip), timesteps[skip]
 

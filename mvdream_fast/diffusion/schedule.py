@@ -140,6 +140,11 @@ def ddim_timesteps(
     return _ascending(n_steps, *rest)[::-1]
 
 
+def skipped(n_steps: int, strength: float) -> int:
+    """How many of the first of n_steps image to image leaves out: any strength but 0 takes one step at least."""
+    return min(round((1 - strength) * n_steps), n_steps - 1)
+
+
 def nearest_n_steps(
     n_steps: int,
     convention: Convention = "ldm",

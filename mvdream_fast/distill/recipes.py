@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.diffusion.schedule import skipped
 from mvdream_fast.distill.config import (
     MVDREAM,
     SDSConfig,
@@ -102,7 +103,7 @@ def _sampler_steps(config: SDSConfig) -> int:
     for step in range(first, config.steps):
         if step - first < most or (step - first) % config.repaint.repaint_every == 0:
             strength = config.repaint.strength(step, first, config.steps)
-            total += n - min(round((1 - strength) * n), n - 1) if strength else 0
+            total += n - skipped(n, strength) if strength else 0
     return total
 
 
