@@ -1,16 +1,20 @@
-// What this machine allows a field's forward pass at best: a bare level-major gather of the paper's grid, and the bare
-// multiply-adds of its two networks on registers. Prints nanoseconds a sample, each the best of several tries.
+// What this machine allows at best, in 10^9 a second, the best of several tries: multiply-adds on registers (two
+// operations each), a copy (bytes read and written), and a bare level-major gather of the paper's grid (bytes
+// gathered).
 //
 //   c++ -O3 -march=native -std=c++17 -fopenmp -Icsrc benchmarks/machine_limit.cpp -o machine_limit
-//   ./machine_limit THREADS [SAMPLES OF A CALL]
+//   ./machine_limit multiply_add THREADS | copy THREADS BYTES | gather THREADS [SAMPLES OF A CALL]
 //
-// A small call shares a level's cache lines among few samples: its limit is higher, by what memory has to deliver.
+// Small arrays are copied in a cache. A small gather shares a level's cache lines among few samples, so that memory has
+// more to deliver for each.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "hash_grid.h"
@@ -19,9 +23,9 @@
 using namespace mvdream_fast;
 using namespace mvdream_fast::MVDREAM_FAST_ISA;
 
-constexpr int64_t kSamples = int64_t(1) << 20;
-constexpr int kMultiplyAdds = 2 * 32 * 64 + 64 * (1 + 3);
-constexpr int kTries = 5;
+constexpr int64_t kSamples = int64_t(1) << 19;
+constexpr int kMultiplyAdds = 1024;  // for each sample of the gather
+constexpr int kTries = 10;           // short ones: on a busy machine the best is one that nothing interrupted
 
 static volatile double sink;
 
@@ -48,7 +52,7 @@ static double best_ns(Work work) {
     const auto start = std::chrono::steady_clock::now();
     work();
     const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - start;
-    best = std::min(best, took.count() / kSamples);
+    best = std::min(best, took.count());
   }
   return best;
 }
@@ -76,7 +80,7 @@ static VecD gather(GridLevel level, const double* entries, const float* x) {
   return sum;
 }
 
-// Every thread goes over all levels for `block` samples at a time.
+// Nanoseconds of all samples; every thread goes over all levels for `block` of them at a time.
 static double gather_ns(const HashGrid& grid, const std::vector<double>& table, const std::vector<float>& x,
                         int64_t block, int n_threads) {
   return best_ns([&] {
@@ -118,20 +122,47 @@ static double multiply_add_ns(int n_threads) {
   });
 }
 
-int main(int argc, char** argv) {
-  const int n_threads = argc > 1 ? std::atoi(argv[1]) : 1;
+static double copy_ns(int64_t bytes, int n_threads) {
+  std::vector<char> from(bytes / 2, 1), to(bytes / 2, 2);
+  const int64_t part = bytes / 2 / n_threads;
+  const int64_t repeats = std::max<int64_t>(1, (int64_t(1) << 27) / bytes);
+  return best_ns([&] {
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+           for (int thread = 0; thread < n_threads; ++thread) {
+             for (int64_t i = 0; i < repeats; ++i) {
+               std::memcpy(to.data() + thread * part, from.data() + thread * part, part);
+               asm volatile("" : : "r"(to.data()) : "memory");  // every copy is made
+             }
+           }
+         }) /
+         repeats;
+}
+
+static double gathered_a_ns(int n_threads, int64_t samples) {
   const HashGrid grid = paper_grid();
   std::vector<double> table(grid.n_entries(), 1.0);
   std::vector<float> x(3 * kSamples);
   std::mt19937 random(0);
   for (float& value : x) value = std::uniform_real_distribution<float>(0, 1)(random);
-  double gathered = 1e30;
-  const int64_t whole = kSamples / n_threads;
-  const int64_t call = argc > 2 ? std::atoll(argv[2]) / n_threads / kLanes * kLanes : 0;
-  for (int64_t block = call > 0 ? call : int64_t(1) << 16; block <= whole; block = call > 0 ? whole + 1 : 2 * block) {
-    gathered = std::min(gathered, gather_ns(grid, table, x, block, n_threads));
+  const int64_t whole = kSamples / n_threads, call = samples / n_threads / kLanes * kLanes;
+  double best = 1e30;
+  for (int64_t block = call > 0 ? call : int64_t(1) << 17; block <= whole; block = call > 0 ? whole + 1 : 4 * block) {
+    best = std::min(best, gather_ns(grid, table, x, block, n_threads));
   }
-  const double multiplied = multiply_add_ns(n_threads);
-  std::printf("{\"threads\": %d, \"gather_ns\": %.1f, \"multiply_add_ns\": %.1f, \"limit_ns\": %.1f}\n", n_threads,
-              gathered, multiplied, gathered + multiplied);
+  return double(kSamples) * grid.n_levels * 8 * sizeof(double) / best;
+}
+
+int main(int argc, char** argv) {
+  const std::string kind = argc > 1 ? argv[1] : "";
+  const int n_threads = argc > 2 ? std::atoi(argv[2]) : 1;
+  const int64_t size = argc > 3 ? std::atoll(argv[3]) : 0;
+  double a_ns = 0;
+  if (kind == "multiply_add") a_ns = 2.0 * kSamples * kMultiplyAdds / multiply_add_ns(n_threads);
+  if (kind == "copy" && size > n_threads) a_ns = size / copy_ns(size, n_threads);
+  if (kind == "gather") a_ns = gathered_a_ns(n_threads, size);
+  if (n_threads < 1 || a_ns == 0) {
+    std::fprintf(stderr, "usage: machine_limit multiply_add|copy|gather THREADS [SIZE]\n");
+    return 2;
+  }
+  std::printf("{\"g_s\": %.2f}\n", a_ns);
 }
