@@ -1,87 +1,119 @@
-"""cross_view_attention against torch's kernels and xformers at MVDream's shapes, forward and forward + backward apart.
+"""cross_view_attention beside torch's kernels and xformers at MVDream's shapes.
 
-Contestants of one shape are one group; every one of them gets tensors regrouped beforehand except ours, which regroups.
+Every contestant gets tensors that were regrouped beforehand, except ours and its reference, which regroup.
 """
 
+import functools
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from contest import BACKWARD, differentiated, passes, sizes, slower
+from contestants import Contestant
+from peers import CUDA, DEVICE, HALF, compiled, sdpa, xformers
+from torch.nn.attention import SDPBackend
 
 from mvdream_fast.ops import cross_view_attention, cross_view_attention_ref
 
 VIEWS = 4
 # (images, tokens of a view, heads, width): the levels of a 256^2 image with guidance, and 512^2's first level
 GPU_SHAPES = [(8, 1024, 5, 64), (8, 256, 10, 64), (8, 64, 20, 64), (8, 4096, 5, 64)]
-CPU_SHAPES = [(8, 64, 4, 64), (8, 256, 5, 64)]
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
-
-
-def sdpa(backend):
-    def call(q, k, v):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return call
-
-
-def xformers(q, k, v):
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
+FULL = GPU_SHAPES if CUDA else [(8, 64, 4, 64), (8, 256, 5, 64)]
 REGROUPED = {
-    "sdpa": F.scaled_dot_product_attention,
-    "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "sdpa efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA": sdpa(),
+    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "SDPA math": sdpa(SDPBackend.MATH),
+    "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "xformers": xformers,
 }
-OURS = {
-    "ours": lambda q, k, v: cross_view_attention(q, k, v, VIEWS),
-    "reference": lambda q, k, v: cross_view_attention_ref(q, k, v, VIEWS),
-    "compiled reference": torch.compile(lambda q, k, v: cross_view_attention_ref(q, k, v, VIEWS), dynamic=False),
-}
-ONLY_GPU = ("sdpa cudnn", "sdpa efficient", "xformers", "compiled reference")
 
 
-def contestant(name, shape, gradients):
-    """A call without arguments on fresh tensors; skips what this machine cannot run, by name."""
-    if name in ONLY_GPU and not CUDA:
-        pytest.skip(f"{name} is compared on a GPU, and there is none here")
-    if name == "xformers":
-        pytest.importorskip("xformers", reason="xformers is not installed")
+def ours(q, k, v):
+    return cross_view_attention(q, k, v, VIEWS)
+
+
+def reference(q, k, v):
+    return cross_view_attention_ref(q, k, v, VIEWS)
+
+
+def rows_of(shape, regrouped: bool) -> list[torch.Tensor]:
+    """q, k and v as a packed projection leaves them, or regrouped to [B, H, V*N, D]."""
     images, tokens, heads, width = shape
-    packed = torch.randn(images, tokens, 3, heads, width, device=DEVICE, dtype=DTYPE)
-    rows = packed.unbind(2)
-    if name in REGROUPED:
+    packed = torch.randn(images, tokens, 3, heads, width, generator=torch.Generator().manual_seed(0))
+    rows = packed.to(DEVICE, HALF).unbind(2)
+    if regrouped:
         rows = [x.reshape(images // VIEWS, VIEWS * tokens, heads, width).transpose(1, 2) for x in rows]
-    rows = [x.detach().requires_grad_(gradients) for x in rows]
-    function = (REGROUPED | OURS)[name]
-    d_out = torch.randn(rows[0].shape, device=DEVICE, dtype=DTYPE)
-
-    def call():
-        out = function(*rows)
-        if gradients:
-            torch.autograd.grad(out, rows, d_out)
-        if CUDA:
-            torch.cuda.synchronize()
-
-    return call
+    return list(rows)
 
 
-@pytest.mark.parametrize("name", [*REGROUPED, *OURS])
-@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", GPU_SHAPES if CUDA else CPU_SHAPES, ids=str)
-def bench_attention(benchmark, name, gradients, shape):
-    call = contestant(name, shape, gradients)
-    call()
-    benchmark.group = f"attention {shape} {'forward+backward' if gradients else 'forward'} {DTYPE}"
-    benchmark.extra_info["flops"] = (
-        (14 if gradients else 4) * shape[0] * VIEWS * math.prod(shape) * shape[1] // shape[0]
+def back(shape, out):
+    """What was regrouped, as our answer is."""
+    images, tokens, heads, width = shape
+    return tuple(x.transpose(1, 2).reshape(images, tokens, heads, width) for x in torch.utils._pytree.tree_leaves(out))
+
+
+def call_of(function, shape, regrouped: bool, backward: bool):
+    rows = rows_of(shape, regrouped)
+    d_out = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, HALF)
+    if regrouped:
+        d_out = d_out.reshape(shape[0] // VIEWS, -1, *shape[2:]).transpose(1, 2)
+    return differentiated(function, rows, backward, range(3), [d_out])
+
+
+def work(shape, backward: bool) -> dict[str, float]:
+    images, tokens, heads, width = shape
+    return {
+        "tokens": VIEWS * tokens,
+        "flop": (14 if backward else 4) * images * VIEWS * tokens * tokens * heads * width,
+        "bytes": (11 if backward else 4) * math.prod(shape) * HALF.itemsize,
+    }
+
+
+def contestants(shape, backward: bool) -> list[Contestant]:
+    plain = {"reference": reference, "torch.compile": compiled(reference), "ours": ours}
+    return [
+        *(Contestant(name, functools.partial(call_of, f, shape, False, backward)) for name, f in plain.items()),
+        *(
+            Contestant(name, functools.partial(call_of, f, shape, True, backward), functools.partial(back, shape))
+            for name, f in REGROUPED.items()
+        ),
+    ]
+
+
+@pytest.mark.parametrize("backward", BACKWARD)
+@pytest.mark.parametrize("shape", sizes(FULL, [(4, 3, 2, 16)]), ids=str)
+def bench_attention(contest, shape, backward):
+    contest.run(
+        f"attention {shape}",
+        passes(backward),
+        contestants(shape, backward),
+        work=work(shape, backward),
+        goals=[slower(1.02, "SDPA")],
+        tolerance=1e-2 if CUDA else 1e-4,
     )
-    benchmark.pedantic(call, rounds=30, warmup_rounds=3)
+
+
+def bench_tokens(contest):
+    """Forward, by tokens of a scene: four views of each."""
+    shapes = {VIEWS * n: (8, n, 4, 64) for n in sizes((16, 64, 256, 1024), (2, 4))}
+    contest.scale(
+        "attention by tokens",
+        "forward",
+        "tokens",
+        {n: {"ours": functools.partial(call_of, ours, shape, False, False)} for n, shape in shapes.items()},
+        work=lambda n: work(shapes[int(n)], False),
+    )
+
+
+def bench_threads(contest):
+    shape = sizes(FULL, [(4, 3, 2, 16)])[-1]
+    make = functools.partial(call_of, ours, shape, False, False)
+    contest.scale(
+        "attention by threads",
+        "forward",
+        "threads",
+        {n: {"ours": make} for n in sizes((1, 2), (1,))},
+        work=lambda _: work(shape, False),
+        tolerance=1e-4,
+    )

@@ -1,14 +1,15 @@
-"""geglu against the same in eager and compiled torch, forward and forward + backward apart."""
+"""geglu: the UNet's gated GELU on one tensor, twice as wide as what comes out."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from contest import BACKWARD, faster, sizes
+from peers import CUDA, DEVICE, HALF, compiled
 
-from mvdream_fast.ops import geglu
+from mvdream_fast import ops
 
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
-SHAPES = [(16384, 2560), (4096, 5120), (1024, 10240)] if CUDA else [(2048, 1024), (8192, 512), (512, 2560)]
+FULL = [(16384, 2560), (4096, 5120), (1024, 10240)] if CUDA else [(2048, 1024), (8192, 512), (512, 2560)]
+FLOP = 20  # an output: the error function is about a dozen multiply-adds
 
 
 def eager(x):
@@ -16,25 +17,26 @@ def eager(x):
     return value * F.gelu(gate)
 
 
-NAMES = {"ours": geglu, "eager torch": eager, "compiled torch": torch.compile(eager, dynamic=False)}
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_geglu(benchmark, name, gradients, shape):
-    if name == "compiled torch" and not CUDA:
-        pytest.skip("compiled torch is compared on a GPU, and there is none here")
-    x = torch.randn(shape, device=DEVICE, dtype=DTYPE).requires_grad_(gradients)
-    d_y = torch.randn(shape[0], shape[1] // 2, device=DEVICE, dtype=DTYPE)
-
-    def call():
-        y = NAMES[name](x)
-        if gradients:
-            torch.autograd.grad(y, x, d_y)
-        if CUDA:
-            torch.cuda.synchronize()
-
-    call()
-    benchmark.group = f"geglu {shape} {'forward+backward' if gradients else 'forward'} {DTYPE}"
-    benchmark.pedantic(call, rounds=30, warmup_rounds=3)
+@pytest.mark.parametrize("backward", BACKWARD)
+@pytest.mark.parametrize("shape", sizes(FULL, [(6, 16)]), ids=str)
+def bench_geglu(contest, shape, backward):
+    x = torch.randn(shape, device=DEVICE, dtype=HALF)
+    passes = 4 if backward else 1.5  # x and y, half as wide; then x, d_y and d_x
+    contest.op(
+        f"geglu {shape}",
+        {
+            "reference": ops.geglu_ref,
+            "eager torch": eager,
+            "torch.compile": compiled(eager),
+            "ours": ops.geglu,
+        },
+        [x],
+        backward,
+        work={
+            "elements": x.numel(),
+            "flop": (3 if backward else 1) * FLOP * x.numel() / 2,
+            "bytes": passes * x.numel() * x.element_size(),
+        },
+        goals=[faster(2, "eager torch")],
+        tolerance=5e-3 if CUDA else 1e-5,
+    )

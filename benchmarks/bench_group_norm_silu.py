@@ -1,42 +1,47 @@
-"""group_norm_silu with embedding against the same in eager and compiled torch, forward and forward + backward apart."""
+"""group_norm_silu: the normalisation, embedding and activation before each of the UNet's convolutions."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from contest import BACKWARD, faster, sizes
+from peers import CUDA, DEVICE, HALF, compiled
 
-from mvdream_fast.ops import group_norm_silu
+from mvdream_fast import ops
 
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
-SHAPES = [(16, 320, 32, 32), (16, 1280, 8, 8)] if CUDA else [(8, 64, 32, 32), (8, 320, 32, 32), (8, 128, 8, 8)]
-
-
-def eager(x, weight, bias, groups, eps, emb):
-    return F.silu(F.group_norm(x + emb[:, :, None, None], groups, weight, bias, eps))
+FULL = [(16, 320, 32, 32), (16, 1280, 8, 8)] if CUDA else [(8, 64, 32, 32), (8, 320, 32, 32), (8, 128, 8, 8)]
+GROUPS, EPS = 32, 1e-5
 
 
-NAMES = {"ours": group_norm_silu, "eager torch": eager, "compiled torch": torch.compile(eager, dynamic=False)}
+def eager(x, weight, bias, emb):
+    return F.silu(F.group_norm(x + emb[:, :, None, None], GROUPS, weight, bias, EPS))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_group_norm_silu(benchmark, name, gradients, shape):
-    if name == "compiled torch" and not CUDA:
-        pytest.skip("compiled torch is compared on a GPU, and there is none here")
-    x = torch.randn(shape, device=DEVICE, dtype=DTYPE).to(memory_format=torch.channels_last)
-    weight, bias = (torch.randn(shape[1], device=DEVICE, dtype=DTYPE) for _ in range(2))
-    emb = torch.randn(shape[:2], device=DEVICE, dtype=DTYPE)
-    leaves = [a.detach().requires_grad_(gradients) for a in (x, weight, bias, emb)]
-    d_y = torch.randn_like(x)
+def ours(x, weight, bias, emb):
+    return ops.group_norm_silu(x, weight, bias, GROUPS, EPS, emb)
 
-    def call():
-        y = NAMES[name](*leaves[:3], 32, 1e-5, leaves[3])
-        if gradients:
-            torch.autograd.grad(y, leaves, d_y)
-        if CUDA:
-            torch.cuda.synchronize()
 
-    call()
-    benchmark.group = f"group_norm_silu {shape} {'forward+backward' if gradients else 'forward'} {DTYPE}"
-    benchmark.pedantic(call, rounds=30, warmup_rounds=3)
+def reference(x, weight, bias, emb):
+    return ops.group_norm_silu_ref(x, weight, bias, GROUPS, EPS, emb)
+
+
+@pytest.mark.parametrize("backward", BACKWARD)
+@pytest.mark.parametrize("shape", sizes(FULL, [(2, 64, 4, 4)]), ids=str)
+def bench_group_norm_silu(contest, shape, backward):
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(shape, generator=draw, device=DEVICE, dtype=HALF).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, shape[1], generator=draw, device=DEVICE, dtype=HALF)
+    emb = torch.randn(shape[:2], generator=draw, device=DEVICE, dtype=HALF)
+    passes = 7 if backward else 3  # x twice and y; then x and d_y twice, d_x
+    contest.op(
+        f"group_norm_silu {shape}",
+        {"reference": reference, "eager torch": eager, "torch.compile": compiled(eager), "ours": ours},
+        [x, weight, bias, emb],
+        backward,
+        work={
+            "elements": x.numel(),
+            "flop": (40 if backward else 15) * x.numel(),
+            "bytes": passes * x.numel() * x.element_size(),
+        },
+        goals=[faster(2.5, "eager torch")],
+        tolerance=2e-2 if CUDA else 1e-4,
+    )

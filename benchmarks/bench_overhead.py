@@ -1,7 +1,7 @@
 """A call of every UNet op on tensors too small to matter, recorded by autograd and not: what its Python costs.
 
-Beside it the torch calls that do the op's work; the difference is what our checks and choices cost. A table at the end.
-A second one has calls on CUDA without a GPU, launched by us and by Triton: launch_overhead.py, in its own process.
+Beside it the torch calls that do the op's work; the difference is what our checks and choices cost. Calls on CUDA
+without a GPU, launched by us and by Triton, are launch_overhead.py's, in its own process.
 """
 
 import json
@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from contest import Goal
+from peers import DEVICE
 
 from mvdream_fast import ops
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_best: dict[str, dict[str, float]] = {}
-_launches: dict[str, dict[str, float]] = {}
 
 
 def attention(recorded):
@@ -61,41 +59,36 @@ def sds_target(recorded):
     return lambda: ops.sds_target(*arguments), lambda: ops.sds_target_ref(*arguments)
 
 
-@pytest.mark.parametrize("name", ["ours", "torch"])
+def added(rows, _) -> float:
+    return max(0.0, rows["ours"]["median_s"] - rows["reference"]["median_s"])
+
+
 @pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
 @pytest.mark.parametrize("op", [attention, time_camera_embedding, group_norm_silu, geglu, sds_target])
-def bench_overhead(benchmark, op, recorded, name):
-    call = op(recorded)[name == "torch"]
-    benchmark.group = f"overhead {op.__name__} {'recorded' if recorded else 'plain'}"
-    benchmark.pedantic(call, rounds=200, iterations=20, warmup_rounds=5)
-    if benchmark.stats:  # none under --benchmark-disable
-        _best.setdefault(benchmark.group, {})[name] = 1e6 * benchmark.stats.stats.min
+def bench_overhead(contest, op, recorded):
+    """Answers are compared at real sizes, in each op's own bench: here shapes differ from what one would write."""
+    ours, torchs = op(recorded)
+    contest.run(
+        f"overhead {op.__name__} {'recorded' if recorded else 'plain'}",
+        "call",
+        {"reference": lambda: torchs, "ours": lambda: ours},
+        work={"calls": 1},
+        goals=[Goal("overhead of a call", 30e-6, added, ("ours", "reference"), "s", at_most=True)],
+        seen=lambda out: len(out) if isinstance(out, tuple) else 1,
+        budget_s=1,
+    )
 
 
+@pytest.mark.slow
 def bench_launches(benchmark):
+    """Microseconds by name, of our own launch and of Triton's; compared with each other there."""
     command = [sys.executable, str(Path(__file__).with_name("launch_overhead.py"))]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def measured():
         return json.loads(subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True).stdout)
 
-    _launches.update(benchmark.pedantic(measured, rounds=1))
-    benchmark.extra_info["us"] = _launches
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _table(request):
-    """Prints, once all are through, the fastest of each in microseconds: what a busy machine adds is not the op's."""
-    yield
-    lines = [f"{'call':46} {'ours':>8} {'torch':>8} {'more':>8}  us"]
-    for group, by_name in _best.items():
-        if len(by_name) == 2:
-            ours, torchs = by_name["ours"], by_name["torch"]
-            lines.append(f"{group:46} {ours:8.1f} {torchs:8.1f} {ours - torchs:8.1f}")
-    lines.append(f"\n{'a call under no_grad, by a stub for a driver':46} {'ours':>8} {'Triton':>8}  us")
-    lines += [f"{name:46} {x['ours']:8.1f} {x['triton']:8.1f}" for name, x in _launches.items()]
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print("", *lines, sep="\n")
+    benchmark.extra_info["us"] = benchmark.pedantic(measured, rounds=1)
 
 
 def _tensor(*shape, recorded=False):

@@ -1,126 +1,131 @@
-"""The rasteriser's ops: a sphere of many triangles, forward and forward + backward, beside plain torch.
+"""rasterize: which triangle each pixel shows; with interpolate behind it, a coloured sphere."""
 
-Rows of one group are ratios of one run. On a machine that others use, the least of many rounds is the figure to read.
-"""
-
-import math
-import time
+import functools
 
 import pytest
 import torch
+from contest import BACKWARD, even, faster, named, passes, size, sizes, within
+from contestants import Contestant
+from peers import CUDA, need, need_gpu
+from scenes import draw, sphere
 
 from mvdream_fast import ops
 
-SIZE = 512
-ROUNDS = 20
+SIDE, MANY, FEW = size(512, 16), size(100_000, 64), size(10_000, 36)
 
 
-one_and_two_threads = pytest.mark.parametrize("threads", [1, 2], ids=["1 thread", "2 threads"], indirect=True)
+def seen(out):
+    """Triangles as whole numbers; of the rest, weights, depths and slopes."""
+    rast, slopes = out
+    return rast[..., 3].int(), rast[..., :3].float(), slopes.float()
 
 
-def sphere(n_faces):
-    """Clip space [V, 4] and triangles [F, 3] of a sphere that fills two thirds of the picture."""
-    n_rings = max(3, math.isqrt(n_faces // 4))
-    theta = (torch.arange(n_rings + 1) / n_rings * math.pi)[:, None]
-    phi = torch.arange(2 * n_rings) / n_rings * math.pi
-    x, y, z = theta.sin() * phi.cos(), theta.cos().expand(-1, 2 * n_rings), theta.sin() * phi.sin()
-    w = 3 - z
-    pos = torch.stack([2.6 * x, 2.6 * y, 2 * w - 4.5, w], -1).reshape(-1, 4)
-    ring, around = (
-        t.reshape(-1) for t in torch.meshgrid(torch.arange(n_rings), torch.arange(2 * n_rings), indexing="ij")
-    )
-    after = (around + 1) % (2 * n_rings)
-    a, b = ring * 2 * n_rings + around, ring * 2 * n_rings + after
-    c, d = a + 2 * n_rings, b + 2 * n_rings
-    return pos, torch.cat([torch.stack([a, b, c], -1), torch.stack([b, d, c], -1)]).int()
-
-
-def drawing(n_faces, size=SIZE, backward=False, reference=False):
-    """A call that draws and colours the sphere."""
+def rasterized(op, n_faces: int, side: int):
     pos, tri = sphere(n_faces)
-    color = torch.rand(len(pos), 3, generator=torch.Generator().manual_seed(0))
-    pos, color = pos.requires_grad_(backward), color.requires_grad_(backward)
-    d_out = torch.rand(1, size, size, 3)
+    pos = pos[None].double() if op is ops.rasterize_ref else pos
+    return lambda: op(pos, tri, (side, side))
+
+
+def nvdiffrast(n_faces: int, side: int):
+    need("nvdiffrast")
+    need_gpu("nvdiffrast")
+    import nvdiffrast.torch as dr
+
+    pos, tri = sphere(n_faces)
+    context = dr.RasterizeCudaContext()
+    return lambda: dr.rasterize(context, pos[None].contiguous(), tri, (side, side))
+
+
+def work(n_faces: float, side: int) -> dict[str, float]:
+    """Three vertices a triangle are read, eight numbers a pixel written."""
+    return {"triangles": n_faces, "pixels": side * side, "bytes": 8 * n_faces + 12 * n_faces + 32 * side * side}
+
+
+def bench_rasterize(contest):
+    by_name = {"reference": ops.rasterize_ref, "ours": ops.rasterize}
+    makes = {name: functools.partial(rasterized, op, FEW, SIDE) for name, op in by_name.items()}
+    contestants = [Contestant(name, make, seen) for name, make in makes.items()]
+    # Compared with nobody: it has other rules for pixels on an edge.
+    contestants.append(Contestant("nvdiffrast", functools.partial(nvdiffrast, FEW, SIDE), case="nvdiffrast's rules"))
+    contest.run(
+        f"rasterize {FEW} triangles at {SIDE}",
+        "forward",
+        contestants,
+        work=work(FEW, SIDE),
+        goals=[faster(10, "reference")],
+        tolerance=1e-3,
+    )
+
+
+def drawing(backward: bool, reference: bool, n_faces: int, side: int):
+    """A call that draws and colours the sphere: its colours, and the gradients of places and colours."""
+    pos, tri = sphere(n_faces)
+    color, d_out = draw(len(pos), 3), draw(1, side, side, 3, seed=1)
+    leaves = [x.requires_grad_(backward) for x in (pos, color)]
 
     def call():
         if reference:
-            rast, _ = ops.rasterize_ref(pos[None].double(), tri, (size, size))
+            rast, _ = ops.rasterize_ref(pos[None].double(), tri, (side, side))
             out, _ = ops.interpolate_ref(color.double(), rast, tri, None, [])
         else:
-            out, _ = ops.interpolate(color, ops.rasterize(pos, tri, (size, size)).rast, tri)
-        if backward:
-            torch.autograd.grad(out, (pos, color), d_out.to(out.dtype))
+            out, _ = ops.interpolate(color, ops.rasterize(pos, tri, (side, side)).rast, tri)
+        return (out, *torch.autograd.grad(out, leaves, d_out.to(out.dtype))) if backward else (out,)
 
     return call
 
 
-@one_and_two_threads
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
-def bench_rasterize_and_interpolate(benchmark, threads, backward):
-    """100,000 triangles at 512 x 512."""
-    call = drawing(100_000, backward=backward)
-    benchmark.group = f"rasterize + interpolate {'with backward' if backward else 'forward'}"
-    benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=2)
+@pytest.mark.parametrize("backward", BACKWARD)
+def bench_beside_plain_torch(contest, backward):
+    """rasterize and interpolate of three attributes, in float64 where it is plain torch."""
+    contest.run(
+        f"rasterize + interpolate {FEW} triangles at {SIDE}",
+        passes(backward),
+        {
+            "reference": functools.partial(drawing, backward, True, FEW, SIDE),
+            "ours": functools.partial(drawing, backward, False, FEW, SIDE),
+        },
+        work=work(FEW, SIDE),
+        goals=[faster(10, "reference")],
+        tolerance=1e-3,
+    )
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
-def bench_two_threads_beside_one(benchmark, backward):
-    """One and two threads taking turns, so that what else runs falls on both; the goal of 1.7 needs two idle cores."""
-    call, seconds, before = drawing(100_000, backward=backward), {1: [], 2: []}, torch.get_num_threads()
-
-    def turns():
-        for n_threads, spent in seconds.items():
-            torch.set_num_threads(n_threads)
-            start = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - start)
-
-    benchmark.pedantic(turns, rounds=ROUNDS, warmup_rounds=2)
-    torch.set_num_threads(before)
-    benchmark.extra_info["speed_up"] = min(seconds[1]) / min(seconds[2])
-    print(f"two threads {benchmark.extra_info['speed_up']:.2f}x one")  # shown by -s
+@pytest.mark.parametrize("backward", BACKWARD)
+def bench_threads(contest, backward):
+    """100,000 triangles on one thread and on two."""
+    threads = sizes((1, 2), (1,))
+    one, two = (named("ours", n, "threads") for n in (threads[0], threads[-1]))
+    contest.scale(
+        f"rasterize + interpolate {MANY} triangles at {SIDE} by threads",
+        passes(backward),
+        "threads",
+        {n: {"ours": functools.partial(drawing, backward, False, MANY, SIDE)} for n in threads},
+        work=lambda _: work(MANY, SIDE),
+        goals=[] if CUDA else [faster(1.7, one, two), within(40e-3 if backward else 12e-3, two)],
+    )
 
 
-@pytest.mark.parametrize("reference", [False, True], ids=["ours", "plain torch"])
-def bench_beside_plain_torch(benchmark, reference):
-    """10,000 triangles at 512 x 512."""
-    benchmark.group = "rasterize + interpolate of 10,000 triangles"
-    benchmark.pedantic(drawing(10_000, reference=reference), rounds=3 if reference else ROUNDS, warmup_rounds=1)
+def bench_faces(contest):
+    """By triangles, at 512 x 512."""
+    counts = sizes((10_000, 100_000, 1_000_000), (36, 64))
+    contest.scale(
+        f"rasterize + interpolate at {SIDE} by faces",
+        "forward",
+        "faces",
+        {n: {"ours": functools.partial(drawing, False, False, n, SIDE)} for n in counts},
+        work=lambda n: work(n, SIDE),
+        goals=[even("faces", counts[-1], counts[0], 1.1)],
+    )
 
 
-@pytest.mark.parametrize(("n_faces", "size"), [(10_000, 512), (100_000, 512), (1_000_000, 512), (10_000, 2048)])
-def bench_cost(benchmark, n_faces, size):
-    """How it grows with triangles and with pixels."""
-    benchmark.group = "rasterize + interpolate by triangles and pixels"
-    benchmark.pedantic(drawing(n_faces, size), rounds=ROUNDS // 2, warmup_rounds=1)
-
-
-@one_and_two_threads
-@pytest.mark.parametrize(
-    ("op", "backward"),
-    [("edge_topology", False), *((op, backward) for op in ("antialias", "texture") for backward in (False, True))],
-)
-def bench_the_others(benchmark, threads, op, backward):
-    """antialias of the same picture, with its topology at hand; a mip-mapped texture of 1024 x 1024 texels."""
-    pos, tri = sphere(100_000)
-    rast, rast_db = ops.rasterize(pos, tri, (SIZE, SIZE))
-    generator = torch.Generator().manual_seed(0)
-    color = torch.rand(1, SIZE, SIZE, 3, generator=generator).requires_grad_(backward)
-    tex = torch.rand(1, 1024, 1024, 3, generator=generator).requires_grad_(backward)
-    uv, uv_da = ops.interpolate(torch.rand(len(pos), 2, generator=generator), rast, tri, rast_db, "all")
-    across = ops.edge_topology(tri)
-    pos = pos.requires_grad_(backward)
-    calls = {
-        "edge_topology": lambda: ops.edge_topology(tri),
-        "antialias": lambda: ops.antialias(color, rast, pos, tri, across),
-        "texture": lambda: ops.texture(tex, uv, uv_da, "linear-mipmap-linear"),
-    }
-    inputs = (tex,) if op == "texture" else (color, pos)
-
-    def call():
-        out = calls[op]()
-        if backward:
-            torch.autograd.grad(out.sum(), inputs)
-
-    benchmark.group = f"{op} {'with backward' if backward else 'forward'}"
-    benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)
+def bench_resolution(contest):
+    """By pixels, of 10,000 triangles."""
+    sides = sizes((256, 512, 1024, 2048), (8, 16))
+    contest.scale(
+        f"rasterize + interpolate {FEW} triangles by pixels",
+        "forward",
+        "pixels",
+        {side**2: {"ours": functools.partial(drawing, False, False, FEW, side)} for side in sides},
+        work=lambda n: work(FEW, int(n**0.5)),
+        goals=[even("pixels", sides[-1] ** 2, sides[0] ** 2, 1.1)],
+    )

@@ -1,28 +1,40 @@
-"""winograd_conv3x3 against torch's convolution, channels last."""
+"""winograd_conv3x3: the UNet's convolutions beside torch's, channels last. FLOP are those of the direct way."""
 
 import pytest
 import torch
-import torch.nn.functional as F
+from contest import BACKWARD, faster, sizes
+from peers import CUDA
+from scenes import draw
 
-from mvdream_fast.ops import winograd_conv3x3
+from mvdream_fast import ops
 
 # Channels and side of the images of a guided four-view step at widths 64, 160 and 320.
-SHAPES = [(64, 32), (128, 16), (256, 8), (256, 4), (160, 32), (320, 32), (640, 16), (1280, 8)]
+SHAPES = sizes([(64, 32), (128, 16), (256, 8), (256, 4), (160, 32), (320, 32), (640, 16), (1280, 8)], [(32, 8)])
+IMAGES = 8
+pytestmark = pytest.mark.skipif(CUDA, reason="winograd_conv3x3 is for CPUs; a GPU has torch's convolutions")
 
 
-@pytest.mark.parametrize("name", ["torch", "ours"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_winograd(benchmark, name, shape):
+CASES = [(shape, backward) for shape in SHAPES for backward in BACKWARD if shape[0] <= 256 or not backward]
+
+
+@pytest.mark.parametrize(("shape", "backward"), CASES, ids=str)
+def bench_winograd(contest, shape, backward):
+    """With backward at mini's sizes only: no training on a CPU has wider convolutions."""
     channels, side = shape
-    x = torch.randn(8, channels, side, side).to(memory_format=torch.channels_last)
-    weight = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
-    bias = torch.randn(channels)
-
-    def call():
-        if name == "torch":
-            return F.conv2d(x, weight, bias, padding=1)
-        return winograd_conv3x3(x, weight, bias)
-
-    benchmark.group = f"winograd {shape}"
-    with torch.no_grad():
-        benchmark.pedantic(call, rounds=8, warmup_rounds=2)
+    x = 2 * draw(IMAGES, channels, side, side) - 1
+    weight = (2 * draw(channels, channels, 3, 3, seed=1) - 1) / (9 * channels) ** 0.5
+    leaves = [*(t.to(memory_format=torch.channels_last) for t in (x, weight)), draw(channels, seed=2)]
+    factor = 3 if backward else 1
+    contest.op(
+        f"winograd {shape}",
+        {"reference": ops.winograd_conv3x3_ref, "ours": ops.winograd_conv3x3},
+        leaves,
+        backward,
+        work={
+            "images": IMAGES,
+            "flop": factor * 2 * 9 * channels * x.numel(),
+            "bytes": factor * 4 * (2 * x.numel() + weight.numel()),
+        },
+        goals=[faster(1.2, "reference")],
+        tolerance=1e-3,
+    )
