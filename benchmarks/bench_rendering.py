@@ -1,13 +1,19 @@
-"""Multi-view training renders, 16 views of 64 px an asset: views a second on one core, loading apart.
+"""Multi-view training renders, 16 views of 64 px an asset, by OpenGL and in numpy; loading apart.
 
 Stand-ins for the furniture of the embedded model: DATA's median of 4,300 faces, and its 95th percentile of 45,000; one
 in plain colours, one textured.
 """
 
+import functools
+
 import numpy as np
 import pytest
+import torch
+from contest import size, sizes, within
+from contestants import Contestant, Unavailable
 
-SIZE, PER_SIDE = 64, 4
+SIDE, PER_SIDE = size(64, 8), size(4, 1)
+VIEWS = 16
 
 
 def stand_in(n_faces: int, textured: bool):
@@ -33,31 +39,33 @@ def stand_in(n_faces: int, textured: bool):
     return Mesh((part,)).normalised()
 
 
-@pytest.fixture(scope="module", params=["gl", "numpy"])
-def renderer(request):
+def orbiting(way: str, n_faces: int, textured: bool):
+    """A call that draws an orbit: the share of its pixels that show the ring."""
     from mvdream_fast.core.errors import ArgumentError
     from mvdream_fast.rendering.dataset import make_renderer
-
-    try:
-        return make_renderer(request.param)
-    except ArgumentError as error:
-        pytest.skip(f"no OpenGL here: {error}")
-
-
-@pytest.mark.parametrize("n_faces", [4_300, 45_000])
-@pytest.mark.parametrize("textured", [False, True], ids=["plain", "textured"])
-def bench_orbit(benchmark, request, renderer, n_faces, textured):
     from mvdream_fast.rendering.orbits import PRESETS, orbit
 
+    try:
+        renderer = make_renderer(way)
+    except ArgumentError as error:
+        raise Unavailable(f"no OpenGL here: {error}") from error
     mesh, cameras = stand_in(n_faces, textured), orbit(PRESETS["embedded"], np.full(4, 0.5))
-    benchmark.group = f"orbit of 16 views, {n_faces} faces"
+    return lambda: renderer.render(mesh, cameras.c2w, cameras.fovy, SIDE, PER_SIDE)
 
-    def draw():
-        return renderer.render(mesh, cameras.c2w, cameras.fovy, SIZE, PER_SIDE)
 
-    draw()
-    benchmark.pedantic(draw, rounds=5)
-    rate = len(cameras.c2w) / benchmark.stats.stats.median
-    benchmark.extra_info["views_per_s"] = rate
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{renderer.name:40} {n_faces:6} faces, {'textured' if textured else 'plain':8} {rate:6.0f} views/s")
+def covered(images) -> torch.Tensor:
+    return torch.tensor(float(np.mean(np.asarray(images)[..., 3] > 127)))
+
+
+@pytest.mark.parametrize("n_faces", sizes([4_300, 45_000], [200]))
+@pytest.mark.parametrize("textured", [False, True], ids=["plain", "textured"])
+def bench_orbit(contest, n_faces, textured):
+    names = {"ours, OpenGL": "gl", "ours, numpy": "numpy"}
+    contest.run(
+        f"orbit of {VIEWS} views, {n_faces} faces, {'textured' if textured else 'plain'}",
+        "call",
+        [Contestant(name, functools.partial(orbiting, way, n_faces, textured), covered) for name, way in names.items()],
+        work={"views": VIEWS, "pixels": VIEWS * SIDE**2},
+        goals=[within(VIEWS / 60, "ours, OpenGL")],
+        tolerance=0.05,
+    )

@@ -26,6 +26,7 @@ PARTS = {  # name: seconds that it may take
     "sds_step": 90,
     "attention": 60,
     "field": 60,
+    "training": 30,
     "nerfacc": 40,
     "counters": 60,
 }

@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_attention import GPU_SHAPES, VIEWS, sdpa
-from bench_cuda import (
+from bench_attention import GPU_SHAPES, VIEWS
+from device_work import (
     DEVICE,
     N_SAMPLES,
     N_VIEWS,
     TOY,
+    diffusers_step,
     filled,
     marched,
     milliseconds,
+    training_step,
     volume,
 )
-from bench_cuda import (
-    guided_step as bench_guided_step,
-)
+from peers import sdpa
 from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
@@ -134,7 +134,7 @@ def guided_step() -> Found:
     unet, text, latents, camera = full_size()
     t = torch.tensor(500, device=DEVICE)
     eager, graph = (Denoiser(unet, text, N_VIEWS, captured=c) for c in (None, guided_call()))
-    theirs, _ = bench_guided_step("diffusers", torch.no_grad)
+    theirs = diffusers_step()
     calls = {"ours": lambda: eager(latents, t, camera), "ours, graph": lambda: graph(latents, t, camera)}
     calls |= {"diffusers": theirs, "diffusers, graph": theirs if TOY else graphed(theirs)}
     yield from turns("guided step", calls, unit="ms")
@@ -262,7 +262,7 @@ def field() -> Found:
 
 def _marched_points(n: int) -> torch.Tensor:
     """Points along rays, in the order in which a march makes them, in [-1, 1]^3: [n, 3]."""
-    march, samples, _ = marched(1)
+    march, samples = marched(1)
     points = samples.positions(*march.args[:2])  # of the march's rays
     return (points.repeat(-(-n // len(points)), 1)[:n] / points.abs().max()).contiguous()
 
@@ -325,6 +325,13 @@ def _waits(call: Callable[[], object]) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("default")
     places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     return {"a step": len(places) / 4, "places": {place: places.count(place) for place in sorted(set(places))}}
+
+
+def training() -> Found:
+    """The embedded UNet's training step on many scenes."""
+    call, n_images = training_step()
+    for what, figures in turns("training step", {"ours": call}):
+        yield what, figures | ({"images a second": 1e3 * n_images / figures["ms"]} if "ms" in figures else {})
 
 
 def nerfacc() -> Found:
