@@ -1,0 +1,190 @@
+"""Markdown of contests, and the blocks of a document that hold it:
+
+    <!-- results: FILE CONTEST -->
+    ...
+    <!-- end -->
+
+FILE lies in benchmarks/results/. CONTEST is a contest's name, or a pattern of several (`geglu*`); `machine` is what they
+were measured on, `goals` every goal of the file.
+"""
+
+import fnmatch
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mvdream_fast.benchmarking.figures import amount, memory, number, ratio, seconds, share, with_unit
+from mvdream_fast.benchmarking.results import Contest, Goal, Limit, Results, Row, load
+from mvdream_fast.core.errors import InputFileError
+
+BLOCK = re.compile(r"(<!-- results: (\S+) (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- results: ")
+WIDTH = 118
+
+# What a table of contestants shows: head, and a row's cell, None where it has none; a column without any is left out.
+COLUMNS: tuple[tuple[str, Callable[[Contest, Row], str | None]], ...] = (
+    ("time", lambda contest, row: seconds(row.median_s)),
+    ("spread", lambda contest, row: share(row.spread_s / row.median_s)),
+    ("speed", lambda contest, row: _speed(contest, row)),
+    ("peak memory", lambda contest, row: _maybe(memory, row.peak_mb)),
+    ("GFLOP/s", lambda contest, row: _maybe(number, row.gflop_s)),
+    ("GB/s", lambda contest, row: _maybe(number, row.gb_s)),
+    ("of the machine's limit", lambda contest, row: _maybe(share, row.of_limit)),
+)
+GOALS = ("contest", "goal", "wanted", "got", "")
+
+
+def fill(text: str, folder: Path, page: str) -> str:
+    """A document with every block written anew from the results files of `folder`.
+
+    Raises: InputFileError for a block that does not end, a file that is missing and a contest that it does not hold.
+    """
+    if len(OPENING.findall(text)) != len(BLOCK.findall(text)):
+        raise InputFileError(f"{page}: a block that begins with `<!-- results: FILE CONTEST -->` has no `<!-- end -->`")
+    return BLOCK.sub(lambda found: found[1] + block(load(folder / found[2]), found[3], page) + found[5], text)
+
+
+def block(results: Results, pattern: str, page: str) -> str:
+    """What stands between the marks. Raises InputFileError where no contest is called so."""
+    if pattern == "machine":
+        return machine(results)
+    if pattern == "goals":
+        return goals(results.contests)
+    contests = [contest for contest in results.contests if fnmatch.fnmatchcase(contest.name, pattern)]
+    if not contests:
+        known = "; ".join(contest.name for contest in results.contests)
+        raise InputFileError(f"{page}: no contest of {results.name} is called {pattern!r}; there are: {known}")
+    return contests_block(results, contests)
+
+
+def machine(results: Results) -> str:
+    """The machine, its limits and the versions, as a paragraph."""
+    return _paragraph(f"{about(results)} {limits(results)}".strip())
+
+
+def about(results: Results) -> str:
+    """Where, when, of what and by what it was measured, in one or two sentences."""
+    at, of = results.machine, results.commit + (" with changes" if results.changed else "")
+    where = f"{at.cpu}, {at.cores} cores, {at.isa}, {at.threads} threads" + (f", {at.gpu}" if at.gpu else "")
+    memory_gb = f", {at.memory_gb:g} GB of memory" if at.memory_gb else ""
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    return f"{where}{memory_gb}; {versions}. `{results.command}`, {results.date}, commit {of}."
+
+
+def limits(results: Results) -> str:
+    """What the machine can do at best, as the contests' runs measured it; empty where none did."""
+    found = [contest.limit for contest in results.contests if contest.limit]
+    if not found:
+        return ""
+    names = {
+        "multiply_add_gflop_s": "multiply-adds {} GFLOP/s",
+        "copy_gb_s": "copying {} GB/s",
+        "gather_gb_s": "gathering from a hash table {} GB/s",
+    }
+    parts = [form.format(_range([getattr(limit, name) for limit in found])) for name, form in names.items()]
+    return f"The machine's limit in that run: {', '.join(parts)}."
+
+
+def contests_block(results: Results, contests: Sequence[Contest]) -> str:
+    """Contests as one table of contestants, with their scaling, their goals, who is left out, and the command."""
+    parts = [contestants(contests), *(scaling(contest) for contest in contests if contest.scaling)]
+    parts += [goals(contests)] if any(contest.goals for contest in contests) else []
+    parts += [_paragraph(line) for line in [left_out(contests)] if line]
+    made = _paragraph(f"`{command(contests)}`, {results.date}, commit {results.commit}.")
+    return "\n".join([*parts, made])
+
+
+def command(contests: Sequence[Contest]) -> str:
+    """What makes these contests' figures again."""
+    files = dict.fromkeys(f"benchmarks/{contest.file}" for contest in contests)
+    return f"pytest {' '.join(files)} --benchmark-only"
+
+
+def contestants(contests: Sequence[Contest]) -> str:
+    """A row for each contestant; the contest is named where there are several."""
+    heads, rows = contestant_cells(contests)
+    if len(contests) == 1:
+        return table(["contestant", *heads], [[name, *cells] for _, name, cells in rows])
+    return table(["contest", "contestant", *heads], [[contest, name, *cells] for contest, name, cells in rows])
+
+
+def contestant_cells(contests: Sequence[Contest]) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """The heads of the columns that have something, and (contest, contestant, cells) of each row."""
+    pairs = [(contest, row) for contest in contests for row in contest.rows]
+    columns = [(head, [cell(*pair) for pair in pairs]) for head, cell in COLUMNS]
+    columns = [(head, cells) for head, cells in columns if any(cells)]
+    rows = [
+        (contest.name, row.name, [cells[i] or "" for _, cells in columns]) for i, (contest, row) in enumerate(pairs)
+    ]
+    return [head for head, _ in columns], rows
+
+
+def scaling(contest: Contest) -> str:
+    """Seconds against work, a column for each contestant."""
+    heads, rows = scaling_cells(contest)
+    return table(heads, rows)
+
+
+def scaling_cells(contest: Contest) -> tuple[list[str], list[list[str]]]:
+    """The heads and the rows of a contest's scaling; a cell is empty where a contestant was not timed."""
+    assert contest.scaling
+    taken = {name: dict(points) for name, points in contest.scaling.points.items()}
+    steps = sorted({x for points in taken.values() for x in points})
+    rows = [[amount(x), *(_maybe(seconds, points.get(x)) or "" for points in taken.values())] for x in steps]
+    return [contest.scaling.x, *taken], rows
+
+
+def goals(contests: Sequence[Contest]) -> str:
+    """Every goal, those that were missed first and in bold."""
+    return table(GOALS, [[*cells[:4], f"**{cells[4]}**" if cells[4] == "missed" else cells[4]] for cells in goal_cells(contests)])
+
+
+def goal_cells(contests: Sequence[Contest]) -> list[list[str]]:
+    """Contest, goal, what was wanted, what came of it, and the word "met" or "missed"; missed ones first."""
+    found: list[tuple[Contest, Goal]] = [(contest, goal) for contest in contests for goal in contest.goals]
+    return [
+        [contest.name, goal.what, with_unit(goal, goal.goal), with_unit(goal, goal.got), "met" if goal.met else "missed"]
+        for contest, goal in sorted(found, key=lambda pair: pair[1].met)
+    ]
+
+
+def left_out(contests: Sequence[Contest]) -> str:
+    """Who did not run, with the reasons, as a sentence; empty where all did."""
+    reasons = dict.fromkeys(f"{one.name} ({one.reason})" for contest in contests for one in contest.skipped)
+    return f"Not run here: {'; '.join(reasons)}." if reasons else ""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(file, contest) of every block of a document."""
+    yield from ((found[2], found[3]) for found in BLOCK.finditer(text))
+
+
+def without_blocks(text: str) -> str:
+    """A document without what the blocks hold."""
+    return BLOCK.sub(lambda found: "\n" * found[0].count("\n"), text)
+
+
+def _speed(contest: Contest, row: Row) -> str | None:
+    if contest.reference is row:
+        return "reference"
+    return _maybe(ratio, contest.speed(row))
+
+
+def _maybe(form: Callable[[float], str], value: float | None) -> str | None:
+    return None if value is None else form(value)
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
