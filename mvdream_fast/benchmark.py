@@ -15,6 +15,7 @@ from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ArgumentError, InputFileError
 
 DOCUMENTS = ("README.md", "docs/*.md")
+FAILED = 1  # the exit code of pytest, and ours, where a benchmark failed or something is slower than it may be
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def run(flags: Run) -> None:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "pytest.json"
         code = subprocess.run(_pytest(flags, raw), cwd=root, check=False).returncode
-        if not raw.is_file() or not raw.stat().st_size:
-            raise InputFileError(f"the benchmarks left no figures; pytest ended with {code}, its lines are above")
+        if code not in (0, FAILED) or not raw.is_file() or not raw.stat().st_size:
+            raise InputFileError(f"the benchmarks left no figures: pytest ended with {code}, its lines are above")
         found = results.from_pytest(read_json(raw), command(flags), flags.name)
     path = flags.output or root / "benchmarks" / "results" / f"{found.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ def run(flags: Run) -> None:
     if flags.output is None:
         write_tables(root, check=False)
     if code:
-        cli.fail("benchmark", "some benchmarks failed, see pytest's lines above; the others' figures are written", 1)
+        cli.fail("benchmark", "some benchmarks failed, as pytest says above; the others' figures are written", FAILED)
 
 
 def command(flags: Run) -> str:
@@ -141,11 +142,13 @@ def _pytest(flags: Run, raw: Path) -> list[str]:
 
 
 def write_pages(files: tuple[Path, ...]) -> None:
-    """FILE.html beside each results file. Raises InputFileError, OutputError."""
+    """FILE.html beside each results file. Raises ArgumentError, InputFileError, OutputError."""
     from mvdream_fast.benchmarking.page import page
     from mvdream_fast.benchmarking.results import load
     from mvdream_fast.core.files import atomic_write
 
+    if not files:
+        raise ArgumentError("name at least one results file, such as those in benchmarks/results/")
     for file in files:
         out = file.with_suffix(".html")
         atomic_write(out, page(load(file)))
@@ -167,21 +170,21 @@ def write_tables(root: Path, check: bool) -> int:
         print(f"{name} is out of date" if check else f"wrote {name}")
         if not check:
             atomic_write(page, new)
-    return int(check and stale > 0)
+    return FAILED if check and stale else 0
 
 
 def compare(flags: Compare) -> int:
     """Prints the difference; 1 where something is slower past the bound. Raises ArgumentError, InputFileError."""
-    from mvdream_fast.benchmarking.changes import difference, report
+    from mvdream_fast.benchmarking.changes import conditions, difference, report
     from mvdream_fast.benchmarking.results import load
 
     cli.check_at_least(flags, 1, "bound")
     a, b = load(flags.a), load(flags.b)
-    for name, was, now in _conditions(a, b):
+    for name, (was, now) in conditions(a, b).items():
         print(f"{name}: {was} -> {now}")
     found = difference(a, b)
     print(report(found, flags.bound))
-    return int(bool(found.slower(flags.bound)))
+    return FAILED if found.slower(flags.bound) else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ contestants is held to the reference of its own contest, which took turns with i
 run. A change counts once it is larger than the spread of all that it is made of.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,14 @@ def difference(a: Results, b: Results) -> Difference:
     return Difference(tuple(changes), tuple(_label(*k) for k in gone), tuple(_label(*k) for k in new), tuple(apart))
 
 
+def conditions(a: Results, b: Results) -> dict[str, tuple[str, str]]:
+    """What else than the code differs: the machine's parts, versions, threads; None is what one of them lacks."""
+    before, after = ({**dataclasses.asdict(x.machine), **x.versions} for x in (a, b))
+    names = dict.fromkeys([*before, *after])
+    pairs = {name: (str(before.get(name)), str(after.get(name))) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def report(found: Difference, bound: float) -> str:
     """The difference as lines for a terminal: slower first, then faster, then how many stayed as they were."""
     past, moved = found.slower(bound), [change for change in found.changes if change.at_least != 1]
@@ -102,7 +111,7 @@ def _label(contest: str, name: str) -> str:
 def _change(before: tuple[Contest, Row], after: tuple[Contest, Row], same_machine: bool) -> Change | None:
     """By the reference where both have the same one, else by the limit, else by seconds on one machine."""
     (was_in, was), (is_in, now) = before, after
-    old, new = was_in.reference, is_in.reference
+    old, new = was_in.beside(was, "reference"), is_in.beside(now, "reference")
     rows = [was, now]
     if old and new and old.name == new.name:
         by, factor = "reference", (now.median_s / new.median_s) / (was.median_s / old.median_s)

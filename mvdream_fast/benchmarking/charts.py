@@ -61,13 +61,14 @@ def scaling(contest: Contest) -> str:
         return ""
     curves = contest.scaling.points
     axes = Axes.around([x for x, _ in _all(curves)], [y for _, y in _all(curves)])
-    roles = {row.name: row.role for row in contest.rows}
     parts = []
-    for number_, (name, points) in enumerate(curves.items()):
-        role = roles.get(name, "ours" if name.startswith("ours") else "peer")
+    for i, (name, points) in enumerate(curves.items()):
+        role = next((row.role for row in contest.rows if row.name.startswith(name)), "peer")
         path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in sorted(points))
-        parts.append(f'<polyline class="curve {role} dash{number_ % 4}" points="{path}"/>')
-        parts += [axes.mark((x, y), role, f"{name}: {seconds(y)} at {amount(x)} {contest.scaling.x}") for x, y in points]
+        parts.append(f'<polyline class="curve {role} dash{i % 4}" points="{path}"/>')
+        parts += [
+            axes.mark((x, y), role, f"{name}: {seconds(y)} at {amount(x)} {contest.scaling.x}") for x, y in points
+        ]
         x, y = max(points)
         parts.append(f'<text class="name" x="{axes.x(x) - 6:.1f}" y="{axes.y(y) - 7:.1f}">{html.escape(name)}</text>')
     title = f"{contest.name}: seconds against {contest.scaling.x}"
@@ -112,8 +113,8 @@ class Axes:
         body = "".join([*self._grid(), *parts])
         return (
             f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-            f'{body}<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(names[0])}</text>'
-            f'<text transform="translate(12 {HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">{html.escape(names[1])}'
+            f'{body}<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(names[0])}</text>'
+            f'<text transform="translate(12 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{html.escape(names[1])}'
             "</text></svg>"
         )
 

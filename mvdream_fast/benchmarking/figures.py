@@ -43,22 +43,19 @@ def memory(value: float) -> str:
     return f"{value:,.0f} MB"
 
 
-def with_unit(goal: Goal, value: float) -> str:
-    """A goal's number, or what came of it."""
+def reached(goal: Goal) -> str:
+    """What came of a goal, in its unit."""
     if goal.unit == "s":
-        return seconds(value)
-    if goal.unit == "%":
-        return share(value / 100)
-    return ratio(value) if goal.unit == "x" else f"{number(value)} {goal.unit}".strip()
+        return seconds(goal.got)
+    return ratio(goal.got) if goal.unit == "x" else f"{number(goal.got)} {goal.unit}"
 
 
 def shown(contest: Contest) -> Iterator[str]:
     """Every figure of speed that a contest's table shows, as it is written there."""
-    for row in contest.rows:
+    for row in () if contest.scaling else contest.rows:
         yield seconds(row.median_s)
-        yield from (ratio(speed) for speed in (contest.speed(row),) if speed is not None)
-    for goal in contest.goals:
-        yield from (with_unit(goal, goal.got), with_unit(goal, goal.goal))
+        yield from (ratio(lead) for lead in (contest.lead(row),) if lead is not None)
+    yield from (reached(goal) for goal in contest.goals)
     for points in contest.scaling.points.values() if contest.scaling else ():
         yield from (seconds(taken) for _, taken in points)
 

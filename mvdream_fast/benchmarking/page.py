@@ -1,5 +1,5 @@
-"""A results file as one page: tables, bars, a roofline and curves. It opens from file://, without a script or a network,
-on a phone and in the dark; whatever a picture shows stands in a table beside it."""
+"""A results file as one page: tables, bars, a roofline and curves. It opens from file://, without a script or a
+network, on a phone and in the dark; whatever a picture shows stands in a table beside it."""
 
 import html
 import re
@@ -32,16 +32,21 @@ thead th{color:var(--soft)} th[scope=row].ours{font-weight:bold} .missed{color:v
 .mark.peer{fill:var(--back);stroke:var(--peer);stroke-width:2}
 """
 KEY = (
-    "A disc is ours, a square the reference that speeds are ratios to, a ring another peer. The full line is the roof "
-    "of copying and multiply-adds, the dashed one that of gathering from a hash table. Pointing at a mark names it; the "
-    "tables below hold the same figures."
+    "A disc is ours, a square the plain reference, a ring a peer. The full line is the roof of copying and "
+    "multiply-adds, the dashed one that of gathering from a hash table, the best of all that the contests saw beside "
+    "them. Pointing at a mark names it; the tables below hold the same figures."
 )
 
 
 def page(results: Results) -> str:
     """The whole page."""
     groups = [(name, list(contests)) for name, contests in groupby(results.contests, key=lambda one: one.group)]
-    parts = [f"<h1>How fast, on {html.escape(results.machine.cpu)}</h1>", _about(results), _goals(results), _roof(results)]
+    parts = [
+        f"<h1>How fast, on {html.escape(results.machine.cpu)}</h1>",
+        _about(results),
+        _goals(results),
+        _roof(results),
+    ]
     parts.append(_contents([name for name, _ in groups]))
     parts += [_group(name, contests) for name, contests in groups]
     head = (
@@ -54,8 +59,7 @@ def page(results: Results) -> str:
 def _about(results: Results) -> str:
     words = (
         "Contestants of one table did the same work on the same numbers and took turns in one run: medians, with the "
-        "interquartile range as the spread. Speed is how many times as fast as the reference; the machine's limit was "
-        "measured in the same run."
+        "interquartile range as the spread. The machine's limit was measured in the same run."
     )
     return f"<p>{_prose(tables.about(results))} {_prose(tables.limits(results))}</p><p>{words}</p>"
 

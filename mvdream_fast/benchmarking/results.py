@@ -98,17 +98,23 @@ class Contest(Checked):
 
     @property
     def name(self) -> str:
-        """What the documents' markers call it."""
-        return f"{self.group}, {self.what}"
+        """What the documents' marks call it, and pytest-benchmark its group."""
+        return f"{self.group} {self.what}"
 
-    @property
-    def reference(self) -> Row | None:
-        """The contestant that speeds are ratios to."""
-        return next((row for row in self.rows if row.role == "reference"), None)
+    def beside(self, row: Row, role: Role) -> Row | None:
+        """The contestant of this role that did the same as `row`: where cost is measured against work, the same case,
+        which names end in ("ours, 1000 samples")."""
+        found = (other for other in self.rows if other.role == role and _case(other) == _case(row))
+        return next(found, None)
 
-    def speed(self, row: Row) -> float | None:
-        """How many times as fast as the reference; None for it itself, and where there is none."""
-        return self.reference.median_s / row.median_s if self.reference and row is not self.reference else None
+    def lead(self, row: Row) -> float | None:
+        """How many times as fast as `row` ours is; None for ours itself, and where ours is not timed beside it."""
+        ours = None if row.role == "ours" else self.beside(row, "ours")
+        return row.median_s / ours.median_s if ours else None
+
+
+def _case(row: Row) -> str:
+    return row.name.partition(",")[2]
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,10 @@ class Machine(Checked):
 
 @dataclass(frozen=True)
 class Results(Checked):
-    """A whole file; contests are sorted by name, contestants by role and name. changed: the tree was not the commit's."""
+    """A whole file; contests are sorted by name, contestants by role and name.
+
+    changed: the tree was not quite the commit's.
+    """
 
     name: str
     machine: Machine
@@ -155,7 +164,7 @@ def load(path: Path) -> Results:
 
 
 def dumps(results: Results) -> str:
-    """The file's text. A contestant is one line, what it has nothing of is left out: a new run's difference is readable."""
+    """The file's text: a line for each contestant, without what it lacks, so that a new run's changes can be read."""
     text = json.dumps(_plain(dataclasses.asdict(results)), indent=1, ensure_ascii=False)
     for innermost in (r"[\[{][^\[\]{}]*[\]}]", r"\[\s*\[[^{}]*?\]\n\s*\]"):
         text = re.sub(innermost, lambda found: re.sub(r"\n\s*", " ", found.group()), text)

@@ -4,8 +4,8 @@
     ...
     <!-- end -->
 
-FILE lies in benchmarks/results/. CONTEST is a contest's name, or a pattern of several (`geglu*`); `machine` is what they
-were measured on, `goals` every goal of the file.
+FILE lies in benchmarks/results/. CONTEST is a contest's name, or a pattern of several (`geglu*`); `machine` is what
+they were measured on, `goals` every goal of the file.
 """
 
 import fnmatch
@@ -14,25 +14,25 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mvdream_fast.benchmarking.figures import amount, memory, number, ratio, seconds, share, with_unit
-from mvdream_fast.benchmarking.results import Contest, Goal, Limit, Results, Row, load
+from mvdream_fast.benchmarking.figures import amount, memory, number, ratio, reached, seconds, share
+from mvdream_fast.benchmarking.results import Contest, Goal, Results, Row, load
 from mvdream_fast.core.errors import InputFileError
 
-BLOCK = re.compile(r"(<!-- results: (\S+) (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-OPENING = re.compile(r"<!-- results: ")
+OPENING = r"<!-- results: (\S+\.json) (.+?) -->\n"
+BLOCK = re.compile(rf"({OPENING})(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 118
 
 # What a table of contestants shows: head, and a row's cell, None where it has none; a column without any is left out.
 COLUMNS: tuple[tuple[str, Callable[[Contest, Row], str | None]], ...] = (
     ("time", lambda contest, row: seconds(row.median_s)),
     ("spread", lambda contest, row: share(row.spread_s / row.median_s)),
-    ("speed", lambda contest, row: _speed(contest, row)),
+    ("ours against it", lambda contest, row: _maybe(ratio, contest.lead(row))),
     ("peak memory", lambda contest, row: _maybe(memory, row.peak_mb)),
     ("GFLOP/s", lambda contest, row: _maybe(number, row.gflop_s)),
     ("GB/s", lambda contest, row: _maybe(number, row.gb_s)),
     ("of the machine's limit", lambda contest, row: _maybe(share, row.of_limit)),
 )
-GOALS = ("contest", "goal", "wanted", "got", "")
+GOALS = ("contest", "goal", "got", "")
 
 
 def fill(text: str, folder: Path, page: str) -> str:
@@ -40,7 +40,7 @@ def fill(text: str, folder: Path, page: str) -> str:
 
     Raises: InputFileError for a block that does not end, a file that is missing and a contest that it does not hold.
     """
-    if len(OPENING.findall(text)) != len(BLOCK.findall(text)):
+    if len(re.findall(OPENING, text)) != len(BLOCK.findall(text)):
         raise InputFileError(f"{page}: a block that begins with `<!-- results: FILE CONTEST -->` has no `<!-- end -->`")
     return BLOCK.sub(lambda found: found[1] + block(load(folder / found[2]), found[3], page) + found[5], text)
 
@@ -88,7 +88,9 @@ def limits(results: Results) -> str:
 
 def contests_block(results: Results, contests: Sequence[Contest]) -> str:
     """Contests as one table of contestants, with their scaling, their goals, who is left out, and the command."""
-    parts = [contestants(contests), *(scaling(contest) for contest in contests if contest.scaling)]
+    alike = [contest for contest in contests if not contest.scaling]
+    parts = [contestants(alike)] if alike else []
+    parts += [scaling(contest) for contest in contests if contest.scaling]
     parts += [goals(contests)] if any(contest.goals for contest in contests) else []
     parts += [_paragraph(line) for line in [left_out(contests)] if line]
     made = _paragraph(f"`{command(contests)}`, {results.date}, commit {results.commit}.")
@@ -137,14 +139,15 @@ def scaling_cells(contest: Contest) -> tuple[list[str], list[list[str]]]:
 
 def goals(contests: Sequence[Contest]) -> str:
     """Every goal, those that were missed first and in bold."""
-    return table(GOALS, [[*cells[:4], f"**{cells[4]}**" if cells[4] == "missed" else cells[4]] for cells in goal_cells(contests)])
+    rows = [[*cells, f"**{word}**" if word == "missed" else word] for *cells, word in goal_cells(contests)]
+    return table(GOALS, rows)
 
 
 def goal_cells(contests: Sequence[Contest]) -> list[list[str]]:
-    """Contest, goal, what was wanted, what came of it, and the word "met" or "missed"; missed ones first."""
+    """Contest, goal, what came of it, and the word "met" or "missed"; missed ones first."""
     found: list[tuple[Contest, Goal]] = [(contest, goal) for contest in contests for goal in contest.goals]
     return [
-        [contest.name, goal.what, with_unit(goal, goal.goal), with_unit(goal, goal.got), "met" if goal.met else "missed"]
+        [contest.name, goal.what, reached(goal), "met" if goal.met else "missed"]
         for contest, goal in sorted(found, key=lambda pair: pair[1].met)
     ]
 
@@ -169,12 +172,6 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 def without_blocks(text: str) -> str:
     """A document without what the blocks hold."""
     return BLOCK.sub(lambda found: "\n" * found[0].count("\n"), text)
-
-
-def _speed(contest: Contest, row: Row) -> str | None:
-    if contest.reference is row:
-        return "reference"
-    return _maybe(ratio, contest.speed(row))
 
 
 def _maybe(form: Callable[[float], str], value: float | None) -> str | None:

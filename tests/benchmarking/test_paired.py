@@ -8,7 +8,9 @@ import pytest
 
 STEADY = "import time\n\n\ndef work():\n    time.sleep(0.01)\n"
 HALVED = STEADY.replace("0.01", "0.02")
-NOISY = STEADY.replace("time.sleep", "import random\n    time.sleep(random.choice([1, 1, 1, 2.5]) * ").replace("01)", "01))")
+NOISY = STEADY.replace("time.sleep", "import random\n    time.sleep(random.choice([1, 1, 1, 2.5]) * ").replace(
+    "01)", "01))"
+)
 WORK = "import mvdream_fast\nWORK = {'sleep': lambda: mvdream_fast.work}\n"
 
 
