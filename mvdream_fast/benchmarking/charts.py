@@ -14,7 +14,7 @@ from mvdream_fast.benchmarking.results import Contest, Limit, Results, Row
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 420, 300  # of a plot: a phone's width, so that letters keep their size there
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 18, 40
 MARKS = {"reference": "square", "peer": "ring", "ours": "disc"}
 
 
@@ -136,11 +136,10 @@ def _slope(axes: Axes, name: str, gb_s: float, roof: Limit) -> str:
     corners = [(left, left * gb_s), (peak / gb_s, peak), (10.0**axes.high_x, peak)]
     path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in corners)
     words = f"{name}: {number(gb_s)} GB/s, multiply-adds: {number(peak)} GFLOP/s"
-    middle = math.sqrt(left * peak / gb_s)
-    at = f'x="{axes.x(middle) - 5:.1f}" y="{axes.y(middle * gb_s) - 5:.1f}"'
+    x, y = axes.x(peak / gb_s), axes.y(peak)
     return (
         f'<polyline class="roof {name}" points="{path}"><title>{words}</title></polyline>'
-        f'<text class="name" {at}>{name}</text>'
+        f'<text class="name" x="{max(x - 6, LEFT + 32):.1f}" y="{y - 4:.1f}">{name}</text>'
     )
 
 

@@ -22,7 +22,8 @@ a{color:var(--ours)} .note{color:var(--soft)} code{font-size:.9em} nav ul{column
 .wide{overflow-x:auto} table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 td,th{padding:.2em .9em .2em 0;text-align:left;border-bottom:1px solid var(--line);font-weight:normal}
 thead th{color:var(--soft)} th[scope=row].ours{font-weight:bold} .missed{color:var(--bad);font-weight:bold}
-.met{color:var(--good)} .bar{width:8em;height:1em;display:block} .plot{width:100%;max-width:640px;height:auto}
+.met{color:var(--good)} .words,th[scope=row]{min-width:8em}
+.bar{width:8em;height:1em;display:block} .plot{width:100%;max-width:640px;height:auto}
 .bar .ours{fill:var(--ours)} .bar .peer{fill:var(--peer)} .bar .reference{fill:var(--reference)}
 .bar .range{fill:var(--text)} svg text{font:11px system-ui,sans-serif;fill:var(--text)} .name{text-anchor:end}
 .grid{stroke:var(--line)} .roof,.curve{fill:none;stroke:var(--text);stroke-width:1.5} .roof.gather{stroke-dasharray:6 3}
@@ -102,7 +103,7 @@ def _group(name: str, contests: Sequence[Contest]) -> str:
 
 def _contestants(contest: Contest) -> str:
     """A row for each contestant, with a bar in it."""
-    heads, rows = tables.contestant_cells([contest])
+    heads, rows = tables.contestant_cells(contest)
     longest = max(row.median_s + row.spread_s / 2 for row in contest.rows)
     body = [
         [
@@ -110,9 +111,9 @@ def _contestants(contest: Contest) -> str:
             f"<td>{charts.bar(row, longest)}</td>",
             *map(_cell, cells),
         ]
-        for row, (_, name, cells) in zip(contest.rows, rows)
+        for row, (name, *cells) in zip(contest.rows, rows)
     ]
-    return _table(["contestant", "", *heads], body, contest.name)
+    return _table([heads[0], "", *heads[1:]], body, contest.name)
 
 
 def _scaling(contest: Contest) -> str:
@@ -133,8 +134,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> st
 
 
 def _cell(text: str) -> str:
-    """A cell; a figure and its unit stay together."""
-    return f"<td>{html.escape(text.replace(' ', chr(0xA0)) if text[:1].isdigit() else text)}</td>"
+    """A cell; a figure and its unit stay together, a sentence has room."""
+    if text[:1].isdigit():
+        return f"<td>{html.escape(text).replace(' ', '&nbsp;')}</td>"
+    return f'<td class="words">{html.escape(text)}</td>' if text else "<td></td>"
 
 
 def _link(name: str) -> str:

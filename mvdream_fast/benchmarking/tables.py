@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mvdream_fast.benchmarking.figures import amount, memory, number, ratio, reached, seconds, share
-from mvdream_fast.benchmarking.results import Contest, Goal, Results, Row, load
+from mvdream_fast.benchmarking.results import ROLES, Contest, Goal, Results, Row, load
 from mvdream_fast.core.errors import InputFileError
 
 OPENING = r"<!-- results: (\S+\.json) (.+?) -->\n"
@@ -23,7 +23,8 @@ BLOCK = re.compile(rf"({OPENING})(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 118
 
 # What a table of contestants shows: head, and a row's cell, None where it has none; a column without any is left out.
-COLUMNS: tuple[tuple[str, Callable[[Contest, Row], str | None]], ...] = (
+Columns = tuple[tuple[str, Callable[[Contest, Row], str | None]], ...]
+COLUMNS: Columns = (
     ("time", lambda contest, row: seconds(row.median_s)),
     ("spread", lambda contest, row: share(row.spread_s / row.median_s)),
     ("ours against it", lambda contest, row: _maybe(ratio, contest.lead(row))),
@@ -31,6 +32,10 @@ COLUMNS: tuple[tuple[str, Callable[[Contest, Row], str | None]], ...] = (
     ("GFLOP/s", lambda contest, row: _maybe(number, row.gflop_s)),
     ("GB/s", lambda contest, row: _maybe(number, row.gb_s)),
     ("of the machine's limit", lambda contest, row: _maybe(share, row.of_limit)),
+)
+OURS: Columns = (
+    ("peak memory of ours", lambda contest, row: _maybe(memory, row.peak_mb)),
+    ("its share of the machine's limit", lambda contest, row: _maybe(share, row.of_limit)),
 )
 GOALS = ("contest", "goal", "got", "")
 
@@ -89,7 +94,7 @@ def limits(results: Results) -> str:
 def contests_block(results: Results, contests: Sequence[Contest]) -> str:
     """Contests as one table of contestants, with their scaling, their goals, who is left out, and the command."""
     alike = [contest for contest in contests if not contest.scaling]
-    parts = [contestants(alike)] if alike else []
+    parts = [contestants(alike[0]) if len(alike) == 1 else overview(alike)] if alike else []
     parts += [scaling(contest) for contest in contests if contest.scaling]
     parts += [goals(contests)] if any(contest.goals for contest in contests) else []
     parts += [_paragraph(line) for line in [left_out(contests)] if line]
@@ -103,23 +108,31 @@ def command(contests: Sequence[Contest]) -> str:
     return f"pytest {' '.join(files)} --benchmark-only"
 
 
-def contestants(contests: Sequence[Contest]) -> str:
-    """A row for each contestant; the contest is named where there are several."""
-    heads, rows = contestant_cells(contests)
-    if len(contests) == 1:
-        return table(["contestant", *heads], [[name, *cells] for _, name, cells in rows])
-    return table(["contest", "contestant", *heads], [[contest, name, *cells] for contest, name, cells in rows])
+def contestants(contest: Contest) -> str:
+    """A row for each contestant."""
+    return table(*contestant_cells(contest))
 
 
-def contestant_cells(contests: Sequence[Contest]) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-    """The heads of the columns that have something, and (contest, contestant, cells) of each row."""
-    pairs = [(contest, row) for contest in contests for row in contest.rows]
-    columns = [(head, [cell(*pair) for pair in pairs]) for head, cell in COLUMNS]
+def contestant_cells(contest: Contest) -> tuple[list[str], list[list[str]]]:
+    """The heads of the columns that have something, and the rows."""
+    columns = [(head, [cell(contest, row) for row in contest.rows]) for head, cell in COLUMNS]
     columns = [(head, cells) for head, cells in columns if any(cells)]
-    rows = [
-        (contest.name, row.name, [cells[i] or "" for _, cells in columns]) for i, (contest, row) in enumerate(pairs)
-    ]
-    return [head for head, _ in columns], rows
+    rows = [[row.name, *(cells[i] or "" for _, cells in columns)] for i, row in enumerate(contest.rows)]
+    return ["contestant", *(head for head, _ in columns)], rows
+
+
+def overview(contests: Sequence[Contest]) -> str:
+    """A row for each contest: everybody's time and how many times as fast ours is, then what ours holds and reaches."""
+    roles = {row.name: ROLES.index(row.role) for contest in contests for row in contest.rows}
+    names = sorted(roles, key=lambda name: roles[name])
+    rows = []
+    for contest in contests:
+        by_name = {row.name: row for row in contest.rows}
+        ours = [row for row in contest.rows if row.role == "ours"]
+        times = [_time(contest, by_name[name]) if name in by_name else "" for name in names]
+        of_ours = [", ".join(filter(None, (cell(contest, row) for row in ours))) for _, cell in OURS]
+        rows.append([contest.name, *times, *of_ours])
+    return table(["contest", *names, *(head for head, _ in OURS)], rows)
 
 
 def scaling(contest: Contest) -> str:
@@ -172,6 +185,11 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 def without_blocks(text: str) -> str:
     """A document without what the blocks hold."""
     return BLOCK.sub(lambda found: "\n" * found[0].count("\n"), text)
+
+
+def _time(contest: Contest, row: Row) -> str:
+    lead = contest.lead(row)
+    return seconds(row.median_s) if lead is None else f"{seconds(row.median_s)}, {ratio(lead)}"
 
 
 def _maybe(form: Callable[[float], str], value: float | None) -> str | None:
