@@ -69,10 +69,10 @@ def _goals(results: Results) -> str:
     rows = tables.goal_cells(results.contests)
     if not rows:
         return ""
-    missed = sum(row[-1] == "missed" for row in rows)
+    missed = sum(word == tables.MISSED for word, *_ in rows)
     body = [
-        [f'<th scope="row">{_link(name)}</th>', *map(_cell, cells[:-1]), f'<td class="{cells[-1]}">{cells[-1]}</td>']
-        for name, *cells in rows
+        [f'<td class="{word}">{word}</td>', *map(_cell, cells), f'<th scope="row">{_link(contest)}</th>']
+        for word, *cells, contest in rows
     ]
     heading = f"<h2>Goals: {len(rows) - missed} met, {missed} missed</h2>"
     return heading + _table(tables.GOALS, body, "goals")

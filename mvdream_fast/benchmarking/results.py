@@ -102,10 +102,12 @@ class Contest(Checked):
         return f"{self.group} {self.what}"
 
     def beside(self, row: Row, role: Role) -> Row | None:
-        """The contestant of this role that did the same as `row`: where cost is measured against work, the same case,
-        which names end in ("ours, 1000 samples")."""
-        found = (other for other in self.rows if other.role == role and _case(other) == _case(row))
-        return next(found, None)
+        """The contestant of this role that did the same as `row`: the same case, which names end in ("ours, 2 threads"),
+        else the only one there is, unless cost is measured against work."""
+        others = [other for other in self.rows if other.role == role]
+        alike = [other for other in others if _case(other) == _case(row)]
+        alone = others if len(others) == 1 and self.scaling is None else []
+        return next(iter(alike or alone), None)
 
     def lead(self, row: Row) -> float | None:
         """How many times as fast as `row` ours is; None for ours itself, and where ours is not timed beside it."""

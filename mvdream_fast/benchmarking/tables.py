@@ -5,7 +5,7 @@
     <!-- end -->
 
 FILE lies in benchmarks/results/. CONTEST is a contest's name, or a pattern of several (`geglu*`); `machine` is what
-they were measured on, `goals` every goal of the file.
+they were measured on, `goals` every goal of the file, `missed` those that were missed.
 """
 
 import fnmatch
@@ -37,7 +37,8 @@ OURS: Columns = (
     ("peak memory of ours", lambda contest, row: _maybe(memory, row.peak_mb)),
     ("its share of the machine's limit", lambda contest, row: _maybe(share, row.of_limit)),
 )
-GOALS = ("contest", "goal", "got", "")
+MISSED = "missed"
+GOALS = ("goal", "came to", "wanted", "contest")
 
 
 def fill(text: str, folder: Path, page: str) -> str:
@@ -56,6 +57,8 @@ def block(results: Results, pattern: str, page: str) -> str:
         return machine(results)
     if pattern == "goals":
         return goals(results.contests)
+    if pattern == MISSED:
+        return missed(results.contests)
     contests = [contest for contest in results.contests if fnmatch.fnmatchcase(contest.name, pattern)]
     if not contests:
         known = "; ".join(contest.name for contest in results.contests)
@@ -152,15 +155,22 @@ def scaling_cells(contest: Contest) -> tuple[list[str], list[list[str]]]:
 
 def goals(contests: Sequence[Contest]) -> str:
     """Every goal, those that were missed first and in bold."""
-    rows = [[*cells, f"**{word}**" if word == "missed" else word] for *cells, word in goal_cells(contests)]
+    rows = [[f"**{word}**" if word == MISSED else word, *cells] for word, *cells in goal_cells(contests)]
     return table(GOALS, rows)
 
 
+def missed(contests: Sequence[Contest]) -> str:
+    """The goals that were missed, and how many were not."""
+    found = [cells for word, *cells in goal_cells(contests) if word == MISSED]
+    n_met = sum(len(contest.goals) for contest in contests) - len(found)
+    return (table(GOALS[1:], found) if found else "None.\n") + f"\nGoals that were met: {n_met}.\n"
+
+
 def goal_cells(contests: Sequence[Contest]) -> list[list[str]]:
-    """Contest, goal, what came of it, and the word "met" or "missed"; missed ones first."""
+    """The word "met" or "missed", what came of the goal, the goal, the contest; missed ones first."""
     found: list[tuple[Contest, Goal]] = [(contest, goal) for contest in contests for goal in contest.goals]
     return [
-        [contest.name, goal.what, reached(goal), "met" if goal.met else "missed"]
+        ["met" if goal.met else MISSED, reached(goal), goal.what, contest.name]
         for contest, goal in sorted(found, key=lambda pair: pair[1].met)
     ]
 

@@ -103,3 +103,7 @@ def test_ours_is_held_to_those_who_did_the_same():
     assert GEGLU.beside(compiled, "ours") is ours
     assert [FIELD.lead(row) for row in FIELD.rows] == [30.0, None, None]
     assert FIELD.beside(FIELD.rows[2], "reference") is None  # it was not timed at a million
+    layout = dataclasses.replace(reference, name="reference, diffusers contiguous")
+    assert dataclasses.replace(GEGLU, rows=(layout, ours)).lead(layout) == 2.0
+    threads = [dataclasses.replace(ours, name=f"ours, {n} threads", median_s=1 / n) for n in (1, 2)]
+    assert dataclasses.replace(GEGLU, rows=(layout, *threads)).lead(layout) is None  # two that may be meant

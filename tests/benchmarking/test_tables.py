@@ -72,9 +72,18 @@ def test_several_contests_have_a_row_each():
 
 def test_missed_goals_come_first_and_say_so():
     assert tables.goals(RESULTS.contests).splitlines()[2:] == [
-        "| geglu (2048, 1024) forward | speed of ours against reference: at least 2.5x | 2.00x | **missed** |",
-        "| geglu (2048, 1024) forward | time of ours: at most 0.003 s | 2.00 ms | met |",
+        "| **missed** | 2.00x | speed of ours against reference: at least 2.5x | geglu (2048, 1024) forward |",
+        "| met | 2.00 ms | time of ours: at most 0.003 s | geglu (2048, 1024) forward |",
     ]
+
+
+def test_the_missed_ones_alone():
+    assert tables.block(RESULTS, "missed", "page.md").splitlines()[2:] == [
+        "| 2.00x | speed of ours against reference: at least 2.5x | geglu (2048, 1024) forward |",
+        "",
+        "Goals that were met: 1.",
+    ]
+    assert tables.missed([MARCH]) == "None.\n\nGoals that were met: 0.\n"
 
 
 def test_scaling_has_a_row_for_each_amount():
