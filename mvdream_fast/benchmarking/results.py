@@ -102,8 +102,8 @@ class Contest(Checked):
         return f"{self.group} {self.what}"
 
     def beside(self, row: Row, role: Role) -> Row | None:
-        """The contestant of this role that did the same as `row`: the same case, which names end in ("ours, 2 threads"),
-        else the only one there is, unless cost is measured against work."""
+        """The contestant of this role that did the same as `row`: the same case, which names end in
+        ("ours, 2 threads"), else the only one there is, unless cost is measured against work."""
         others = [other for other in self.rows if other.role == role]
         alike = [other for other in others if _case(other) == _case(row)]
         alone = others if len(others) == 1 and self.scaling is None else []
