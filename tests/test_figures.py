@@ -4,7 +4,8 @@ A figure is a number with a unit of time or of a rate, or a factor: 12 ms, 176 n
 times as fast. Between the marks of a results file it is generated. Anywhere else benchmarks/results/quoted.json names
 it under its page, as often as the page does, with one of
 
-- `command`, `machine` and `date`: what made it, where, and when it came to the page;
+- `command`, `machine` and `date`: what made it, where, and when it came to the page; the command ends in
+  `, at commit 0123abc` where it is no longer what it was;
 - `held_by`: the results file and its contest, or the page, that shows this very figure;
 - `because`: why it is nobody's measurement: a goal, a setting, a prediction.
 
@@ -62,7 +63,8 @@ def wrong(entry: Mapping[str, Any]) -> str:
         return f"{entry['held_by']} does not show {', '.join(missing)}" if missing else ""
     if keys != {"command", "machine", "date"}:
         return f"an origin is command, machine and date, or held_by, or because; got {', '.join(sorted(keys))}"
-    if unknown := strangers(entry["command"]):
+    of_its_day = re.search(r", at commit [0-9a-f]{7,}$", entry["command"])
+    if (unknown := strangers(entry["command"])) and not of_its_day:
         return f"the command names {', '.join(unknown)}, which the repository does not have"
     dated = re.fullmatch(r"20\d\d-\d\d-\d\d", entry["date"])
     return "" if entry["machine"] and dated else "machine and date must be given, the date as 2026-11-29"
@@ -120,6 +122,7 @@ def test_figures_are_counted():
         ({}, "an origin is command, machine and date"),
         ({"command": "pytest benchmarks/bench_geglu.py", "machine": "a CPU"}, "an origin is command"),
         ({"command": "pytest benchmarks/bench_gone.py", "machine": "a CPU", "date": "2026-11-29"}, "bench_gone.py"),
+        ({"command": "pytest a.py, at commit 12", "machine": "a CPU", "date": "2026-11-29"}, "the command names a.py"),
         ({"command": "make bench", "machine": "a CPU", "date": "today"}, "machine and date must be given"),
         ({"because": ""}, "an origin is"),
         ({"held_by": "docs/gpu_measured.md"}, "docs/gpu_measured.md does not show 12.34 ms"),
@@ -127,6 +130,11 @@ def test_figures_are_counted():
 )
 def test_what_is_no_origin(entry, says):
     assert says in wrong({"figures": ["12.34 ms"], **entry})
+
+
+def test_a_command_of_its_day():
+    entry = {"command": "pytest a.py, at commit 0123abc", "machine": "a CPU", "date": "2026-11-29"}
+    assert wrong({"figures": ["12 ms"], **entry}) == ""
 
 
 def test_an_origin_that_is_a_results_file(tmp_path, monkeypatch):
