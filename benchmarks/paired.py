@@ -47,7 +47,7 @@ def main() -> int:
 
 def compare(root: Path, base: str | None, work: Path, budget_s: float = BUDGET_S, total_s: float = TOTAL_S) -> int:
     """Prints what moved between `base` and the tree as it is; 1 where something halved its speed."""
-    start, base = time.monotonic(), base or base_of(root)
+    base = base or base_of(root)
     if base is None:
         print("paired: there is no earlier commit at hand (a shallow clone?), so nothing is compared")
         return 0
@@ -55,7 +55,7 @@ def compare(root: Path, base: str | None, work: Path, budget_s: float = BUDGET_S
     with contextlib.ExitStack() as stack:
         tree = stack.enter_context(worktree(root, base))
         before, now = stack.enter_context(Side(tree, work)), stack.enter_context(Side(root, work))
-        failed = []
+        start, failed = time.monotonic(), []
         for name in now.names:
             if time.monotonic() - start > total_s:
                 print(f"  {name}: left out, this machine is too busy")

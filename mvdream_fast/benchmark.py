@@ -1,6 +1,7 @@
 """`python -m mvdream_fast.benchmark run | page | tables | compare`: what this machine's benchmarks say, as a file and a
 page."""
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,8 @@ def run(flags: Run) -> None:
 
     if flags.only is not None and flags.output is None:
         raise ArgumentError("-o must name a file for a part of the benchmarks; without -k, this machine's is written")
+    if flags.name is not None and not re.fullmatch(r"[\w.-]*\w", flags.name):
+        raise ArgumentError(f"--name must be a file's name without a folder, of letters and digits, got {flags.name!r}")
     root = checkout()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "pytest.json"

@@ -139,6 +139,7 @@ def test_compare_leaves_with_1_past_the_bound(tmp_path, capsys):
         (["compare", "a.json", "b.json", "--bound", "0.5"], 2, "--bound must be at least 1"),
         (["compare", "gone.json", "gone.json"], 5, "cannot read gone.json"),
         (["page", "gone.json"], 5, "cannot read gone.json"),
+        (["run", "--name", "../mine"], 2, "--name must be a file's name without a folder"),
         (["page"], 2, "name at least one results file"),
     ],
 )
