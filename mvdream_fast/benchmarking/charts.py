@@ -15,6 +15,7 @@ from mvdream_fast.benchmarking.results import Contest, Limit, Results, Row
 Point = tuple[float, float]
 WIDTH, HEIGHT = 420, 300  # of a plot: a phone's width, so that letters keep their size there
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 18, 40
+LINE = 12  # pixels from one name to the next
 MARKS = {"reference": "square", "peer": "ring", "ours": "disc"}
 
 
@@ -69,8 +70,7 @@ def scaling(contest: Contest) -> str:
         parts += [
             axes.mark((x, y), role, f"{name}: {seconds(y)} at {amount(x)} {contest.scaling.x}") for x, y in points
         ]
-        x, y = max(points)
-        parts.append(f'<text class="name" x="{axes.x(x) - 6:.1f}" y="{axes.y(y) - 7:.1f}">{html.escape(name)}</text>')
+    parts += _names(axes, {name: max(points) for name, points in curves.items()})
     title = f"{contest.name}: seconds against {contest.scaling.x}"
     return axes.svg(title, (contest.scaling.x, "seconds"), parts)
 
@@ -127,6 +127,15 @@ class Axes:
             y = self.y(10.0**power)
             yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text x="{LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{_power(power)}</text>'
+
+
+def _names(axes: Axes, ends: Mapping[str, Point]) -> Iterator[str]:
+    """The names of curves beside their ends, one below the other where these lie close together."""
+    free = 0.0
+    for name, (x, y) in sorted(ends.items(), key=lambda end: -end[1][1]):
+        place = max(axes.y(y) - 7, free)
+        free = place + LINE
+        yield f'<text class="name" x="{axes.x(x) - 6:.1f}" y="{place:.1f}">{html.escape(name)}</text>'
 
 
 def _slope(axes: Axes, name: str, gb_s: float, roof: Limit) -> str:

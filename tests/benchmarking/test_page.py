@@ -1,6 +1,7 @@
 """The page of a results file: whole, by itself, and with every figure of its pictures in words."""
 
 import dataclasses
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -136,3 +137,11 @@ def test_a_curve_goes_through_its_points():
     assert f'<polyline class="curve ours dash1" points="{path}"/>' in picture
     assert "<title>ours: 170 ms at 1,000,000 samples</title>" in picture
     assert charts.scaling(GEGLU) == ""
+
+
+def test_names_of_curves_do_not_cover_each_other():
+    points = {name: ((1e4, 1e-3), (1e6, seconds)) for name, seconds in {"ours": 0.2, "a": 0.201, "b": 9.0}.items()}
+    picture = charts.scaling(dataclasses.replace(FIELD, scaling=dataclasses.replace(FIELD.scaling, points=points)))
+    heights = sorted(float(y) for y in re.findall(r'<text class="name" x="[\d.]+" y="([\d.]+)"', picture))
+    assert len(heights) == 3
+    assert all(b - a >= charts.LINE for a, b in itertools.pairwise(heights))
