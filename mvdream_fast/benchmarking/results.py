@@ -232,5 +232,10 @@ def _sorted(results: Results) -> Results:
     def rows(contest: Contest) -> tuple[Row, ...]:
         return tuple(sorted(contest.rows, key=lambda row: (ROLES.index(row.role), row.name)))
 
-    contests = [dataclasses.replace(contest, rows=rows(contest)) for contest in results.contests]
-    return dataclasses.replace(results, contests=tuple(sorted(contests, key=lambda contest: contest.name)))
+    contests: dict[str, Contest] = {}
+    for contest in sorted(results.contests, key=lambda contest: contest.name):
+        times, group = 1, contest.group
+        while contest.name in contests:  # two benches may call the same work the same
+            contest = dataclasses.replace(contest, group=f"{group} ({(times := times + 1)})")
+        contests[contest.name] = dataclasses.replace(contest, rows=rows(contest))
+    return dataclasses.replace(results, contests=tuple(contests[name] for name in sorted(contests)))

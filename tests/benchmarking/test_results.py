@@ -54,6 +54,12 @@ def test_a_gpu_is_in_the_name():
     assert machine.slug == "intel-xeon-platinum-8480c-16-cores-avx512-nvidia-h100-80gb"
 
 
+def test_two_contests_of_one_name_are_told_apart():
+    data = pytest_json(*[("bench_render.py", {"contest": recorded(MARCH)})] * 3)
+    names = [contest.name for contest in results.from_pytest(data, "make bench").contests]
+    assert names == ["march (2) forward", "march (3) forward", "march forward"]
+
+
 def test_nothing_recorded_is_refused():
     with pytest.raises(InputFileError, match="no benchmark recorded a contest"):
         results.from_pytest(pytest_json(("bench_overhead.py", {})), "make bench")
