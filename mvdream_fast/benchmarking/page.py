@@ -49,7 +49,7 @@ def page(results: Results) -> str:
         _roof(results),
     ]
     parts.append(_contents([name for name, _ in groups]))
-    parts += [_group(name, contests) for name, contests in groups]
+    parts += [_group(results, name, contests) for name, contests in groups]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>mvdream_fast, how fast: {html.escape(results.name)}</title><style>{STYLE}</style>"
@@ -88,7 +88,7 @@ def _contents(groups: Sequence[str]) -> str:
     return f'<h2>Contests</h2><nav aria-label="contests"><ul>{items}</ul></nav>'
 
 
-def _group(name: str, contests: Sequence[Contest]) -> str:
+def _group(results: Results, name: str, contests: Sequence[Contest]) -> str:
     parts = [f'<h2 id="{_anchor(name)}">{html.escape(name)}</h2>']
     for contest in contests:
         parts += [f'<h3 id="{_anchor(contest.name)}">{html.escape(contest.what)}</h3>', _contestants(contest)]
@@ -98,7 +98,7 @@ def _group(name: str, contests: Sequence[Contest]) -> str:
         if contest.scaling:
             parts += [charts.scaling(contest), _scaling(contest)]
     parts += [f'<p class="note">{_prose(line)}</p>' for line in [tables.left_out(contests)] if line]
-    return "\n".join([*parts, f"<p><code>{html.escape(tables.command(contests))}</code></p>"])
+    return "\n".join([*parts, f"<p><code>{html.escape(tables.command(results, contests))}</code></p>"])
 
 
 def _contestants(contest: Contest) -> str:

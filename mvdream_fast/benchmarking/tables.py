@@ -101,14 +101,15 @@ def contests_block(results: Results, contests: Sequence[Contest]) -> str:
     parts += [scaling(contest) for contest in contests if contest.scaling]
     parts += [goals(contests)] if any(contest.goals for contest in contests) else []
     parts += [_paragraph(line) for line in [left_out(contests)] if line]
-    made = _paragraph(f"`{command(contests)}`, {results.date}, commit {results.commit}.")
+    made = _paragraph(f"`{command(results, contests)}`, {results.date}, commit {results.commit}.")
     return "\n".join([*parts, made])
 
 
-def command(contests: Sequence[Contest]) -> str:
+def command(results: Results, contests: Sequence[Contest]) -> str:
     """What makes these contests' figures again."""
     files = dict.fromkeys(f"benchmarks/{contest.file}" for contest in contests)
-    return f"pytest {' '.join(files)} --benchmark-only"
+    marks = ' -m "slow or not slow"' if "--slow" in results.command else ""
+    return f"pytest {' '.join(files)} --benchmark-only{marks}"
 
 
 def contestants(contest: Contest) -> str:

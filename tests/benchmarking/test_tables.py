@@ -106,6 +106,13 @@ def test_a_block_says_who_is_left_out_and_what_makes_it():
     assert "**missed**" in "\n".join(lines)
 
 
+def test_the_command_of_long_ones_names_them():
+    slow = dataclasses.replace(RESULTS, command="python -m mvdream_fast.benchmark run --slow")
+    assert tables.command(slow, [GEGLU, MARCH]) == (
+        'pytest benchmarks/bench_geglu.py benchmarks/bench_render.py --benchmark-only -m "slow or not slow"'
+    )
+
+
 def test_a_block_of_the_machine():
     text = " ".join(tables.block(RESULTS, "machine", "page.md").split())
     assert text == (
