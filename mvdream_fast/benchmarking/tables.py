@@ -140,9 +140,8 @@ def overview(contests: Sequence[Contest]) -> str:
 
 
 def scaling(contest: Contest) -> str:
-    """Seconds against work, a column for each contestant."""
-    heads, rows = scaling_cells(contest)
-    return table(heads, rows)
+    """Cost against work, a column for each contestant."""
+    return f"{contest.name}:\n\n{table(*scaling_cells(contest))}"
 
 
 def scaling_cells(contest: Contest) -> tuple[list[str], list[list[str]]]:

@@ -88,6 +88,8 @@ def test_the_missed_ones_alone():
 
 def test_scaling_has_a_row_for_each_amount():
     assert tables.scaling(FIELD).splitlines() == [
+        "field forward:",
+        "",
         "| samples | reference | ours |",
         "| --- | --- | --- |",
         "| 10,000 | 60.0 ms | 2.00 ms |",
