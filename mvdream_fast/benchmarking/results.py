@@ -1,7 +1,7 @@
 """A results file: what the benchmarks measured on one machine. pytest-benchmark's JSON comes in; this small schema of
 our own stays readable whatever its next release writes, and holds no host name and no path.
 
-How a contest is timed is benchmarks/contest.py's business; how one is shown is tables.py's and page.py's.
+How a contest is timed is the business of benchmarks/; how one is shown, of tables.py and page.py.
 """
 
 import dataclasses
