@@ -53,8 +53,12 @@ def compare(root: Path, base: str | None, work: Path, budget_s: float = BUDGET_S
         return 0
     print(f"paired: this tree against {_git(root, 'log', '-1', '--format=%h %s', base)}")
     with contextlib.ExitStack() as stack:
-        tree = stack.enter_context(worktree(root, base))
-        before, now = stack.enter_context(Side(tree, work)), stack.enter_context(Side(root, work))
+        try:
+            before = stack.enter_context(Side(stack.enter_context(worktree(root, base)), work))
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            print(f"paired: the earlier commit cannot be run, so nothing is compared: {error}")
+            return 0
+        now = stack.enter_context(Side(root, work))
         start, failed = time.monotonic(), []
         for name in now.names:
             if time.monotonic() - start > total_s:

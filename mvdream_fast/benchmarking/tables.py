@@ -11,7 +11,7 @@ they were measured on, `goals` every goal of the file, `missed` those that were 
 import fnmatch
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvdream_fast.benchmarking.figures import amount, memory, number, ratio, reached, seconds, share
@@ -22,8 +22,8 @@ OPENING = r"<!-- results: (\S+\.json) (.+?) -->\n"
 BLOCK = re.compile(rf"({OPENING})(.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 118
 
-# What a table of contestants shows: head, and a row's cell, None where it has none; a column without any is left out.
 Columns = tuple[tuple[str, Callable[[Contest, Row], str | None]], ...]
+# What a table of contestants shows: head, and a row's cell, None where it has none; a column without any is left out.
 COLUMNS: Columns = (
     ("time", lambda contest, row: seconds(row.median_s)),
     ("spread", lambda contest, row: share(row.spread_s / row.median_s)),
@@ -185,11 +185,6 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-
-
-def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """(file, contest) of every block of a document."""
-    yield from ((found[2], found[3]) for found in BLOCK.finditer(text))
 
 
 def without_blocks(text: str) -> str:

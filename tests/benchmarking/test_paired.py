@@ -77,6 +77,18 @@ def test_work_that_the_earlier_commit_does_not_know(repository, capsys):
     assert "sleep: not in the earlier commit (AttributeError: " in capsys.readouterr().out
 
 
+def test_an_earlier_commit_that_does_not_run(repository, capsys):
+    """Its fault is not this one's; this one's is."""
+    repository.commit("import nowhere\n")
+    repository.commit(STEADY)
+    assert repository.compare() == 0
+    assert "the earlier commit cannot be run, so nothing is compared" in capsys.readouterr().out
+    assert len(repository.git("worktree", "list").splitlines()) == 1
+    repository.commit("import nowhere\n")
+    with pytest.raises(RuntimeError, match="a side ended with 1"):
+        repository.compare()
+
+
 def test_work_that_fails_now(repository, capsys):
     repository.commit(STEADY)
     repository.commit("def work():\n    raise ValueError('no')\n")
