@@ -186,6 +186,8 @@ def compare(flags: Compare) -> int:
     for name, (was, now) in conditions(a, b).items():
         print(f"{name}: {was} -> {now}")
     found = difference(a, b)
+    if not found.changes and not found.apart:
+        raise InputFileError(f"{flags.a} and {flags.b} have no contest in common")
     print(report(found, flags.bound))
     return FAILED if found.slower(flags.bound) else 0
 

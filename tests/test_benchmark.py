@@ -133,6 +133,13 @@ def test_compare_leaves_with_1_past_the_bound(tmp_path, capsys):
     assert command("compare", a, a) == 0
 
 
+def test_files_of_other_contests_are_not_alike(tmp_path, capsys):
+    for name, contest in (("a.json", RESULTS.contests[0]), ("b.json", GEGLU)):
+        results.save(dataclasses.replace(RESULTS, contests=(contest,)), tmp_path / name)
+    assert command("compare", tmp_path / "a.json", tmp_path / "b.json") == 5
+    assert "have no contest in common" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "says"),
     [
