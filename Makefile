@@ -8,6 +8,8 @@ PROMPT ?= a green armchair
 ARGS ?=
 # Tests run in a process for each core, four at most: each has its own torch in memory. `make test JOBS=` takes one.
 JOBS ?= -n logical --maxprocesses 4 --dist worksteal
+# Each benchmark runs once, at a small size, and measures nothing: it must still work. `make test TESTS=tests/ops` is less.
+TESTS ?= tests benchmarks --benchmark-disable
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -18,13 +20,13 @@ sds: $(VENV)/.built
 	$(BIN)/python -m mvdream_fast.sds --prompt "$(PROMPT)" $(ARGS)
 
 test: $(VENV)/.built-test
-	$(BIN)/python -m pytest -m "not slow" $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -m "not slow" $(JOBS) $(ARGS)
 
 test-all: $(VENV)/.built-test
-	$(BIN)/python -m pytest $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) $(JOBS) $(ARGS)
 
 bench: $(VENV)/.built-test
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+	$(BIN)/python -m mvdream_fast.benchmark run $(ARGS)
 
 build: $(VENV)/.built
 

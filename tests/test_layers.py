@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mvdream_fast"
-VERBS = ["compare", "sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "doctor"]
+VERBS = ["benchmark", "compare", "sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "doctor"]
 
 # Highest first. What stands on one floor may not import its neighbours there; the files of one folder may import each
 # other, but not in a circle.
@@ -36,7 +36,7 @@ FLOORS = [
     ["kernels"],
     ["_C"],
     ["camera"],
-    ["camera_sampling"],
+    ["camera_sampling", "benchmarking"],
     ["core", "weights"],
     ["_version"],
 ]

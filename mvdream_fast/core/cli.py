@@ -31,9 +31,9 @@ Given = Annotated[frozenset[str], conf.Fixed, conf.Suppress]  # the field `given
 SPIN_COUNT = "5000"  # about 0.1 ms; 1,000 already costs a fifth of a small model's speed, libgomp's default is 300,000
 HINTS = {"threads": "; leave it out for one a core", "n_views": "; the models were trained with 4"}
 
-EXIT_CODES = """exit codes: 0 done; 2 wrong arguments or prompt; 3 model missing, unreadable or of another
-configuration; 4 out of memory; 5 another input file missing or unreadable; 6 diverged; 7 output cannot be written or
-exists; 130 / 143 interrupted"""
+EXIT_CODES = """exit codes: 0 done; 1 (benchmark) failed, or slower than the bound; 2 wrong arguments or prompt; 3 model
+missing, unreadable or of another configuration; 4 out of memory; 5 another input file missing or unreadable; 6
+diverged; 7 output cannot be written or exists; 130 / 143 interrupted"""
 
 
 def set_threads(threads: int | None) -> int:
