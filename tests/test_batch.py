@@ -2,26 +2,20 @@
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from reference.batches import Killer, in_background, jobs_of, rows, workers_of
 from reference.quick_jobs import QUICK_RUN, command, digests, undisturbed
 
 from mvdream_fast.core.errors import UserError
 from mvdream_fast.jobs import local
 from mvdream_fast.jobs.local import Slot, Workers, share_out
 from mvdream_fast.jobs.plan import read_jobs
-from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.setup import Setup
-from mvdream_fast.jobs.store import open_store
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -34,20 +28,6 @@ def asked(tmp_path, tiny_model):
         return [str(file), "-o", str(tmp_path / "out"), "--model", tiny_model, *QUICK_RUN, *more]
 
     return arguments
-
-
-def rows(place: Path) -> dict[str, tuple[str, int]]:
-    return {job.title: (str(status.state), status.attempt) for job, status in Queue(open_store(place)).jobs()}
-
-
-def jobs_of(place: Path) -> list:
-    return [job for job, _ in Queue(open_store(place)).jobs()]
-
-
-def in_background(*arguments: str) -> subprocess.Popen:
-    line = [sys.executable, "-m", "reference.quick_jobs", *arguments]
-    paths = os.pathsep.join([str(TESTS), *sys.path])
-    return subprocess.Popen(line, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_failing_prompt_is_told_tried_again_and_stops_no_other(asked, tmp_path, capfd):
@@ -111,42 +91,20 @@ def test_workers_are_killed_and_two_commands_share_the_work(asked, tmp_path):
         for i, colour in enumerate(["red", "green", "blue", "grey", "black", "white"])
     ]
     arguments = asked(prompts, "--steps", "12", "--checkpoint-every", "4", "--workers", "1")
-    done = threading.Event()
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_workers, args=(place, done, killed, 3, (1.0, 3.0)))
-    killer.start()
     other = in_background(*arguments)
     try:
-        assert command(*arguments) == 0
-        assert other.wait(120) == 0
+        with Killer(place, (1.0, 3.0), most=3) as killer:
+            assert command(*arguments) == 0
+            assert other.wait(120) == 0
     finally:
-        done.set()
         other.kill()
-        killer.join()
-    assert len(killed) >= 2
+    assert killer.n >= 2
     assert [state for state, _ in rows(place).values()] == ["done"] * 6
     assert sum(attempt for _, attempt in rows(place).values()) > 6, "no kill has met a job"
     jobs = jobs_of(place)
     assert len(digests(place)) == 6
     assert digests(place) == undisturbed(tmp_path / "alone", jobs)
     assert list((place / "work").iterdir()) == []
-
-
-def kill_workers(
-    place: Path, done: threading.Event, killed: list[int], most: int, pause: tuple[float, float], seed: int = 0
-) -> None:
-    """Kills a worker that is at work with a job, now and then; `killed` grows."""
-    draw = random.Random(seed)
-    while len(killed) < most and not done.wait(draw.uniform(*pause)):
-        alive = [pid for pid in _pids(place) if Path(f"/proc/{pid}").exists()]
-        if alive and any(place.glob("work/*/log.jsonl")):
-            os.kill(draw.choice(alive), signal.SIGKILL)
-            killed.append(1)
-
-
-def _pids(place: Path) -> list[int]:
-    folder = Path(f"{place}.pids")
-    return [int(path.name) for path in sorted(folder.iterdir())] if folder.exists() else []
 
 
 def test_what_cannot_be_used_is_refused_before_anything_is_made(asked, tmp_path, capsys):
@@ -243,6 +201,6 @@ def test_a_worker_leaves_when_its_parent_is_killed(asked, tmp_path):
         time.sleep(0.1)
     assert rows(tmp_path / "out") == {"a red car": ("queued", 1)}
     assert any((tmp_path / "out").glob("work/*/ckpt/LATEST"))
-    while time.monotonic() < end and any(Path(f"/proc/{pid}").exists() for pid in _pids(tmp_path / "out")):
+    while time.monotonic() < end and workers_of(tmp_path / "out"):
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in _pids(tmp_path / "out"))
+    assert workers_of(tmp_path / "out") == []
