@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvdream_fast.jobs.job import Job
+from mvdream_fast.jobs.owner import is_gone
 from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.store import open_store
 
@@ -50,8 +51,8 @@ def rows(place: Path) -> dict[str, tuple[str, int]]:
 def workers_of(place: Path) -> list[int]:
     """The process numbers of the workers that are alive."""
     folder = Path(f"{place}.pids")
-    found = [int(path.name) for path in sorted(folder.iterdir())] if folder.exists() else []
-    return [pid for pid in found if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()]
+    owners = [path.read_text() for path in sorted(folder.iterdir())] if folder.exists() else []
+    return [int(owner.split("/")[1]) for owner in owners if owner and not is_gone(owner)]
 
 
 class Killer(threading.Thread):
@@ -90,11 +91,9 @@ class Head:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        words = [
-            "start", "--head", "--block", f"--port={self.port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false",
-            f"--num-cpus={self.n_cpus}", "--num-gpus=0", "--disable-usage-stats", f"--temp-dir={self.folder}",
-            "--object-store-memory=100000000", "--ray-client-server-port=0", "--dashboard-agent-listen-port=0",
-        ]  # fmt: skip
+        words = f"""start --head --block --port={self.port} --node-ip-address=127.0.0.1 --include-dashboard=false
+            --num-cpus={self.n_cpus} --num-gpus=0 --disable-usage-stats --temp-dir={self.folder}
+            --object-store-memory=100000000 --ray-client-server-port=0 --dashboard-agent-listen-port=0""".split()
         command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
         quiet = subprocess.DEVNULL
         self.process = subprocess.Popen(

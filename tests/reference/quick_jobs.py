@@ -2,26 +2,23 @@
 to kill, and which prompts fail. `python -m reference.quick_jobs` is `python -m mvdream_fast.batch` so."""
 
 import dataclasses
-import functools
 import hashlib
 import os
 import sys
 from functools import partialmethod
 from pathlib import Path
 
-import pytest
-
 from mvdream_fast import batch
 from mvdream_fast.core import cli
 from mvdream_fast.core.errors import DivergedError
-from mvdream_fast.jobs import setup
-from mvdream_fast.jobs.setup import Setup
+from mvdream_fast.jobs.owner import this_process
+from mvdream_fast.jobs.setup import Setup, run_worker
 from mvdream_fast.jobs.worker import Runner, Task
 
 QUICK_RUN = ["--preset", "mini", "--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1",
              "--dtype", "float32"]  # fmt: skip
 MADE = ("asset.safetensors", "mesh.glb", "turntable.webp", "views.png")
-quick_setup = functools.partial(setup.Setup, runners="reference.quick_jobs:runners")
+RUNNERS = "reference.quick_jobs:runners"
 
 
 def runners(plan: Setup) -> dict[str, Runner]:
@@ -39,7 +36,7 @@ def runners(plan: Setup) -> dict[str, Runner]:
     if "://" not in plan.place:
         pids = Path(f"{plan.place}.pids")
         pids.mkdir(exist_ok=True)
-        (pids / str(os.getpid())).touch()
+        (pids / str(os.getpid())).write_text(this_process())
     plain = making.runners(plan)
 
     def made(task: Task) -> dict | None:
@@ -65,13 +62,13 @@ def digests(place: Path) -> dict[str, str]:
 
 def command(*argv: str) -> int:
     """The exit code of the command, run in this process; its workers are others."""
-    setup.Setup, plain = quick_setup, setup.Setup
+    batch.RUNNERS, plain = RUNNERS, batch.RUNNERS
     try:
         cli.run(batch.main, batch.Flags, prog="batch", argv=[*argv])
     except SystemExit as stop:
         return stop.code or 0
     finally:
-        setup.Setup = plain
+        batch.RUNNERS = plain
     return 0
 
 
@@ -82,13 +79,15 @@ def undisturbed(place: Path, jobs: list) -> dict[str, str]:
     from mvdream_fast.pipeline import MVDreamPipeline
     from mvdream_fast.scene.asset import Asset
 
-    plan = quick_setup(str(place), device="cpu", dtype="float32")
+    plan = Setup(str(place), RUNNERS, device="cpu", dtype="float32")
     plan.queue().add(*(dataclasses.replace(job, created=0.0) for job in jobs))
     changed = [(Asset, "turntable"), (MVDreamPipeline, "__call__"), (asset, "has_video"), (asset, "write_report")]
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in changed:  # which `runners` replaces: put back at the end
-            patch.setattr(owner, name, getattr(owner, name))
-        setup.run_worker(plan, "alone", Interrupt(), say=lambda _: None)
+    before = [(owner, name, getattr(owner, name)) for owner, name in changed]  # which `runners` replaces
+    try:
+        run_worker(plan, "alone", Interrupt(), say=lambda _: None)
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
     return digests(place)
 
 
