@@ -129,8 +129,8 @@ def _crew(flags: Flags, jobs: "list[Job]", say: Say) -> "tuple[Setup, Crew]":
     from mvdream_fast.jobs.setup import Setup
 
     setup = Setup(
-        flags.output or "", RUNNERS, device=flags.device, dtype=flags.dtype, graphs=flags.graphs, threads=flags.threads or 1,
-        checkpoint_every=flags.checkpoint_every, expiry=flags.expiry,
+        flags.output or "", RUNNERS, flags.device, flags.dtype, flags.graphs, flags.threads or 1,
+        flags.checkpoint_every, flags.expiry,
     )  # fmt: skip
     if flags.ray is not None:
         return setup, on_ray.Cluster(setup, flags.ray, flags.workers, say)
