@@ -79,12 +79,12 @@ def undisturbed(place: Path, jobs: list) -> dict[str, str]:
     from mvdream_fast.pipeline import MVDreamPipeline
     from mvdream_fast.scene.asset import Asset
 
-    plan = Setup(str(place), RUNNERS, device="cpu", dtype="float32")
+    plan = Setup(str(place), RUNNERS, device="cpu", dtype="float32", quiet=True)
     plan.queue().add(*(dataclasses.replace(job, created=0.0) for job in jobs))
     changed = [(Asset, "turntable"), (MVDreamPipeline, "__call__"), (asset, "has_video"), (asset, "write_report")]
     before = [(owner, name, getattr(owner, name)) for owner, name in changed]  # which `runners` replaces
     try:
-        run_worker(plan, "alone", Interrupt(), say=lambda _: None)
+        run_worker(plan, "alone", Interrupt())
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
