@@ -86,7 +86,7 @@ class Cluster:
         """Asks all workers to save and to leave."""
         if self._process is not None:
             self._process.terminate()
-            self._process.join(grace + AGAIN_S)
+            self._process.join(grace + AGAIN_S if self._reached.value else AGAIN_S)
             self._process.kill()
             self._process.join()
         self._process = None
