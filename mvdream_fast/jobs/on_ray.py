@@ -155,7 +155,7 @@ def _drive(
 
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     own = {"include_dashboard": False} if address == LOCAL else {}
-    ray.init(address=address, logging_level="warning", namespace="mvdream_fast", **own)
+    ray.init(address=address, logging_level="warning", log_to_driver=False, namespace="mvdream_fast", **own)
     reached.value = 1
     queue, crew, looking = setup.queue(), Crew(ray, setup), Every(LOOK_S)
     with Interrupt() as stop:
