@@ -120,6 +120,7 @@ def test_behind_a_url_a_run_goes_on_from_what_was_copied_there(asked, tmp_path, 
     assert plan.queue().store.names("work") == []
 
 
+@pytest.mark.timeout(900)
 def test_workers_are_killed_and_two_commands_share_the_work(asked, tmp_path):
     """Six prompts, one worker of each of two commands; every asset is made once, with the bytes of one that nothing
     disturbed."""
@@ -129,7 +130,7 @@ def test_workers_are_killed_and_two_commands_share_the_work(asked, tmp_path):
     try:
         with Killer(place, (1.0, 3.0), most=3) as killer:
             assert command(*arguments) == 0
-            assert other.wait(120) == 0
+            assert other.wait(600) == 0
     finally:
         other.kill()
     assert killer.n >= 2
