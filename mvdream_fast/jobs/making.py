@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from mvdream_fast.checkpoints.open import load_model, open_source
-from mvdream_fast.core import run_folder
+from mvdream_fast.core import cli, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutOfMemoryError, OutputError, UserError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import png_bytes
@@ -42,6 +42,7 @@ class ViewsRequest(Checked):
 
 def runners(setup: Setup) -> dict[str, Runner]:
     """A function for each kind of job, as a worker of this set-up needs them."""
+    cli.set_threads(setup.threads)
     maker = Maker(Device(setup.device, setup.dtype, setup.graphs), setup.threads, setup.checkpoint_every)
     return {"sds": maker.asset, "generate": maker.views, "dreambooth": maker.tuned}
 

@@ -46,10 +46,8 @@ def sayer(quiet: bool) -> Callable[[str], None]:
 def run_worker(setup: Setup, name: str, stop: Interrupt) -> None:
     """One worker, until all is done or `stop` is requested."""
     os.environ["OMP_NUM_THREADS"] = str(setup.threads)  # before torch is imported
-    from mvdream_fast.core import cli
     from mvdream_fast.jobs.worker import work
 
-    cli.set_threads(setup.threads)
     module, _, function = setup.runners.partition(":")
     runners = getattr(importlib.import_module(module), function)(setup)
     work(setup.queue(), runners, name, stop, say=sayer(setup.quiet), forever=setup.forever)

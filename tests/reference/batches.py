@@ -28,9 +28,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
 
 
-def in_background(*arguments: str) -> subprocess.Popen:
+def in_background(*arguments: str, module: str = "quick_jobs") -> subprocess.Popen:
     """The batch command in sizes of tests."""
-    line = [sys.executable, "-m", "reference.quick_jobs", *arguments]
+    line = [sys.executable, "-m", f"reference.{module}", *arguments]
     return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
 
 
