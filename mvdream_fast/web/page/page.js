@@ -1,0 +1,388 @@
+// The page: asks the server for what there is, shows it, and hands on what a person does. All of the state is the
+// server's (and the address says which thing is looked at), so that a reload or another tab shows the same.
+import {Turner} from "./turner.js";
+
+const $ = (id) => document.getElementById(id);
+const BUSY_MS = 800, IDLE_MS = 4000, HIDDEN_MS = 15000, PAGE = 48, MAX_PHOTO_BYTES = 32 << 20;
+const STATES = {queued: "Waiting", running: "At work", done: "Done", failed: "Failed", cancelled: "Cancelled"};
+const KINDS = {views: "four views", asset: "3D asset", subject: "learned subject"};
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+
+let state = null, wanted = PAGE, timer = 0, asked = 0, shown = {}, told = new Map();
+
+// --- The server -------------------------------------------------------------------------------------------------
+
+// Raises an Error with the server's sentence.
+async function call(method, path, body) {
+  const json = body !== undefined && !(body instanceof Blob);
+  const answer = await fetch(path, {
+    method, credentials: "same-origin", body: json ? JSON.stringify(body) : body,
+    headers: json ? {"Content-Type": "application/json"} : body ? {"Content-Type": "application/octet-stream"} : {},
+  });
+  if (answer.status === 401) location.reload();  // the page that asks for the token
+  const data = await answer.json();
+  if (!answer.ok) throw new Error(data.error);
+  return data;
+}
+
+async function refresh() {
+  clearTimeout(timer);
+  const turn = ++asked;
+  const query = new URLSearchParams({find: $("find").value, limit: wanted, id: chosenId()});
+  try {
+    const found = await call("GET", `api/state?${query}`);
+    if (turn !== asked) return;  // a later question is on its way
+    state = found;
+    $("offline").hidden = true;
+    render();
+  } catch (error) {
+    if (turn !== asked) return;
+    $("offline").textContent = error instanceof TypeError
+      ? "The server does not answer. It is asked again every few seconds; nothing that was made is lost." : error.message;
+    $("offline").hidden = false;
+  }
+  const busy = state && (state.running || state.waiting);
+  timer = setTimeout(refresh, document.hidden ? HIDDEN_MS : busy ? BUSY_MS : IDLE_MS);
+}
+
+// Runs what a button or a form asks for; its error goes to the element `where`, and the button waits meanwhile.
+async function act(button, where, action) {
+  where.hidden = true;
+  button.disabled = true;
+  try {
+    const made = await action();
+    if (made && made.id) choose(made.id);
+    await refresh();
+  } catch (error) {
+    where.textContent = error instanceof TypeError ? "The server does not answer; try again in a moment." : error.message;
+    where.hidden = false;
+  } finally {
+    button.disabled = false;
+  }
+}
+
+// --- Which thing is looked at -----------------------------------------------------------------------------------
+
+const chosenId = () => (/^#([0-9a-z-]+)$/.exec(location.hash) || ["", ""])[1];
+
+function choose(id) {
+  if (chosenId() !== id) location.hash = id;
+}
+
+// --- Small things -----------------------------------------------------------------------------------------------
+
+function set(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+// An element with its attributes and children; text is only ever text.
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function show(image, address, alt) {
+  image.alt = alt;
+  if (address && image.dataset.address !== address) {
+    image.dataset.address = address;
+    image.src = address;
+  }
+  image.hidden = !address;
+}
+
+function say(text) {
+  $("status").textContent = text;
+}
+
+// Says what came to an end or failed since the last look, and every quarter of what is looked at.
+function announce() {
+  const things = [...state.queue, ...state.shelf, ...(state.chosen ? [state.chosen] : [])];
+  for (const thing of things) {
+    const quarter = thing.total ? Math.floor(4 * thing.done / thing.total) : 0, before = told.get(thing.id);
+    const now = `${thing.state} ${state.chosen && thing.id === state.chosen.id ? quarter : ""}`.trim();
+    told.set(thing.id, now);
+    if (before === undefined || before === now) continue;
+    const how = thing.state === "running" ? (quarter ? `${25 * quarter} percent done` : "at work") : STATES[thing.state].toLowerCase();
+    say(`${thing.title}, ${KINDS[thing.kind]}: ${how}`);
+  }
+}
+
+function when(seconds) {
+  const then = new Date(1000 * seconds), days = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(then).setHours(0, 0, 0, 0)) / 864e5);
+  const time = then.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
+  if (days < 2) return `${days ? "Yesterday" : "Today"}, ${time}`;
+  return then.toLocaleDateString([], {day: "numeric", month: "short", year: "numeric"});
+}
+
+const lasting = (s) => s < 90 ? `about ${Math.max(1, Math.round(s))} s left` : `about ${Math.round(s / 60)} min left`;
+const size = (bytes) => bytes < 1e5 ? `${Math.ceil(bytes / 1e3)} KB` : `${(bytes / 1e6).toFixed(1)} MB`;
+
+// Makes a list's children those of `items` with as few changes as will do, so that the focus stays where it is.
+function list(parent, items, key, change) {
+  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  items.forEach((item, i) => {
+    const child = old.get(key(item)) || make("li", {"data-key": key(item)});
+    old.delete(key(item));
+    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] || null);
+    const sign = JSON.stringify(item);
+    if (child.dataset.sign !== sign) {
+      child.dataset.sign = sign;
+      change(child, item);
+    }
+  });
+  old.forEach((child) => child.remove());
+}
+
+// --- What is shown ----------------------------------------------------------------------------------------------
+
+function render() {
+  const {running, waiting, chosen} = state;
+  set($("load"), running + waiting ? `${running} at work, ${waiting} waiting` : "Nothing at work");
+  set($("place"), state.place);
+  renderStage(chosen);
+  renderQueue(state.queue);
+  renderShelf();
+  renderSubjects();
+  announce();
+  const share = chosen && chosen.state === "running" && chosen.total ? `${Math.floor(100 * chosen.done / chosen.total)} % · ` : "";
+  document.title = chosen ? `${share}${chosen.title} · mvdream_fast` : "mvdream_fast";
+}
+
+function pace(thing) {
+  if (thing.state === "queued") return thing.ahead ? `${thing.ahead} before it` : "Next";
+  if (!thing.total) return thing.note || "";
+  const left = thing.left_s === null ? "" : `, ${lasting(thing.left_s)}`;
+  return `${thing.note ? `${thing.note}: ` : ""}step ${thing.done} of ${thing.total}${left}`;
+}
+
+function renderStage(thing) {
+  $("stage").hidden = !thing;
+  if (!thing) return;
+  set($("stage-title"), thing.title);
+  set($("stage-about"), [KINDS[thing.kind], ...thing.about, when(thing.when)].join(" · "));
+  set($("stage-state"), {
+    views: {running: "Drawing the four views", done: "Four views"}, asset: {running: "Growing in 3D", done: "The asset is done"},
+    subject: {running: "Learning it", done: "It is learned"},
+  }[thing.kind][thing.state] || STATES[thing.state]);
+  const active = thing.state === "running" || thing.state === "queued";
+  $("stage-progress").hidden = !active;
+  if (thing.total) $("bar").value = thing.done / thing.total;
+  else if (thing.state === "running") $("bar").removeAttribute("value");
+  else $("bar").value = 0;
+  set($("stage-pace"), pace(thing));
+  $("stage-error").hidden = thing.state !== "failed" && !shown.error;
+  if (thing.state === "failed") set($("stage-error"), thing.error);
+  for (const name of ["grow", "use", "retry", "another", "cancel"]) $(name).hidden = !thing.can.includes(name);
+  renderViews(thing, active);
+  renderGrowth(thing);
+  renderMesh(thing);
+  $("downloads").hidden = !thing.files.length;
+  list($("files"), thing.files, (file) => file.url, (child, file) => {
+    child.replaceChildren(make("a", {class: "button", href: file.url, download: ""}, file.label, make("span", {}, size(file.bytes))));
+  });
+}
+
+function renderViews(thing, active) {
+  $("views").hidden = !thing.views && !(active && !thing.previews.length);
+  set($("views-caption"), thing.kind === "subject" ? "Its photos, and the model's views of it once they are there"
+    : "Four views, as the model draws them");
+  show($("views-image"), thing.views, `Four views of ${thing.title}: from the front and in quarter turns`);
+  $("views-wait").hidden = Boolean(thing.views);
+  set($("views-wait"), thing.state === "queued" ? "Waiting for its turn" : thing.kind === "subject" ? "Looking at the photos" : "Drawing …");
+}
+
+function renderGrowth(thing) {
+  const previews = thing.previews, slider = $("growth-step"), follows = shown.growth !== thing.id || slider.value === slider.max;
+  $("growth").hidden = !previews.length;
+  if (!previews.length) return;
+  shown.growth = thing.id;
+  shown.previews = previews;
+  slider.max = previews.length - 1;
+  if (follows) slider.value = previews.length - 1;
+  renderStep();
+}
+
+function renderStep() {
+  const {step, url} = shown.previews[$("growth-step").value];
+  show($("growth-image"), url, `Four renders of the asset after ${step} steps`);
+  set($("growth-at"), `step ${step}`);
+  $("growth-step").setAttribute("aria-valuetext", `after ${step} steps`);
+}
+
+let turner = null;
+
+async function renderMesh(thing) {
+  turner ||= new Turner($("canvas"), (on) => document.querySelector("[data-turn=spin]").setAttribute("aria-pressed", on));
+  $("turner").hidden = !thing.mesh || !turner.works;
+  show($("turntable"), turner.works ? "" : thing.turntable, `${thing.title}, turning`);
+  if (shown.mesh === thing.mesh) return;
+  shown.mesh = thing.mesh;
+  if (!turner.works) return;
+  turner.clear();
+  if (!thing.mesh) return;
+  $("canvas").setAttribute("aria-label", `${thing.title}, a 3D asset to turn`);
+  const answer = await fetch(thing.mesh, {credentials: "same-origin"});
+  if (!answer.ok || shown.mesh !== thing.mesh) return;
+  turner.reset();
+  await turner.show(await answer.arrayBuffer());
+  if (!still.matches) greet();
+}
+
+// One turn, so that it is seen to be a thing; not for people who asked for less motion.
+function greet() {
+  turner.spin(true);
+  setTimeout(() => turner.spin(false), 4000);
+}
+
+function renderQueue(things) {
+  const focused = document.activeElement && $("jobs").contains(document.activeElement);
+  $("queue").hidden = !things.length;
+  list($("jobs"), things, (thing) => thing.id, (child, thing) => {
+    if (!child.firstChild) {
+      const cancel = make("button", {type: "button"}, "Cancel");
+      cancel.addEventListener("click", () => act(cancel, $("ask-error"), () => call("POST", `api/jobs/${thing.id}/cancel`)));
+      child.append(make("div", {}, make("a", {href: `#${thing.id}`}), make("p", {class: "hint"})), make("progress", {max: 1}), cancel);
+    }
+    set(child.querySelector("a"), thing.title);
+    set(child.querySelector("p"), `${KINDS[thing.kind]}: ${pace(thing) || STATES[thing.state].toLowerCase()}`);
+    const bar = child.querySelector("progress");
+    bar.value = thing.total ? thing.done / thing.total : 0;
+    bar.setAttribute("aria-label", `Progress of ${thing.title}`);
+    child.querySelector("button").setAttribute("aria-label", `Cancel ${thing.title}, ${KINDS[thing.kind]}`);
+  });
+  if (focused && !$("jobs").contains(document.activeElement)) $("main").focus();
+}
+
+function renderShelf() {
+  list($("shelf"), state.shelf, (thing) => thing.id, (child, thing) => {
+    const image = make("img", {alt: "", loading: "lazy", class: thing.kind === "subject" ? "whole" : ""});
+    const about = [thing.state === "done" ? KINDS[thing.kind] : STATES[thing.state], when(thing.when)].join(" · ");
+    const link = child.firstChild || child.appendChild(make("a", {href: `#${thing.id}`}));
+    if (thing.thumb) image.src = thing.thumb;
+    link.replaceChildren(make("span", {class: "thumb"}, ...(thing.thumb ? [image] : [])), make("span", {class: "words"}, thing.title),
+      make("span", {class: "when"}, about));
+  });
+  for (const child of $("shelf").children) {
+    const link = child.firstChild;
+    if (state.chosen && child.dataset.key === state.chosen.id) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
+  $("more").hidden = !state.more;
+  $("empty").hidden = state.shelf.length > 0;
+  set($("empty"), $("find").value ? "Nothing here has these words." : "Nothing yet. What you make is kept here.");
+}
+
+function renderSubjects() {
+  const menu = $("subject"), kept = menu.value, sign = JSON.stringify(state.subjects);
+  if (menu.dataset.sign === sign) return;
+  menu.dataset.sign = sign;
+  menu.replaceChildren(make("option", {value: ""}, state.model), ...state.subjects.map((subject) => make("option", {value: subject.id}, subject.title)));
+  menu.value = state.subjects.some((subject) => subject.id === kept) ? kept : "";
+}
+
+// --- What a person does -----------------------------------------------------------------------------------------
+
+const request = () => ({
+  prompt: $("prompt").value, seed: Number($("seed").value), subject: $("subject").value, negative_prompt: $("negative").value,
+});
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  act(event.submitter, $("ask-error"), async () => {
+    const made = await call("POST", "api/views", request());
+    $("stage-title").focus({preventScroll: true});
+    return made;
+  });
+});
+
+for (const word of document.querySelectorAll("[data-prompt]")) {
+  word.addEventListener("click", () => { $("prompt").value = word.dataset.prompt; $("prompt").focus(); });
+}
+
+const ofChosen = (id, path, body) => $(id).addEventListener("click", () => {
+  shown.error = false;
+  act($(id), $("stage-error"), () => call("POST", `api/jobs/${state.chosen.id}/${path}`, body ? body() : {}))
+    .finally(() => { shown.error = !$("stage-error").hidden; });
+});
+ofChosen("grow", "grow", () => ({pace: $("pace").value}));
+ofChosen("cancel", "cancel");
+ofChosen("retry", "retry");
+
+// The same words with the next seed.
+$("another").addEventListener("click", () => {
+  const {title, subject, negative_prompt: negative, seed} = state.chosen;
+  Object.assign($("prompt"), {value: title});
+  Object.assign($("subject"), {value: subject});
+  Object.assign($("negative"), {value: negative});
+  Object.assign($("seed"), {value: seed + 1});
+  act($("another"), $("stage-error"), () => call("POST", "api/views", request()));
+});
+
+$("use").addEventListener("click", () => {
+  $("subject").value = state.chosen.id;
+  $("prompt").value = state.chosen.title;
+  $("prompt").focus();
+});
+
+addEventListener("hashchange", () => {
+  shown = {mesh: shown.mesh};
+  $("stage-error").hidden = true;
+  refresh().then(() => {
+    if (!state.chosen) return;
+    $("stage").scrollIntoView({behavior: still.matches ? "auto" : "smooth", block: "nearest"});
+    $("stage-title").focus({preventScroll: true});
+  });
+});
+$("find").addEventListener("input", () => { wanted = PAGE; refresh(); });
+$("more").addEventListener("click", () => { wanted += PAGE; refresh(); });
+$("growth-step").addEventListener("input", renderStep);
+for (const button of document.querySelectorAll("[data-turn]")) {
+  button.addEventListener("click", () => turner.turn(button.dataset.turn));
+}
+document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+
+// --- Photos -----------------------------------------------------------------------------------------------------
+
+const photos = new Map();  // the server's name of a photo -> what the list shows of it
+
+$("photos").addEventListener("change", async (event) => {
+  const input = event.target, complaints = [];
+  for (const file of input.files) {
+    if (file.size > MAX_PHOTO_BYTES) {
+      complaints.push(`${file.name} has more than ${MAX_PHOTO_BYTES >> 20} MB`);
+      continue;
+    }
+    try {
+      const {id, url} = await call("POST", "api/photos", file);
+      if (!photos.has(id)) photos.set(id, addPhoto(id, url, file.name));
+    } catch (error) {
+      complaints.push(error instanceof TypeError ? `${file.name}: the server does not answer` : `${file.name}: ${error.message}`);
+    }
+  }
+  input.value = "";
+  $("teach-error").textContent = complaints.join("; ");
+  $("teach-error").hidden = !complaints.length;
+  say(`${photos.size} photos are there`);
+});
+
+function addPhoto(id, url, name) {
+  const remove = make("button", {type: "button", "aria-label": `Leave out ${name}`}, "Leave out");
+  const child = make("li", {}, make("img", {src: url, alt: name}), remove);
+  remove.addEventListener("click", () => { photos.delete(id); child.remove(); $("photos").focus(); });
+  $("uploads").append(child);
+  return child;
+}
+
+$("teach").addEventListener("submit", (event) => {
+  event.preventDefault();
+  act(event.submitter, $("teach-error"), async () => {
+    const made = await call("POST", "api/subjects", {noun: $("noun").value, photos: [...photos.keys()]});
+    photos.forEach((child) => child.remove());
+    photos.clear();
+    return made;
+  });
+});
+
+refresh();
