@@ -1,0 +1,296 @@
+"""A queue of jobs on shared files: who takes which, what became of it, and what must happen again. No job is run here.
+
+What happens to a job is a list of events, files with the numbers 1, 2, 3, ...; each is created only if it is absent, so
+of two that would happen at once one does. A claim is an event, and so is its end: a worker whose claim has been
+followed by anything else (its job was cancelled, or given to another because its heartbeat had stopped) cannot end it
+any more. Files: jobs/*.jsonl, a job a line; events/<id>.<number>; beats/<id>.<number of the claim>, which is replaced.
+"""
+
+import json
+import time
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from hashlib import sha256
+from typing import Any
+
+from mvdream_fast.core.errors import ArgumentError, OutputError
+from mvdream_fast.jobs.job import Event, Job, LeaseLost, Progress, State, Status, read_beat, read_event, read_jobs
+from mvdream_fast.jobs.owner import is_gone, this_process
+from mvdream_fast.jobs.store import Store
+
+FORMAT = 1
+MARK = "queue.json"
+EXPIRY_S = 60.0  # without a heartbeat for so long, a job is given to another worker
+FRESH_S = 1.0  # what is known of the queue is looked at again after so long, where a job is claimed
+MAX_LOST = 5  # workers that die with a job, one after the other and without getting further, before it counts as failed
+
+
+class Lease:
+    """One job in the hands of one worker, as long as nothing else happens to it.
+
+    attempt: 1 at first, higher where it goes on. All methods raise LeaseLost where the job is another's or cancelled.
+    """
+
+    def __init__(self, queue: "Queue", job: Job, number: int, claim: Event):
+        self.job, self.attempt = job, claim.attempt
+        self._queue, self._number, self._claim, self._start, self._beats = queue, number, claim, time.monotonic(), 0
+
+    @property
+    def seconds(self) -> float:
+        """Of work on the job so far, other attempts' too."""
+        return self._claim.seconds + time.monotonic() - self._start
+
+    def check(self) -> None:
+        """Raises LeaseLost where the job is not this worker's any more."""
+        self._queue.check_last(self.job.id, self._number)
+
+    def heartbeat(self, progress: Progress) -> None:
+        """Says that the worker lives, and how far it is; to be called several times within the queue's `expiry`."""
+        self.check()
+        self._beats += 1
+        beat = {**asdict(progress), "beat": self._beats, "seconds": time.monotonic() - self._start}
+        self._queue.store.write(f"beats/{self.job.id}.{self._number}", json.dumps(beat).encode())
+
+    def finish(self, result: dict[str, Any] | None = None) -> None:
+        """The job is done."""
+        self._end("done", result=result or {})
+
+    def fail(self, message: str, exit_code: int = 1) -> None:
+        """The job has failed; it is queued again if its retries allow it."""
+        self._end("fail", message=message, exit_code=exit_code, failures=self._claim.failures + 1)
+
+    def free(self) -> None:
+        """Gives the job back as it is, for any worker to go on with it."""
+        self._end("free")
+
+    def _end(self, event: str, **more: Any) -> None:
+        ended = replace(self._claim, event=event, owner="", lost=0, seconds=self.seconds, **more)
+        self._queue.append(self.job.id, self._number, ended)
+
+
+class Queue:
+    """Jobs in a store. Any number of processes, threads and machines may use the same place, each with its own.
+
+    expiry: seconds without a change of its heartbeat after which a worker counts as dead, by the clock of whoever waits
+    for it; clocks of machines are not compared. One that died on this machine is noticed at once.
+    An empty place becomes a queue's. Raises: OutputError for one that holds something else.
+    """
+
+    def __init__(self, store: Store, expiry: float = EXPIRY_S):
+        self.store, self.expiry = store, expiry
+        _check_place(store)
+        self._files: set[str] = set()
+        self._jobs: dict[str, Job] = {}
+        self._last: dict[str, tuple[int, Event]] = {}
+        self._beats: dict[str, tuple[bytes, float]] = {}
+        self._ready: list[str] = []
+        self._looked = -FRESH_S
+
+    def add(self, *jobs: Job) -> list[str]:
+        """Puts jobs into the queue, in this order; those that it knows stay as they are. Returns the ids of all."""
+        self.look()
+        new = {job.id: job for job in jobs if job.id not in self._jobs}
+        if new:
+            now = time.time()
+            rows = [asdict(replace(job, created=job.created or now)) for job in new.values()]
+            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            self.store.create(f"jobs/{sha256(''.join(new).encode()).hexdigest()[:16]}.jsonl", data)
+            self.look()
+        return [job.id for job in jobs]
+
+    def claim(self, worker: str, kinds: Collection[str] | None = None) -> Lease | None:
+        """The next job that waits, or one whose worker has died; None where there is none now.
+
+        Args: worker, a name for people. kinds: takes no others.
+        """
+        for is_known in (time.monotonic() - self._looked < FRESH_S, False):
+            if not is_known:
+                self.look()
+            while self._ready:
+                lease = self._taken(self._ready.pop(), worker, kinds)
+                if lease is not None:
+                    return lease
+        return None
+
+    def cancel(self, job_id: str) -> bool:
+        """Stops a job that waits or runs; its worker learns of it with its heartbeat. False for one that has ended."""
+        return self._asked(job_id, (State.QUEUED, State.RUNNING), "cancel", 0)
+
+    def retry(self, job_id: str, retries: int | None = None) -> bool:
+        """Queues a job again that has failed or was cancelled, to go on where it stopped; False for any other.
+
+        retries: as if the job had been added with so many.
+        """
+        job = self._job(job_id)
+        granted = 0 if retries is None else retries - job.retries
+        return self._asked(job_id, (State.FAILED, State.CANCELLED), "retry", -granted)
+
+    def jobs(self) -> list[tuple[Job, Status]]:
+        """All jobs and where they stand, in the order in which they are taken."""
+        self.look()
+        running = [name for job_id in self._jobs if (name := self._beat_name(job_id))]
+        beats = self.store.read_many(running)
+        return [(job, self._status(job, beats)) for job in self._in_order()]
+
+    def status(self, job_id: str) -> Status:
+        """Where one job stands. Raises ArgumentError for one that is not known."""
+        job = self._job(job_id)
+        self.look()
+        name = self._beat_name(job_id)
+        return self._status(job, self.store.read_many([name] if name else []))
+
+    def _job(self, job_id: str) -> Job:
+        if job_id not in self._jobs:
+            self.look()
+        if job_id not in self._jobs:
+            raise ArgumentError(f"there is no job {job_id!r} in {self.store.place}")
+        return self._jobs[job_id]
+
+    def look(self) -> None:
+        """Learns what has happened since the last look: new jobs, the last event of each, and who may be taken."""
+        files = [name for name in self.store.names("jobs") if name not in self._files]
+        for name, data in self.store.read_many([f"jobs/{name}" for name in files]).items():
+            self._files.add(name.removeprefix("jobs/"))
+            for job in read_jobs(data):
+                known = self._jobs.get(job.id)
+                if known is None or job.created < known.created:
+                    self._jobs[job.id] = job
+        newest: dict[str, int] = {}
+        for name in self.store.names("events"):
+            job_id, _, number = name.partition(".")
+            newest[job_id] = max(newest.get(job_id, 0), int(number))
+        unread = {f"events/{job_id}.{n}": job_id for job_id, n in newest.items() if self._number(job_id) < n}
+        for name, data in self.store.read_many(unread).items():
+            self._last[unread[name]] = int(name.rpartition(".")[2]), read_event(data)
+        self._looked = time.monotonic()
+        dead = self._dead()
+        free = [job.id for job in self._in_order() if job.id in dead or self._may_be_taken(job)]
+        self._ready = free[::-1]
+
+    def _in_order(self) -> list[Job]:
+        return sorted(self._jobs.values(), key=lambda job: (-job.priority, job.created))
+
+    def _number(self, job_id: str) -> int:
+        return self._last[job_id][0] if job_id in self._last else 0
+
+    def _event(self, job_id: str) -> Event:
+        return self._last[job_id][1] if job_id in self._last else Event()
+
+    def _state(self, job: Job) -> State:
+        event = self._event(job.id)
+        if event.event == "fail":
+            return State.FAILED if event.failures > job.retries else State.QUEUED
+        if event.event in ("", "free", "retry"):
+            lost = any(self._is_hopeless(need) for need in job.needs)
+            return State.FAILED if lost else State.QUEUED
+        return {"claim": State.RUNNING, "done": State.DONE, "cancel": State.CANCELLED}[event.event]
+
+    def _is_hopeless(self, need: str) -> bool:
+        return need in self._jobs and self._state(self._jobs[need]) in (State.FAILED, State.CANCELLED)
+
+    def _may_be_taken(self, job: Job) -> bool:
+        needed = all(self._event(need).event == "done" for need in job.needs)
+        return needed and self._state(job) == State.QUEUED
+
+    def _dead(self) -> set[str]:
+        """The running jobs whose worker is dead: gone from this machine, or silent for too long."""
+        names = {name: job_id for job_id in self._jobs if (name := self._beat_name(job_id))}
+        beats, now = self.store.read_many(names), time.monotonic()
+        before, self._beats = self._beats, {}
+        for name in names:
+            beat = beats.get(name, b"")
+            known = before.get(name)
+            self._beats[name] = known if known is not None and known[0] == beat else (beat, now)
+        return {
+            job_id for name, job_id in names.items()
+            if is_gone(self._event(job_id).owner) or now - self._beats[name][1] > self.expiry
+        }  # fmt: skip
+
+    def _taken(self, job_id: str, worker: str, kinds: Collection[str] | None) -> Lease | None:
+        """A lease on a job that could be taken at the last look, None where another was faster."""
+        job, number, last = self._jobs[job_id], self._number(job_id), self._event(job_id)
+        if kinds is not None and job.kind not in kinds:
+            return None
+        if last.event == "claim":
+            last = self._after_loss(job_id, number, last)
+        claim = replace(
+            last, event="claim", worker=worker, owner=this_process(), attempt=last.attempt + 1, message="",
+            exit_code=0, time=time.time(),
+        )  # fmt: skip
+        try:
+            self.append(job_id, number, claim)
+        except LeaseLost:
+            return None
+        lease = Lease(self, job, number + 1, claim)
+        if claim.lost >= MAX_LOST:
+            lease.fail(f"{claim.lost} workers died with it, one after the other; out of memory, perhaps", 1)
+            return None
+        return lease
+
+    def _after_loss(self, job_id: str, number: int, claim: Event) -> Event:
+        """What there is to know of a claim whose worker died."""
+        seconds, progress = read_beat(self.store.read(f"beats/{job_id}.{number}"))
+        further = progress.done > claim.reached
+        return replace(
+            claim, seconds=claim.seconds + seconds, reached=max(claim.reached, progress.done),
+            lost=0 if further else claim.lost + 1,
+        )  # fmt: skip
+
+    def _asked(self, job_id: str, states: Collection[State], event: str, failures: int) -> bool:
+        """Appends what a person asks for, where the job stands as that needs it."""
+        job = self._job(job_id)
+        while True:
+            self.look()
+            number, last = self._number(job_id), self._event(job_id)
+            if self._state(job) not in states:
+                return False
+            try:
+                self.append(job_id, number, replace(last, event=event, owner="", failures=failures, lost=0))
+            except LeaseLost:
+                continue  # something else happened at the same time: whether it still can be is asked again
+            return True
+
+    def append(self, job_id: str, number: int, event: Event) -> None:
+        """The event that follows the one of this number. Raises LeaseLost where another has."""
+        event = replace(event, time=time.time())
+        if not self.store.create(f"events/{job_id}.{number + 1}", json.dumps(asdict(event)).encode()):
+            raise LeaseLost(read_event(self.store.read(f"events/{job_id}.{number + 1}") or b"").event)
+        self._last[job_id] = number + 1, event
+
+    def check_last(self, job_id: str, number: int) -> None:
+        """Raises LeaseLost where something has happened to a job after the event of this number."""
+        data = self.store.read(f"events/{job_id}.{number + 1}")
+        if data is not None:
+            raise LeaseLost(read_event(data).event)
+
+    def _beat_name(self, job_id: str) -> str:
+        number, event = self._last.get(job_id, (0, Event()))
+        return f"beats/{job_id}.{number}" if event.event == "claim" else ""
+
+    def _status(self, job: Job, beats: dict[str, bytes]) -> Status:
+        event, state = self._event(job.id), self._state(job)
+        seconds, progress = read_beat(beats.get(self._beat_name(job.id)))
+        message = event.message
+        if state == State.FAILED and event.event != "fail":
+            need = next(need for need in job.needs if self._is_hopeless(need))
+            message = f"what it needs was not made: {self._jobs[need].title}: {self._event(need).message}"
+        return Status(
+            state, progress, event.worker, event.seconds + seconds, message, event.exit_code, event.attempt,
+            event.result,
+        )  # fmt: skip
+
+
+def _check_place(store: Store) -> None:
+    """Marks an empty place as a queue's. Raises OutputError for one that holds something else."""
+    others = set(store.names("")) - {MARK}
+    if store.read(MARK) is None:  # looked for after the list was made: another process may begin here, too
+        if others:
+            raise OutputError(f"{store.place} holds something else than jobs; name another folder, or a new one")
+        store.create(MARK, json.dumps({"format": FORMAT}).encode())
+    mark = store.read(MARK)
+    try:
+        known = json.loads(mark or b"")["format"]
+    except (ValueError, KeyError, TypeError):
+        known = None
+    if known != FORMAT:
+        raise OutputError(f"{store.place} holds jobs of another version ({known}); name another folder with -o")
