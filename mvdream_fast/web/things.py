@@ -79,19 +79,14 @@ def views_key(job: Job) -> tuple[Any, ...]:
     return job.request.get("prompt"), job.request.get("seed", 0), job.request.get("model"), negative_of(job)
 
 
-def title_of(job: Job) -> str:
-    """What a person has typed."""
-    return str(job.request.get("instance_prompt", job.title))
-
-
 def thing(
-    job: Job, status: Status, folder: Path, *, model: str, drawn: tuple[str, Path] | None = None, ahead: int = 0,
-    subject: str = "",
+    job: Job, status: Status, folder: Path, *, model: str, negative: str, drawn: tuple[str, Path] | None = None,
+    ahead: int = 0, subject: str = "",
 ) -> Thing:  # fmt: skip
     """A job as the page shows it.
 
-    Args: folder, of its files. model, in words. drawn, of an asset: the id and the folder of the views that were drawn
-    before it was begun. subject, whose model it asks.
+    Args: folder, of its files. model, in words. negative, what a person asked not to see. drawn, of an asset: the id
+    and the folder of the views that were drawn before it was begun. ahead, how many are. subject, whose model it asks.
     """
     progress, running = status.progress, status.state == State.RUNNING
     left = status.seconds / progress.done * (progress.total - progress.done) if running and progress.done else None
@@ -99,8 +94,8 @@ def thing(
     previews = [(step, url) for step, url in _numbered(job.id, "preview", folder)]
     views = _views(job, folder, drawn)
     return Thing(
-        job.id, KINDS[job.kind], title_of(job), list(_about(job, model)), str(status.state), job.created, ahead,
-        list(_can(job, status)), int(job.request.get("seed") or 0), subject, negative_of(job),
+        job.id, KINDS[job.kind], job.title, list(_about(job, model, negative)), str(status.state), job.created, ahead,
+        list(_can(job, status)), int(job.request.get("seed") or 0), subject, negative,
         done=progress.done if running else 0, total=progress.total if running else 0, left_s=left,
         note=progress.message if running else "", error=status.message, views=views,
         thumb=_thumb(job, folder, previews, views), mesh=urls.get("mesh.glb"), turntable=urls.get("turntable.webp"),
@@ -114,14 +109,14 @@ def thing(
 
 def saved_name(job: Job, name: str) -> str:
     """What a file is called where a person saves it: a-green-armchair-mesh.glb."""
-    return f"{slugify(title_of(job))[:-9]}-{name}"
+    return f"{slugify(job.title)[:-9]}-{name}"
 
 
-def _about(job: Job, model: str) -> Iterator[str]:
+def _about(job: Job, model: str, negative: str) -> Iterator[str]:
     if "seed" in job.request:
         yield f"seed {job.request['seed']}"
     yield model
-    if negative := negative_of(job):
+    if negative:
         yield f"without {negative}"
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from mvdream_fast.jobs.job import Job, Progress
 from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.store import LocalStore
+from mvdream_fast.jobs.workspace import Workspace
 from mvdream_fast.scene.mesh.animation import save_animation
 from mvdream_fast.scene.mesh.export import glb_bytes
 from mvdream_fast.scene.mesh.mesh import Mesh
@@ -51,18 +52,12 @@ class Painter:
         self.root, self.queue = root, Queue(LocalStore(root))
         self.lease = None
 
-    def folder_of(self, job: Job) -> Path:
-        return self.root / "runs" / job.name
-
-    @property
-    def folder(self) -> Path:
-        return self.folder_of(self.lease.job)
-
     def take(self) -> Job:
         """The next job, at work now."""
         self.queue.look()
         self.lease = self.queue.claim("painter")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.space = Workspace(self.queue.store, self.lease.job, self.lease.attempt, self.root)
+        self.folder = self.space.begin()
         return self.lease.job
 
     def views(self) -> None:
@@ -85,4 +80,5 @@ class Painter:
             (self.folder / "mesh.glb").write_bytes(glb_bytes(box()))
             save_animation(np.stack([np.asarray(strip())] * 3), self.folder / "turntable.webp")
             (self.folder / "report.html").write_text("<script>alert(1)</script>")
+        self.folder = self.root / self.space.publish()
         self.lease.finish()

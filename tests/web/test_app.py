@@ -11,12 +11,10 @@ from PIL import Image
 from reference.painter import Painter, png, strip
 from starlette.testclient import TestClient
 
-from mvdream_fast.jobs.queue import Queue
-from mvdream_fast.jobs.store import LocalStore
 from mvdream_fast.web import board as boards
 from mvdream_fast.web.app import make_app
 from mvdream_fast.web.board import Board
-from mvdream_fast.web.uploads import SIZE, Uploads
+from mvdream_fast.web.uploads import SIZE
 
 
 @pytest.fixture
@@ -31,8 +29,7 @@ def client(painter):
 
 def started(painter) -> TestClient:
     """A server on the painter's folder, which looks anew for every question."""
-    board = Board(Queue(LocalStore(painter.root)), Uploads(painter.root / "uploads"), painter.folder_of)
-    return TestClient(make_app(board), base_url="http://127.0.0.1:7008")
+    return TestClient(make_app(Board(painter.root)), base_url="http://127.0.0.1:7008")
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +59,9 @@ def test_from_a_prompt_to_a_mesh(client, painter):
         "when": 0, "title": "a red chair", "kind": "views", "state": "queued", "seed": 3, "can": ["cancel"],
         "views": None, "files": [], "about": ["seed 3", "the built-in model"],
     }  # fmt: skip
-    assert painter.take().request == {"prompt": "a red chair", "seed": 3, "model": "embedded", "negative_prompt": ""}
+    assert painter.take().request == {
+        "prompt": "a red chair", "seed": 3, "model": "embedded", "negative_prompt": "", "n_steps": 25
+    }  # fmt: skip
     painter.views()
     assert (colors(client, chosen(client, views)["views"]) == np.asarray(strip())).all()
     painter.finish()
@@ -211,7 +210,7 @@ def test_a_subject_is_learned_and_drawn(client, painter):
     assert post(client, "/api/subjects", 400, noun="chair", photos=[]) == "1 to 50 photos can be learned, got 0; choose others"
     subject = post(client, "/api/subjects", noun="Wooden  Chair", photos=[*ids, ids[0]])
     job = painter.take()
-    assert job.request["instance_prompt"] == "a photo of a sks wooden chair"
+    assert job.request["prompt"] == "a photo of a sks wooden chair"
     folder = painter.root / "uploads" / "sets"
     assert job.request["instance_data_dir"].startswith(str(folder))
     photos = sorted(path.name for path in folder.glob("*/*"))
@@ -225,7 +224,7 @@ def test_a_subject_is_learned_and_drawn(client, painter):
     assert colors(client, learned["thumb"]).shape == colors(client, learned["views"]).shape == (64, 256, 3)
     assert client.get("/api/state").json()["subjects"] == [{"id": subject, "title": "a photo of a sks wooden chair"}]
     views = post(client, "/api/views", prompt="a photo of a sks chair", subject=subject)
-    assert painter.take().request["model"] == str(painter.folder_of(job) / "model")
+    assert painter.take().request["model"] == str(painter.root / "assets" / job.name / "model")
     drawn = chosen(client, views)
     assert drawn["subject"] == subject
     assert drawn["about"] == ["seed 0", "the model of “a photo of a sks wooden chair”"]
