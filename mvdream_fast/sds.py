@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mvdream_fast.core import cli, machine, run_folder
-from mvdream_fast.core.errors import ArgumentError, DivergedError, UserError
+from mvdream_fast.core import cli, run_folder
+from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.distill.config import RecipeName
 
 if TYPE_CHECKING:
     from mvdream_fast.core.run_folder import Interrupt
     from mvdream_fast.distill.request import Request
-    from mvdream_fast.distill.state import GrownAsset
     from mvdream_fast.distill.viewer import Viewer
+    from mvdream_fast.jobs.asset import Device
     from mvdream_fast.pipeline import MVDreamPipeline
 
 Say = Callable[[str], None]
@@ -164,9 +164,9 @@ def main(flags: Flags) -> None:
     memory.check_start()
     cli.set_threads(flags.threads)
     start = time.perf_counter()
-    refuse_what_does_not_fit(requests, flags)
+    place(flags).refuse_what_does_not_fit(requests)
     folder = new_folder(flags, requests[0])
-    pipeline = load_pipeline(requests[0], flags)
+    pipeline = place(flags).load(requests[0])
     if len(requests) > 1:
         make_all(pipeline, requests, folder, flags, say)
     else:
@@ -185,9 +185,9 @@ def go_on(request: "Request", folder: Path, flags: Flags, say: Say) -> None:
     """The rest of a run."""
     cli.set_threads(flags.threads)
     start = time.perf_counter()
-    refuse_what_does_not_fit([request], flags)
-    write_record(request, folder, flags)
-    make(load_pipeline(request, flags), request, folder, flags, say, start)
+    place(flags).refuse_what_does_not_fit([request])
+    place(flags).write_record(request, folder)
+    make(place(flags).load(request), request, folder, flags, say, start)
 
 
 def check_flags(flags: Flags) -> None:
@@ -235,53 +235,24 @@ def resumed(flags: Flags, folder: Path) -> "Request":
     return dataclasses.replace(run, export=replaced, why="as the run was started")
 
 
-def refuse_what_does_not_fit(requests: list["Request"], flags: Flags) -> None:
-    """Refuses a model that is not there and a run that will not have the memory, before anything is loaded."""
-    from mvdream_fast.checkpoints.open import PARTS
-    from mvdream_fast.distill import run_memory
-    from mvdream_fast.distill.request import open_model
-
-    device = machine.choose_device(flags.device)
-    dtype, gpu_memory = machine.choose_dtype(flags.dtype, device), run_memory.memory_of(device)
-    sources = [open_model(requests[0], stage) for stage in range(len(requests[0].config.stages))]
-    for source in sources:
-        for part in PARTS:
-            source.check(part)
-    for config in {request.config: None for request in requests}:
-        for stage, source in zip(config.stages, sources, strict=True):
-            parts = run_memory.estimate(
-                source.config, stage, source.n_bytes(dtype), gpu_memory=gpu_memory,
-                encoder_bytes=machine.encoder_dtype(dtype, device).itemsize,
-                graphs=flags.graphs and device.type == "cuda",
-            )  # fmt: skip
-            run_memory.check(parts, stage, str(device))
-
-
 def new_folder(flags: Flags, request: "Request") -> Path:
     """A run folder with its record, which --resume reads."""
     folder = run_folder.new_folder(flags.output, flags.root, request.prompt, request.seed)
-    write_record(request, folder, flags)
+    place(flags).write_record(request, folder)
     return folder
 
 
-def write_record(request: "Request", folder: Path, flags: Flags) -> None:
-    """What the run is, and where it was made."""
-    device = machine.choose_device(flags.device)
-    dtype = str(machine.choose_dtype(flags.dtype, device))[6:]
-    run_folder.write_record(folder, "sds", request.to_dict(), "ckpt", device=str(device), dtype=dtype)
+def place(flags: Flags) -> "Device":
+    """Where the model is, by the flags."""
+    from mvdream_fast.jobs.asset import Device
 
-
-def load_pipeline(request: "Request", flags: Flags, stage: int = 0) -> "MVDreamPipeline":
-    """The model of a run's stage, on the device and in the type that the flags name."""
-    from mvdream_fast.checkpoints.open import load_model
-    from mvdream_fast.distill.request import open_model
-    from mvdream_fast.pipeline import MVDreamPipeline
-
-    return MVDreamPipeline(load_model(open_model(request, stage)), flags.device, flags.dtype, flags.graphs)
+    return Device(flags.device, flags.dtype, flags.graphs)
 
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:
     """One run, in its folder. Exits with 130 or 143 when a signal stopped it."""
+    from mvdream_fast.jobs.asset import sample_views
+
     say(first_line(pipeline, request))
     if flags.quiet:
         print(folder, flush=True)
@@ -331,48 +302,20 @@ def first_line(pipeline: "MVDreamPipeline", request: "Request") -> str:
     return "; ".join([*parts, f"model {pipeline.describe()}", *refines, *unseen])
 
 
-def sample_views(pipeline: "MVDreamPipeline", request: "Request", folder: Path) -> None:
-    """views.png: four views as the model draws them, so that a bad prompt is seen before the long part."""
-    from mvdream_fast.core.files import atomic_write
-    from mvdream_fast.core.images import png_bytes
-
-    views = pipeline(
-        request.prompt, seed=request.seed, n_steps=25, negative_prompt=request.config.negative_prompt,
-        suffix=pipeline.suffix, mode=request.config.mode, warn=lambda _: None,
-    )  # fmt: skip
-    atomic_write(folder / "views.png", png_bytes(views.sheet()))
-
-
 def optimise(
     pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, interrupt: "Interrupt"
 ) -> int:
     """Runs the loop and leaves everything in `folder`. Returns 0, or 130 / 143 when a signal stopped it."""
-    from mvdream_fast.core.files import read_json
-    from mvdream_fast.distill.progress import Watcher
-    from mvdream_fast.distill.report import write_report
-    from mvdream_fast.text_to_3d import TextTo3D
+    from mvdream_fast.jobs import asset
 
-    about = read_json(folder / "config.json")
-    viewer = open_viewer(flags, request, say)
-    watcher = Watcher(folder, request.config, flags.preview_every, say, viewer)
+    viewer, keep = open_viewer(flags, request, say), flags.prompts_file is not None
+    refine = partial(place(flags).load, request, 1)
     try:
-        refine = partial(load_pipeline, request, flags, 1)
-        asset = TextTo3D(pipeline, keep=flags.prompts_file is not None, refine=refine)(
-            request.prompt, seed=request.seed, config=request.config, callback=watcher, checkpoints=folder / "ckpt",
-            checkpoint_every=flags.checkpoint_every, interrupt=interrupt,
-        )  # fmt: skip
-        if interrupt.requested is not None:
-            write_report(folder, about, watcher.log.read(), ["The run was stopped before its end."])
-            return interrupt.exit_code
-        say("writing the mesh, the turntable and the report")
-        export(asset, request, folder, about, watcher.log.read(), say)
-    except DivergedError as error:
-        write_report(folder, about, watcher.log.read(), [f"The run did not finish: {error}."])
-        raise
+        way = asset.Way(keep, refine, say, flags.preview_every, flags.checkpoint_every, viewer)
+        return 0 if asset.optimise(pipeline, request, folder, way, interrupt) else interrupt.exit_code
     finally:
         if viewer is not None:
             viewer.close()
-    return 0
 
 
 def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
@@ -384,27 +327,6 @@ def open_viewer(flags: Flags, request: "Request", say: Say) -> "Viewer | None":
     viewer = Viewer(flags.viewer_port, request.prompt)
     print(viewer.describe(), flush=True)
     return viewer
-
-
-def export(
-    asset: "GrownAsset", request: "Request", folder: Path, about: dict[str, Any], records: list[dict], say: Say
-) -> None:
-    """asset.safetensors, turntable, mesh in every format, report. Raises DivergedError where there is no surface."""
-    from mvdream_fast.distill.report import write_report
-    from mvdream_fast.scene.mesh.animation import has_video
-    from mvdream_fast.scene.mesh.export import save_mesh
-
-    wanted = request.export
-    asset.save(folder / "asset.safetensors")
-    asset.turntable(*[folder / f"turntable.{ending}" for ending in ("webp", "mp4") if ending == "webp" or has_video()])
-    texture = asset.representation.usual_texture if wanted.texture is None else wanted.texture
-    mesh = asset.mesh(wanted.mesh_resolution, wanted.faces, texture or None)
-    notes = [mesh.describe()]
-    for ending in dict.fromkeys(("glb", *wanted.formats)):
-        save_mesh(mesh, folder / f"mesh.{ending}", wanted.up, notes.append)
-    for lost in notes[1:]:
-        say(lost)
-    write_report(folder, about, records, notes, mesh)
 
 
 if __name__ == "__main__":

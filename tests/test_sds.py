@@ -27,9 +27,8 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_graphs_are_made_unless_they_are_switched_off(graphs, tiny_model):
-    pipeline = sds.load_pipeline(
-        resolve({"prompt": "a red car", "model": tiny_model}), sds.Flags(device="cpu", dtype="float32", graphs=graphs)
-    )
+    where = sds.place(sds.Flags(device="cpu", dtype="float32", graphs=graphs))
+    pipeline = where.load(resolve({"prompt": "a red car", "model": tiny_model}))
     score = new_guidance(pipeline, "a red car", mini(), 0).distillation
     assert (pipeline._guided_call.enabled, score._whole.enabled, score._guided_call.enabled) == (graphs,) * 3
 

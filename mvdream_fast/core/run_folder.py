@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,13 +151,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_record(folder: Path, verb: str, record: dict[str, Any], checkpoints: str, **where: Any) -> None:
+def write_record(
+    folder: Path, verb: str, record: dict[str, Any], checkpoints: str, argv: Sequence[str] | None = None, **where: Any
+) -> None:
     """cmd.txt, env.json and, last, config.json, which makes a folder a run to go on with.
 
     config.json says what the run is and where it was begun; in `resumed` the step and place of each time it went on,
     and under `before` what of the record was otherwise until then.
 
-    Args: checkpoints, their folder's name. where, what counts beside the processor and the threads: device, dtype.
+    Args: checkpoints, their folder's name. argv, the verb's words for cmd.txt (default: this program's). where, what
+    counts beside the processor and the threads: device, dtype.
     """
     import torch
 
@@ -165,7 +168,8 @@ def write_record(folder: Path, verb: str, record: dict[str, Any], checkpoints: s
     here = {"version": __version__, "machine": about | where | {"threads": torch.get_num_threads()}}
     record, old = json.loads(json.dumps(record, default=str)), read_record(folder)
     if old is None:
-        atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", f"mvdream_fast.{verb}", *sys.argv[1:]]) + "\n")
+        words = sys.argv[1:] if argv is None else argv
+        atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", f"mvdream_fast.{verb}", *words]) + "\n")
         env = about | {"python": sys.version, "version": __version__}
         atomic_write(folder / "env.json", json.dumps(env, indent=2) + "\n")
     else:

@@ -305,17 +305,20 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputFileError: a file that cannot be read, is no TOML or JSON, or has a key or a value that cannot be.
     """
-    data = _parse(path, read_text(path, limit=MAX_FILE))
-    file = _given(checked(SettingsFile, data, str(path), InputFileError), data)
+    return _settings(_parse(path, read_text(path, limit=MAX_FILE)), str(path))
+
+
+def _settings(data: dict[str, Any], source: str) -> dict[str, Any]:
+    file = _given(checked(SettingsFile, data, source, InputFileError), data)
     if isinstance(file.get("sds"), list):
-        file["sds"] = [_typed(table, path, f"sds[{i}].") for i, table in enumerate(file["sds"])]
+        file["sds"] = [_typed(table, source, f"sds[{i}].") for i, table in enumerate(file["sds"])]
     elif "sds" in file:
-        file["sds"] = _typed(file["sds"], path, "sds.")
+        file["sds"] = _typed(file["sds"], source, "sds.")
     return file
 
 
-def _typed(table: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
-    return typed(table, str(path), InputFileError, {name: prefix + name for name in SETTINGS})
+def _typed(table: dict[str, Any], source: str, prefix: str) -> dict[str, Any]:
+    return typed(table, source, InputFileError, {name: prefix + name for name in SETTINGS})
 
 
 def _given(whole: Any, data: dict[str, Any]) -> dict[str, Any]:
@@ -340,12 +343,22 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 def read_run(folder: Path) -> Request:
     """The request of a run folder, from its config.json. Raises InputFileError."""
     path = folder / "config.json"
-    file = read_settings(path)
+    return run_of(_parse(path, read_text(path, limit=MAX_FILE)), str(path))
+
+
+def run_of(data: dict[str, Any], source: str) -> Request:
+    """The request that was resolved to this: what `Request.to_dict` gave, or a run's config.json.
+
+    Raises: InputFileError, which begins with `source`.
+    """
+    file = _settings(data, source)
     missing = [key for key in ("kind", "prompt", "seed", "model", "sds") if key not in file]
     stages = [replaced(SDSConfig(), **table) for table in _tables(file)]
     whole = all(set(table) == set(settings_of(stage)) for table, stage in zip(_tables(file), stages, strict=True))
     if missing or not whole or not stages:
-        raise InputFileError(f"{path} is not the configuration of an sds run: {', '.join(missing) or 'sds'} incomplete")
+        raise InputFileError(
+            f"{source} is not the configuration of an sds run: {', '.join(missing) or 'sds'} incomplete"
+        )
     export, refine = ExportConfig(**file.get("export", {})), file.get("refine_model", "")
     return Request(file["prompt"], _seed(file["seed"]), file["model"], joined(stages), export, refine_model=refine)
 
@@ -383,7 +396,7 @@ def read_prompts(path: Path, flags: dict[str, Any], file: dict[str, Any] | None)
     for number, line in enumerate(lines(read_text(path, limit=MAX_FILE)), 1):
         if line.strip():
             try:
-                requests.append(resolve({**flags, **_line(line)}, file))
+                requests.append(resolve({**flags, **read_line(line)}, file))
             except ArgumentError as error:
                 raise ArgumentError(f"{path}, line {number}: {error}; nothing was run") from error
     if not requests:
@@ -391,7 +404,8 @@ def read_prompts(path: Path, flags: dict[str, Any], file: dict[str, Any] | None)
     return requests
 
 
-def _line(text: str) -> dict[str, Any]:
+def read_line(text: str) -> dict[str, Any]:
+    """What a line of a file of prompts sets, by name. Raises ArgumentError."""
     data = parse_json(text, "it", ArgumentError)
     data = {"prompt": data} if isinstance(data, str) else data
     if not isinstance(data, dict) or "prompt" not in data:

@@ -132,6 +132,11 @@ class Queue:
         beats = self.store.read_many(running)
         return [(job, self._status(job, beats)) for job in self._in_order()]
 
+    def unfinished(self, kinds: Collection[str] | None = None) -> list[Job]:
+        """The jobs that wait or run, as of the last look."""
+        known = (job for job in self._jobs.values() if kinds is None or job.kind in kinds)
+        return [job for job in known if self._state(job) in (State.QUEUED, State.RUNNING)]
+
     def status(self, job_id: str) -> Status:
         """Where one job stands. Raises ArgumentError for one that is not known."""
         job = self._job(job_id)

@@ -179,7 +179,7 @@ class ObjectStore:
     def read(self, name: str) -> bytes | None:
         try:
             return self._files.cat_file(self._path(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
         except OSError as error:
             raise _unusable(self._path(name), error) from error
