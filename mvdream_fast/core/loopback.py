@@ -1,4 +1,4 @@
-"""Pages that this machine alone can open: a free port of the loopback, who may ask there, and the way in from elsewhere."""
+"""Pages that this machine alone can open: a free port of the loopback, who may ask there, the way in from elsewhere."""
 
 import socket
 from urllib.parse import urlsplit

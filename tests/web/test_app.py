@@ -207,7 +207,10 @@ def upload(client, data, status=200):
 
 def test_a_subject_is_learned_and_drawn(client, painter):
     ids = [upload(client, photo((i, 30, 40)))["id"] for i in range(3)]
-    assert post(client, "/api/subjects", 400, noun="chair", photos=[]) == "1 to 50 photos can be learned, got 0; choose others"
+    assert (
+        post(client, "/api/subjects", 400, noun="chair", photos=[])
+        == "1 to 50 photos can be learned, got 0; choose others"
+    )
     subject = post(client, "/api/subjects", noun="Wooden  Chair", photos=[*ids, ids[0]])
     job = painter.take()
     assert job.request["prompt"] == "a photo of a sks wooden chair"

@@ -50,7 +50,14 @@ def raw(headers, method="GET", path="/", body=b"", kind="http"):
     async def receive():
         return {"type": "http.request", "body": body}
 
-    scope = {"type": kind, "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+    scope = {
+        "type": kind,
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+    }
     asyncio.run(Guard(echo)(scope, receive, send))
     return sent[0].get("status", sent[0]["type"])
 
@@ -63,7 +70,9 @@ def test_one_host_and_one_only():
     assert raw([own], kind="websocket") == "websocket.close"
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "http://localhost:7008", "http://[", ""])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "http://localhost:7008", "http://[", ""]
+)
 @pytest.mark.parametrize("token", [None, TOKEN])
 def test_no_page_of_another_origin_may_ask(origin, token):
     headers = {"origin": origin, "authorization": f"Bearer {token}"}
@@ -73,7 +82,10 @@ def test_no_page_of_another_origin_may_ask(origin, token):
 
 def test_the_own_origin_may_ask():
     assert client().post("/api/views", headers={"origin": f"http://{OWN}"}, content=b"{}").text == "in:{}"
-    assert client(TOKEN).get("/", headers={"origin": f"https://{OWN}", "authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert (
+        client(TOKEN).get("/", headers={"origin": f"https://{OWN}", "authorization": f"Bearer {TOKEN}"}).status_code
+        == 200
+    )
 
 
 def test_another_site_may_lead_to_the_page_and_no_further():
@@ -96,7 +108,13 @@ def test_bodies_have_a_limit():
     assert (answer.status_code, answer.json()) == (413, {"error": "That is too much text."})
     assert client().post("/api/photos", content=b"x" * (guard.MAX_BODY + 1)).status_code == 200
     own = (b"host", OWN.encode())
-    for length, status in ((b"33554432", 200), (b"33554433", 413), (b"-1", 411), (b"1e3", 411), ("²".encode("latin-1"), 411)):
+    for length, status in (
+        (b"33554432", 200),
+        (b"33554433", 413),
+        (b"-1", 411),
+        (b"1e3", 411),
+        ("²".encode("latin-1"), 411),
+    ):
         assert raw([own, (b"content-length", length)], "POST", "/api/photos") == status
     assert raw([own, (b"transfer-encoding", b"chunked")], "POST", "/api/photos") == 411
     assert raw([own, (b"content-length", b"1"), (b"content-length", b"2")], "POST", "/") == 411
@@ -139,7 +157,9 @@ def test_the_token_is_exchanged_for_a_cookie():
     assert page.get("/api/state").status_code == 200  # by the cookie, also after a restart
     page.cookies.set(guard.COOKIE, "0" * 64)
     assert client(TOKEN).get("/api/state", headers={"cookie": f"{guard.COOKIE}={'0' * 64}"}).status_code == 401
-    assert client("another-token-than-that").get("/api/state", headers={"cookie": cookie.split(";")[0]}).status_code == 401
+    assert (
+        client("another-token-than-that").get("/api/state", headers={"cookie": cookie.split(";")[0]}).status_code == 401
+    )
 
 
 def test_a_wrong_token_takes_its_time(monkeypatch):
