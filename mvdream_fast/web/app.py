@@ -1,7 +1,7 @@
 """The addresses of the page: its own files, what the board shows, and what a person may ask of it.
 
-Every answer to a question is JSON; an error is {"error": one sentence}. No part of an address or of a body is ever a path:
-files are named by a job's id and one of the board's own names.
+Every answer to a question is JSON; an error is {"error": one sentence}. No part of an address or of a body is ever a
+path: files are named by a job's id and one of the board's own names.
 """
 
 import asyncio

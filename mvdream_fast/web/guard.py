@@ -71,7 +71,7 @@ class Guard:
         return self.token is not None and _same(word, self.token)
 
     def _ticket(self) -> str:
-        """What the cookie holds: not the token, which other pages of this host may read, and the same after a restart."""
+        """What the cookie holds: not the token, for other pages of this host may read it; the same after a restart."""
         return hmac.new((self.token or "").encode(), b"mvdream_fast serve", hashlib.sha256).hexdigest()
 
     async def _ask_for_token(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -19,22 +19,11 @@ def run(app: App, host: str, port: int, staff: Sequence[Workers], say: Callable[
 
     Raises: UserError where workers die again and again.
     """
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host,
-            port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ws="none",
-            http="h11",
-            loop="asyncio",
-            limit_concurrency=AT_ONCE,
-            timeout_graceful_shutdown=2,
-        )  # fmt: skip
-    )
+    config = uvicorn.Config(
+        app, host, port, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
+        http="h11", loop="asyncio", limit_concurrency=AT_ONCE, timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
     tender = _Tender(staff, server)
     for workers in staff:
         workers.start()

@@ -1,5 +1,6 @@
-"""Who works behind the page. One process draws four views and does nothing else, so that they come in seconds while an
-asset grows: its model is loaded before the first prompt. The others grow assets and learn subjects, and let it go first.
+"""Who works behind the page. One process draws four views and does nothing else, so that they come in seconds while
+an asset grows: its model is loaded before the first prompt. The others grow assets and learn subjects, and let it go
+first.
 
 They are ordinary workers of the queue, and know nothing of the page.
 """
@@ -17,8 +18,8 @@ from mvdream_fast.jobs.local import Slot, Workers
 from mvdream_fast.jobs.setup import Setup
 from mvdream_fast.jobs.worker import Runner, Task
 
-# The drawer looks for work as often as it would beat: every second, where others, whose work takes minutes, come to look
-# every ten. It is alone with its kind, so that nobody is taken for dead by it.
+# The drawer looks for work every second, where workers of the usual expiry come to look every ten. It is alone with its
+# kind, so that nobody is taken for dead by it.
 DRAWER_EXPIRY_S = 5.0
 GROWERS_NICE = 5
 

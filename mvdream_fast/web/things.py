@@ -101,7 +101,7 @@ def thing(
         thumb=_thumb(job, folder, previews, views), mesh=urls.get("mesh.glb"), turntable=urls.get("turntable.webp"),
         previews=[{"step": step, "url": url} for step, url in previews],
         files=[
-            {"label": kept.label, "url": urls[name], "name": saved_name(job, name), "bytes": (folder / name).stat().st_size}
+            {"label": kept.label, "url": urls[name], "name": saved_name(job, name), "bytes": _size(folder / name)}
             for name, kept in FILES.items() if name in urls
         ],
     )  # fmt: skip
@@ -149,6 +149,10 @@ def _numbered(job_id: str, kind: str, folder: Path) -> list[tuple[int, str]]:
     paths = sorted(path for path in (folder / kind).glob("*.png") if path.stem.isdigit())
     found = ((int(path.stem), _url(job_id, f"{kind}/{path.name}", folder)) for path in paths)
     return [(number, url) for number, url in found if url]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _url(job_id: str, name: str, folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""A worker without a model, for tests of what is shown of a queue: it takes jobs and leaves a run's files, step by step.
+"""A worker without a model, for tests of what is shown of a queue: it takes jobs and leaves a run's files bit by bit.
 
 What it draws is a red box on grey, in four views; a box seen from the side is a bar.
 """

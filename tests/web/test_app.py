@@ -280,7 +280,8 @@ def test_photos_that_nobody_learned_go_in_the_end(client, painter, monkeypatch):
 @pytest.mark.parametrize(
     "path",
     [
-        "/files/{id}/config.json", "/files/{id}/../queue.json", "/files/{id}/..%2f..%2fqueue.json", "/files/../queue.json",
+        "/files/{id}/config.json", "/files/{id}/../queue.json", "/files/{id}/..%2f..%2fqueue.json",
+        "/files/../queue.json",
         "/files/{id}/preview/..%2fviews.png", "/files/{id}/ckpt/1.png", "/files/{id}/preview/-1.png",
         "/files/{id}/preview/99999999999999999999.png", "/files/0000000000000000/views.png", "/files/%2e%2e/views.png",
         "/photos/..%2f..%2fqueue.png", "/photos/{id}.png", "/page/index.html", "/board.py", "/docs", "/openapi.json",
