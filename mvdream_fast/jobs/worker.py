@@ -201,7 +201,7 @@ class Worker:
 
 class Heart(threading.Thread):
     """Beats for a lease while the work goes on. `lost` is why the job is not this worker's any more; then `halt` is
-    requested. It beats `every` so many seconds, and where there is progress after the `least`."""
+    requested. It beats `every` so many seconds; after the `least` where there is progress, and looks whether the job is its own."""
 
     def __init__(self, lease: Lease, halt: Interrupt, every: float, least: float):
         super().__init__(daemon=True, name="heart")
@@ -222,9 +222,10 @@ class Heart(threading.Thread):
         told, since = None, 0.0
         while not self._end.wait(self.least):
             now = time.monotonic()
-            if self.progress == told and now - since < self.every:
-                continue
             try:
+                if self.progress == told and now - since < self.every:
+                    self.lease.check()
+                    continue
                 self.lease.heartbeat(self.progress)
                 told, since = self.progress, now
             except LeaseLost as lost:
