@@ -6,7 +6,7 @@ import threading
 import time
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import uvicorn
@@ -197,7 +197,7 @@ def test_from_a_prompt_to_an_asset_that_turns(page):
     until(lambda: (canvas(page) != before).any())
     links = page.js("[...document.querySelectorAll('#files a')].map((a) => a.getAttribute('href').split('?')[0])")
     assert [link.split("/")[-1] for link in links] == ["mesh.glb", "turntable.webp", "views.png", "report.html"]
-    assert httpx.get(page.url + links[0]).content[:4] == b"glTF"
+    assert httpx2.get(page.url + links[0]).content[:4] == b"glTF"
 
 
 def test_a_reload_in_the_middle_shows_where_it_is(page):
@@ -212,7 +212,7 @@ def test_another_tab_sees_the_same_and_cancels(page):
     page.grown()
     job_id = page.js("location.hash.slice(1)")
     page.until("document.querySelectorAll('#jobs li').length == 1")
-    assert httpx.post(f"{page.url}api/jobs/{job_id}/cancel").status_code == 200
+    assert httpx2.post(f"{page.url}api/jobs/{job_id}/cancel").status_code == 200
     page.until("document.querySelector('#stage-state').textContent == 'Cancelled'")
     page.until("document.querySelector('#queue').hidden")
     page.click("#retry")
