@@ -60,8 +60,8 @@ def main(flags: Flags) -> None:
     from mvdream_fast.web.board import Board
 
     port = loopback.free_port(flags.port, "--port", flags.host)
-    board = Board(flags.output.absolute(), flags.model)
     staff = hired(flags)
+    board = Board(flags.output.absolute(), flags.model)
     print(address(flags, port, token), flush=True)
     run(make_app(board, token), flags.host, port, staff, print)
 

@@ -20,8 +20,8 @@ from mvdream_fast.core.errors import ArgumentError, InputFileError, UserError
 from mvdream_fast.web.board import Board, Busy, Unknown
 from mvdream_fast.web.guard import App, Guard
 
-PAGE = {"": "text/html", "page.js": "text/javascript", "turner.js": "text/javascript", "style.css": "text/css",
-        "icon.svg": "image/svg+xml"}  # fmt: skip
+PAGE = {"": "text/html", "style.css": "text/css", "icon.svg": "image/svg+xml"}
+PAGE |= dict.fromkeys(("page.js", "base.js", "turner.js"), "text/javascript")
 PHOTOS_AT_ONCE = 4
 FOR_A_DAY = {"cache-control": "private, max-age=86400, immutable"}  # of addresses that change with their content
 

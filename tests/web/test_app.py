@@ -300,7 +300,7 @@ def test_no_address_is_a_path(client, painter, path):
 def test_every_file_of_the_page_is_its_own(client):
     """No address of another host in any of them, and none that is not served."""
     page = client.get("/").text
-    for name in ("page.js", "style.css", "turner.js", "icon.svg"):
+    for name in ("page.js", "base.js", "style.css", "turner.js", "icon.svg"):
         answer = client.get(f"/{name}")
         assert answer.status_code == 200
         page += answer.text

@@ -22,9 +22,10 @@ NAMED = {"button", "link", "textbox", "searchbox", "spinbutton", "combobox", "sl
 
 
 @contextlib.contextmanager
-def serving(root, port):
+def serving(root, port, token=None):
     """A server in this process, on the folder of a queue."""
-    server = uvicorn.Server(uvicorn.Config(make_app(Board(root)), port=port, log_level="error", lifespan="off"))
+    app = make_app(Board(root), token)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
@@ -33,6 +34,13 @@ def serving(root, port):
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
+
+
+def a_port():
+    """One that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def until(holds, seconds=90.0):
@@ -82,7 +90,7 @@ class Page:
             )
 
     def click(self, selector):
-        self.until(f"{shown(selector)} && !document.querySelector({selector!r}).disabled")
+        self.until(f"{shown(selector)} && !document.querySelector({selector!r}).ariaDisabled")
         self.js(f"document.querySelector({selector!r}).click()")
 
     def ask(self, prompt):
@@ -132,9 +140,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = a_port()
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
     browser.requested.clear()
     browser.complaints.clear()
@@ -221,11 +227,27 @@ def test_another_tab_sees_the_same_and_cancels(page):
     page.until("document.querySelector('#stage-state').textContent == 'Cancelled'")
 
 
+def test_who_has_the_token_gets_in(browser, tmp_path):
+    token, port = "a-token-of-some-length", a_port()
+    page = Page(browser, tmp_path / "out", port)
+    with serving(page.painter.root, port, token):
+        browser.open(page.url)
+        page.until(shown("#token"))
+        page.js("document.querySelector('#token').focus()")
+        page.type("a-token-of-another-length")
+        page.press("Enter")
+        page.until("performance.getEntriesByType('navigation')[0].name.endsWith('/sign-in')")
+        page.js("document.querySelector('#token').focus()")
+        page.type(token)
+        page.press("Enter")
+        page.until("document.querySelector('#place').textContent")
+        page.drawn()
+        page.until(loaded("#views-image"))
+        browser.open("about:blank")
+
+
 def test_a_killed_server_loses_nothing(browser, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = tmp_path / "out"
+    root, port = tmp_path / "out", a_port()
     page = Page(browser, root, port)
     with serving(root, port):
         page.open()
@@ -331,7 +353,9 @@ def test_a_screen_reader_has_a_name_for_everything(page):
     assert ("progressbar", "Progress of a red box") in found
     assert ("image", "a red box, a 3D asset to turn") in found
     assert ("main", "") in found
-    levels = page.js("[...document.querySelectorAll('h1, h2, h3')].filter((h) => h.checkVisibility()).map((h) => h.tagName)")
+    levels = page.js(
+        "[...document.querySelectorAll('h1, h2, h3')].filter((h) => h.checkVisibility()).map((h) => h.tagName)"
+    )
     assert levels[0] == "H1"
     assert "H1" not in levels[1:]
     assert page.js("document.querySelector('#status').getAttribute('aria-live')") == "polite"
@@ -345,7 +369,7 @@ def test_the_keyboard_reaches_everything_and_is_seen(page):
     page.until("document.querySelectorAll('#files a').length == 4")
     page.js("document.querySelector('.skip').focus()")
     wanted = page.js("[...document.querySelectorAll('a, button, input, select, summary, canvas')]"
-                     ".filter((e) => e.checkVisibility() && !e.disabled).length")  # fmt: skip
+                     ".filter((e) => e.checkVisibility()).length")  # fmt: skip
     seen = set()
     for _ in range(wanted):
         seen.add(page.js("(e => (window.at ||= []).push(e))(document.activeElement)"))
@@ -356,7 +380,10 @@ def test_the_keyboard_reaches_everything_and_is_seen(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_small_screen(page, scheme):
-    features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
+    features = [
+        {"name": "prefers-color-scheme", "value": scheme},
+        {"name": "prefers-reduced-motion", "value": "reduce"},
+    ]
     page.browser.call("Emulation.setEmulatedMedia", features=features)
     page.grown("a" * 300 + " red box")
     page.painter.finish()

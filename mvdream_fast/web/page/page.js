@@ -1,29 +1,22 @@
 // The page: asks the server for what there is, shows it, and hands on what a person does. All of the state is the
 // server's (and the address says which thing is looked at), so that a reload or another tab shows the same.
+import {$, call, lasting, list, make, set, show, size, when} from "./base.js";
 import {Turner} from "./turner.js";
 
-const $ = (id) => document.getElementById(id);
 const BUSY_MS = 800, IDLE_MS = 4000, HIDDEN_MS = 15000, PAGE = 48, MAX_PHOTO_BYTES = 32 << 20;
 const STATES = {queued: "Waiting", running: "At work", done: "Done", failed: "Failed", cancelled: "Cancelled"};
+const WORDS = {
+  views: {running: "Drawing the four views", done: "Four views"},
+  asset: {running: "Growing in 3D", done: "The asset is done"},
+  subject: {running: "Learning it", done: "It is learned"},
+};
 const KINDS = {views: "four views", asset: "3D asset", subject: "learned subject"};
+const AWAY = "The server does not answer. It is asked again every few seconds; nothing that was made is lost.";
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 let state = null, wanted = PAGE, timer = 0, asked = 0, shown = {}, told = new Map();
 
 // --- The server -------------------------------------------------------------------------------------------------
-
-// Raises an Error with the server's sentence.
-async function call(method, path, body) {
-  const json = body !== undefined && !(body instanceof Blob);
-  const answer = await fetch(path, {
-    method, credentials: "same-origin", body: json ? JSON.stringify(body) : body,
-    headers: json ? {"Content-Type": "application/json"} : body ? {"Content-Type": "application/octet-stream"} : {},
-  });
-  if (answer.status === 401) location.reload();  // the page that asks for the token
-  const data = await answer.json();
-  if (!answer.ok) throw new Error(data.error);
-  return data;
-}
 
 async function refresh() {
   clearTimeout(timer);
@@ -37,27 +30,28 @@ async function refresh() {
     render();
   } catch (error) {
     if (turn !== asked) return;
-    $("offline").textContent = error instanceof TypeError
-      ? "The server does not answer. It is asked again every few seconds; nothing that was made is lost." : error.message;
+    $("offline").textContent = error instanceof TypeError ? AWAY : error.message;
     $("offline").hidden = false;
   }
   const busy = state && (state.running || state.waiting);
   timer = setTimeout(refresh, document.hidden ? HIDDEN_MS : busy ? BUSY_MS : IDLE_MS);
 }
 
-// Runs what a button or a form asks for; its error goes to the element `where`, and the button waits meanwhile.
+// Runs what a button or a form asks for; its error goes to the element `where`. Pressed again meanwhile, it does
+// nothing (but keeps the focus, which a disabled button would lose).
 async function act(button, where, action) {
+  if (button.getAttribute("aria-disabled") === "true") return;
   where.hidden = true;
-  button.disabled = true;
+  button.setAttribute("aria-disabled", "true");
   try {
     const made = await action();
     if (made && made.id) choose(made.id);
     await refresh();
   } catch (error) {
-    where.textContent = error instanceof TypeError ? "The server does not answer; try again in a moment." : error.message;
+    where.textContent = error instanceof TypeError ? AWAY : error.message;
     where.hidden = false;
   } finally {
-    button.disabled = false;
+    button.removeAttribute("aria-disabled");
   }
 }
 
@@ -67,29 +61,6 @@ const chosenId = () => (/^#([0-9a-z-]+)$/.exec(location.hash) || ["", ""])[1];
 
 function choose(id) {
   if (chosenId() !== id) location.hash = id;
-}
-
-// --- Small things -----------------------------------------------------------------------------------------------
-
-function set(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-}
-
-// An element with its attributes and children; text is only ever text.
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-function show(image, address, alt) {
-  image.alt = alt;
-  if (address && image.dataset.address !== address) {
-    image.dataset.address = address;
-    image.src = address;
-  }
-  image.hidden = !address;
 }
 
 function say(text) {
@@ -104,35 +75,9 @@ function announce() {
     const now = `${thing.state} ${state.chosen && thing.id === state.chosen.id ? quarter : ""}`.trim();
     told.set(thing.id, now);
     if (before === undefined || before === now) continue;
-    const how = thing.state === "running" ? (quarter ? `${25 * quarter} percent done` : "at work") : STATES[thing.state].toLowerCase();
+    const how = thing.state === "running" && quarter ? `${25 * quarter} percent` : STATES[thing.state].toLowerCase();
     say(`${thing.title}, ${KINDS[thing.kind]}: ${how}`);
   }
-}
-
-function when(seconds) {
-  const then = new Date(1000 * seconds), days = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(then).setHours(0, 0, 0, 0)) / 864e5);
-  const time = then.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
-  if (days < 2) return `${days ? "Yesterday" : "Today"}, ${time}`;
-  return then.toLocaleDateString([], {day: "numeric", month: "short", year: "numeric"});
-}
-
-const lasting = (s) => s < 90 ? `about ${Math.max(1, Math.round(s))} s left` : `about ${Math.round(s / 60)} min left`;
-const size = (bytes) => bytes < 1e5 ? `${Math.ceil(bytes / 1e3)} KB` : `${(bytes / 1e6).toFixed(1)} MB`;
-
-// Makes a list's children those of `items` with as few changes as will do, so that the focus stays where it is.
-function list(parent, items, key, change) {
-  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
-  items.forEach((item, i) => {
-    const child = old.get(key(item)) || make("li", {"data-key": key(item)});
-    old.delete(key(item));
-    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] || null);
-    const sign = JSON.stringify(item);
-    if (child.dataset.sign !== sign) {
-      child.dataset.sign = sign;
-      change(child, item);
-    }
-  });
-  old.forEach((child) => child.remove());
 }
 
 // --- What is shown ----------------------------------------------------------------------------------------------
@@ -146,7 +91,7 @@ function render() {
   renderShelf();
   renderSubjects();
   announce();
-  const share = chosen && chosen.state === "running" && chosen.total ? `${Math.floor(100 * chosen.done / chosen.total)} % · ` : "";
+  const share = chosen && chosen.total ? `${Math.floor(100 * chosen.done / chosen.total)} % · ` : "";
   document.title = chosen ? `${share}${chosen.title} · mvdream_fast` : "mvdream_fast";
 }
 
@@ -158,14 +103,12 @@ function pace(thing) {
 }
 
 function renderStage(thing) {
+  const focused = document.activeElement;
   $("stage").hidden = !thing;
   if (!thing) return;
   set($("stage-title"), thing.title);
   set($("stage-about"), [KINDS[thing.kind], ...thing.about, when(thing.when)].join(" · "));
-  set($("stage-state"), {
-    views: {running: "Drawing the four views", done: "Four views"}, asset: {running: "Growing in 3D", done: "The asset is done"},
-    subject: {running: "Learning it", done: "It is learned"},
-  }[thing.kind][thing.state] || STATES[thing.state]);
+  set($("stage-state"), WORDS[thing.kind][thing.state] || STATES[thing.state]);
   const active = thing.state === "running" || thing.state === "queued";
   $("stage-progress").hidden = !active;
   if (thing.total) $("bar").value = thing.done / thing.total;
@@ -174,27 +117,31 @@ function renderStage(thing) {
   set($("stage-pace"), pace(thing));
   $("stage-error").hidden = thing.state !== "failed" && !shown.error;
   if (thing.state === "failed") set($("stage-error"), thing.error);
+  set($("another"), `Draw another, with seed ${thing.seed + 1}`);
   for (const name of ["grow", "use", "retry", "another", "cancel"]) $(name).hidden = !thing.can.includes(name);
   renderViews(thing, active);
   renderGrowth(thing);
   renderMesh(thing);
   $("downloads").hidden = !thing.files.length;
   list($("files"), thing.files, (file) => file.url, (child, file) => {
-    child.replaceChildren(make("a", {class: "button", href: file.url, download: ""}, file.label, make("span", {}, size(file.bytes))));
+    const bytes = make("span", {}, size(file.bytes));
+    child.replaceChildren(make("a", {class: "button", href: file.url, download: file.name}, file.label, bytes));
   });
+  if ($("stage").contains(focused) && !focused.checkVisibility()) $("stage-title").focus({preventScroll: true});
 }
 
 function renderViews(thing, active) {
   $("views").hidden = !thing.views && !(active && !thing.previews.length);
-  set($("views-caption"), thing.kind === "subject" ? "Its photos, and the model's views of it once they are there"
-    : "Four views, as the model draws them");
+  const subject = thing.kind === "subject";
+  set($("views-caption"), subject ? "What the model draws of it now" : "Four views, as the model draws them");
   show($("views-image"), thing.views, `Four views of ${thing.title}: from the front and in quarter turns`);
   $("views-wait").hidden = Boolean(thing.views);
-  set($("views-wait"), thing.state === "queued" ? "Waiting for its turn" : thing.kind === "subject" ? "Looking at the photos" : "Drawing …");
+  set($("views-wait"), thing.state === "queued" ? "Waiting for its turn" : subject ? "Learning …" : "Drawing …");
 }
 
 function renderGrowth(thing) {
-  const previews = thing.previews, slider = $("growth-step"), follows = shown.growth !== thing.id || slider.value === slider.max;
+  const previews = thing.previews, slider = $("growth-step");
+  const follows = shown.growth !== thing.id || slider.value === slider.max;
   $("growth").hidden = !previews.length;
   if (!previews.length) return;
   shown.growth = thing.id;
@@ -214,7 +161,8 @@ function renderStep() {
 let turner = null;
 
 async function renderMesh(thing) {
-  turner ||= new Turner($("canvas"), (on) => document.querySelector("[data-turn=spin]").setAttribute("aria-pressed", on));
+  const spin = document.querySelector("[data-turn=spin]");
+  turner ||= new Turner($("canvas"), (on) => spin.setAttribute("aria-pressed", on));
   $("turner").hidden = !thing.mesh || !turner.works;
   show($("turntable"), turner.works ? "" : thing.turntable, `${thing.title}, turning`);
   if (shown.mesh === thing.mesh) return;
@@ -223,11 +171,15 @@ async function renderMesh(thing) {
   turner.clear();
   if (!thing.mesh) return;
   $("canvas").setAttribute("aria-label", `${thing.title}, a 3D asset to turn`);
-  const answer = await fetch(thing.mesh, {credentials: "same-origin"});
-  if (!answer.ok || shown.mesh !== thing.mesh) return;
-  turner.reset();
-  await turner.show(await answer.arrayBuffer());
-  if (!still.matches) greet();
+  try {
+    const mesh = await (await fetch(thing.mesh, {credentials: "same-origin"})).arrayBuffer();
+    if (shown.mesh !== thing.mesh) return;  // another thing is looked at by now
+    turner.reset();
+    await turner.show(mesh);
+    if (!still.matches) greet();
+  } catch {
+    shown.mesh = null;  // the server does not answer: with the next look
+  }
 }
 
 // One turn, so that it is seen to be a thing; not for people who asked for less motion.
@@ -241,9 +193,10 @@ function renderQueue(things) {
   $("queue").hidden = !things.length;
   list($("jobs"), things, (thing) => thing.id, (child, thing) => {
     if (!child.firstChild) {
-      const cancel = make("button", {type: "button"}, "Cancel");
-      cancel.addEventListener("click", () => act(cancel, $("ask-error"), () => call("POST", `api/jobs/${thing.id}/cancel`)));
-      child.append(make("div", {}, make("a", {href: `#${thing.id}`}), make("p", {class: "hint"})), make("progress", {max: 1}), cancel);
+      const cancel = make("button", {type: "button"}, "Cancel"), words = make("p", {class: "hint"});
+      const stop = () => call("POST", `api/jobs/${thing.id}/cancel`);
+      cancel.addEventListener("click", () => act(cancel, $("ask-error"), stop));
+      child.append(make("div", {}, make("a", {href: `#${thing.id}`}), words), make("progress", {max: 1}), cancel);
     }
     set(child.querySelector("a"), thing.title);
     set(child.querySelector("p"), `${KINDS[thing.kind]}: ${pace(thing) || STATES[thing.state].toLowerCase()}`);
@@ -261,8 +214,8 @@ function renderShelf() {
     const about = [thing.state === "done" ? KINDS[thing.kind] : STATES[thing.state], when(thing.when)].join(" · ");
     const link = child.firstChild || child.appendChild(make("a", {href: `#${thing.id}`}));
     if (thing.thumb) image.src = thing.thumb;
-    link.replaceChildren(make("span", {class: "thumb"}, ...(thing.thumb ? [image] : [])), make("span", {class: "words"}, thing.title),
-      make("span", {class: "when"}, about));
+    link.replaceChildren(make("span", {class: "thumb"}, ...(thing.thumb ? [image] : [])),
+      make("span", {class: "words"}, thing.title), make("span", {class: "when"}, about));
   });
   for (const child of $("shelf").children) {
     const link = child.firstChild;
@@ -278,14 +231,16 @@ function renderSubjects() {
   const menu = $("subject"), kept = menu.value, sign = JSON.stringify(state.subjects);
   if (menu.dataset.sign === sign) return;
   menu.dataset.sign = sign;
-  menu.replaceChildren(make("option", {value: ""}, state.model), ...state.subjects.map((subject) => make("option", {value: subject.id}, subject.title)));
+  const learned = state.subjects.map((subject) => make("option", {value: subject.id}, subject.title));
+  menu.replaceChildren(make("option", {value: ""}, state.model), ...learned);
   menu.value = state.subjects.some((subject) => subject.id === kept) ? kept : "";
 }
 
 // --- What a person does -----------------------------------------------------------------------------------------
 
 const request = () => ({
-  prompt: $("prompt").value, seed: Number($("seed").value), subject: $("subject").value, negative_prompt: $("negative").value,
+  prompt: $("prompt").value, seed: Number($("seed").value), subject: $("subject").value,
+  negative_prompt: $("negative").value,
 });
 
 $("ask").addEventListener("submit", (event) => {
@@ -358,7 +313,7 @@ $("photos").addEventListener("change", async (event) => {
       const {id, url} = await call("POST", "api/photos", file);
       if (!photos.has(id)) photos.set(id, addPhoto(id, url, file.name));
     } catch (error) {
-      complaints.push(error instanceof TypeError ? `${file.name}: the server does not answer` : `${file.name}: ${error.message}`);
+      complaints.push(`${file.name}: ${error instanceof TypeError ? AWAY : error.message}`);
     }
   }
   input.value = "";

@@ -17,7 +17,7 @@ void main() {
 }`;
 const FOVY = 40 * Math.PI / 180, ELEVATION = 15 * Math.PI / 180, AZIMUTH = -30 * Math.PI / 180;
 const STEP = 15 * Math.PI / 180, SPIN = Math.PI / 4;  // radians a key press and a second
-const ARRAYS = {5120: Int8Array, 5121: Uint8Array, 5122: Int16Array, 5123: Uint16Array, 5125: Uint32Array, 5126: Float32Array};
+const ARRAYS = {5121: Uint8Array, 5123: Uint16Array, 5125: Uint32Array, 5126: Float32Array};
 const WIDTHS = {SCALAR: 1, VEC2: 2, VEC3: 3, VEC4: 4};
 
 // The JSON and the binary part of a GLB file.
@@ -68,7 +68,8 @@ export class Turner {
 
   // Shows a GLB file's content; the view stays as it is turned.
   async show(buffer) {
-    const file = parse(buffer), gl = this.gl, primitive = file.json.meshes[0].primitives[0], named = primitive.attributes;
+    const file = parse(buffer), gl = this.gl, primitive = file.json.meshes[0].primitives[0];
+    const named = primitive.attributes;
     const texture = file.json.images ? await this.texture(file) : null;
     this.clear();
     this.array = gl.createVertexArray();
@@ -157,9 +158,10 @@ export class Turner {
 
   // World to clip, by columns, and the direction from the mesh to the eye.
   camera(aspect) {
-    const [sa, ca, se, ce] = [Math.sin(this.azimuth), Math.cos(this.azimuth), Math.sin(this.elevation), Math.cos(this.elevation)];
+    const [sa, ca] = [Math.sin(this.azimuth), Math.cos(this.azimuth)];
+    const [se, ce] = [Math.sin(this.elevation), Math.cos(this.elevation)];
     const eye = [sa * ce, se, ca * ce], right = [ca, 0, -sa], up = [-sa * se, ce, -ca * se];
-    const away = this.radius / Math.sin(FOVY / 2) / Math.min(1, aspect) / this.zoom;
+    const away = 1.05 * this.radius / Math.sin(FOVY / 2) / Math.min(1, aspect) / this.zoom;
     const near = Math.max(away - 1.01 * this.radius, 0.01 * this.radius), far = away + 1.01 * this.radius;
     const f = 1 / Math.tan(FOVY / 2), a = -(far + near) / (far - near), b = -2 * far * near / (far - near);
     const rows = [right, up, eye], moved = rows.map((row) => -row.reduce((sum, x, i) => sum + x * this.center[i], 0));
@@ -206,7 +208,8 @@ export class Turner {
   }
 
   listen() {
-    const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down", "+": "in", "=": "in", "-": "out", Home: "home"};
+    const arrows = {ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down"};
+    const keys = {...arrows, "+": "in", "=": "in", "-": "out", Home: "home"};
     let last = null;
     this.canvas.addEventListener("keydown", (event) => {
       if (!(event.key in keys) || event.ctrlKey || event.metaKey || event.altKey) return;
