@@ -1,4 +1,4 @@
-"""The command behind the page: what its flags refuse, and a server with its workers from start to end, killed between."""
+"""The command behind the page: what its flags refuse; a server with its workers from start to end, killed between."""
 
 import contextlib
 import os
