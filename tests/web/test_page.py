@@ -178,6 +178,7 @@ def test_from_a_prompt_to_an_asset_that_turns(page):
     page.click("#grow")
     page.until("document.querySelector('#stage-about').textContent.startsWith('3D asset')")
     page.painter.take()
+    page.painter.views()
     for done in (60, 120):
         page.painter.grow(done, 600)
         page.until(f"document.querySelector('#stage-pace').textContent.startsWith('step {done} of 600')")
