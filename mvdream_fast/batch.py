@@ -78,6 +78,7 @@ class Flags:
 # Flags that say how and where, not what.
 HOW = ("prompts", "output", "config", "retries", "workers", "threads", "ray", "checkpoint_every", "expiry", "device",
        "dtype", "graphs", "quiet")  # fmt: skip
+RUNNERS = "mvdream_fast.jobs.making:runners"  # of a worker's functions by kind: see Setup
 WHAT = ("model", "refine_model", "sds")  # of a request, what memory depends on
 
 
@@ -128,7 +129,7 @@ def _crew(flags: Flags, jobs: "list[Job]", say: Say) -> "tuple[Setup, Crew]":
     from mvdream_fast.jobs.setup import Setup
 
     setup = Setup(
-        flags.output or "", device=flags.device, dtype=flags.dtype, graphs=flags.graphs, threads=flags.threads or 1,
+        flags.output or "", RUNNERS, device=flags.device, dtype=flags.dtype, graphs=flags.graphs, threads=flags.threads or 1,
         checkpoint_every=flags.checkpoint_every, expiry=flags.expiry,
     )  # fmt: skip
     if flags.ray is not None:

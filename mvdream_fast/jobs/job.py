@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
@@ -108,7 +108,16 @@ class LeaseLost(Exception):
         self.event = event
 
 
+_FIELDS = [field.name for field in fields(Job)]
+
+
+def write_jobs(jobs: Iterable[Job]) -> bytes:
+    """Jobs as lines of JSON."""
+    return "".join(json.dumps({name: getattr(job, name) for name in _FIELDS}) + "\n" for job in jobs).encode()
+
+
 def read_jobs(data: bytes) -> Iterable[Job]:
+    """The jobs of a file that `write_jobs` made."""
     for line in data.decode().splitlines():
         row = json.loads(line)
         yield Job(**{**row, "needs": tuple(row["needs"])})
@@ -124,8 +133,7 @@ def read_event(data: bytes) -> Event:
 
 def read_beat(data: bytes | None) -> tuple[float, Progress]:
     """Seconds since the claim, and how far it is."""
-    try:
-        beat = json.loads(data or b"{}")
-    except ValueError:
-        beat = {}
-    return float(beat.get("seconds", 0)), Progress(*(beat.get(k, v) for k, v in asdict(Progress()).items()))
+    if not data:
+        return 0.0, Progress()
+    beat = json.loads(data)
+    return beat["seconds"], Progress(beat["done"], beat["total"], beat["message"])

@@ -14,7 +14,18 @@ from hashlib import sha256
 from typing import Any
 
 from mvdream_fast.core.errors import ArgumentError, OutputError
-from mvdream_fast.jobs.job import Event, Job, LeaseLost, Progress, State, Status, read_beat, read_event, read_jobs
+from mvdream_fast.jobs.job import (
+    Event,
+    Job,
+    LeaseLost,
+    Progress,
+    State,
+    Status,
+    read_beat,
+    read_event,
+    read_jobs,
+    write_jobs,
+)
 from mvdream_fast.jobs.owner import is_gone, this_process
 from mvdream_fast.jobs.store import Store
 
@@ -92,9 +103,8 @@ class Queue:
         new = {job.id: job for job in jobs if job.id not in self._jobs}
         if new:
             now = time.time()
-            rows = [asdict(replace(job, created=job.created or now)) for job in new.values()]
-            data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            self.store.create(f"jobs/{sha256(''.join(new).encode()).hexdigest()[:16]}.jsonl", data)
+            name = f"jobs/{sha256(''.join(new).encode()).hexdigest()[:16]}.jsonl"
+            self.store.create(name, write_jobs(replace(job, created=job.created or now) for job in new.values()))
             self.look()
         return [job.id for job in jobs]
 

@@ -201,7 +201,8 @@ class Worker:
 
 class Heart(threading.Thread):
     """Beats for a lease while the work goes on. `lost` is why the job is not this worker's any more; then `halt` is
-    requested. It beats `every` so many seconds; after the `least` where there is progress, and looks whether the job is its own."""
+    requested. It beats `every` so many seconds, and where there is progress after the `least`, when it also looks whether the
+    job is its own."""
 
     def __init__(self, lease: Lease, halt: Interrupt, every: float, least: float):
         super().__init__(daemon=True, name="heart")

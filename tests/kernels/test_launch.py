@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from mvdream_fast.kernels import _launch
 
 pytestmark = [

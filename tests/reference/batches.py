@@ -1,0 +1,131 @@
+"""For tests that disturb a batch: a command in the background, who kills its workers, a Ray head that can be lost."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mvdream_fast.jobs.job import Job
+from mvdream_fast.jobs.owner import is_gone
+from mvdream_fast.jobs.queue import Queue
+from mvdream_fast.jobs.store import open_store
+
+TESTS = Path(__file__).parents[1]
+COLOURS = ("red", "green", "blue", "grey", "black", "white", "brown", "golden")
+THINGS = ("car", "chair", "table", "apple", "house")
+
+
+def environment() -> dict[str, str]:
+    """In which a process finds what this one has imported."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+
+
+def in_background(*arguments: str) -> subprocess.Popen:
+    """The batch command in sizes of tests."""
+    line = [sys.executable, "-m", "reference.quick_jobs", *arguments]
+    return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
+
+
+def prompts(n: int) -> list[dict]:
+    """Lines of a file of prompts, at most 40."""
+    named = [f"a {colour} {thing}" for thing in THINGS for colour in COLOURS]
+    return [{"prompt": prompt, "seed": i} for i, prompt in enumerate(named[:n])]
+
+
+def jobs_of(place: Path) -> list[Job]:
+    return [job for job, _ in Queue(open_store(place)).jobs()]
+
+
+def rows(place: Path) -> dict[str, tuple[str, int]]:
+    """State and attempt by prompt."""
+    return {job.title: (str(status.state), status.attempt) for job, status in Queue(open_store(place)).jobs()}
+
+
+def workers_of(place: Path) -> list[int]:
+    """The process numbers of the workers that are alive."""
+    folder = Path(f"{place}.pids")
+    owners = [path.read_text() for path in sorted(folder.iterdir())] if folder.exists() else []
+    return [int(owner.split("/")[1]) for owner in owners if owner and not is_gone(owner)]
+
+
+class Killer(threading.Thread):
+    """Kills a worker at random now and then, once jobs are at work, until `done` is set; `n` were killed."""
+
+    def __init__(self, place: Path, pause: tuple[float, float], most: int = 10**9, seed: int = 0):
+        super().__init__(daemon=True)
+        self.place, self.pause, self.most, self.draw = place, pause, most, random.Random(seed)
+        self.done, self.n = threading.Event(), 0
+
+    def run(self) -> None:
+        while self.n < self.most and not self.done.wait(self.draw.uniform(*self.pause)):
+            alive = workers_of(self.place)
+            if alive and any(self.place.glob("work/*/log.jsonl")):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.draw.choice(alive), signal.SIGKILL)
+                    self.n += 1
+
+    def __enter__(self) -> "Killer":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.join()
+
+
+class Head:
+    """A Ray head of this machine's own port, with all its processes in one group that can be killed."""
+
+    def __init__(self, folder: Path, n_cpus: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address, self.folder, self.n_cpus = f"127.0.0.1:{self.port}", folder, n_cpus
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        words = f"""start --head --block --port={self.port} --node-ip-address=127.0.0.1 --include-dashboard=false
+            --num-cpus={self.n_cpus} --num-gpus=0 --disable-usage-stats --temp-dir={self.folder}
+            --object-store-memory=100000000 --ray-client-server-port=0 --dashboard-agent-listen-port=0""".split()
+        command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True
+        )  # fmt: skip
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def ray_head(folder: Path, n_cpus: int) -> Iterator[Head]:
+    """A head that is gone at the end."""
+    head = Head(folder, n_cpus)
+    head.start()
+    try:
+        yield head
+    finally:
+        head.kill()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """A filesystem of so many bytes; needs root. Raises CalledProcessError where that may not be mounted."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", folder], check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        end = time.monotonic() + 30
+        while subprocess.run(["umount", folder], capture_output=True).returncode and time.monotonic() < end:
+            time.sleep(0.5)

@@ -1,0 +1,206 @@
+"""The batch command with a tiny model: what it leaves, what it makes again and what not, failures, signals, kills."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from reference.batches import Killer, in_background, jobs_of, rows, workers_of
+from reference.quick_jobs import QUICK_RUN, command, digests, undisturbed
+
+from mvdream_fast.core.errors import UserError
+from mvdream_fast.jobs import local
+from mvdream_fast.jobs.local import Slot, Workers, share_out
+from mvdream_fast.jobs.plan import read_jobs
+from mvdream_fast.jobs.setup import Setup
+
+
+@pytest.fixture
+def asked(tmp_path, tiny_model):
+    """asked(prompts, more flags): the arguments of a command on tmp_path/out."""
+
+    def arguments(prompts: list, *more: str) -> list[str]:
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        return [str(file), "-o", str(tmp_path / "out"), "--model", tiny_model, *QUICK_RUN, *more]
+
+    return arguments
+
+
+def test_a_failing_prompt_is_told_tried_again_and_stops_no_other(asked, tmp_path, capfd):
+    """Once the cause is mended the same command makes that prompt alone."""
+    broken = Path(f"{tmp_path / 'out'}.broken")
+    broken.touch()
+    arguments = asked(["a red car", "a broken chair"], "--steps", "2", "--retries", "1", "--workers", "1")
+    assert command(*arguments) == 6
+    said = capfd.readouterr()
+    assert "batch: 'a broken chair': it left the finite numbers" in said.err
+    assert "1 of 2 done, 1 failed" in said.out
+    assert rows(tmp_path / "out") == {"a red car": ("done", 1), "a broken chair": ("failed", 2)}
+    page = (tmp_path / "out/index.html").read_text()
+    (folder,) = (tmp_path / "out/assets").iterdir()
+    assert f'src="assets/{folder.name}/turntable.webp"' in page
+    assert "failed: it left the finite numbers" in page
+    words = (folder / "cmd.txt").read_text()
+    assert words == "python -m mvdream_fast.sds --config config.json\n"
+    made = (folder / "asset.safetensors").stat().st_mtime_ns
+    broken.unlink()
+    assert command(*arguments) == 0
+    assert rows(tmp_path / "out") == {"a red car": ("done", 1), "a broken chair": ("done", 3)}
+    assert (folder / "asset.safetensors").stat().st_mtime_ns == made
+    assert list((tmp_path / "out/work").iterdir()) == []
+    assert "http-equiv" not in (tmp_path / "out/progress.html").read_text()
+
+
+def test_an_interrupt_saves_and_the_same_command_goes_on(asked, tmp_path, capfd):
+    arguments = asked(["a red car"], "--steps", "60", "--checkpoint-every", "50", "--workers", "1")
+    timer = threading.Thread(target=_interrupt_at_step, args=(tmp_path / "out", 3))
+    timer.start()
+    assert command(*arguments) == 130
+    timer.join()
+    assert "batch: stopped; the same command goes on" in capfd.readouterr().err
+    assert rows(tmp_path / "out") == {"a red car": ("queued", 1)}
+    (work,) = (tmp_path / "out/work").iterdir()
+    saved = int((work / "ckpt/LATEST").read_text().partition(".")[0])
+    assert 3 <= saved < 60
+    assert command(*arguments) == 0
+    assert rows(tmp_path / "out") == {"a red car": ("done", 2)}
+    (folder,) = (tmp_path / "out/assets").iterdir()
+    assert json.loads((folder / "config.json").read_text())["resumed"][0]["step"] == saved
+    assert digests(tmp_path / "out") == undisturbed(tmp_path / "alone", jobs_of(tmp_path / "out"))
+
+
+def _interrupt_at_step(place: Path, step: int) -> None:
+    end = time.monotonic() + 200
+    while time.monotonic() < end and not any(
+        f'{{"step": {step},' in log.read_text() for log in place.glob("work/*/log.jsonl")
+    ):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_workers_are_killed_and_two_commands_share_the_work(asked, tmp_path):
+    """Six prompts, one worker of each of two commands; every asset is made once, with the bytes of one that nothing
+    disturbed."""
+    place = tmp_path / "out"
+    prompts = [
+        {"prompt": f"{colour} car", "seed": i}
+        for i, colour in enumerate(["red", "green", "blue", "grey", "black", "white"])
+    ]
+    arguments = asked(prompts, "--steps", "12", "--checkpoint-every", "4", "--workers", "1")
+    other = in_background(*arguments)
+    try:
+        with Killer(place, (1.0, 3.0), most=3) as killer:
+            assert command(*arguments) == 0
+            assert other.wait(120) == 0
+    finally:
+        other.kill()
+    assert killer.n >= 2
+    assert [state for state, _ in rows(place).values()] == ["done"] * 6
+    assert sum(attempt for _, attempt in rows(place).values()) > 6, "no kill has met a job"
+    jobs = jobs_of(place)
+    assert len(digests(place)) == 6
+    assert digests(place) == undisturbed(tmp_path / "alone", jobs)
+    assert list((place / "work").iterdir()) == []
+
+
+def test_what_cannot_be_used_is_refused_before_anything_is_made(asked, tmp_path, capsys):
+    assert command(*asked(["a red car", {"prompt": ""}])) == 2
+    assert "line 2: the prompt is empty" in capsys.readouterr().err
+    assert command(*asked(["a red car", {"prompt": "a chair", "photos": "nowhere"}])) == 5
+    assert command(*asked(["a chair"]), "--workers", "0") == 2
+    assert command(asked(["a chair"])[0]) == 2
+    assert "-o must name the folder" in capsys.readouterr().err
+    assert command(*asked(["a chair"]), "--model", str(tmp_path)) == 3
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").touch()
+    assert command(*asked(["a chair"])) == 7
+    assert "holds something else than jobs" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_subjects_are_tuned_before_what_needs_them(tmp_path):
+    (tmp_path / "chair").mkdir()
+    (tmp_path / "chair/1.png").touch()
+    lines = [
+        {"prompt": "a photo of a sks chair", "photos": "chair", "tuning_steps": 3, "seed": 4},
+        {"prompt": "a sks chair in snow", "photos": "chair", "tuning_steps": 3, "seed": 4,
+         "instance_prompt": "a photo of a sks chair"},
+        "a red car",
+    ]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tuning, first, second, car = read_jobs(tmp_path / "p.jsonl", {"preset": "mini"}, None, retries=2)
+    assert tuning.kind == "dreambooth"
+    assert tuning.request == {
+        "prompt": "a photo of a sks chair", "instance_data_dir": str(tmp_path / "chair"), "instance_token": "sks",
+        "model": "embedded", "seed": 4, "max_train_steps": 3,
+    }  # fmt: skip
+    assert [job.request["model"] for job in (first, second, car)] == [f"job:{tuning.id}"] * 2 + ["embedded"]
+    assert [job.needs for job in (first, second, car)] == [(tuning.id,), (tuning.id,), ()]
+    assert {job.retries for job in (tuning, first, second, car)} == {2}
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a chair", "photos": "chair"}\n')
+    with pytest.raises(ValueError, match="line 1: instance_prompt must hold the instance_token 'sks', got 'a chair'"):
+        read_jobs(tmp_path / "p.jsonl", {}, None)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a sks chair", "tuning_steps": 3}\n')
+    with pytest.raises(ValueError, match="photos must name the folder"):
+        read_jobs(tmp_path / "p.jsonl", {}, None)
+
+
+def test_a_worker_that_cannot_live_is_not_started_for_ever(tmp_path):
+    setup = Setup(str(tmp_path / "out"), runners="reference.quick_jobs:dying")
+    said: list[str] = []
+    workers = Workers(setup, [Slot("cpu")], said.append)
+    workers.start()
+    with pytest.raises(UserError, match=r"died 5 times right after its start \(exit code 3\)"):
+        _tend(workers)
+    assert len(said) == 4
+    workers.stop()
+
+
+def _tend(workers: Workers) -> None:
+    while workers.tend():
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("asked", "n", "threads", "devices"),
+    [
+        (("auto", 4, None, None, None), 4, 2, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]),
+        (("auto", 2, 3, 1, None), 3, 1, ["cuda:0", "cuda:1", "cuda:0"]),
+        (("cuda:1", 2, 2, None, None), 2, 4, ["cuda:1", "cuda:1"]),
+        (("cpu", 0, None, None, None), 8, 1, ["cpu"]),
+        (("cpu", 0, None, 3, None), 2, 3, ["cpu"]),
+        (("cpu", 0, None, None, 3), 3, 2, ["cpu"]),
+        (("cpu", 0, 2, None, 1), 2, 4, ["cpu"]),
+    ],
+)
+def test_how_a_machine_is_shared_out(monkeypatch, asked, n, threads, devices):
+    """Eight cores, that is."""
+    monkeypatch.setattr(local, "available_cores", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(8)})
+    slots, found = share_out(*asked)
+    assert (len(slots), found) == (n, threads)
+    assert [slot.device for slot in slots] == (devices * n)[:n]
+    cores = [core for slot in slots for core in slot.cores]
+    assert cores == ([*range(8)] if n * threads == 8 and asked[0] == "cpu" else [])
+
+
+def test_a_worker_leaves_when_its_parent_is_killed(asked, tmp_path):
+    """Nothing goes on behind the back of who has killed a command."""
+    process = in_background(*asked(["a red car"], "--steps", "5000", "--workers", "1"))
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not any((tmp_path / "out").glob("work/*/log.jsonl")):
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while time.monotonic() < end and rows(tmp_path / "out") != {"a red car": ("queued", 1)}:
+        time.sleep(0.1)
+    assert rows(tmp_path / "out") == {"a red car": ("queued", 1)}
+    assert any((tmp_path / "out").glob("work/*/ckpt/LATEST"))
+    while time.monotonic() < end and workers_of(tmp_path / "out"):
+        time.sleep(0.1)
+    assert workers_of(tmp_path / "out") == []
