@@ -89,9 +89,10 @@ def main(flags: Flags) -> None:
     from mvdream_fast.distill import request
     from mvdream_fast.jobs.job import State
     from mvdream_fast.jobs.plan import read_jobs
+    from mvdream_fast.jobs.setup import sayer
     from mvdream_fast.jobs.watch import Watch, failures
 
-    say: Say = (lambda _: None) if flags.quiet else (lambda line: print(line, flush=True))
+    say = sayer(flags.quiet)
     file = request.read_settings(flags.config) if flags.config else None
     asked = {name: value for name, value in cli.given(flags).items() if name not in HOW}
     jobs = read_jobs(flags.prompts, asked, file, flags.retries)
@@ -103,7 +104,7 @@ def main(flags: Flags) -> None:
         if job.id in ids and status.state == State.FAILED:
             queue.retry(job.id, flags.retries)
     with Interrupt() as interrupt:
-        Watch(queue, say).tend(crew, interrupt)
+        Watch(queue, say, live=sys.stdout.isatty() and not flags.quiet).tend(crew, interrupt)
     if interrupt.requested is not None:
         print("batch: stopped; the same command goes on", file=sys.stderr)
         sys.exit(interrupt.exit_code)
@@ -127,10 +128,11 @@ def _crew(flags: Flags, jobs: "list[Job]", say: Say) -> "tuple[Setup, Crew]":
     """What workers are told, and the workers, not started."""
     from mvdream_fast.jobs import local, on_ray
     from mvdream_fast.jobs.setup import Setup
+    from mvdream_fast.jobs.store import absolute
 
     setup = Setup(
-        flags.output or "", RUNNERS, device=flags.device, dtype=flags.dtype, graphs=flags.graphs, threads=flags.threads or 1,
-        checkpoint_every=flags.checkpoint_every, expiry=flags.expiry,
+        absolute(flags.output or ""), RUNNERS, flags.device, flags.dtype, flags.graphs, flags.threads or 1,
+        flags.checkpoint_every, flags.expiry, quiet=flags.quiet,
     )  # fmt: skip
     if flags.ray is not None:
         return setup, on_ray.Cluster(setup, flags.ray, flags.workers, say)

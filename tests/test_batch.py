@@ -5,17 +5,21 @@ import os
 import signal
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
-from reference.batches import Killer, in_background, jobs_of, rows, workers_of
-from reference.quick_jobs import QUICK_RUN, command, digests, undisturbed
+from reference.batches import Killer, in_background, jobs_of, prompts, rows, workers_of
+from reference.quick_jobs import QUICK_RUN, RUNNERS, command, digests, undisturbed, undone
 
 from mvdream_fast.core.errors import UserError
+from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs import local
 from mvdream_fast.jobs.local import Slot, Workers, share_out
 from mvdream_fast.jobs.plan import read_jobs
-from mvdream_fast.jobs.setup import Setup
+from mvdream_fast.jobs.setup import Setup, run_worker
+
+ASKED = {"preset": "mini", "render_size": 8, "mesh_resolution": 24}  # what QUICK_RUN says of a run
 
 
 @pytest.fixture
@@ -82,15 +86,45 @@ def _interrupt_at_step(place: Path, step: int) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+class StopsAfter(Interrupt):
+    """Requested once it has been asked so many times."""
+
+    def __init__(self, n: int):
+        self.n = n
+        super().__init__()
+
+    @property
+    def requested(self) -> int | None:
+        self.n -= 1
+        return signal.SIGTERM if self.n < 0 else None
+
+    @requested.setter
+    def requested(self, _: int | None) -> None:
+        """It is by itself."""
+
+
+def test_behind_a_url_a_run_goes_on_from_what_was_copied_there(asked, tmp_path):
+    """Each worker has a folder of its own machine, of which nothing is left but what it has sent."""
+    place = f"memory://{uuid.uuid4().hex}"
+    jobs = read_jobs(Path(asked(["a red car"])[0]), ASKED | {"model": asked([])[4], "steps": 12}, None)
+    plan = Setup(place, RUNNERS, "cpu", "float32", checkpoint_every=4, quiet=True)
+    plan.queue().add(*jobs)
+    with undone():
+        run_worker(plan, "first", StopsAfter(9))
+        (status,) = (status for _, status in plan.queue().jobs())
+        assert (status.state, status.attempt) == ("queued", 1)
+        assert 1 <= int(plan.queue().store.read(f"work/{jobs[0].name}.1/ckpt/LATEST").partition(b".")[0]) < 12
+        run_worker(plan, "second", Interrupt())
+    assert plan.queue().status(jobs[0].id).attempt == 2
+    assert digests(place) == undisturbed(tmp_path / "alone", jobs)
+    assert plan.queue().store.names("work") == []
+
+
 def test_workers_are_killed_and_two_commands_share_the_work(asked, tmp_path):
     """Six prompts, one worker of each of two commands; every asset is made once, with the bytes of one that nothing
     disturbed."""
     place = tmp_path / "out"
-    prompts = [
-        {"prompt": f"{colour} car", "seed": i}
-        for i, colour in enumerate(["red", "green", "blue", "grey", "black", "white"])
-    ]
-    arguments = asked(prompts, "--steps", "12", "--checkpoint-every", "4", "--workers", "1")
+    arguments = asked(prompts(6), "--steps", "24", "--checkpoint-every", "4", "--workers", "1")
     other = in_background(*arguments)
     try:
         with Killer(place, (1.0, 3.0), most=3) as killer:
@@ -100,7 +134,7 @@ def test_workers_are_killed_and_two_commands_share_the_work(asked, tmp_path):
         other.kill()
     assert killer.n >= 2
     assert [state for state, _ in rows(place).values()] == ["done"] * 6
-    assert sum(attempt for _, attempt in rows(place).values()) > 6, "no kill has met a job"
+    assert sum(attempt for _, attempt in rows(place).values()) > 6
     jobs = jobs_of(place)
     assert len(digests(place)) == 6
     assert digests(place) == undisturbed(tmp_path / "alone", jobs)

@@ -17,6 +17,7 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.progress import Every
 from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs.setup import Setup, run_worker
 
@@ -25,6 +26,7 @@ SILENT_S = 60.0  # after so long without a word from it the process that talks t
 AGAIN_S = 5.0  # between two tries to reach the cluster
 GRACE_S = 120.0  # for actors that were asked to save and to leave
 ROUND_S = 1.0
+LOOK_S = 5.0  # between two looks at the queue and at the cluster's size
 
 
 def check_installed() -> None:
@@ -115,6 +117,9 @@ class Crew:
 
     def release(self, seconds: float) -> None:
         """Forgets who has ended within so many seconds, in whatever way."""
+        if not self.at_work:
+            time.sleep(seconds)
+            return
         ended, _ = self.ray.wait([*self.at_work], num_returns=len(self.at_work), timeout=seconds)
         for future in ended:
             self.at_work.pop(future)
@@ -137,20 +142,20 @@ def _drive(setup: Setup, address: str, workers: int | None, heard: "Synchronized
     import ray
 
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    ray.init(address=address, logging_level="warning", namespace="mvdream_fast", include_dashboard=False)
-    queue, crew = setup.queue(), Crew(ray, setup)
+    own = {"include_dashboard": False} if address == LOCAL else {}
+    ray.init(address=address, logging_level="warning", namespace="mvdream_fast", **own)
+    queue, crew, looking = setup.queue(), Crew(ray, setup), Every(LOOK_S)
     with Interrupt() as stop:
         while stop.requested is None:
-            queue.look()
-            if not setup.forever and not queue.unfinished() and not crew.at_work:
-                return
-            if setup.forever or queue.unfinished():
-                crew.hire(workers)
             heard.value = time.monotonic()
-            if crew.at_work:
-                crew.release(ROUND_S)
-            else:
-                time.sleep(ROUND_S)
+            if looking.due() or not crew.at_work:
+                queue.look()
+                looking.begin()
+                if setup.forever or queue.unfinished():
+                    crew.hire(workers)
+                elif not crew.at_work:
+                    return
+            crew.release(ROUND_S)
         crew.stop()
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,13 +10,15 @@ from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs.queue import EXPIRY_S, Queue
 from mvdream_fast.jobs.store import open_store
 
+CLEAR = "\r\033[K"  # a terminal's line
+
 
 @dataclass(frozen=True)
 class Setup:
     """Plain values, which travel to other processes and machines.
 
     place: of the queue. runners: "module:function", of this set-up, gives a function for each kind of job. forever:
-    workers wait for new jobs when all are done.
+    workers wait for new jobs when all are done. quiet: they say nothing of what they have done.
     """
 
     place: str
@@ -27,13 +30,20 @@ class Setup:
     checkpoint_every: int = 100
     expiry: float = EXPIRY_S
     forever: bool = False
+    quiet: bool = False
 
     def queue(self) -> Queue:
         """The queue, opened in this process."""
         return Queue(open_store(self.place), self.expiry)
 
 
-def run_worker(setup: Setup, name: str, stop: Interrupt, say: Callable[[str], None] = print) -> None:
+def sayer(quiet: bool) -> Callable[[str], None]:
+    """Prints a line, over one of progress that may stand there; nothing where `quiet`."""
+    before = CLEAR if sys.stdout.isatty() else ""
+    return (lambda _: None) if quiet else (lambda line: print(f"{before}{line}", flush=True))
+
+
+def run_worker(setup: Setup, name: str, stop: Interrupt) -> None:
     """One worker, until all is done or `stop` is requested."""
     os.environ["OMP_NUM_THREADS"] = str(setup.threads)  # before torch is imported
     from mvdream_fast.core import cli
@@ -42,4 +52,4 @@ def run_worker(setup: Setup, name: str, stop: Interrupt, say: Callable[[str], No
     cli.set_threads(setup.threads)
     module, _, function = setup.runners.partition(":")
     runners = getattr(importlib.import_module(module), function)(setup)
-    work(setup.queue(), runners, name, stop, say=say, forever=setup.forever)
+    work(setup.queue(), runners, name, stop, say=sayer(setup.quiet), forever=setup.forever)

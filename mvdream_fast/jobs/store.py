@@ -61,6 +61,11 @@ def open_store(place: Path | str) -> Store:
     return LocalStore(user_path(text.removeprefix("file://")))
 
 
+def absolute(place: str) -> str:
+    """A place as processes in other folders name it."""
+    return place if "://" in place else str(user_path(place).absolute())
+
+
 def lacks_space(error: BaseException | None) -> bool:
     """Whether an error says, or was raised from one that says, that the disk is full."""
     while error is not None:

@@ -10,6 +10,7 @@ from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs import page
 from mvdream_fast.jobs.job import State
 from mvdream_fast.jobs.queue import Queue
+from mvdream_fast.jobs.setup import CLEAR
 from mvdream_fast.jobs.workspace import prune
 
 TEND_S = 0.2
@@ -35,10 +36,10 @@ class Crew(Protocol):
 
 
 class Watch:
-    """One command's look at a queue. say: prints a line."""
+    """One command's look at a queue. say: prints a line. live: the line is written over itself, on a terminal."""
 
-    def __init__(self, queue: Queue, say: Callable[[str], None]):
-        self._queue, self._say = queue, say
+    def __init__(self, queue: Queue, say: Callable[[str], None], live: bool):
+        self._queue, self._say, self._live = queue, say, live
         self._start = self._next = self._told = time.monotonic()
         self._line, self._done_before = "", sum(status.state == State.DONE for _, status in queue.jobs())
 
@@ -53,8 +54,6 @@ class Watch:
         finally:
             crew.stop()
             self.look(live=False)
-            if sys.stdout.isatty():
-                self._say("")
 
     def look(self, live: bool = True) -> None:
         """Shows where all jobs stand."""
@@ -72,8 +71,8 @@ class Watch:
         self._next = end + max(PAGE_S, (end - begin) / SHARE)
 
     def _tell(self, line: str, live: bool) -> None:
-        if sys.stdout.isatty():
-            self._say(f"\r\033[K{line}")
+        if self._live and live:
+            print(f"{CLEAR}{line}", end="", flush=True)
         elif not live or (line != self._line and time.monotonic() - self._told > LINE_S):
             self._say(line)
             self._line, self._told = line, time.monotonic()

@@ -200,9 +200,8 @@ class Worker:
 
 
 class Heart(threading.Thread):
-    """Beats for a lease while the work goes on. `lost` is why the job is not this worker's any more; then `halt` is
-    requested. It beats `every` so many seconds, and where there is progress after the `least`, when it also looks whether the
-    job is its own."""
+    """Beats for a lease while the work goes on, `every` so many seconds, and where there is progress after the `least`,
+    when it also looks whether the job is still its own. `lost` is why it is not; then `halt` is requested."""
 
     def __init__(self, lease: Lease, halt: Interrupt, every: float, least: float):
         super().__init__(daemon=True, name="heart")

@@ -17,7 +17,8 @@ from mvdream_fast.jobs.job import Job
 from mvdream_fast.jobs.store import Store, lacks_space
 
 ASSETS, WORK = "assets", "work"
-_PASSING = (".lock", ".tmp-")  # of names that are of one process
+WHOLE = ".whole"  # behind a URL, in a folder of which all files have arrived
+_PASSING = (".lock", ".tmp-", WHOLE)  # of names that are not copied
 
 
 def asset_folder(job: Job) -> str:
@@ -41,15 +42,20 @@ class Workspace:
         return f"{WORK}/{self.job.name}.{attempt}"
 
     def _attempts(self) -> list[int]:
-        """Those before this one, whose folder is there, the latest first."""
+        """Those before this one, whose folder is there and whole, the latest first."""
         before = f"{self.job.name}."
         found = (name.removeprefix(before) for name in self.store.names(WORK) if name.startswith(before))
-        return sorted((int(word) for word in found if word.isdigit() and int(word) < self.attempt), reverse=True)
+        earlier = sorted((int(word) for word in found if word.isdigit() and int(word) < self.attempt), reverse=True)
+        return [n for n in earlier if self.store.folder is not None or self._is_whole(self._name(n))]
 
     @property
     def is_published(self) -> bool:
-        """Whether the job's folder is among the assets, whole: only a rename shows that."""
-        return self.store.folder is not None and (self.store.folder / asset_folder(self.job)).is_dir()
+        """Whether the job's folder is among the assets, whole."""
+        name = asset_folder(self.job)
+        return self._is_whole(name) if self.store.folder is None else (self.store.folder / name).is_dir()
+
+    def _is_whole(self, name: str) -> bool:
+        return self.store.read(f"{name}/{WHOLE}") is not None
 
     def begin(self) -> Path:
         """Makes the folder, with what the attempt before had saved. Raises OutputError."""
@@ -96,7 +102,7 @@ class Workspace:
 
     def drop(self) -> None:
         """Removes this attempt's folder, and all before it."""
-        for attempt in (self.attempt, *self._attempts()):
+        for attempt in range(1, self.attempt + 1):
             self.store.delete(self._name(attempt))
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -142,6 +148,8 @@ def send(store: Store, folder: Path, name: str, known: dict[str, tuple[int, int]
                 store.write(f"{name}/{relative}", path.read_bytes())
     for relative in known.keys() - found.keys():
         store.delete(f"{name}/{relative}")
+    if not known:
+        store.write(f"{name}/{WHOLE}", b"")
     return found
 
 

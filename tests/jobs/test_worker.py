@@ -233,7 +233,8 @@ def test_checkpoints_are_mirrored_to_where_another_machine_finds_them():
     queue.add(ONE)
     run(queue, first, stop)
     names = [name.removeprefix(f"work/{ONE.name}.1/") for name in written if name.startswith("work/")]
-    assert names == [name for step in (1, 2, 3) for name in (f"ckpt/{step}.safetensors", "ckpt/LATEST")]
+    sent = [name for step in (1, 2, 3) for name in (f"ckpt/{step}.safetensors", "ckpt/LATEST")]
+    assert names == [*sent[:2], ".whole", *sent[2:]]
 
     def second(task: Task) -> dict:
         assert sorted(path.name for path in (task.folder / "ckpt").iterdir()) == ["3.safetensors", "LATEST"]
@@ -241,6 +242,29 @@ def test_checkpoints_are_mirrored_to_where_another_machine_finds_them():
 
     run(queue, second)
     assert store.read(f"assets/{ONE.name}/ckpt/3.safetensors") == b"\x03"
+
+
+def test_what_has_arrived_in_part_is_not_gone_on_from():
+    """A worker behind a URL that died while it sent its first checkpoint, and one while it published."""
+    queue = Queue(open_store(f"memory://{uuid.uuid4().hex}"))
+    store = queue.store
+    store.write(f"work/{ONE.name}.1/ckpt/LATEST", b"4")
+    store.write(f"work/{ONE.name}.1/.whole", b"")
+    store.write(f"work/{ONE.name}.2/ckpt/8", b"half of it")
+    store.write(f"assets/{ONE.name}/mesh", b"half of it")
+
+    def runner(task: Task) -> dict:
+        assert [path.name for path in (task.folder / "ckpt").iterdir()] == ["LATEST"]
+        (task.folder / "mesh").write_text("whole")
+        return {}
+
+    queue.add(ONE)
+    for _ in range(2):
+        queue.claim("w").free()
+    run(queue, runner)
+    assert queue.status(ONE.id).attempt == 3
+    assert store.read(f"assets/{ONE.name}/mesh") == b"whole"
+    assert store.names("work") == []
 
 
 def test_a_broken_device_ends_the_worker_and_not_the_queue(local):

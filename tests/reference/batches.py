@@ -1,6 +1,7 @@
 """For tests that disturb a batch: a command in the background, who kills its workers, a Ray head that can be lost."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -55,8 +56,20 @@ def workers_of(place: Path) -> list[int]:
     return [int(owner.split("/")[1]) for owner in owners if owner and not is_gone(owner)]
 
 
+def at_work(place: Path) -> list[int]:
+    """The process numbers of those workers that have a job in hand."""
+    last: dict[str, tuple[int, Path]] = {}
+    for path in place.glob("events/*"):
+        job, _, number = path.name.partition(".")
+        if number.isdigit():
+            last[job] = max(last.get(job, (0, path)), (int(number), path))
+    events = [json.loads(path.read_text()) for _, path in last.values()]
+    owners = [event["owner"] for event in events if event["event"] == "claim"]
+    return [int(owner.split("/")[1]) for owner in owners if not is_gone(owner)]
+
+
 class Killer(threading.Thread):
-    """Kills a worker at random now and then, once jobs are at work, until `done` is set; `n` were killed."""
+    """Kills a worker that has a job in hand, at random, now and then, until `done` is set; `n` were killed."""
 
     def __init__(self, place: Path, pause: tuple[float, float], most: int = 10**9, seed: int = 0):
         super().__init__(daemon=True)
@@ -65,8 +78,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while self.n < self.most and not self.done.wait(self.draw.uniform(*self.pause)):
-            alive = workers_of(self.place)
-            if alive and any(self.place.glob("work/*/log.jsonl")):
+            if alive := at_work(self.place):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.draw.choice(alive), signal.SIGKILL)
                     self.n += 1

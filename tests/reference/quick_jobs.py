@@ -1,18 +1,22 @@
 """The batch command in sizes of tests: a turn of few frames, few steps for the first views, no report; it is told whom
 to kill, and which prompts fail. `python -m reference.quick_jobs` is `python -m mvdream_fast.batch` so."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
 
 from mvdream_fast import batch
 from mvdream_fast.core import cli
 from mvdream_fast.core.errors import DivergedError
+from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs.owner import this_process
 from mvdream_fast.jobs.setup import Setup, run_worker
+from mvdream_fast.jobs.store import open_store
 from mvdream_fast.jobs.worker import Runner, Task
 
 QUICK_RUN = ["--preset", "mini", "--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1",
@@ -52,12 +56,11 @@ def dying(plan: Setup) -> dict[str, Runner]:
     os._exit(3)
 
 
-def digests(place: Path) -> dict[str, str]:
+def digests(place: Path | str) -> dict[str, str]:
     """Of each asset of a batch, what of it must not depend on how it was made."""
-    return {
-        folder.name: hashlib.sha256(b"".join((folder / name).read_bytes() for name in MADE)).hexdigest()
-        for folder in (place / "assets").iterdir()
-    }
+    store = open_store(place)
+    made = {name: [store.read(f"assets/{name}/{file}") for file in MADE] for name in store.names("assets")}
+    return {name: hashlib.sha256(b"".join(files)).hexdigest() for name, files in made.items()}
 
 
 def command(*argv: str) -> int:
@@ -74,21 +77,27 @@ def command(*argv: str) -> int:
 
 def undisturbed(place: Path, jobs: list) -> dict[str, str]:
     """The digests of these jobs, made one after the other in this process, which nothing disturbs."""
-    from mvdream_fast.core.run_folder import Interrupt
+    plan = Setup(str(place), RUNNERS, device="cpu", dtype="float32", quiet=True)
+    plan.queue().add(*(dataclasses.replace(job, created=0.0) for job in jobs))
+    with undone():
+        run_worker(plan, "alone", Interrupt())
+    return digests(place)
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """What `runners` replaces in this process is as before at the end."""
     from mvdream_fast.jobs import asset
     from mvdream_fast.pipeline import MVDreamPipeline
     from mvdream_fast.scene.asset import Asset
 
-    plan = Setup(str(place), RUNNERS, device="cpu", dtype="float32")
-    plan.queue().add(*(dataclasses.replace(job, created=0.0) for job in jobs))
     changed = [(Asset, "turntable"), (MVDreamPipeline, "__call__"), (asset, "has_video"), (asset, "write_report")]
-    before = [(owner, name, getattr(owner, name)) for owner, name in changed]  # which `runners` replaces
+    before = [(owner, name, getattr(owner, name)) for owner, name in changed]
     try:
-        run_worker(plan, "alone", Interrupt(), say=lambda _: None)
+        yield
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
-    return digests(place)
 
 
 if __name__ == "__main__":
