@@ -83,7 +83,8 @@ class Guard:
         if signs_in:
             await asyncio.sleep(WRONG_TOKEN_S)
         if signs_in or scope["path"] == "/":
-            await _answer(send, 401, self.sign_in, {"content-type": "text/html; charset=utf-8"})
+            page = self.sign_in.replace(b" hidden>", b">") if signs_in else self.sign_in  # where it says what is wrong
+            await _answer(send, 401, page, {"content-type": "text/html; charset=utf-8"})
         else:
             await _answer(send, 401, json.dumps({"error": "Sign in with the server's token first."}).encode())
 

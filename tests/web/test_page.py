@@ -237,7 +237,8 @@ def test_who_has_the_token_gets_in(browser, tmp_path):
         page.js("document.querySelector('#token').focus()")
         page.type("a-token-of-another-length")
         page.press("Enter")
-        page.until("location.pathname == '/sign-in' && document.querySelector('#token') && document.hasFocus()")
+        page.until(shown("[role=alert]"))
+        assert page.text("[role=alert]") == "That is not the token."
         page.js("document.querySelector('#token').focus()")
         page.type(token)
         page.press("Enter")
