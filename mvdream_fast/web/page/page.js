@@ -117,7 +117,7 @@ function renderStage(thing) {
   set($("stage-pace"), pace(thing));
   $("stage-error").hidden = thing.state !== "failed" && !shown.error;
   if (thing.state === "failed") set($("stage-error"), thing.error);
-  set($("another"), `Draw another, with seed ${thing.seed + 1}`);
+  set($("another"), `Draw another (seed ${thing.seed + 1})`);
   for (const name of ["grow", "use", "retry", "another", "cancel"]) $(name).hidden = !thing.can.includes(name);
   renderViews(thing, active);
   renderGrowth(thing);
@@ -164,6 +164,7 @@ async function renderMesh(thing) {
   const spin = document.querySelector("[data-turn=spin]");
   turner ||= new Turner($("canvas"), (on) => spin.setAttribute("aria-pressed", on));
   $("turner").hidden = !thing.mesh || !turner.works;
+  $("stage").classList.toggle("made", Boolean(thing.mesh));
   show($("turntable"), turner.works ? "" : thing.turntable, `${thing.title}, turning`);
   if (shown.mesh === thing.mesh) return;
   shown.mesh = thing.mesh;
@@ -232,7 +233,7 @@ function renderSubjects() {
   if (menu.dataset.sign === sign) return;
   menu.dataset.sign = sign;
   const learned = state.subjects.map((subject) => make("option", {value: subject.id}, subject.title));
-  menu.replaceChildren(make("option", {value: ""}, state.model), ...learned);
+  menu.replaceChildren(make("option", {value: ""}, state.model[0].toUpperCase() + state.model.slice(1)), ...learned);
   menu.value = state.subjects.some((subject) => subject.id === kept) ? kept : "";
 }
 
