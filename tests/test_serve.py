@@ -133,6 +133,7 @@ def until(holds, seconds: float = 240.0):
     return found
 
 
+@pytest.mark.timeout(900)  # two starts of three processes that import torch
 def test_views_of_a_prompt_and_a_server_that_is_killed(tiny_model, in_tmp):
     """The real thing: workers of their own draw; a killed server takes them along, and the next one shows the same."""
     port = loopback.free_port(7208, "--port")
