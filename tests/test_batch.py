@@ -103,10 +103,10 @@ class StopsAfter(Interrupt):
         """It is by itself."""
 
 
-def test_behind_a_url_a_run_goes_on_from_what_was_copied_there(asked, tmp_path):
+def test_behind_a_url_a_run_goes_on_from_what_was_copied_there(asked, tmp_path, tiny_model):
     """Each worker has a folder of its own machine, of which nothing is left but what it has sent."""
     place = f"memory://{uuid.uuid4().hex}"
-    jobs = read_jobs(Path(asked(["a red car"])[0]), ASKED | {"model": asked([])[4], "steps": 12}, None)
+    jobs = read_jobs(Path(asked(["a red car"])[0]), ASKED | {"model": tiny_model, "steps": 12}, None)
     plan = Setup(place, RUNNERS, "cpu", "float32", checkpoint_every=4, quiet=True)
     plan.queue().add(*jobs)
     with undone():

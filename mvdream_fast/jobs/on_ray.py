@@ -16,13 +16,14 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
-from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.core.progress import Every
 from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs.setup import Setup, run_worker
 
 LOCAL = "local"  # an address: a cluster of this machine alone, for as long as the command runs
 SILENT_S = 60.0  # after so long without a word from it the process that talks to Ray counts as stuck
+FIRST_TRIES = 3  # before an address that has never answered counts as wrong
 AGAIN_S = 5.0  # between two tries to reach the cluster
 GRACE_S = 120.0  # for actors that were asked to save and to leave
 ROUND_S = 1.0
@@ -45,18 +46,23 @@ class Cluster:
         self._setup, self._address, self._n, self._say = setup, address, workers, say
         self._context = multiprocessing.get_context("spawn")
         self._heard: Synchronized[float] = self._context.Value("d", 0.0)
+        self._reached: Synchronized[int] = self._context.Value("i", 0)
         self._process: SpawnProcess | None = None
-        self._next = 0.0
+        self._next, self._tries = 0.0, 0
 
     def start(self) -> None:
         """Begins to talk to Ray."""
         self._heard.value = time.monotonic()
-        args = self._setup, self._address, self._n, self._heard
+        self._tries += 1
+        args = self._setup, self._address, self._n, self._heard, self._reached
         self._process = self._context.Process(target=_drive, args=args, name="ray driver")
         self._process.start()
 
     def tend(self) -> bool:
-        """Reaches for the cluster again where it was lost. False once all workers have ended as they should."""
+        """Reaches for the cluster again where it was lost. False once all workers have ended as they should.
+
+        Raises: UserError where none was ever reached.
+        """
         process = self._process
         if process is None:
             if time.monotonic() > self._next:
@@ -66,9 +72,13 @@ class Cluster:
             return True
         if process.exitcode == 0:
             return False
-        self._say(f"the Ray cluster {self._address} was lost; trying to reach it again")
         process.kill()
         process.join()
+        if not self._reached.value and self._tries >= FIRST_TRIES:
+            raise UserError(
+                f'no Ray cluster answers at {self._address}; --ray must name a head\'s address, "auto" or "local"'
+            )
+        self._say(f"the Ray cluster {self._address} was lost; trying to reach it again")
         self._process, self._next = None, time.monotonic() + AGAIN_S
         return True
 
@@ -76,7 +86,7 @@ class Cluster:
         """Asks all workers to save and to leave."""
         if self._process is not None:
             self._process.terminate()
-            self._process.join(grace + AGAIN_S)
+            self._process.join(grace + AGAIN_S if self._reached.value else AGAIN_S)
             self._process.kill()
             self._process.join()
         self._process = None
@@ -137,13 +147,16 @@ class Crew:
             self.release(ROUND_S)
 
 
-def _drive(setup: Setup, address: str, workers: int | None, heard: "Synchronized[float]") -> None:
+def _drive(
+    setup: Setup, address: str, workers: int | None, heard: "Synchronized[float]", reached: "Synchronized[int]"
+) -> None:
     """The process that talks to Ray: hires until nothing is left to do, or until a signal."""
     import ray
 
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     own = {"include_dashboard": False} if address == LOCAL else {}
-    ray.init(address=address, logging_level="warning", namespace="mvdream_fast", **own)
+    ray.init(address=address, logging_level="warning", log_to_driver=False, namespace="mvdream_fast", **own)
+    reached.value = 1
     queue, crew, looking = setup.queue(), Crew(ray, setup), Every(LOOK_S)
     with Interrupt() as stop:
         while stop.requested is None:

@@ -33,7 +33,9 @@ FORMAT = 1
 MARK = "queue.json"
 EXPIRY_S = 60.0  # without a heartbeat for so long, a job is given to another worker
 FRESH_S = 1.0  # what is known of the queue is looked at again after so long, where a job is claimed
-MAX_LOST = 5  # workers that die with a job, one after the other and without getting further, before it counts as failed
+MAX_LOST = (
+    10  # workers that die with a job, one after the other and without getting further, before it counts as failed
+)
 
 
 class Lease:

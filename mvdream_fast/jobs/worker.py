@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from mvdream_fast.core.errors import OutOfMemoryError, UserError
+from mvdream_fast.core.errors import OutOfMemoryError, OutputError, UserError
 from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs.job import Job, LeaseLost, Progress, State
 from mvdream_fast.jobs.queue import Lease, Queue
@@ -122,7 +122,8 @@ class Worker:
     def _make(self, lease: Lease, heart: "Heart", halt: Interrupt) -> None:
         job, store = lease.job, self.queue.store
         workspace = Workspace(store, job, lease.attempt, self.scratch)
-        if workspace.is_published:  # by a worker that died before it could say so
+        folder = _begun(workspace)
+        if folder is None:
             workspace.drop()
             lease.finish({"folder": asset_folder(job)})
             return
@@ -133,7 +134,7 @@ class Worker:
                 halt.requested = self.stop.requested
 
         result = self.runners[job.kind](
-            Task(job, workspace.begin(), halt, self.say, report, workspace.save, self._made)
+            Task(job, folder, halt, self.say, report, workspace.save, self._made)
         )  # fmt: skip
         if heart.lost is not None:
             raise heart.lost
@@ -142,9 +143,9 @@ class Worker:
             workspace.save()
             lease.free()
             return
-        folder = workspace.publish()
-        lease.finish({**result, "folder": folder})
-        self.say(f"{job.title}: done in {lease.seconds:.0f} s: {folder}")
+        name = workspace.publish()
+        lease.finish({**result, "folder": name})
+        self.say(f"{job.title}: done in {lease.seconds:.0f} s: {name}")
 
     def _failed(self, lease: Lease, error: Exception, halt: Interrupt) -> None:
         message, code = str(error) or type(error).__name__, 1
@@ -233,6 +234,18 @@ class Heart(threading.Thread):
                 return
             except UserError:  # a disk that is full or away for a while: the next beat may reach it
                 since = now
+
+
+def _begun(workspace: Workspace) -> Path | None:
+    """The folder to work in; None where the job was published meanwhile, by a worker that died or lost it then."""
+    if workspace.is_published:
+        return None
+    try:
+        return workspace.begin()
+    except OutputError:
+        if workspace.is_published:  # while what it had saved was copied
+            return None
+        raise
 
 
 def _wait(seconds: float, stop: Interrupt) -> None:

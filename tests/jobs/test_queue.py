@@ -134,7 +134,7 @@ def test_a_job_that_kills_every_worker_is_given_up(tmp_path, monkeypatch):
     assert queue.claim("w") is None
     status = queue.status(CHAIR.id)
     assert status.state == State.FAILED
-    assert status.message == "5 workers died with it, one after the other; out of memory, perhaps"
+    assert status.message == f"{queues.MAX_LOST} workers died with it, one after the other; out of memory, perhaps"
 
 
 def test_failures_are_tried_again_as_often_as_asked(place):

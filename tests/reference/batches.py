@@ -92,20 +92,28 @@ class Killer(threading.Thread):
         self.join()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Head:
     """A Ray head of this machine's own port, with all its processes in one group that can be killed."""
 
     def __init__(self, folder: Path, n_cpus: int):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address, self.folder, self.n_cpus = f"127.0.0.1:{self.port}", folder, n_cpus
+        import ray
+
+        self.port, self.other_ports = free_port(), [free_port() for _ in range(2)]
+        self.address, self.folder, self.n_cpus = f"{ray.util.get_node_ip_address()}:{self.port}", folder, n_cpus
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        words = f"""start --head --block --port={self.port} --node-ip-address=127.0.0.1 --include-dashboard=false
+        words = f"""start --head --block --port={self.port} --include-dashboard=false
             --num-cpus={self.n_cpus} --num-gpus=0 --disable-usage-stats --temp-dir={self.folder}
-            --object-store-memory=100000000 --ray-client-server-port=0 --dashboard-agent-listen-port=0""".split()
+            --object-store-memory=100000000
+            --ray-client-server-port={self.other_ports[0]}
+            --dashboard-agent-listen-port={self.other_ports[1]}""".split()
         command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
         quiet = subprocess.DEVNULL
         self.process = subprocess.Popen(
