@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mvdream_fast"
-VERBS = ["batch", "serve", "compare", "sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "doctor"]
+VERBS = ["batch", "serve", "compare", "sds", "generate", "train", "dreambooth", "render", "evaluate", "convert",
+         "doctor"]  # fmt: skip
 
 # Highest first. What stands on one floor may not import its neighbours there; the files of one folder may import each
 # other, but not in a circle.

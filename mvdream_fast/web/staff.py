@@ -18,9 +18,9 @@ from mvdream_fast.jobs.local import Slot, Workers
 from mvdream_fast.jobs.setup import Setup
 from mvdream_fast.jobs.worker import Runner, Task
 
-# The drawer looks for work every second, where workers of the usual expiry come to look every ten. It is alone with its
-# kind, so that nobody is taken for dead by it.
-DRAWER_EXPIRY_S = 5.0
+# A worker with nothing to do looks for work as often as it would beat, and a person waits for these: every second the
+# drawer, which is alone with its kind and takes nobody for dead; every five the others, instead of ten.
+DRAWER_EXPIRY_S, GROWER_EXPIRY_S = 5.0, 30.0
 GROWERS_NICE = 5
 
 
@@ -34,7 +34,8 @@ class Desk(Setup):
 def hire(desk: Desk, slots: list[Slot], say: Callable[[str], None]) -> list[Workers]:
     """All workers of a page, not started yet: a drawer at the first slot, a grower at each."""
     drawer = replace(desk, runners="mvdream_fast.web.staff:draws", expiry=DRAWER_EXPIRY_S)
-    return [Workers(drawer, slots[:1], say), Workers(replace(desk, runners="mvdream_fast.web.staff:grows"), slots, say)]
+    grower = replace(desk, runners="mvdream_fast.web.staff:grows", expiry=GROWER_EXPIRY_S)
+    return [Workers(drawer, slots[:1], say), Workers(grower, slots, say)]
 
 
 def draws(setup: Desk) -> dict[str, Runner]:

@@ -97,7 +97,7 @@ function render() {
 
 function pace(thing) {
   if (thing.state === "queued") return thing.ahead ? `${thing.ahead} before it` : "Next";
-  if (!thing.total) return thing.note || "";
+  if (!thing.total) return [thing.note, thing.done ? `step ${thing.done}` : ""].filter(Boolean).join(": ");
   const left = thing.left_s === null ? "" : `, ${lasting(thing.left_s)}`;
   return `${thing.note ? `${thing.note}: ` : ""}step ${thing.done} of ${thing.total}${left}`;
 }
