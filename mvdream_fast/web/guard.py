@@ -90,7 +90,7 @@ class Guard:
 
 
 def _refusal(scope: Scope, headers: dict[str, list[str]], has_token: bool) -> tuple[int, str]:
-    """The status and the sentence for a request that nobody's own page would send; ("", 0) for any other."""
+    """The status and the sentence for a request that nobody's own page would send; 0 and "" for any other."""
     hosts, origins, method = headers.get("host", []), headers.get("origin", []), scope["method"]
     if len(hosts) != 1 or not (has_token or has_loopback_name(f"//{hosts[0]}")):
         return 403, "This page answers to 127.0.0.1 and localhost only; start the server with --token for other names."

@@ -2,15 +2,21 @@
 
 export const $ = (id) => document.getElementById(id);
 
-// Raises an Error with the server's sentence.
+const AWAY = "The server does not answer. It is asked again every few seconds; nothing that was made is lost.";
+const PATIENCE_MS = 60000;
+
+// Raises an Error with the server's sentence, or with one that says that there is no server.
 export async function call(method, path, body) {
   const json = body !== undefined && !(body instanceof Blob);
-  const answer = await fetch(path, {
-    method, credentials: "same-origin", body: json ? JSON.stringify(body) : body,
+  const request = {
+    method, credentials: "same-origin", signal: AbortSignal.timeout(PATIENCE_MS),
+    body: json ? JSON.stringify(body) : body,
     headers: body ? {"Content-Type": json ? "application/json" : "application/octet-stream"} : {},
-  });
+  };
+  const away = () => { throw new Error(AWAY); };
+  const answer = await fetch(path, request).catch(away);
   if (answer.status === 401) location.reload();  // the page that asks for the token
-  const data = await answer.json();
+  const data = await answer.json().catch(away);
   if (!answer.ok) throw new Error(data.error);
   return data;
 }

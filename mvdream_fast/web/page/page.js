@@ -11,7 +11,6 @@ const WORDS = {
   subject: {running: "Learning it", done: "It is learned"},
 };
 const KINDS = {views: "four views", asset: "3D asset", subject: "learned subject"};
-const AWAY = "The server does not answer. It is asked again every few seconds; nothing that was made is lost.";
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 let state = null, wanted = PAGE, timer = 0, asked = 0, shown = {}, told = new Map();
@@ -30,7 +29,7 @@ async function refresh() {
     render();
   } catch (error) {
     if (turn !== asked) return;
-    $("offline").textContent = error instanceof TypeError ? AWAY : error.message;
+    set($("offline"), error.message);
     $("offline").hidden = false;
   }
   const busy = state && (state.running || state.waiting);
@@ -48,7 +47,7 @@ async function act(button, where, action) {
     if (made && made.id) choose(made.id);
     await refresh();
   } catch (error) {
-    where.textContent = error instanceof TypeError ? AWAY : error.message;
+    where.textContent = error.message;
     where.hidden = false;
   } finally {
     button.removeAttribute("aria-disabled");
@@ -210,7 +209,8 @@ function renderQueue(things) {
 }
 
 function renderShelf() {
-  list($("shelf"), state.shelf, (thing) => thing.id, (child, thing) => {
+  const cards = state.shelf.map(({id, title, kind, state, when, thumb}) => ({id, title, kind, state, when, thumb}));
+  list($("shelf"), cards, (thing) => thing.id, (child, thing) => {
     const image = make("img", {alt: "", loading: "lazy", class: thing.kind === "subject" ? "whole" : ""});
     const about = [thing.state === "done" ? KINDS[thing.kind] : STATES[thing.state], when(thing.when)].join(" · ");
     const link = child.firstChild || child.appendChild(make("a", {href: `#${thing.id}`}));
@@ -269,10 +269,8 @@ ofChosen("retry", "retry");
 // The same words with the next seed.
 $("another").addEventListener("click", () => {
   const {title, subject, negative_prompt: negative, seed} = state.chosen;
-  Object.assign($("prompt"), {value: title});
-  Object.assign($("subject"), {value: subject});
-  Object.assign($("negative"), {value: negative});
-  Object.assign($("seed"), {value: seed + 1});
+  const fields = {prompt: title, subject, negative, seed: seed + 1};
+  for (const [name, value] of Object.entries(fields)) $(name).value = value;
   act($("another"), $("stage-error"), () => call("POST", "api/views", request()));
 });
 
@@ -314,7 +312,7 @@ $("photos").addEventListener("change", async (event) => {
       const {id, url} = await call("POST", "api/photos", file);
       if (!photos.has(id)) photos.set(id, addPhoto(id, url, file.name));
     } catch (error) {
-      complaints.push(`${file.name}: ${error instanceof TypeError ? AWAY : error.message}`);
+      complaints.push(`${file.name}: ${error.message}`);
     }
   }
   input.value = "";
