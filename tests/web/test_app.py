@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -11,6 +12,10 @@ from PIL import Image
 from reference.painter import Painter, png, strip
 from starlette.testclient import TestClient
 
+from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.schema import checked
+from mvdream_fast.distill.request import run_of
+from mvdream_fast.tuning.photos import list_photos
 from mvdream_fast.web import board as boards
 from mvdream_fast.web.app import make_app
 from mvdream_fast.web.board import Board
@@ -88,6 +93,23 @@ def test_from_a_prompt_to_a_mesh(client, painter):
     # The views are part of the asset now: one thing on the shelf, by either id.
     assert [thing["id"] for thing in client.get("/api/state").json()["shelf"]] == [asset]
     assert chosen(client, views) == made
+
+
+def test_the_workers_know_what_the_page_asks_for(client, painter):
+    from mvdream_fast.dreambooth import Flags, check_flags
+    from mvdream_fast.jobs.making import ViewsRequest
+
+    views = post(client, "/api/views", prompt="a red chair", negative_prompt="legs")
+    checked(ViewsRequest, painter.take().request, "", ArgumentError)
+    painter.finish()
+    post(client, f"/api/jobs/{views}/grow")
+    wanted = run_of(painter.take().request, "the job")
+    assert (wanted.prompt, wanted.config.preset, wanted.config.negative_prompt) == ("a red chair", "mini", "legs")
+    post(client, "/api/subjects", noun="chair", photos=[upload(client, photo())["id"]])
+    flags = painter.take().request
+    flags = flags | {"instance_prompt": flags["prompt"], "instance_data_dir": Path(flags["instance_data_dir"])}
+    check_flags(Flags(**{name: value for name, value in flags.items() if name != "prompt"}))
+    assert len(list_photos(flags["instance_data_dir"])) == 1
 
 
 def test_a_report_is_saved_and_never_shown(client, painter):
