@@ -1,8 +1,8 @@
 """What sharing costs and what it would buy: a claim and a look at queues of 100 and 10,000 jobs, half of them done; and
 the guided UNet call of the embedded model with one, two and four scenes in it, in processor time a scene.
 
-The times of the UNet are of the process, taken in turns, so that a busy machine slows all alike; they are printed at the
-end.
+The times of the UNet are of the process, taken in turns, so that a busy machine slows all alike; they are printed at
+the end.
 """
 
 import json

@@ -154,8 +154,10 @@ def _drive(
     import ray
 
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    own = {"include_dashboard": False} if address == LOCAL else {}
-    ray.init(address=address, logging_level="warning", log_to_driver=False, namespace="mvdream_fast", **own)
+    ray.init(
+        address=address, logging_level=logging.WARNING, log_to_driver=False, namespace="mvdream_fast",
+        include_dashboard=False if address == LOCAL else None,
+    )  # fmt: skip
     reached.value = 1
     queue, crew, looking = setup.queue(), Crew(ray, setup), Every(LOOK_S)
     with Interrupt() as stop:
