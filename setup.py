@@ -59,6 +59,7 @@ setup(
         "mvdream_fast": ["py.typed", "*.pyi"],
         "mvdream_fast.models": ["*.gz", "*.txt"],
         "mvdream_fast.evaluation": ["*.txt"],
+        "mvdream_fast.web": ["page/*"],
         "mvdream_fast.weights": ["*", "*/*", "*/*/*"],
     },
     ext_modules=[Extension("mvdream_fast._C", sources=[])],

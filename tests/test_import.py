@@ -27,7 +27,7 @@ def test_version_is_known_without_torch():
 
 
 BEFORE_TORCH = ["models.config", "models.tokenizer", "core.errors", "core.cli", "core.machine", "core.run_folder",
-                "diffusion.schedule", "distill.recipes", "distill.request"]  # fmt: skip
+                "diffusion.schedule", "distill.recipes", "distill.request", "serve", "web.board"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", BEFORE_TORCH)

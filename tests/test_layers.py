@@ -16,13 +16,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mvdream_fast"
 VERBS = [
-    "batch", "benchmark", "compare", "sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "doctor",
+    "sds", "generate", "train", "dreambooth", "render", "evaluate", "convert", "compare", "benchmark", "batch", "serve",
+    "doctor",
 ]  # fmt: skip
 
 # Highest first. What stands on one floor may not import its neighbours there; the files of one folder may import each
 # other, but not in a circle.
 FLOORS = [
     VERBS,
+    ["web"],
     ["jobs"],
     ["text_to_3d", "diffusers", "nerfacc_compat", "tcnn_compat"],
     ["tuning"],

@@ -9,7 +9,6 @@ address are refused (DNS rebinding).
 import contextlib
 import io
 import logging
-import socket
 import threading
 import time
 import urllib.error
@@ -17,15 +16,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
+from mvdream_fast.core import loopback
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.images import to_bytes
 from mvdream_fast.scene.asset import Asset
 
-HOST = "127.0.0.1"
-LOOPBACK_NAMES = {"127.0.0.1", "localhost"}
-PORTS_TRIED = 100
 EVERY_S = 5.0  # between two refreshes
 MOST_OF_THE_TIME = 0.05  # a refresh may take this share of the run's time
 RESOLUTION = 64
@@ -41,7 +37,7 @@ class Viewer:
     def __init__(self, port: int = 7007, title: str = "", every_s: float = EVERY_S):
         self.every_s = every_s
         self._next = 0.0
-        self._server = _start(free_port(port))
+        self._server = _start(loopback.free_port(port, "--viewer-port"))
         self.port = self._server.get_port()
         self._server.gui.configure_theme(show_share_button=False, show_logo=False)
         self._server.scene.set_up_direction("+z")
@@ -53,15 +49,11 @@ class Viewer:
     @property
     def url(self) -> str:
         """The page's address, on this machine only."""
-        return f"http://{HOST}:{self.port}"
+        return f"http://{loopback.HOST}:{self.port}"
 
     def describe(self) -> str:
         """Where the page is, and how to reach it from another machine."""
-        user_host = f"{socket.gethostname()}"
-        return (
-            f"live view: {self.url} (this machine only; from another one: "
-            f"ssh -L {self.port}:{HOST}:{self.port} {user_host})"
-        )
+        return f"live view: {self.url} (this machine only; from another one: {loopback.tunnel(self.port)})"
 
     def update(self, asset: Asset, step: int, stage: str = "") -> bool:
         """Shows the asset as it is, unless the last refresh was a moment ago. Returns whether it did.
@@ -99,33 +91,12 @@ class Viewer:
             self._server.stop()
 
 
-def free_port(port: int) -> int:
-    """The first port from `port` that is free. Raises ArgumentError when a hundred are taken."""
-    for candidate in range(port, min(port + PORTS_TRIED, 65536)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, candidate))
-            except OSError:
-                continue
-            return candidate
-    raise ArgumentError(f"--viewer-port: the {PORTS_TRIED} ports from {port} on are taken; name another")
-
-
 def is_ours(headers: Any, port: int) -> bool:
     """Whether a request names this page as its Host, and as its Origin where it has one."""
     hosts = headers.get_all("Host")
-    if len(hosts) != 1 or not _is_loopback(f"//{hosts[0]}", port):
+    if len(hosts) != 1 or not loopback.has_loopback_name(f"//{hosts[0]}", port):
         return False
-    return all(_is_loopback(origin, port) for origin in headers.get_all("Origin"))
-
-
-def _is_loopback(address: str, port: int) -> bool:
-    try:
-        parts = urlsplit(address)
-        return parts.hostname in LOOPBACK_NAMES and parts.port == port
-    except ValueError:
-        return False
+    return all(loopback.has_loopback_name(origin, port) for origin in headers.get_all("Origin"))
 
 
 def _start(port: int) -> Any:
@@ -136,7 +107,7 @@ def _start(port: int) -> Any:
         raise ArgumentError("--viewer needs viser: pip install 'mvdream_fast[viewer]'") from error
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # a broken client is no concern of the run's
     with _guarded(), _silent():
-        server = viser.ViserServer(HOST, port, verbose=False)
+        server = viser.ViserServer(loopback.HOST, port, verbose=False)
     if not _refuses_strangers(server.get_port()):
         server.stop()
         raise ArgumentError("--viewer: this version of viser does not let requests be checked; install viser 1.1")
@@ -189,7 +160,7 @@ _PATCHING = threading.Lock()
 
 
 def _refuses_strangers(port: int) -> bool:
-    request = urllib.request.Request(f"http://{HOST}:{port}/", headers={"Host": "stranger.example"})
+    request = urllib.request.Request(f"http://{loopback.HOST}:{port}/", headers={"Host": "stranger.example"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         opener.open(request, timeout=10).close()

@@ -9,6 +9,7 @@ from reference.studio import TINY, Studio, fresh_asset, same
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from mvdream_fast.core import loopback
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill import viewer
@@ -118,12 +119,12 @@ def test_the_next_free_port_is_taken_and_told(live):
 
 
 def test_ports_can_run_out(monkeypatch):
-    monkeypatch.setattr(viewer, "PORTS_TRIED", 1)
+    monkeypatch.setattr(loopback, "PORTS_TRIED", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ArgumentError, match="the 1 ports from .* are taken"):
-            viewer.free_port(taken.getsockname()[1])
+            loopback.free_port(taken.getsockname()[1], "--viewer-port")
 
 
 def test_a_server_without_the_guard_is_not_used(monkeypatch):

@@ -1,0 +1,188 @@
+"""Who may ask: in front of every request, before anything of it is read. An ASGI application around another.
+
+Without a token only this machine's own names are answered (a page of another site that has its name point here, DNS
+rebinding, comes with that name as its Host). With one, all but the way to sign in is refused to who does not know it.
+Either way, no page of another origin can ask for anything, and none can show this one in a frame.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from mvdream_fast.core.loopback import has_loopback_name
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY = 64 << 10
+MAX_PHOTO = 32 << 20
+MAX_URL = 16 << 10
+LARGE = {"/api/photos": MAX_PHOTO}
+OPEN = {"/style.css", "/icon.svg"}  # what the page that asks for the token is made of
+COOKIE = "mvdream_fast"
+WRONG_TOKEN_S = 1.0  # an answer to a wrong token takes so long
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",  # with "no-referrer" a form of our own page would say that its origin is "null"
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Guard:
+    """`app`, for those who may ask. sign_in: the page that asks for the token; token: None for this machine's own."""
+
+    def __init__(self, app: App, token: str | None = None, sign_in: bytes = b""):
+        self.app, self.token, self.sign_in = app, token, sign_in
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})  # before it is accepted: refused
+            return
+        headers = _headers(scope)
+        status, why = _refusal(scope, headers, self.token is not None)
+        if why:
+            await _answer(send, status, json.dumps({"error": why}).encode())
+        elif self.token is None or scope["path"] in OPEN or self._knows(headers):
+            await self.app(scope, receive, _with_headers(send))
+        else:
+            await self._ask_for_token(scope, receive, send)
+
+    def _knows(self, headers: dict[str, list[str]]) -> bool:
+        """Whether a request carries the token, or the cookie that was given for it."""
+        bearer = "".join(headers.get("authorization", [])).removeprefix("Bearer ")
+        return self._is_token(bearer) or any(_same(value, self._ticket()) for value in _cookies(headers))
+
+    def _is_token(self, word: str) -> bool:
+        return self.token is not None and _same(word, self.token)
+
+    def _ticket(self) -> str:
+        """What the cookie holds: not the token, for other pages of this host may read it; the same after a restart."""
+        return hmac.new((self.token or "").encode(), b"mvdream_fast serve", hashlib.sha256).hexdigest()
+
+    async def _ask_for_token(self, scope: Scope, receive: Receive, send: Send) -> None:
+        signs_in = scope["path"] == "/sign-in" and scope["method"] == "POST"
+        if signs_in and self._is_token(_form(await _body(receive)).get("token", [""])[0]):
+            cookie = f"{COOKIE}={self._ticket()}; Path=/; HttpOnly; SameSite=Strict"
+            await _answer(send, 303, b"", {"location": "./", "set-cookie": cookie})
+            return
+        if signs_in:
+            await asyncio.sleep(WRONG_TOKEN_S)
+        if signs_in or scope["path"] == "/":
+            page = self.sign_in.replace(b" hidden>", b">") if signs_in else self.sign_in  # where it says what is wrong
+            await _answer(send, 401, page, {"content-type": "text/html; charset=utf-8"})
+        else:
+            await _answer(send, 401, json.dumps({"error": "Sign in with the server's token first."}).encode())
+
+
+def _refusal(scope: Scope, headers: dict[str, list[str]], has_token: bool) -> tuple[int, str]:
+    """The status and the sentence for a request that nobody's own page would send; 0 and "" for any other."""
+    hosts, origins, method = headers.get("host", []), headers.get("origin", []), scope["method"]
+    if len(hosts) != 1 or not (has_token or has_loopback_name(f"//{hosts[0]}")):
+        return 403, "This page answers to 127.0.0.1 and localhost only; start the server with --token for other names."
+    if any(_netloc(origin) != hosts[0].lower() for origin in origins) or _is_foreign(scope, headers):
+        return 403, "A page of another address may not ask for this."
+    if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL:
+        return 414, "The address is too long."
+    if method not in ("GET", "HEAD", "POST"):
+        return 405, f"{method} is no way to ask for anything here."
+    if method == "POST":
+        return _refused_body(headers.get("content-length", []), LARGE.get(scope["path"], MAX_BODY))
+    return 0, ""
+
+
+def _refused_body(lengths: list[str], limit: int) -> tuple[int, str]:
+    """A body must say how long it is (the server holds it to that), and not be longer than the limit."""
+    if len(lengths) != 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
+        return 411, "A request must say how long it is."
+    if int(lengths[0]) > limit:
+        return 413, f"At most {limit >> 20} MB can be sent at once." if limit >> 20 else "That is too much text."
+    return 0, ""
+
+
+def _is_foreign(scope: Scope, headers: dict[str, list[str]]) -> bool:
+    """Whether the browser says that another site's page asks. Such a page may only lead here, by a link to the page."""
+    sites = headers.get("sec-fetch-site", [])
+    leads = scope["method"] == "GET" and scope["path"] == "/" and headers.get("sec-fetch-mode") == ["navigate"]
+    return any(site in ("cross-site", "same-site") for site in sites) and not leads
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _headers(scope: Scope) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    return found
+
+
+def _cookies(headers: dict[str, list[str]]) -> list[str]:
+    try:
+        jars = [SimpleCookie(line) for line in headers.get("cookie", [])]
+    except CookieError:
+        return []
+    return [jar[COOKIE].value for jar in jars if COOKIE in jar]
+
+
+def _same(word: str, secret: str) -> bool:
+    """Compared in a time that does not depend on where they differ."""
+    return hmac.compare_digest(word.encode(), secret.encode())
+
+
+def _form(body: bytes) -> dict[str, list[str]]:
+    try:
+        return parse_qs(body.decode(), max_num_fields=4)
+    except ValueError:
+        return {}
+
+
+async def _body(receive: Receive) -> bytes:
+    """All of a body, whose length has been checked."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+async def _answer(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    named = {"content-type": "application/json", "content-length": str(len(body)), "cache-control": "no-store"}
+    named |= headers or {}
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
+    with_headers = _with_headers(send)
+    await with_headers({"type": "http.response.start", "status": status, "headers": raw})
+    await with_headers({"type": "http.response.body", "body": body})
+
+
+def _with_headers(send: Send) -> Send:
+    """Adds the headers that every answer has; those of the answer itself stay."""
+
+    async def add(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            own = list(message.get("headers", []))
+            names = {name.lower() for name, _ in own}
+            more = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in names]
+            message = {**message, "headers": own + more}
+        await send(message)
+
+    return add

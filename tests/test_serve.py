@@ -1,0 +1,154 @@
+"""The command behind the page: what its flags refuse; a server with its workers from start to end, killed between."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+
+from mvdream_fast import serve
+from mvdream_fast.core import cli, loopback
+from mvdream_fast.core.errors import ArgumentError, UserError
+from mvdream_fast.serve import Flags, address, check_flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others in, so it needs --token random"),
+        ({"host": "192.0.2.7"}, "--host 192.0.2.7 lets others in"),
+        ({"host": "::"}, "--host :: lets others in"),
+        ({"host": "0.0.0.0", "token": "secret"}, "--token must be random or at least 16 letters"),
+        ({"token": "sixteen letters or more"}, "without spaces"),
+        ({"token": "sixteen-letters-é-or-more"}, "without spaces"),
+        ({"token": ""}, "--token must be random"),
+        ({"port": 0}, "--port must be from 1 to 65535"),
+        ({"workers": 0}, "--workers must be at least 1"),
+        ({"threads": 0}, "--threads must be at least 1"),
+    ],
+)
+def test_flags_that_are_refused(flags, sentence):
+    with pytest.raises(ArgumentError) as error:
+        check_flags(Flags(**flags))
+    assert sentence in str(error.value)
+
+
+def test_tokens():
+    assert check_flags(Flags()) is None
+    assert check_flags(Flags(host="localhost")) is None
+    assert check_flags(Flags(host="0.0.0.0", token="sixteen-letters-or-more")) == "sixteen-letters-or-more"
+    drawn = {check_flags(Flags(token="random")) for _ in range(3)}
+    assert len(drawn) == 3
+    assert all(len(word) == 32 for word in drawn)
+
+
+def test_the_address_says_who_can_open_it():
+    own = address(Flags(), 7009, None)
+    assert "http://127.0.0.1:7009 (this machine only" in own
+    assert loopback.tunnel(7009) in own
+    others = address(Flags(host="0.0.0.0", token="random"), 7008, "word")
+    assert "unencrypted" in others
+    assert others.endswith("\ntoken: word")
+    assert "word" not in address(Flags(host="0.0.0.0", token="a-word-of-their-own"), 7008, "a-word-of-their-own")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--model", "nowhere"], 3, "nowhere"),
+        (["--host", "0.0.0.0"], 2, "needs --token random"),
+        (["-o", "full"], 7, "holds something else than jobs"),
+        (["--device", "tpu"], 2, "--device must be auto, cpu, cuda"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_a_code(arguments, code, sentence, capsys, in_tmp):
+    Path("full").mkdir()
+    Path("full/letter.txt").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        cli.run(serve.main, Flags, prog="serve", argv=arguments)
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (code, "")
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1
+
+
+class Staff:
+    """Workers that die as often as they are started."""
+
+    def __init__(self, error=None):
+        self.error, self.told = error, []
+
+    def start(self):
+        self.told.append("start")
+
+    def tend(self):
+        self.told.append("tend")
+        if self.error:
+            raise self.error
+
+    def stop(self, grace):
+        self.told.append("stop")
+
+
+def test_workers_that_cannot_live_end_the_server(monkeypatch):
+    from mvdream_fast.web import server
+
+    monkeypatch.setattr(server, "TEND_S", 0.05)
+    well, ill = Staff(), Staff(UserError("the worker died 5 times"))
+    with pytest.raises(UserError, match="died 5 times"):
+        server.run(None, "127.0.0.1", loopback.free_port(7108, "--port"), [well, ill], lambda _: None)
+    assert well.told == ["start", "tend", "stop"]
+    assert ill.told == ["start", "tend", "stop"]
+
+
+@contextlib.contextmanager
+def started(model: str, port: int):
+    """The command, as a person starts it, once it answers."""
+    command = [sys.executable, "-m", "mvdream_fast.serve", "-o", "out", "--model", model, "--port", str(port)]
+    with subprocess.Popen([*command, "--threads", "1"], start_new_session=True) as process:
+        try:
+            until(lambda: ask("GET", port, "api/state"))
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def ask(method: str, port: int, path: str, **asked):
+    with contextlib.suppress(httpx2.TransportError):
+        return httpx2.request(method, f"http://127.0.0.1:{port}/{path}", timeout=30, **asked)
+
+
+def until(holds, seconds: float = 240.0):
+    end = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.timeout(900)  # two starts of three processes that import torch
+def test_views_of_a_prompt_and_a_server_that_is_killed(tiny_model, in_tmp):
+    """The real thing: workers of their own draw; a killed server takes them along, and the next one shows the same."""
+    port = loopback.free_port(7208, "--port")
+    with started(tiny_model, port) as process:
+        job_id = ask("POST", port, "api/views", json={"prompt": "a red chair"}).json()["id"]
+        look = lambda: ask("GET", port, "api/state", params={"id": job_id}).json()["chosen"]  # noqa: E731
+        until(lambda: look()["state"] == "done")
+        drawn = ask("GET", port, look()["views"]).content
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2  # one that draws and one that grows
+        process.kill()
+        process.wait()
+        psutil.wait_procs(workers, timeout=120)
+        assert [worker for worker in workers if worker.is_running() and worker.status() != "zombie"] == []
+    with started(tiny_model, port) as process:
+        assert ask("GET", port, look()["views"]).content == drawn
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130

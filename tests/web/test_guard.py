@@ -1,0 +1,187 @@
+"""Who gets an answer: this machine's own page, or who knows the token; no page of another origin, nothing too large."""
+
+import asyncio
+import json
+
+import pytest
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from mvdream_fast.web import guard
+from mvdream_fast.web.guard import Guard
+
+TOKEN = "a-token-of-some-length"
+OWN = "127.0.0.1:7008"
+
+
+async def echo(scope, receive, send):
+    """An application that answers everything, and counts what it was asked."""
+    assert scope["type"] == "http"
+    body = await guard._body(receive)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": b"in:" + body})
+
+
+def client(token=None, host=OWN, **options) -> TestClient:
+    return TestClient(Guard(echo, token, b"<form>"), base_url=f"http://{host}", follow_redirects=False, **options)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(guard, "WRONG_TOKEN_S", 0.0)
+
+
+def test_own_names_are_answered_and_no_others():
+    for host in (OWN, "localhost:7008", "127.0.0.1", "LOCALHOST:9"):  # another port: the end of a tunnel
+        assert client(host=host).get("/").status_code == 200
+    for host in ("rebound.example", "rebound.example:7008", "127.0.0.1.example", "127.0.0.2", "0.0.0.0", "[::1"):
+        answer = client().get("/", headers={"host": host})
+        assert answer.status_code == 403
+        assert "127.0.0.1 and localhost only" in answer.json()["error"]
+
+
+def raw(headers, method="GET", path="/", body=b"", kind="http"):
+    """The status for headers that no client would send."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    scope = {
+        "type": kind,
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+    }
+    asyncio.run(Guard(echo)(scope, receive, send))
+    return sent[0].get("status", sent[0]["type"])
+
+
+def test_one_host_and_one_only():
+    own = (b"host", OWN.encode())
+    assert raw([own]) == 200
+    assert raw([]) == 403
+    assert raw([own, (b"host", b"rebound.example")]) == 403
+    assert raw([own], kind="websocket") == "websocket.close"
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "http://localhost:7008", "http://[", ""]
+)
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_no_page_of_another_origin_may_ask(origin, token):
+    headers = {"origin": origin, "authorization": f"Bearer {token}"}
+    for method in ("GET", "POST"):
+        assert client(token).request(method, "/api/views", headers=headers, content=b"{}").status_code == 403
+
+
+def test_the_own_origin_may_ask():
+    assert client().post("/api/views", headers={"origin": f"http://{OWN}"}, content=b"{}").text == "in:{}"
+    assert (
+        client(TOKEN).get("/", headers={"origin": f"https://{OWN}", "authorization": f"Bearer {TOKEN}"}).status_code
+        == 200
+    )
+
+
+def test_another_site_may_lead_to_the_page_and_no_further():
+    foreign = {"sec-fetch-site": "cross-site"}
+    assert client().get("/", headers=foreign | {"sec-fetch-mode": "navigate"}).status_code == 200
+    assert client().get("/", headers=foreign | {"sec-fetch-mode": "no-cors"}).status_code == 403
+    assert client().get("/api/state", headers=foreign | {"sec-fetch-mode": "navigate"}).status_code == 403
+    assert client().get("/files/0/views.png", headers={"sec-fetch-site": "same-site"}).status_code == 403
+    assert client().get("/api/state", headers={"sec-fetch-site": "same-origin"}).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "TRACE", "PATCH"])
+def test_other_methods_are_refused(method):
+    assert client().request(method, "/").status_code == 405
+
+
+def test_bodies_have_a_limit():
+    assert client().post("/api/views", content=b"x" * guard.MAX_BODY).status_code == 200
+    answer = client().post("/api/views", content=b"x" * (guard.MAX_BODY + 1))
+    assert (answer.status_code, answer.json()) == (413, {"error": "That is too much text."})
+    assert client().post("/api/photos", content=b"x" * (guard.MAX_BODY + 1)).status_code == 200
+    own = (b"host", OWN.encode())
+    for length, status in (
+        (b"33554432", 200),
+        (b"33554433", 413),
+        (b"-1", 411),
+        (b"1e3", 411),
+        ("²".encode("latin-1"), 411),
+    ):
+        assert raw([own, (b"content-length", length)], "POST", "/api/photos") == status
+    assert raw([own, (b"transfer-encoding", b"chunked")], "POST", "/api/photos") == 411
+    assert raw([own, (b"content-length", b"1"), (b"content-length", b"2")], "POST", "/") == 411
+    assert client().get("/?" + "x" * guard.MAX_URL).status_code == 414
+
+
+def test_every_answer_says_what_a_browser_must_not_do():
+    for answer in (client().get("/"), client().get("/", headers={"host": "evil.example"}), client(TOKEN).get("/")):
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_without_the_token_there_is_only_the_way_in():
+    page = client(TOKEN, host="studio.example:7008")
+    assert (page.get("/").status_code, page.get("/").text) == (401, "<form>")
+    assert page.get("/style.css").status_code == 200
+    for path in ("/api/state", "/page.js", "/files/0/views.png", "/sign-in"):
+        answer = page.get(path)
+        assert (answer.status_code, list(answer.json())) == (401, ["error"])
+    for word in ("", "Bearer", "Bearer ", f"Bearer {TOKEN[:-1]}", "Bearer é", f"Basic {TOKEN}"):
+        assert page.get("/api/state", headers={"authorization": word.encode("latin-1")}).status_code == 401
+    assert page.get("/api/state", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+def test_the_token_is_exchanged_for_a_cookie():
+    page = client(TOKEN, host="studio.example:7008")
+    for wrong in ({"token": TOKEN[:-1]}, {"token": ""}, {}, {"word": TOKEN}):
+        answer = page.post("/sign-in", data=wrong)
+        assert (answer.status_code, answer.text) == (401, "<form>")
+    answer = page.post("/sign-in", data={"token": TOKEN})
+    assert (answer.status_code, answer.headers["location"]) == (303, "./")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert TOKEN not in cookie
+    assert page.get("/api/state").status_code == 200  # by the cookie, also after a restart
+    page.cookies.set(guard.COOKIE, "0" * 64)
+    assert client(TOKEN).get("/api/state", headers={"cookie": f"{guard.COOKIE}={'0' * 64}"}).status_code == 401
+    assert (
+        client("another-token-than-that").get("/api/state", headers={"cookie": cookie.split(";")[0]}).status_code == 401
+    )
+
+
+def test_a_wrong_token_takes_its_time(monkeypatch):
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(guard, "WRONG_TOKEN_S", 1.0)
+    monkeypatch.setattr(guard.asyncio, "sleep", sleep)
+    client(TOKEN).post("/sign-in", data={"token": "guess"})
+    assert waited == [1.0]
+
+
+def test_a_broken_cookie_or_form_is_a_wrong_one():
+    page = client(TOKEN)
+    for cookie in (b"=;\x00", b"mvdream_fast", b'mvdream_fast="', b"\xff=\xff"):
+        assert page.get("/api/state", headers={"cookie": cookie}).status_code == 401
+    for body in (b"\xff\xfe", b"&" * 100, b"token=" + b"a" * 60000, json.dumps({"token": TOKEN}).encode()):
+        assert page.post("/sign-in", content=body).status_code == 401
+
+
+def test_no_socket_is_opened():
+    with pytest.raises(WebSocketDisconnect), client().websocket_connect("/"):
+        pass
