@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvdream_fast.data.captions import color_names, material_word
 from mvdream_fast.data.captions import NAMES as COLOR_NAMES
+from mvdream_fast.data.captions import color_names, material_word
 from mvdream_fast.rendering.catalogue import read_folder
 
 PLACE = Path(__file__).parents[1] / "examples" / "assets" / "brick_objects.py"
 # A wedge in LDraw's frame: y goes down, the point looks to -z, which is the front.
-WEDGE = np.array([[0, 0, -3], [-1, 0, 1], [1, 0, 1], [0, -2, 1]], float), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+WEDGE = (
+    np.array([[0, 0, -3], [-1, 0, 1], [1, 0, 1], [0, -2, 1]], float),
+    np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]),  # inside out
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,12 @@ def test_the_table(bricks):
     assert len({item.noun for item in items}) > 700
     by_id = {item.id: item for item in items}
     turtle, wig, cowl = by_id["67040"], by_id["28798"], by_id["4505a"]
-    assert (turtle.phrase, turtle.noun, turtle.category, turtle.front) == ("baby sea turtle", "sea turtle", "animal", True)
+    assert (turtle.phrase, turtle.noun, turtle.category, turtle.front) == (
+        "baby sea turtle",
+        "sea turtle",
+        "animal",
+        True,
+    )
     assert (wig.phrase, wig.noun, wig.color) == ("wig with bouncy pigtails", "wig", "yellow")
     assert cowl.color in {"black", "red", "blue", "gray", "brown", "white"}
     words = " ".join(phrases).lower()
@@ -68,7 +76,9 @@ def test_lines_that_are_none(bricks, tmp_path, line):
 def test_parts_of_a_library(bricks, tmp_path, monkeypatch, capsys):
     source = library(tmp_path / "meshes", Hat=["7", "8"], Tool=["9"])
     table = tmp_path / "table.txt"
-    table.write_text("# two\n[clothing yes red]\n7 tall *hat with a brim\n77 crown @yellow\n[tool no gray]\n9 key ^90\n")
+    table.write_text(
+        "# two\n[clothing yes red]\n7 tall *hat with a brim\n77 crown @yellow\n[tool no gray]\n9 key ^90\n"
+    )
     monkeypatch.setattr(bricks, "decoded", lambda frame: WEDGE)
     monkeypatch.setattr(sys, "argv", ["x", str(source), str(tmp_path / "out"), "--table", str(table)])
     bricks.main()

@@ -76,7 +76,9 @@ def read_meanings(path: Path | None = None) -> dict[str, str]:
     """Prompt -> what it means: what follows the = of "a divan = a sofa", else the prompt itself. See read_prompts."""
     source = path or files("mvdream_fast") / "weights" / "evaluator" / PROMPTS
     rows = [line.strip() for line in read_lines(source) if line.strip() and not line.startswith("#")]
-    pairs = [(asked.strip(), meant.strip() or asked.strip()) for asked, _, meant in (row.partition("=") for row in rows)]
+    pairs = [
+        (asked.strip(), meant.strip() or asked.strip()) for asked, _, meant in (row.partition("=") for row in rows)
+    ]
     for text in (text for pair in pairs for text in pair):
         check_prompt(text)
     if any(len(set(texts)) < max(2, len(rows)) for texts in ([a for a, _ in pairs], [b for _, b in pairs])):
