@@ -26,7 +26,8 @@ from mvdream_fast.data.captions import TARGETS
 TABLE = Path(__file__).with_suffix(".txt")
 COLUMNS = ("file", "caption", "noun", "category", "tags", "has_front", "pack", "creator", "licence")
 SOURCE = "toy", "LDraw parts library", "the LDraw.org part authors", "CC-BY-4.0"
-COLORS = {**TARGETS, "beige": (0.87, 0.79, 0.63)}
+# The grey of TARGETS is that of the ground on which near-duplicates are compared: things all of it would look the same.
+COLORS = {**TARGETS, "gray": (0.66, 0.66, 0.67), "beige": (0.87, 0.79, 0.63)}
 MAX_FACES = 12_000
 CREASE_DEG = 35.0  # an edge that bends more stays sharp
 ADDITION = re.compile(r" (?:with|on|of|without|and) .*")
