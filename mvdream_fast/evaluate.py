@@ -80,7 +80,7 @@ class Flags:
     """Samples of each held-out caption (default 2; diversity needs two)."""
     guidance_scale: float = 7.5
     prompts: Path | None = None
-    """Another list of prompts, one a line."""
+    """Another list of prompts, one a line, with "= a sofa" behind what the evaluator knows by another name."""
     evaluator: Path | None = None
     """Another evaluator: the output of train --stage evaluator."""
     device: str = "auto"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,25 @@ def test_a_turntable_with_two_faces(judge, monkeypatch):
     assert run()["empty"]
     assert run(0)["turn_overlap"] == 0
     assert run(*range(8))["turn_overlap"] == 1
+
+
+def test_a_prompt_is_judged_by_what_it_means(judge, monkeypatch):
+    """What is asked for is sampled, what it means is looked for: the figures are those of the meaning itself."""
+    views = torch.rand(1, len(PROMPTS), 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    sampled = []
+    monkeypatch.setattr(judging, "_sample", lambda _, texts, *rest: (sampled.append(texts), views[:, : len(texts)])[1])
+    asked = replace(judge, prompts=["a divan", *PROMPTS[1:]], meanings={"a divan": PROMPTS[0]})
+    found = [
+        judging.evaluate_model(None, judge_, judging.SamplingOptions(), print)["prompts"] for judge_ in (judge, asked)
+    ]
+    assert found[0] == found[1]
+    assert sampled[1::2] == [PROMPTS, ["a divan", *PROMPTS[1:]]]
+    turns = [
+        turntable(views[0, 0], views[0, 0, :, 0], torch.arange(4) * 90.0, prompt, judge_)
+        for prompt, judge_ in ((PROMPTS[0], judge), ("a divan", asked))
+    ]
+    assert turns[0] == turns[1]
+    assert turns[0]["candidates"] == len(PROMPTS)
 
 
 def test_means_leave_out_what_does_not_apply():

@@ -6,7 +6,7 @@ runs.py. Flags and tables are the command's.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -49,6 +49,11 @@ class Judge:
     reference: Reference
     prompts: list[str]  # the fixed list
     classifier: Classifier | None = None  # without it, what it would see is left out
+    meanings: dict[str, str] = field(default_factory=dict)  # of prompts whose words the evaluator need not know
+
+    def meaning(self, prompt: str) -> str:
+        """The words that views of a prompt are matched with."""
+        return self.meanings.get(prompt, prompt)
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,26 @@ class SamplingOptions:
     guidance_scale: float = 7.5
     seeds: int = 2  # for the held-out captions; the prompts are sampled once
     n_captions: int = 40
-    n_prompts: int = 40
+    n_prompts: int = 60
 
 
 def read_prompts(path: Path | None = None) -> list[str]:
     """The prompts of a file, one a line, # for comments; by default the fixed list. Raises InputFileError."""
+    return list(read_meanings(path))
+
+
+def read_meanings(path: Path | None = None) -> dict[str, str]:
+    """Prompt -> what it means: what follows the = of "a divan = a sofa", else the prompt itself. See read_prompts."""
     source = path or files("mvdream_fast") / "weights" / "evaluator" / PROMPTS
-    prompts = [line.strip() for line in read_lines(source) if line.strip() and not line.startswith("#")]
-    for prompt in prompts:
-        check_prompt(prompt)
-    if len(set(prompts)) < max(2, len(prompts)):
-        raise InputFileError(f"{source} must hold at least two prompts, each once")
-    return prompts
+    rows = [line.strip() for line in read_lines(source) if line.strip() and not line.startswith("#")]
+    pairs = [
+        (asked.strip(), meant.strip() or asked.strip()) for asked, _, meant in (row.partition("=") for row in rows)
+    ]
+    for text in (text for pair in pairs for text in pair):
+        check_prompt(text)
+    if any(len(set(texts)) < max(2, len(rows)) for texts in ([a for a, _ in pairs], [b for _, b in pairs])):
+        raise InputFileError(f"{source} must hold at least two prompts, each once, and no two of one meaning")
+    return dict(pairs)
 
 
 def load_judge(say: Say, evaluator: Path | None = None, prompts: Path | None = None, data: Path | None = None) -> Judge:
@@ -80,13 +93,14 @@ def load_judge(say: Say, evaluator: Path | None = None, prompts: Path | None = N
     Args: evaluator: a folder. prompts: a list, one a line. data: shards whose held-out renders are the yardstick, in
         place of the figures beside the evaluator.
     """
-    texts, folder = read_prompts(prompts), evaluator or EVALUATOR_FOLDER
+    meanings, folder = read_meanings(prompts), evaluator or EVALUATOR_FOLDER
     judge, classifier = load_evaluator(folder), load_classifier() if is_installed() else None
     if classifier is None:
         say(f"{MISSING}; its figures are left out")
     if data is None:
-        return Judge(judge, Reference.load(folder), texts, classifier)
-    return Judge(judge, measure(judge, Shards(data), Shards(data, "held_out"), classifier), texts, classifier)
+        return Judge(judge, Reference.load(folder), list(meanings), classifier, meanings)
+    real = measure(judge, Shards(data), Shards(data, "held_out"), classifier)
+    return Judge(judge, real, list(meanings), classifier, meanings)
 
 
 def is_new(text: str, captions: Iterable[str]) -> bool:
@@ -110,9 +124,10 @@ def evaluate_model(pipeline: MVDreamPipeline, judge: Judge, options: SamplingOpt
     captions, prompts = judge.reference.captions, judge.prompts
     held = _sample(pipeline, captions[: options.n_captions], options, options.seeds, say)  # [S, n, V, 3, s, s]
     fixed = _sample(pipeline, prompts[: options.n_prompts], options, 1, say)
+    meant = [judge.meaning(prompt) for prompt in prompts]
     result = {
         "held_out": _views(judge, held, captions) | _against_real(judge, held) | _independent(judge, held, captions),
-        "prompts": _views(judge, fixed, prompts) | _independent(judge, fixed, prompts),
+        "prompts": _views(judge, fixed, meant) | _independent(judge, fixed, meant),
         "real": judge.reference.scores,
         "options": vars(options),
     }
@@ -204,7 +219,7 @@ def evaluate_run(folder: Path, judge: Judge) -> tuple[dict[str, Any], runs.Seen]
     views = asset.render(runs.orbit(TURN), SIZE)
     azimuths = torch.arange(TURN) * (360.0 / TURN)
     judged = turntable(views.rgb.clamp(0, 1), views.opacity, azimuths, prompt, judge)
-    figures, seen = runs.figures(folder, asset, prompt, judge.classifier, judge.reference.seen)
+    figures, seen = runs.figures(folder, asset, judge.meaning(prompt), judge.classifier, judge.reference.seen)
     return {"run": str(folder), "prompt": prompt, **judged, **figures}, seen
 
 
@@ -216,17 +231,18 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
     without it, `janus` says nothing.
     """
     evaluator = judge.evaluator
-    texts = list(dict.fromkeys([*judge.prompts, prompt]))
+    meant = judge.meaning(prompt)
+    texts = list(dict.fromkeys([*map(judge.meaning, judge.prompts), meant]))
     features = evaluator.features(rgb)
     similarity = evaluator.embed_features(features) @ evaluator.embed_text(texts).T
-    hit = ev.top1(similarity[None], torch.tensor([texts.index(prompt)]))
+    hit = ev.top1(similarity[None], torch.tensor([texts.index(meant)]))
     headings = evaluator.headings(features)
     front = ev.reads_as_front(headings.azimuth_deg, headings.confidence)
     error = ev.angle_difference(headings.azimuth_deg, azimuth_deg).median()
-    has_front, masks = judge.reference.has_front(prompt), opacity > 0.5
+    has_front, masks = judge.reference.has_front(meant), opacity > 0.5
     return {
         "top1": float(hit[0]),
-        "similarity": float(similarity[texts.index(prompt)]),
+        "similarity": float(similarity[texts.index(meant)]),
         "candidates": len(texts),
         "empty": bool(opacity.mean((1, 2)).max() < EMPTY_OPACITY),
         "janus": float(ev.is_janus(azimuth_deg, front)) if has_front else None,

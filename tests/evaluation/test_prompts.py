@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mvdream_fast.core.errors import ArgumentError, InputFileError
-from mvdream_fast.evaluation.judging import is_new, read_prompts
+from mvdream_fast.evaluation.judging import is_new, read_meanings, read_prompts
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -52,3 +52,18 @@ def test_lists_that_cannot_be_used(tmp_path, content, error):
         read_prompts(path)
     with pytest.raises(InputFileError, match="cannot read .*none.txt: No such file"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_what_words_mean_that_no_caption_has():
+    """The list of synonyms, and that of any prompt without one is itself."""
+    meanings = read_meanings(BENCHMARKS / "prompts_synonyms.txt")
+    assert len(meanings) == len(set(meanings.values())) == 60
+    assert meanings["a blue davenport"] == "a blue sofa"
+    assert read_meanings()["a gray bulldog"] == "a gray bulldog"
+
+
+def test_two_prompts_cannot_mean_the_same(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a divan = a sofa\na settee = a sofa\n")
+    with pytest.raises(InputFileError, match="no two of one meaning"):
+        read_prompts(path)
