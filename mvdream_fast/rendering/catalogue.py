@@ -4,9 +4,10 @@ An Entry is a name, its credits and a way to load it; nothing here draws or word
 """
 
 import hashlib
+import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +89,7 @@ def read_folder(folder: Path, say: Callable[[str], None] = print) -> list[Entry]
     if not folder.is_dir():
         raise InputFileError(f"{folder} is not a folder of meshes; give one, or the word sweethome3d")
     suffixes = {f".{suffix}" for suffix in (*FORMATS, *FOREIGN)}  # foreign ones are named when they fail to load
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    paths = sorted(p for p in _files(folder) if p.suffix.lower() in suffixes)
     meshes = {p.relative_to(folder).as_posix(): p for p in paths}
     # macOS leaves a "._name" beside what it copies, and a folder of them in its archives.
     meshes = {name: p for name, p in meshes.items() if not re.search(r"(^|/)(\.|__MACOSX/)", name)}
@@ -108,6 +109,13 @@ def read_folder(folder: Path, say: Callable[[str], None] = print) -> list[Entry]
         caption = clean(captions.get(relative, "")) or None
         entries.append(Entry(_safe_id(relative), clean(name), path, library=folder.name, caption=caption))
     return _unique(entries)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file under a folder, by its lists alone: to ask for each file as well would take hours of a store that many
+    machines share (docs/scale.md)."""
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names)
 
 
 def _described(entry_id: str, path: Path, known: Metadata, library: str) -> Entry:

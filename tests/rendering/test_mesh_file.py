@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import tracemalloc
 import zipfile
@@ -309,6 +310,18 @@ def test_ids_are_short_and_unique(tmp_path):
     ids = [e.id for e in read_folder(tmp_path)]
     assert len(set(ids)) == 3
     assert all(len(i) <= 64 for i in ids)
+
+
+def test_a_store_is_not_asked_for_each_file(tmp_path, monkeypatch):
+    """A system call for each of 800,000 files is hours of a shared store (docs/scale.md)."""
+    stat, asked = os.stat, []
+    monkeypatch.setattr(os, "stat", lambda path, *args, **kwargs: asked.append(path) or stat(path, *args, **kwargs))
+    for name in ("one/a.glb", "one/deeper/b.glb", "c.glb"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    asked.clear()
+    assert [e.id for e in read_folder(tmp_path)] == ["c-glb", "one-a-glb", "one-deeper-b-glb"]
+    assert not [path for path in asked if str(path).endswith(".glb")]
 
 
 def test_a_folder_without_meshes(tmp_path):
