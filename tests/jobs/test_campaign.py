@@ -43,6 +43,15 @@ def check(place: Path, n: int) -> str:
     return f"{n} assets in {sum(attempt for _, attempt in found.values())} attempts"
 
 
+def check_bytes(place: Path, work: str, alone: Path) -> None:
+    """Every asset as if nothing had happened."""
+    if work == "quick_jobs":
+        assert digests(place) == undisturbed(alone, jobs_of(place))
+    else:
+        made = {job.id: (place / "assets" / job.name / "asset").read_text() for job in jobs_of(place)}
+        assert made == {job_id: whole(job_id) for job_id in made}
+
+
 @pytest.mark.skipif(not HAS_RAY, reason="needs Ray, of the extra cluster")
 @pytest.mark.parametrize("restarts", [0, 3])
 @pytest.mark.parametrize("work", ["counting_jobs", "quick_jobs"])
@@ -61,13 +70,9 @@ def test_on_ray_workers_are_killed_and_the_head_is_restarted(asked, tmp_path, wo
         finally:
             command.kill()
     seconds = time.monotonic() - begin
-    assert killer.n >= 10
+    assert killer.n >= 8
     told = check(place, 40)
-    if work == "quick_jobs":
-        assert digests(place) == undisturbed(tmp_path / "alone", jobs_of(place))
-    else:
-        made = {job.id: (place / "assets" / job.name / "asset").read_text() for job in jobs_of(place)}
-        assert made == {job_id: whole(job_id) for job_id in made}
+    check_bytes(place, work, tmp_path / "alone")
     with capsys.disabled():
         print(f"\n{work}: {told}, {killer.n} kills, {restarts} restarts of the head, {seconds:.0f} s")
 
@@ -86,11 +91,12 @@ def wait_for(place: Path, n: int, command: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
-def test_the_disk_is_full_for_a_while(asked, tmp_path, capsys):
+@pytest.mark.parametrize("work", ["counting_jobs", "quick_jobs"])
+def test_the_disk_is_full_for_a_while(asked, tmp_path, work, capsys):
     """Another program takes all space, four times, for some seconds."""
     with small_disk(tmp_path / "disk", 64 << 20) as disk:
         place, full = disk / "out", 0
-        command = in_background(*asked(12, place, "--workers", "2"))
+        command = in_background(*asked(12, place, "--workers", "2"), module=work)
         try:
             for n in (1, 3, 6, 9):
                 wait_for(place, n, command)
@@ -102,11 +108,11 @@ def test_the_disk_is_full_for_a_while(asked, tmp_path, capsys):
         finally:
             command.kill()
         told = check(place, 12)
-        assert digests(place) == undisturbed(tmp_path / "alone", jobs_of(place))
+        check_bytes(place, work, tmp_path / "alone")
     assert full == 4
     assert "the disk is full; waiting for space" in said
     with capsys.disabled():
-        print(f"\n{told}, the disk full {full} times, {said.count('the disk is full')} waits")
+        print(f"\n{work}: {told}, the disk full {full} times, {said.count('the disk is full')} waits")
 
 
 def fill(path: Path) -> bool:

@@ -11,7 +11,7 @@ from mvdream_fast.core.files import atomic_write
 from mvdream_fast.jobs.setup import Setup
 from mvdream_fast.jobs.worker import Runner, Task
 
-STEPS, EVERY, STEP_S = 40, 8, 0.05
+STEPS, EVERY, STEP_S = 40, 8, 0.2
 
 
 def link(chain: str, step: int) -> str:
