@@ -212,6 +212,7 @@ def prolificdreamer(size: str = "paper") -> SDSConfig:
 LATENTS_SHARE = MINI.vae.latent_channels * MINI.latent_size**2 / (4 * 64**2)
 # Weights that keep a mesh smooth are the paper's at every size: with a tenth of them, at a scale of 100, it has spikes.
 SMOOTH = ("lambda_normal_consistency", "lambda_laplacian")
+SMALL_DEVIATION = 0.46  # v, which is 0.01 of a scene unit: a third of a pixel
 SMALL_TETS = 64  # planes of points a side
 SMALL_REFINED = {"mini": 128, "fast": 64}  # pixels a side of a mesh's renders
 
@@ -228,13 +229,13 @@ def _embedded(paper: SDSConfig, size: str, *weights: float) -> SDSConfig:
     weights: of each stage's losses beside guidance, for a model whose images have fewer numbers than the paper's.
     """
     steps = SDS_PRESETS[size].steps
-    fewer, stages = paper.ends[-1] / steps, _shared(paper, steps)
-    first, *later = (_embedded_stage(stage, size, weight, fewer) for stage, weight in zip(stages, weights, strict=True))
+    stages = zip(_shared(paper, steps), weights, strict=True)
+    first, *later = (_embedded_stage(stage, size, weight) for stage, weight in stages)
     on_mesh = {"n_groups": first.n_groups[-1:], "render_size": (SMALL_REFINED[size],), "milestones": ()}
     return joined([first, *(replaced(stage, **on_mesh) for stage in later)])
 
 
-def _embedded_stage(stage: SDSConfig, size: str, weight: float, fewer: float) -> SDSConfig:
+def _embedded_stage(stage: SDSConfig, size: str, weight: float) -> SDSConfig:
     like, shape = restepped(SDS_PRESETS[size], stage.steps), stage.representation
     of_model = names_of(type(shape)) & {
         "volume", "normals", "radius", "background", "background_aug_prob", "samples_per_ray",
@@ -245,8 +246,8 @@ def _embedded_stage(stage: SDSConfig, size: str, weight: float, fewer: float) ->
             changes[name] = (ramp[0], ramp[1] * weight, ramp[2] * weight, ramp[3])
     if isinstance(shape, TetsConfig):
         changes["tets_resolution"] = SMALL_TETS
-    if isinstance(shape, SurfaceConfig):  # a deviation has as far to go in fewer steps, or it stays fog
-        changes["lr_deviation"] = shape.lr_deviation * fewer
+    if isinstance(shape, SurfaceConfig):  # in so few steps the deviation stays where it was, and all stays fog
+        changes["deviation_least"] = (0.0, shape.deviation, SMALL_DEVIATION, 0.8 * stage.steps)
     return dataclasses.replace(
         stage,
         preset=like.preset,

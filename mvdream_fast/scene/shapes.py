@@ -17,7 +17,7 @@ SHAPES: dict[str, type[ShapeConfig]] = {
     "tets": TetsConfig,
     "textured-mesh": TexturedMeshConfig,
 }
-RAMPS = ("lambda_", "sdf_levels", "cos_anneal")  # how the names of what changes over the steps begin
+RAMPS = ("lambda_", "sdf_levels", "cos_anneal", "deviation_least")  # how the names of what changes over the steps begin
 
 
 def names_of(cls: type[ShapeConfig]) -> set[str]:

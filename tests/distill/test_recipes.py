@@ -13,7 +13,7 @@ from mvdream_fast.core.errors import ArgumentError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.sampler import translate
 from mvdream_fast.diffusion.schedule import NoiseSchedule
-from mvdream_fast.distill.config import RecipeName, replaced, settings_of
+from mvdream_fast.distill.config import RecipeName, replaced, restepped, settings_of
 from mvdream_fast.distill.recipes import RECIPES, guided_views, resolve_config, shaded
 from mvdream_fast.distill.request import check_config
 from mvdream_fast.distill.state import RunState
@@ -193,6 +193,7 @@ TEXTMESH_IF = DREAMFUSION_IF | {
     "cos_anneal": (0, 0, 1, 10_000),
     "lambda_eikonal": (0, 1000, 1000, 0),
     "lr_mlp": 0.001,
+    "deviation_least": (0, -1, -1, 0),
     "lr_deviation": 0.001,
     **NO_LOSSES,
 }
@@ -379,7 +380,10 @@ def test_schedules_and_losses_at_a_small_size():
     assert surface["sdf_levels"] == pytest.approx((120, 8, 16, 360))
     assert surface["cos_anneal"] == pytest.approx((0, 0, 1, 600))
     assert surface["lambda_eikonal"] == (0, 1000, 1000, 0)
-    assert surface["lr_deviation"] == pytest.approx(0.001 * 10_000 / 600)  # as far in fewer steps
+    assert surface["lr_deviation"] == 0.001
+    assert surface["deviation_least"] == pytest.approx((0, 0.3, 0.46, 480))
+    fewer = settings_of(restepped(RECIPES["textmesh-if"].at("mini"), 60))
+    assert fewer["deviation_least"] == pytest.approx((0, 0.3, 0.46, 48))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,6 +11,7 @@ from mvdream_fast.scene.nerf.config import HashGridConfig, LearningRate, VolumeC
 TOP_RESOLUTION = 2048
 SURFACE_BYTES_PER_SAMPLE = 440  # of a lit training step; measured: 390 to 430, not lit 280
 Levels = Annotated[float, Interval(ge=1, le=32)]
+Exponent = Annotated[float, Interval(ge=-1, le=1)]
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class SurfaceConfig(HashGridConfig):
     """A signed distance on a hash grid (surface.py); the defaults are those of threestudio's textmesh-if.
 
     deviation: v at the start; the inverse standard deviation of the opacity around the surface is exp(10 v), learned.
+    deviation_least: what v is at least: guidance that finds nothing to like widens it until nothing is to be seen.
     sdf_levels: how many levels of the hash grid there are, from the coarsest on; a fraction of one is none.
     cos_anneal: 0, every direction meets the surface, even at its silhouette; 1, as the angle has it (NeuS).
     sdf_normals: by differences at the distance of the finest level's cells, or by derivatives, which are slower.
@@ -26,7 +28,8 @@ class SurfaceConfig(HashGridConfig):
     shape: Literal["surface"] = "surface"
     sdf_opacity: Literal["neus", "volsdf"] = "neus"
     sphere_radius: Annotated[float, Interval(gt=0, le=100)] = 0.5  # of what there is before the first step
-    deviation: Annotated[float, Interval(ge=-1, le=1)] = 0.3
+    deviation: Exponent = 0.3
+    deviation_least: tuple[float, Exponent, Exponent, float] = (0.0, -1.0, -1.0, 0.0)
     sdf_levels: tuple[float, Levels, Levels, float] = (2000.0, 8.0, 16.0, 6000.0)
     cos_anneal: ShareRamp = (0.0, 0.0, 1.0, 10_000.0)
     sdf_normals: Literal["finite_difference", "analytic"] = "finite_difference"

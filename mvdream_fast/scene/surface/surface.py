@@ -84,7 +84,8 @@ class Surface(Nerf):
         return total + weight * eikonal_loss(slopes)
 
     def after_step(self, step: int, stream: Stream) -> None:
-        """Updates the occupancy grid, opens levels, and anneals, where it is time."""
+        """Bounds the deviation, updates the occupancy grid, opens levels, and anneals, where it is time."""
+        self.volume.deviation.data.clamp_(min=ramp(self.config.deviation_least, step))
         self.occupancy.update(step, self._densest_near, stream)
         self._set_step(step + 1)
 

@@ -124,6 +124,19 @@ def test_nothing_in_sight_is_background_with_zero_gradients():
     assert surface.render(Rays(torch.zeros(0, 3), torch.zeros(0, 3))).rgb.shape == (0, 3)
 
 
+def test_the_deviation_stays_below_its_bound():
+    """A ramp of v from 0.2 to 0.4: half-way exp(-3). What is narrower by itself stays so."""
+    surface, unbounded = sphere(deviation_least=(0.0, 0.2, 0.4, 10.0)), sphere()
+    v = surface.volume.deviation
+    for step, before, after in ((0, 0.1, 0.2), (5, 0.2, 0.3), (10, 0.3, 0.4), (20, 0.7, 0.7)):
+        v.data.fill_(before)
+        surface.after_step(step, Stream(0, step, "after"))
+        assert v.item() == pytest.approx(after)
+    unbounded.volume.deviation.data.fill_(-0.9)
+    unbounded.after_step(0, Stream(0, 0, "after"))
+    assert unbounded.volume.deviation.item() == pytest.approx(-0.9)
+
+
 def test_the_eikonal_loss_is_looked_at_on_rays_and_in_the_whole_box():
     surface, rays = sphere(lambda_eikonal=(0.0, 2.0, 4.0, 10.0)), generate_rays(evaluation_cameras(1), 12, 12)
     out = surface.render(rays, Stream(0, 1, "render"), True)
