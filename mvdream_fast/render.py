@@ -9,6 +9,7 @@ import tyro
 
 from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.rendering.parts import Part
 
 SIZES = (64, 512)
 ORBITS = {"embedded": (2, 3), "paper": (2, 0)}
@@ -43,6 +44,15 @@ class Flags:
     """cameras, colours and order"""
     sweethome3d_dir: Path | None = None
     """where sweethome3d-furniture is unpacked (default: this folder, ./assets, /usr/share)"""
+    shard: str | None = None
+    """i/n: only the i-th of n parts of the assets, into a folder of its own in OUT; the parts may run anywhere, at any
+    time, and all together are the data set"""
+    retry_quarantined: bool = False
+    """try again what quarantine.jsonl in the output folder says ended a process, or took its time or memory"""
+    time_limit: float = 600.0
+    """seconds for reading an asset, and for each orbit of it, before its process is ended"""
+    memory_limit_gb: float | None = None
+    """main memory of one process before it is ended (default: half of the machine's)"""
     sheet: bool = True
     """write sheet.png, an image of some of the renders"""
 
@@ -52,8 +62,11 @@ def main(args: Flags) -> None:
     _check(args)
     from mvdream_fast.core.run_folder import Interrupt
     from mvdream_fast.rendering import dataset, sheet
+    from mvdream_fast.rendering.workers import Limits, half_the_memory
 
     entries, held_out = _entries(args)
+    part = Part.read(args.shard) if args.shard else None
+    out = args.out if part is None else part.folder(args.out)
     plain, painted = ORBITS[args.preset]
     options = dataset.Options(
         preset=args.preset,
@@ -64,17 +77,19 @@ def main(args: Flags) -> None:
         renderer=_renderer(args.renderer),
     )
     workers = args.workers or cli.available_cores()
+    memory = half_the_memory() if args.memory_limit_gb is None else args.memory_limit_gb * 2**30
+    more = {"part": part, "limits": Limits(args.time_limit, memory), "retry": args.retry_quarantined}
     with Interrupt() as interrupt, _Progress() as progress:
         stop = lambda: interrupt.requested is not None  # noqa: E731
-        result = dataset.render_dataset(entries, args.out, options, held_out, workers, progress.update, stop)
+        result = dataset.render_dataset(entries, out, options, held_out, workers, progress.update, stop, **more)
     if result is None:
         cli.fail("render", "stopped; the same command goes on from the finished shards", interrupt.exit_code)
-    dataset.write_summary(args.out, result)
-    _report(args.out, result)
-    if not result.shards:
+    dataset.write_summary(out, result)
+    _report(out, result)
+    if entries and not result.shards:
         raise InputFileError(f"none of the {len(entries)} assets of {args.source} can be rendered; reasons above")
     if args.sheet and result.shards:
-        print(f"sheet: {sheet.write_sheet(args.out)}")
+        print(f"sheet: {sheet.write_sheet(out)}")
 
 
 def _check(args: Flags) -> None:
@@ -83,6 +98,10 @@ def _check(args: Flags) -> None:
     cli.check_at_least(args, 1, "workers", "limit")
     if args.orbits == 0 and (args.recolours == 0 or (args.recolours is None and args.preset == "paper")):
         raise ArgumentError("--orbits and --recolours must not both be 0; nothing would be drawn")
+    if args.shard is not None:
+        Part.read(args.shard)
+    cli.check_at_least(args, 1, "time_limit")
+    cli.check_at_least(args, 0.1, "memory_limit_gb")
     if args.held_out is not None and not 0 <= args.held_out < 1:
         raise ArgumentError(f"--held-out must be in [0, 1), got {args.held_out}")
 
@@ -98,7 +117,8 @@ def _entries(args: Flags):
         held_out = plan.random_held_out(entries, 0.05 if args.held_out is None else args.held_out)
     if args.limit and args.limit < len(entries):
         entries = [entries[k * len(entries) // args.limit] for k in range(args.limit)]
-    return entries, held_out
+    entries = Part.read(args.shard).of(entries) if args.shard else entries
+    return entries, held_out & {entry.id for entry in entries} if args.shard else held_out
 
 
 def _sweethome3d(folder: Path | None) -> Path:
@@ -149,6 +169,8 @@ class _Progress:
 
 
 def _report(folder: Path, result) -> None:
+    from mvdream_fast.rendering import quarantine
+
     for entry_id, reason in result.bad.items():
         print(f"skipped {entry_id}: {reason}")
     for entry_id, notes in result.notes.items():
@@ -159,6 +181,8 @@ def _report(folder: Path, result) -> None:
         f"left out: {len(result.bad)} unreadable, {len(selection.empty)} too thin, {len(selection.duplicates)} "
         f"near-duplicates (all named in {folder / 'summary.json'})"
     )
+    if result.bad:
+        print(f"why: {folder / quarantine.NAME}; what ended a process is tried again with --retry-quarantined")
 
 
 if __name__ == "__main__":

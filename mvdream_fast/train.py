@@ -15,6 +15,7 @@ def _check(args: Flags) -> None:
     if args.init is None:
         with_settings(NAMED[args.config], args.settings)
     cli.check_at_least(args, 1, "steps", "n_views", "accumulate", "batch_size", "threads")
+    cli.check_at_least(args, 1, "shard_group")
     cli.check_from_to(args, 0, 256, "workers")
     cli.check_at_least(args, 0, "warmup", "sheet_minutes", "checkpoint_minutes")
     if args.decoder_only and (args.stage != "vae" or args.init is None):

@@ -79,6 +79,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def meeting_place() -> str:
+    """The address of the first process, as the launcher's variables say."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
 def join() -> Ranks:
     """Meets the other processes that a launcher started; ALONE where there are none."""
     if launched()[0] == 1:
@@ -111,21 +116,31 @@ def replicated(model: "nn.Module", ranks: Ranks) -> "nn.Module":
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def sharded(model: "nn.Module", units: Iterable["nn.Module"], ranks: Ranks) -> "nn.Module":
-    """The model with weights, gradients and optimiser state spread over all processes (FSDP2), in place.
+def sharded(
+    model: "nn.Module", units: "list[list[nn.Module]]", halves: "list[list[nn.Module]]", ranks: Ranks, group: int
+) -> "nn.Module":
+    """The model with weights, gradients and optimiser state spread over `group` processes each (FSDP2), in place.
 
-    `units` are gathered one by one while they compute, the rest of the model as a whole.
+    `units` are gathered one by one while they compute, the rest of the model as a whole. So are `halves`, in bfloat16,
+    which must be what they are given; their gradients are summed in float32. Where there are several groups, gradients
+    are averaged over them as well.
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # Said of a unit that returns a view: what is added to it in place is added without autograd alone.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device
     in_format(model, torch.contiguous_format)  # FSDP2 cuts nothing else
-    mesh = init_device_mesh(device.type, (ranks.world,))
-    for unit in units:
+    whole = group == ranks.world
+    shape, names = ((group,), ("shard",)) if whole else ((ranks.world // group, group), ("copy", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    in_half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for unit in halves:
+        fully_shard(unit, mesh=mesh, mp_policy=in_half)
+    for unit in [*units, [model]]:
         fully_shard(unit, mesh=mesh)
-    fully_shard(model, mesh=mesh)
     return model
 
 
@@ -147,7 +162,8 @@ class _Sharded(Protocol):
     def full_tensor(self) -> "Tensor": ...
 
 
-def _is_sharded(x: "Tensor") -> TypeGuard[_Sharded]:
+def is_sharded(x: "Tensor") -> TypeGuard[_Sharded]:
+    """Whether a tensor is spread over several processes."""
     return hasattr(x, "full_tensor")
 
 
@@ -156,15 +172,15 @@ def whole(x: "Tensor", ranks: Ranks) -> "Tensor":
 
     All processes have to ask.
     """
-    if not _is_sharded(x):
+    if not is_sharded(x):
         return x
     full = x.detach().full_tensor()
     return full.cpu() if ranks.first else full.new_empty(0)
 
 
 def placed(full: "Tensor", like: "Tensor") -> "Tensor":
-    """This process' share of a whole tensor, where `like` is sharded; else the tensor itself."""
-    if not _is_sharded(like):
+    """This process' share of a whole tensor, where `like` is sharded; else, or of one that is it already, itself."""
+    if any(map(is_sharded, [full])) or not is_sharded(like):
         return full
     from torch.distributed.tensor import distribute_tensor
 
@@ -173,4 +189,4 @@ def placed(full: "Tensor", like: "Tensor") -> "Tensor":
 
 def number(x: "Tensor") -> float:
     """A scalar's value, summed up from all processes where it is sharded."""
-    return (x.full_tensor() if _is_sharded(x) else x).item()
+    return (x.full_tensor() if is_sharded(x) else x).item()

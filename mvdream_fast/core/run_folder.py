@@ -14,13 +14,13 @@ import shlex
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvdream_fast._version import __version__
-from mvdream_fast.core import machine
+from mvdream_fast.core import machine, sharded_checkpoint
 from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.core.files import atomic_write, read_json, read_lines, read_text, remove_stale, replace_file
@@ -199,7 +199,8 @@ def latest_step(folder: Path) -> int:
     """The step of a folder's newest checkpoint by its name, 0 where there is none."""
     pointer = folder / LATEST
     name = read_text(pointer, ModelError).strip() if pointer.exists() else ""
-    return int(name.partition(".")[0]) if re.fullmatch(r"\d+\.safetensors", name) else 0
+    found = re.fullmatch(r"(\d+)\.safetensors", name) or sharded_checkpoint.NAME.fullmatch(name)
+    return int(found[1]) if found else 0
 
 
 def save_checkpoint(
@@ -226,37 +227,55 @@ def save_checkpoint(
     return path
 
 
-def load_latest(folder: Path | str) -> tuple[int, dict[str, "torch.Tensor"], dict[str, Any]] | None:
+def load_latest(
+    folder: Path | str, like: "Mapping[str, torch.Tensor] | None" = None
+) -> tuple[int, dict[str, "torch.Tensor"], dict[str, Any]] | None:
     """The checkpoint that LATEST names: (step, tensors, meta), or None where nothing was saved yet.
 
+    `like`: tensors by name, as of one that several processes wrote (sharded_checkpoint.py) each wants its share.
     Raises ModelError when it cannot be read; the message names the newest other checkpoint.
     """
-    folder = user_path(folder)
+    path = _latest(user_path(folder))
+    if path is None or path.suffix == ".safetensors":
+        return None if path is None else load_checkpoint(path)
+    return sharded_checkpoint.load(path, like or {})
+
+
+def load_latest_meta(folder: Path | str) -> dict[str, Any] | None:
+    """What the checkpoint that LATEST names says of its run, without its tensors. Raises ModelError."""
+    path = _latest(user_path(folder))
+    if path is None or path.suffix != ".safetensors":
+        return None if path is None else sharded_checkpoint.load_meta(path)
+    return load_checkpoint(path, only_meta=True)[2]
+
+
+def _latest(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
     name = read_text(pointer, ModelError).strip()
-    if not re.fullmatch(r"\d+\.safetensors", name):
+    if not (re.fullmatch(r"\d+\.safetensors", name) or sharded_checkpoint.NAME.fullmatch(name)):
         raise ModelError(f"{pointer} must hold a checkpoint's file name, got {name[:80]!r}")
-    return load_checkpoint(folder / name)
+    return folder / name
 
 
-def read_tensors(path: Path, key: str) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
+def read_tensors(path: Path, key: str, only_meta: bool = False) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
     """A safetensors file, and the JSON under this key of its header. Raises KeyError, and what safetensors raises."""
     from safetensors import safe_open
 
     opened: Any = safe_open(path, framework="pt")
     with opened as file:
         meta = json.loads((file.metadata() or {})[key])
-        return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+        names = () if only_meta else file.keys()
+        return {name: file.get_tensor(name) for name in names}, meta
 
 
-def load_checkpoint(path: Path) -> tuple[int, dict[str, "torch.Tensor"], dict[str, Any]]:
+def load_checkpoint(path: Path, only_meta: bool = False) -> tuple[int, dict[str, "torch.Tensor"], dict[str, Any]]:
     """Reads one checkpoint file. Raises ModelError naming the file, the reason and the newest other checkpoint."""
     from safetensors import SafetensorError
 
     try:
-        tensors, meta = read_tensors(path, "meta")
+        tensors, meta = read_tensors(path, "meta", only_meta)
         return int(meta["step"]), tensors, meta
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         others = [p.name for p in sorted(path.parent.glob("[0-9]*.safetensors")) if p != path]

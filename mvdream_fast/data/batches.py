@@ -25,7 +25,7 @@ from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.captions import clean
-from mvdream_fast.data.shards import decode_views, list_shards, n_views, shrunk
+from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_views, shrunk
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
@@ -87,7 +87,7 @@ class Shards:
     def __init__(self, folder: Path, split: str = "train"):
         self.records = [record for path in list_shards(folder, split) for record in _index(path)]
         if split != HELD_OUT:
-            others = [record for path in sorted(Path(folder).glob(f"{HELD_OUT}-*.tar")) for record in _index(path)]
+            others = [record for path in find_shards(folder, HELD_OUT) for record in _index(path)]
             self.records = _without({record.meta["caption"] for record in others}, self.records)
         if not self.records:
             raise InputFileError(f"the {split} shards in {folder} hold no renders; render them again")
@@ -192,7 +192,8 @@ def _checked(meta: dict) -> dict:
     if not all(isinstance(text, str) for text in words):
         raise ValueError("its captions are no text")
     caption, *variants = map(clean, words)
-    return {**meta, "key": str(meta["key"]), "caption": caption, "variants": variants}
+    poses = {"c2w": np.asarray(meta["c2w"], np.float32)} if "fovy" in meta else {}  # lists take eight times the memory
+    return {**meta, **poses, "key": str(meta["key"]), "caption": caption, "variants": variants}
 
 
 def on_background(views: np.ndarray, color: Tensor) -> Tensor:
@@ -380,8 +381,29 @@ def _captions(shards: Shards, groups: list[tuple[int, list[int]]], side: Side | 
     ]
 
 
+class Turns(Stream):
+    """A stream whose batches take every record once before one comes again: those from the `start`-th on of an endless
+    row of epochs, each in an order of its own. What a batch holds is still a function of its key and `start` alone."""
+
+    def __init__(self, seed: int, step: int, purpose: str, start: int):
+        super().__init__(seed, step, purpose)
+        self.seed, self.start = seed, start
+
+    def turn(self, total: int, n: int) -> list[int]:
+        """The next n indices below total."""
+        places = (divmod(place, total) for place in range(self.start, self.start + n))
+        return [int(_epoch(self.seed, epoch, total)[k]) for epoch, k in places]
+
+
+@lru_cache(maxsize=2)
+def _epoch(seed: int, number: int, total: int) -> Tensor:
+    return Stream(seed, number, "epoch").permutation(total)
+
+
 def _pick(total: int, n: int, stream: Stream) -> list[int]:
     """n indices below total, without repeats while there are enough."""
+    if isinstance(stream, Turns):
+        return stream.turn(total, n)
     if n <= total // 2:
         return stream.permutation(total)[:n].tolist()
     return stream.integers(0, total, n).tolist()

@@ -49,9 +49,14 @@ def n_views(meta: dict) -> int:
     return len(meta["fovy"]) if "fovy" in meta else 1
 
 
+def find_shards(folder: Path, split: str = "train") -> list[Path]:
+    """The finished shards of a split, in order, if there are any; those in folders of parts (`render --shard`), too."""
+    return [path for place in ("", "shard-*-of-*/") for path in sorted(Path(folder).glob(f"{place}{split}-*.tar"))]
+
+
 def list_shards(folder: Path, split: str = "train") -> list[Path]:
-    """The finished shards of a split, in order. Raises InputFileError where there are none."""
-    shards = sorted(Path(folder).glob(f"{split}-*.tar"))
+    """As `find_shards`. Raises InputFileError where there are none."""
+    shards = find_shards(folder, split)
     if not shards:
         raise InputFileError(f"no {split} shards in {folder}; make some with `python -m mvdream_fast.render`")
     return shards

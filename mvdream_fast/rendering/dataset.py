@@ -1,28 +1,24 @@
 """From entries to shards on disk: survey, plan, draw; in several processes, resumable at every finished shard.
 
 Everything is a function of the sources and the options; a second run of the same call finds its shards and goes on.
-What was learned from a file, or drawn of it, is kept as long as the file and those that it names are the same.
+What was learned from a file, or drawn of it, is kept as long as the file and those that it names are the same. Files
+that cannot be read or drawn, whatever they do to the process that tries, are left out and written down (quarantine.py).
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mvdream_fast.core.errors import ArgumentError, OutOfMemoryError, OutputError
+from mvdream_fast.core.errors import ArgumentError, OutputError, UserError
 from mvdream_fast.core.files import atomic_write, remove_stale
 from mvdream_fast.core.run_folder import locked
 from mvdream_fast.data import captions
@@ -31,11 +27,17 @@ from mvdream_fast.rendering import sources
 from mvdream_fast.rendering.catalogue import Entry
 from mvdream_fast.rendering.mesh import MeshError
 from mvdream_fast.rendering.orbits import PRESETS, orbit
+from mvdream_fast.rendering.parts import Part
 from mvdream_fast.rendering.plan import SHARD_ASSETS, AssetPlan, Selection, plan, select
+from mvdream_fast.rendering.quarantine import REFUSED, Quarantine
 from mvdream_fast.rendering.survey import Survey, survey
+from mvdream_fast.rendering.workers import Limits, Lost, Stopped, Workers, half_the_memory, tell
 
 SETTINGS, SURVEYS, DRAWN, SUMMARY = "render.json", "surveys.json", "drawn.json", "summary.json"
 VERSION = 4  # of the images and captions: a folder begun by another version is not continued
+SECONDS = 600.0  # that a process may spend on reading a file, or on an orbit of it
+SAVE_EVERY = 512  # surveys between two writes of all of them
+TRIES = 2  # where a process dies over an asset: it may have been a neighbour that took the memory
 
 _renderer = None
 
@@ -90,32 +92,76 @@ def render_dataset(
     workers: int = 1,
     report: Callable[[str, int, int, int], None] = lambda stage, done, total, views: None,
     stop: Callable[[], object] = lambda: False,
+    part: Part | None = None,
+    limits: Limits | None = None,
+    retry: bool = False,
 ) -> Result | None:
     """Renders `entries` into shards in `folder`; finished shards of the same options and files are kept as they are.
 
     `report(stage, done, total, views)` is called after every asset surveyed and every shard written. Once `stop()` is
     true the processes are ended and None is returned: the same call goes on from there.
+
+    Args: part, which of many renderings this is, of whose assets `entries` are. An asset is then drawn by itself: its
+        images and words do not depend on those of others, near-duplicates stay, and no word compares it with its kind.
+        limits, of a process. retry, whether assets in quarantine are tried again.
     Raises: OutputError when the folder holds another data set or the disk is full: finished shards stay.
     """
-    _claim(folder, entries, options, held_out)
-    with contextlib.suppress(_Stopped), locked(folder), _pool(workers, options.renderer, stop) as pool:
-        surveys, contents, bad = _surveys(entries, folder, pool, report)
-        selection = select(entries, surveys)
-        assets = plan(selection.kept, surveys, held_out, options.seed, options.n_plain, options.n_painted)
-        jobs = make_jobs(assets, folder, options)
-        plans = {job.path.name: _digest(job, contents) for job in jobs}
-        drawn = _keep_drawn(folder, plans)
-        missing = [job for job in jobs if job.path.name not in drawn]
-        n_views = 0
-        for done, (job, n) in enumerate(pool.map(draw_shard, missing), 1):
-            n_views += n
-            drawn[job.path.name] = plans[job.path.name]
-            atomic_write(folder / DRAWN, json.dumps(drawn))
-            report("views", len(jobs) - len(missing) + done, len(jobs), n_views)
+    _claim(folder, entries, options, held_out, part)
+    limits = limits or Limits(SECONDS, half_the_memory())
+    begin = functools.partial(_begin, options.renderer)
+    with contextlib.suppress(Stopped), locked(folder), Workers(workers, begin, limits, stop) as pool:
+        quarantine = Quarantine(folder, retry)
+        surveys, contents = _surveys(entries, folder, pool, quarantine, report)
+        selection = select(entries, surveys, part is None)
+        assets = plan(
+            selection.kept, surveys, held_out, options.seed, options.n_plain, options.n_painted, part is not None
+        )
+        held = {asset.entry.id for asset in assets if quarantine.holds(asset.entry)}
+        jobs = [job.without(held) for job in make_jobs(assets, folder, options)]
+        jobs, n_views = _draw(jobs, folder, contents, pool, quarantine, report)
         texts = {item.caption for asset in assets for item in asset.orbits}
         notes = {id_: look.notes for id_, look in surveys.items() if look.notes}
-        return Result(selection, bad, notes, n_views, [job.path for job in jobs], texts)
+        return Result(selection, quarantine.reasons(), notes, n_views, [job.path for job in jobs], texts)
     return None
+
+
+def _draw(
+    jobs: list["Job"], folder: Path, contents: dict[str, list], pool: Workers, quarantine: Quarantine, report: Callable
+) -> tuple[list["Job"], int]:
+    """Draws the shards that are not there; returns all of them as they were drawn in the end, and how many views."""
+    jobs = [job for job in jobs if job.assets]
+    plans = {job.path.name: _digest(job, contents) for job in jobs}
+    drawn = _keep_drawn(folder, plans)
+    made = {job.path.name: job for job in jobs}
+    missing, blame, n_views = deque(job for job in jobs if job.path.name not in drawn), _Blame(quarantine), 0
+    for job, answer in pool.map(draw_shard, missing):
+        name = job.path.name
+        if isinstance(answer, Lost):
+            if blame.put(next(asset.entry for asset in job.assets if asset.entry.id == answer.at), answer):
+                made[name] = job = job.without({answer.at})
+            if job.assets:
+                missing.append(job)
+            continue
+        n_views += answer
+        drawn[name] = _digest(job, contents)
+        atomic_write(folder / DRAWN, json.dumps(drawn))
+        report("views", len(drawn), len(jobs), n_views)
+    return [job for job in made.values() if job.assets], n_views
+
+
+class _Blame:
+    """Says which assets are not tried again: those whose process died, after TRIES of it; others at once."""
+
+    def __init__(self, quarantine: Quarantine):
+        self.quarantine, self.deaths = quarantine, Counter[str]()
+
+    def put(self, entry: Entry, lost: Lost) -> bool:
+        """Whether that was it for the asset."""
+        self.deaths[entry.id] += lost.kind == "died"
+        if lost.kind == "died" and self.deaths[entry.id] < TRIES:
+            return False
+        self.quarantine.add(entry, lost.kind, lost.reason if lost.kind == REFUSED else f"{entry.name}: {lost.reason}")
+        return True
 
 
 def write_summary(folder: Path, result: Result) -> None:
@@ -134,14 +180,17 @@ def write_summary(folder: Path, result: Result) -> None:
     atomic_write(folder / SUMMARY, json.dumps(summary, indent=1))
 
 
-def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[str]) -> None:
+def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[str], part: Part | None) -> None:
     """Makes the folder, or checks that what is in it was begun with the same settings."""
+    if part is not None:
+        part.check(folder.parent, dataclasses.asdict(options), SETTINGS)
     settings = {
         "version": VERSION,
         **dataclasses.asdict(options),
         "held_out": sorted(held_out),
         "entries": [[e.id, e.caption] for e in entries],
     }
+    settings |= {} if part is None else {"part": [part.i, part.n]}
     settings = json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,40 +199,47 @@ def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[s
         raise OutputError(f"{folder} cannot be used ({error.strerror}); name another with -o") from None
     except ValueError:
         found = {}
-    if found is None and any(folder.glob("*.tar")):
+    if found is None and (any(folder.glob("*.tar")) or any(folder.glob("shard-*-of-*"))):
         raise OutputError(f"{folder} holds shards of something else; name another folder with -o")
     if found is not None and found != settings:
-        different = sorted(k for k in settings if found.get(k) != settings[k])
+        different = sorted(k for k in settings | found if found.get(k) != settings.get(k))
         raise OutputError(f"{folder} was begun with another {', '.join(different)}; name another folder with -o")
     remove_stale(folder)
     if found is None:
         atomic_write(folder / SETTINGS, json.dumps(settings))
 
 
-def _surveys(entries, folder, pool, report) -> tuple[dict[str, Survey], dict[str, list], dict[str, str]]:
-    """The survey of every readable entry, the hashes of its files, and the reason for every other entry.
+def _surveys(
+    entries: list[Entry], folder: Path, pool: Workers, quarantine: Quarantine, report: Callable
+) -> tuple[dict[str, Survey], dict[str, list]]:
+    """The survey of every readable entry, and the hashes of its files; the others are in quarantine then.
 
     Surveys are stored beside the shards; only those of new or changed files are made, and refused files are read again.
     """
-    stored = _read_json(folder / SURVEYS)
-    known = {}
+    stored, known = _read_json(folder / SURVEYS), {}
     for entry in entries:
         files = sources.unchanged(stored[entry.id]["files"]) if entry.id in stored else None
         if files is not None:
             known[entry.id] = stored[entry.id] | {"files": files}
-    unknown, bad = [entry for entry in entries if entry.id not in known], {}
+    unknown = deque(entry for entry in entries if entry.id not in known and not quarantine.holds(entry))
+    done, total, blame = 0, len(unknown), _Blame(quarantine)
+    quarantine.keep({e.id for e in entries if quarantine.holds(e)})
     try:
-        for done, (entry, look) in enumerate(pool.map(survey_entry, unknown), 1):
-            if isinstance(look, str):
-                bad[entry.id] = look
-            else:
+        for entry, look in pool.map(survey_entry, unknown):
+            if isinstance(look, Lost) and not blame.put(entry, look):
+                unknown.append(entry)
+                continue
+            if not isinstance(look, Lost):
                 known[entry.id] = look
-            report("assets", done, len(unknown), 0)
+            done += 1
+            report("assets", done, total, 0)
+            if done % SAVE_EVERY == 0:
+                atomic_write(folder / SURVEYS, json.dumps(known))
     finally:  # whoever is stopped goes on from here
         if known != stored:
             atomic_write(folder / SURVEYS, json.dumps(known))
     hashes = {k: [stamp and stamp[2] for stamp in record["files"].values()] for k, record in known.items()}
-    return {k: Survey(**record["survey"]) for k, record in known.items()}, hashes, bad
+    return {k: Survey(**record["survey"]) for k, record in known.items()}, hashes
 
 
 def _read_json(path: Path) -> dict:
@@ -221,6 +277,10 @@ class Job:
     assets: tuple[AssetPlan, ...]
     options: Options
 
+    def without(self, ids: set[str]) -> "Job":
+        """The same without some assets; the other shards stay as they are."""
+        return dataclasses.replace(self, assets=tuple(a for a in self.assets if a.entry.id not in ids))
+
 
 def make_jobs(assets: list[AssetPlan], folder: Path, options: Options) -> list[Job]:
     """Shards of SHARD_ASSETS assets in a shuffled order, so that any few of them are a fair sample."""
@@ -236,23 +296,46 @@ def make_jobs(assets: list[AssetPlan], folder: Path, options: Options) -> list[J
     return jobs
 
 
-def survey_entry(entry: Entry) -> dict | str:
-    """The survey of an entry with the stamps of its files, or the sentence that says why its mesh is bad."""
-    try:
+def survey_entry(entry: Entry) -> dict | Lost:
+    """The survey of an entry with the stamps of its files, or why there is none."""
+
+    def look() -> dict:
         mesh = entry.load().normalised()
         files = sources.stamps([str(entry.archive.resolve()), *mesh.sources])
         return {"survey": dataclasses.asdict(survey(mesh, _renderer)), "files": files}
-    except MeshError as error:
-        return str(error)
-    except MemoryError:
-        return f"{entry.name}: reading the mesh takes more memory than there is"
+
+    return _tried(entry, look)
 
 
-def draw_shard(job: Job) -> int:
-    """Renders and writes one shard; returns its number of views. Raises OutputError."""
-    samples = [sample for asset in job.assets for sample in draw_asset(asset, job.options, _renderer)]
+def draw_shard(job: Job) -> int | Lost:
+    """Renders and writes one shard; returns its number of views, or which of its assets cannot be drawn.
+
+    Raises: OutputError.
+    """
+    samples: list[Sample] = []
+    for asset in job.assets:
+        drawn = _tried(asset.entry, lambda asset=asset: list(draw_asset(asset, job.options, _renderer)), "failed")
+        if isinstance(drawn, Lost):
+            return drawn
+        samples += drawn
+    tell("")  # from here on it is no asset's fault
     write_shard(job.path, samples)
     return sum(len(sample.views) for sample in samples)
+
+
+def _tried(entry: Entry, do: Callable[[], Any], refused: str = REFUSED) -> Any:
+    """What `do` returns; a Lost instead of an error, as a damaged file reaches a zoo of them."""
+    tell(entry.id)
+    try:
+        return do()
+    except MeshError as error:
+        return Lost(entry.id, refused, str(error))
+    except UserError:
+        raise
+    except MemoryError:
+        return Lost(entry.id, "memory", "reading the mesh takes more memory than there is")
+    except Exception as error:
+        return Lost(entry.id, "failed", f"{type(error).__name__}: {error}")
 
 
 def draw_asset(asset: AssetPlan, options: Options, renderer) -> Iterator[Sample]:
@@ -261,6 +344,7 @@ def draw_asset(asset: AssetPlan, options: Options, renderer) -> Iterator[Sample]
     mesh = asset.entry.load().normalised(preset.fit)
     per_side = 4 if options.size <= 128 else 2
     for number, item in enumerate(asset.orbits):
+        tell(asset.entry.id)
         cameras = orbit(preset, np.asarray(item.camera))
         drawn = mesh if item.target is None or not item.paint else mesh.recolored(list(item.paint), item.target)
         views = renderer.render(drawn, cameras.c2w, cameras.fovy, options.size, per_side)
@@ -298,62 +382,11 @@ def _words(asset: AssetPlan, number: int, item) -> dict:
     }
 
 
-class _Stopped(Exception):
-    """Somebody asked for the end."""
-
-
-class _pool:
-    """Processes with a renderer each; results come in the order of completion, together with their argument."""
-
-    def __init__(self, workers: int, kind: str, stop: Callable[[], object]):
-        self.workers, self.kind, self.stop = max(1, workers), kind, stop
-
-    def __enter__(self) -> "_pool":
-        # Not forked: neither an OpenGL context nor torch's threads survive one.
-        context = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(self.workers, context, initializer=_start, initargs=(self.kind,))
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is not None:
-            # An error or an interrupt: what is being drawn is not waited for.
-            for process in list((getattr(self.executor, "_processes", None) or {}).values()):
-                process.terminate()
-        self.executor.shutdown(wait=kind is None, cancel_futures=True)
-
-    def map(self, function: Callable, items: Iterable) -> Iterator[tuple]:
-        """(item, function(item)) for every item; at most a few wait in the queue, so an error ends the rest soon."""
-        rest, running = iter(items), {}
-        try:
-            while True:
-                for item in itertools.islice(rest, 2 * self.workers + 1 - len(running)):
-                    running[self.executor.submit(function, item)] = item
-                if not running:
-                    return
-                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-                if self.stop():
-                    raise _Stopped
-        except BrokenProcessPool:
-            message = "a rendering process was killed, perhaps for its memory; run again with fewer --workers"
-            raise OutOfMemoryError(message) from None
-
-
-def _start(kind: str) -> None:
+def _begin(kind: str) -> None:
     global _renderer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _renderer = make_renderer(kind)
     if _renderer.name == "numpy":
         import torch
 
         # The processes share the cores already: with a thread for each core in every process they wait for each other.
         torch.set_num_threads(1)
-
-
-def _leave_with_parent() -> None:
-    """A parent that was killed cannot end its processes, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

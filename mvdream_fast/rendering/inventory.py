@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.captions import head_noun
-from mvdream_fast.data.shards import n_views, read_metas
+from mvdream_fast.data.shards import find_shards, n_views, read_metas
 from mvdream_fast.rendering.catalogue import read_folder, read_sweethome3d
 from mvdream_fast.rendering.metadata import NAME
 
@@ -53,7 +53,7 @@ class Count:
 
 def counted(folder: Path, *sums: Count) -> Count:
     """What there is in a folder; `sums` are added to. Raises InputFileError where there is nothing."""
-    own, files = Count(), [path for split in SPLITS for path in sorted(folder.glob(f"{split}-*.tar"))]
+    own, files = Count(), [path for split in SPLITS for path in find_shards(folder, split)]
     counts = (own, *sums)
     for path in files:
         for meta in read_metas(path):

@@ -57,13 +57,15 @@ class Selection:
     duplicates: list[Entry] = field(default_factory=list)
 
 
-def select(entries: list[Entry], surveys: dict[str, Survey]) -> Selection:
-    """Drops slivers (under MIN_COVERAGE of the picture) and near-duplicates; entries without a survey are bad."""
+def select(entries: list[Entry], surveys: dict[str, Survey], compared: bool = True) -> Selection:
+    """Drops slivers (under MIN_COVERAGE of the picture) and, where they are to be `compared`, near-duplicates; entries
+    without a survey are bad."""
     out = Selection()
     seen = [e for e in entries if e.id in surveys]
     out.empty = [e for e in seen if surveys[e.id].coverage < MIN_COVERAGE]
     rest = [e for e in seen if surveys[e.id].coverage >= MIN_COVERAGE]
-    drop = near_duplicates(np.array([surveys[e.id].thumbnail for e in rest], np.uint8)) if rest else []
+    thumbnails = np.array([surveys[e.id].thumbnail for e in rest], np.uint8)
+    drop = near_duplicates(thumbnails) if rest and compared else [False] * len(rest)
     out.kept = [e for e, bad in zip(rest, drop) if not bad]
     out.duplicates = [e for e, bad in zip(rest, drop) if bad]
     return out
@@ -93,20 +95,22 @@ def random_held_out(entries: list[Entry], share: float) -> set[str]:
 
 
 def plan(
-    entries: list[Entry], surveys: dict[str, Survey], held_out: set[str], seed: int, n_plain: int, n_painted: int
-) -> list[AssetPlan]:
+    entries: list[Entry], surveys: dict[str, Survey], held_out: set[str], seed: int, n_plain: int, n_painted: int,
+    alone: bool = False,
+) -> list[AssetPlan]:  # fmt: skip
     """The orbits of every kept asset: `n_plain` in its own colours, `n_painted` in others.
 
-    Training captions and variants that a held-out orbit carries as its caption are left out.
+    Training captions and variants that a held-out orbit carries as its caption are left out. With `alone` nothing is
+    known of other assets: no word compares one with its kind, and a reader of shards leaves those captions out.
     """
-    shapes = shape_words(entries, surveys)
+    shapes = {} if alone else shape_words(entries, surveys)
 
     def asset(entry: Entry, split: str, taken: set[str]) -> AssetPlan:
         words = _Words(entry, surveys[entry.id], taken, shapes.get(entry.id))
         return _asset(words, split, seed, n_plain, n_painted)
 
     held = [asset(e, "held_out", set()) for e in entries if e.id in held_out]
-    taken = {orbit.caption for asset in held for orbit in asset.orbits}
+    taken = set() if alone else {orbit.caption for asset in held for orbit in asset.orbits}
     train = [asset(e, "train", taken) for e in entries if e.id not in held_out]
     return [asset for asset in train if asset.orbits] + held
 

@@ -14,7 +14,7 @@ class Flags:
     """Trains a multi-view diffusion model on shards written by `python -m mvdream_fast.render`.
 
     A new model begins with its autoencoder (--stage vae); OUTPUT/model of that is the --vae of the next stage.
-    In several processes: accelerate launch --multi_gpu --num_processes 2 -m mvdream_fast.train ... (without GPUs too,
+    In several processes: torchrun --nproc-per-node 2 -m mvdream_fast.train ... (or accelerate launch; without GPUs too,
     with --device cpu); --batch-size stays that of them all.
     """
 
@@ -65,6 +65,9 @@ class Flags:
     """tell half of the single views of things with a front their side ("front view"), for priors without cameras"""
     caption_dropout: float = 0.1
     """share of scenes trained without their caption"""
+    data_order: Literal["random", "epochs"] = "random"
+    """epochs: in multi-view steps every orbit comes once before one comes again, however many processes there are and
+    however often the run was stopped; multi-view and 2D steps then take turns instead of being drawn"""
     timestep_shift: float = 1.0
     """over 1: more of the noisy timesteps, where text and camera decide; the median is at s / (s + 1)"""
     accumulate: int = 1
@@ -90,7 +93,9 @@ class Flags:
     checkpoint_minutes: float = 5.0
     """minutes between checkpoints"""
     shard: Literal["none", "fsdp2"] = "none"
-    """several processes (accelerate launch) hold a whole model each, or share its memory by FSDP2"""
+    """several processes hold a whole model each, or share its memory by FSDP2"""
+    shard_group: int | None = None
+    """--shard fsdp2: so many processes share one copy of the model (default: all); those of one machine, best"""
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mvdream_fast.core import run_folder
+from mvdream_fast.core import run_folder, sharded_checkpoint
 from mvdream_fast.core.images import png_bytes, sheet
-from mvdream_fast.core.processes import ALONE, Ranks
+from mvdream_fast.core.processes import ALONE, Ranks, is_sharded
 from mvdream_fast.core.progress import Every
 
 Report = Callable[[], dict[str, float]]  # validates, draws sheets; the figures for the log
@@ -33,8 +33,8 @@ class LoopOptions:
 class Loop:
     """Runs a trainer to a number of steps: log lines, checkpoints, and `report` every so often.
 
-    Works on anything with `step`, `train_step()`, `ahead`, `state()` and `meta()`. Of several processes the first one's
-    clock counts, and it alone writes.
+    Works on anything with `step`, `train_step()`, `ahead`, `state()`, `like()` and `meta()`. Of several processes the
+    first one's clock counts, and it alone writes, but for sharded checkpoints.
     """
 
     def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE):
@@ -44,7 +44,7 @@ class Loop:
 
     def resume(self) -> bool:
         """Continues from the folder's latest checkpoint; False where there is none."""
-        latest = run_folder.load_latest(self.checkpoints)
+        latest = run_folder.load_latest(self.checkpoints, self.trainer.like())
         if latest is None:
             return False
         self.trainer.restore(*latest)
@@ -53,10 +53,12 @@ class Loop:
         return True
 
     def save(self) -> None:
-        """Writes a checkpoint of the trainer as it is."""
-        state = self.trainer.state()
-        if self.ranks.first:
-            run_folder.save_checkpoint(self.checkpoints, self.trainer.step, state, self.trainer.meta())
+        """Writes a checkpoint of the trainer as it is: a file, or each process its share of a sharded one."""
+        step, state, meta = self.trainer.step, self.trainer.state(), self.trainer.meta()
+        if any(map(is_sharded, state.values())):
+            sharded_checkpoint.save(self.checkpoints, run_folder.LATEST, step, state, meta, self.ranks)
+        elif self.ranks.first:
+            run_folder.save_checkpoint(self.checkpoints, step, state, meta)
 
     def run(self) -> int:
         """Trains until `steps` or until a signal asks to stop; always leaves a checkpoint. Returns the exit code."""

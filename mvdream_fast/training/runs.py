@@ -17,9 +17,11 @@ from mvdream_fast.checkpoints.open import Model, load_model, needed, read_stand_
 from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.core.files import read_lines
-from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave
+from mvdream_fast.core.process_watch import watched
+from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave, meeting_place
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import HELD_OUT, PICTURES, ImageSource, Shards
+from mvdream_fast.data.shards import find_shards
 from mvdream_fast.evaluation.classifier import is_installed, load_classifier
 from mvdream_fast.evaluation.evaluator import Evaluator, EvaluatorConfig, load_evaluator, save_evaluator
 from mvdream_fast.evaluation.reference import measure
@@ -32,6 +34,7 @@ from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.prediction import pretrained, with_words
+from mvdream_fast.training.sharing import check_ranks, share_group
 from mvdream_fast.training.sources import mixed_source
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
@@ -60,7 +63,7 @@ def run_stage(args: Flags) -> int:
     """Trains as the flags say and writes `output/model`; returns the exit code."""
     args = _settled(args)
     shards = Shards(args.data)
-    _check_ranks(args, launched()[0], shards)
+    check_ranks(args, launched()[0], shards)
     held_out = _beside(args.data, HELD_OUT)
     folder = _output(args)
     if not is_first():
@@ -85,26 +88,10 @@ def _train(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -
         stage = _train_vae if args.stage == "vae" else _train_evaluator
         return stage(args, folder, shards, held_out)
     ranks = join()
-    code = _train_unet(args, folder, shards, held_out, ranks)
+    with watched(ranks, meeting_place()):
+        code = _train_unet(args, folder, shards, held_out, ranks)
     leave(ranks)
     return code
-
-
-def _check_ranks(args: Flags, world: int, shards: Shards) -> None:
-    """Refuses what several processes cannot share, before they meet."""
-    n_shards = len({record.path for record in shards.records})
-    if world > n_shards:
-        raise ArgumentError(
-            f"the data must be at least as many train shards as there are processes, got {n_shards} for {world}; start "
-            "fewer processes or render more"
-        )
-    batch = args.batch_size or TrainOptions.batch_size
-    if batch % world:
-        raise ArgumentError(f"--batch-size must be divisible by the {world} processes, got {batch}")
-    if world > 1 and args.stage != "unet":
-        raise ArgumentError(f"--stage {args.stage} must run in one process, got {world}; its model is small")
-    if world == 1 and args.shard != "none":
-        raise ArgumentError(f"--shard {args.shard} must have several processes; start them with `accelerate launch`")
 
 
 def _output(args: Flags) -> Path:
@@ -123,7 +110,7 @@ def _output(args: Flags) -> Path:
 
 def _beside(data: Path, split: str) -> Shards | None:
     """A split that need not be there."""
-    return Shards(data, split) if any(Path(data).glob(f"{split}-*.tar")) else None
+    return Shards(data, split) if find_shards(data, split) else None
 
 
 def _near(shards: Shards, size: int) -> Shards:
@@ -149,8 +136,7 @@ def new_model(name: str, vocabulary: list[str], seed: int, settings: Sequence[st
 def _vocabulary(args: Flags, folder: Path, captions: list[str]) -> list[str]:
     """The rows of a new text tower: a resumed run's own, else those of the captions and of --vocabulary."""
     if args.resume:
-        latest = run_folder.load_latest(folder / "checkpoints")
-        kept = None if latest is None else latest[2].get("vocabulary")
+        kept = (run_folder.load_latest_meta(folder / "checkpoints") or {}).get("vocabulary")
         if kept:
             return kept
     extra = read_lines(args.vocabulary) if args.vocabulary else []
@@ -317,7 +303,7 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
         if ranks.first == (turn == 0):
             source = mixed_source(cache, parts, shards, pictures, workers, args.view_words)
         ranks.wait()
-    trainer = Trainer(parts, source, _options(args), ranks, args.shard == "fsdp2", workers, args.graphs)
+    trainer = Trainer(parts, source, _options(args), ranks, share_group(args, ranks.world), workers, args.graphs)
     validation = ImageSource((held_out or shards).at(parts.config.vae.image_size))
     prompts = list(args.sheet_prompts) or _sheet_prompts(shards, held_out)
 
@@ -383,6 +369,7 @@ def _options(args: Flags) -> TrainOptions:
         multi_view_share=args.multi_view_share,
         caption_dropout=args.caption_dropout,
         timestep_shift=args.timestep_shift,
+        data_order=args.data_order,
         accumulate=args.accumulate,
         weighting=args.weighting,
         train_text=not args.freeze_text,

@@ -43,6 +43,7 @@ def estimate_step(
     batch: int,
     resolution: int,
     *,
+    n_views: int = 1,
     accumulate: int = 1,
     half: bool = False,
     checkpointing: bool = False,
@@ -51,8 +52,9 @@ def estimate_step(
     preserve: bool = True,
     graphs: bool = False,
 ) -> Estimate:
-    """A 2D training step of `batch` encoded images with AdamW, weights in float32; activations in bfloat16 where
-    `half`. `graphs`: as a CUDA graph.
+    """A training step of `batch` encoded images with AdamW, weights in float32; activations in bfloat16 where `half`.
+
+    `n_views`: how many images are one scene's; 1 is the 2D mode. `graphs`: as a CUDA graph.
 
     Raises: ModelError for a configuration that cannot be built.
     """
@@ -64,8 +66,9 @@ def estimate_step(
     n_weights, text = sum(p.numel() for p in unet.parameters()), text_weights(config.text)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad) + train_text * text
     latents = (batch, config.unet.in_channels, *(resolution // config.vae.downsampling,) * 2)
-    flops, activations = _run(unet.to(torch.bfloat16 if half else torch.float32), latents, config, checkpointing)
-    tokens = batch * config.text.context_length
+    unet = unet.to(torch.bfloat16 if half else torch.float32)
+    flops, activations = _run(unet, latents, config, checkpointing, n_views)
+    tokens = batch // n_views * config.text.context_length
     if train_text:
         activations += tokens * config.text.width * config.text.n_layers * TEXT_ACTIVATIONS * FLOAT
     flops += (6 if train_text else 2) * text * tokens
@@ -93,17 +96,20 @@ def text_weights(text: TextConfig) -> int:
     return (text.vocabulary_size + text.context_length + 2) * text.width + (text.n_layers - text.skip_last) * layer
 
 
-def _run(unet: nn.Module, latents: tuple[int, ...], config: ModelConfig, checkpointing: bool) -> tuple[float, int]:
+def _run(
+    unet: nn.Module, latents: tuple[int, ...], config: ModelConfig, checkpointing: bool, n_views: int
+) -> tuple[float, int]:
     """Operations of forward and backward, and bytes of what autograd keeps in between."""
     dtype = next(unet.get_submodule("out.2").parameters()).dtype
     kept = _Kept(unet)
     with torch.device("meta"):
         x = torch.empty(latents, dtype=dtype)
-        context = torch.empty(latents[0], config.text.context_length, config.unet.context_dim, dtype=dtype)
+        context = torch.empty(latents[0] // n_views, config.text.context_length, config.unet.context_dim, dtype=dtype)
         t = torch.zeros(latents[0], dtype=torch.int64)
+        camera = torch.empty(latents[0], config.unet.camera_dim, dtype=dtype) if n_views > 1 else None
         counter = FlopCounterMode(display=False, custom_mapping=_attention_flops())
         with counter, torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
-            loss = unet(x, t, context).sum()
+            loss = unet(x, t, context, camera, n_views).sum()
             again = counter.get_total_flops() if checkpointing else 0
             loss.backward()
     return float(counter.get_total_flops() + again), kept.total(checkpointing)

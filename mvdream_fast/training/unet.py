@@ -5,6 +5,7 @@ Where batches come from is data/batches.py; the loop around the steps is loop.py
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -18,10 +19,11 @@ from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
-from mvdream_fast.data.batches import Batch, Source
+from mvdream_fast.data.batches import Batch, Source, Turns
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond
 from mvdream_fast.diffusion.sampler import ddim_sample
 from mvdream_fast.diffusion.schedule import NoiseSchedule
+from mvdream_fast.models.blocks import Downsample, MultiViewTransformer, Upsample
 from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.pixels import Codec
@@ -58,6 +60,7 @@ class TrainOptions:
     clip: float = 1.0
     train_text: bool = True
     autocast: Literal["none", "bf16", "fp16"] = "none"
+    data_order: Literal["random", "epochs"] = "random"  # epochs: no orbit twice in multi-view steps before all were
     seed: int = 0
 
 
@@ -104,23 +107,24 @@ class Inputs(NamedTuple):
 class Trainer(BaseTrainer):
     """One optimisation of UNet and text tower. Everything random is keyed by (seed, step, purpose).
 
-    Several processes (`ranks`) take equal shares of each batch; with `shard` they also share the weights' memory, and
-    `parts` is then a copy for samples and validation, which the first process alone holds. `workers` more processes
-    draw the coming batches. Of a single process, forward and backward are a CUDA graph unless `graphs` is False.
+    Several processes (`ranks`) take equal shares of each batch; with `shard` they also share the weights' memory, each
+    `shard` of them one copy, and `parts` is then a copy for samples and validation, which the first process alone
+    holds. `workers` more processes draw the coming batches. Of a single process, forward and backward are a CUDA graph
+    unless `graphs` is False.
     """
 
     kind = "train-unet"  # of its checkpoints
     options: TrainOptions
 
     def __init__(
-        self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: bool = False,
+        self, parts: Parts, source: Source, options: TrainOptions, ranks: Ranks = ALONE, shard: int = 0,
         workers: int = 0, graphs: bool = True,
     ):  # fmt: skip
         self.parts, self.source = parts, source
         parts.vae.requires_grad_(False).eval()
         parts.text.requires_grad_(options.train_text)
         self.module = TextAndUNet(parts.unet, parts.text)
-        self.model = _sharded(self.module, ranks) if shard else processes.replicated(self.module, ranks)
+        self.model = _sharded(self.module, ranks, options, shard) if shard else processes.replicated(self.module, ranks)
         trained = self.model if shard else self.module
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad], lr=options.lr, weight_decay=options.weight_decay,
@@ -165,14 +169,28 @@ class Trainer(BaseTrainer):
         share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
         for micro in range(options.accumulate):
             purpose = f"train/{micro}"
-            stream = Stream(options.seed, step, f"{purpose}/batch")
+            stream = self._source_stream(step, micro, multi_view)
             batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
             stream = Stream(options.seed, step, purpose)
             out.append(self._inputs(batch, stream, options.caption_dropout, None, self.ranks))
         return out
 
+    def _source_stream(self, step: int, micro: int, multi_view: bool) -> Stream:
+        """What the source draws a micro-batch by."""
+        options, purpose = self.options, f"train/{micro}/batch"
+        if options.data_order == "random" or not multi_view:
+            return Stream(options.seed, step, purpose)
+        before = self._multi_view_steps(step) * options.accumulate + micro
+        return Turns(options.seed, step, purpose, before * options.batch_size)
+
+    def _multi_view_steps(self, step: int) -> int:
+        """How many there were before a step, where they come in turn."""
+        return math.floor(step * self.options.multi_view_share)
+
     def _multi_view(self, step: int) -> bool:
         """The mode is drawn per step, as published, so that every process of a step runs the same graph."""
+        if self.options.data_order == "epochs":
+            return self._multi_view_steps(step + 1) > self._multi_view_steps(step)
         return Stream(self.options.seed, step, "mode").uniform(1).item() < self.options.multi_view_share
 
     def lr_share(self) -> float:
@@ -288,14 +306,36 @@ def spread_timesteps(stream: Stream, n: int, n_timesteps: int, shift: float = 1.
     return (shift * u / (1 + (shift - 1) * u) * n_timesteps).long().clamp(max=n_timesteps - 1)
 
 
-def _sharded(module: TextAndUNet, ranks: Ranks) -> nn.Module:
-    """A copy of the model spread over all processes. The others than the first keep nothing of the original."""
+Units = list[list[nn.Module]]
+
+
+def sharding_units(module: TextAndUNet) -> tuple[Units, Units]:
+    """What is gathered together while it computes, of the UNet and of the text tower, in processes that share a model.
+
+    Each is called as a module and owns all that it reads: the convolutions of a ResBlock, whose norms and embedding are
+    read by others, but all of a transformer. With gradient checkpointing such a unit is recomputed as it is gathered.
+    """
+    unet = module.unet
+    units: Units = [[block.in_layers[2], block.out_layers[3]] for block in unet._res_blocks]
+    whole = (MultiViewTransformer, Downsample, Upsample)
+    layers: list[nn.Module] = [layer for layer in unet.modules() if isinstance(layer, whole)]
+    units += [[layer] for layer in layers]
+    return units, [[layer] for layer in module.text.model.encoder.layers]
+
+
+def shard_model(module: TextAndUNet, ranks: Ranks, group: int, half: bool) -> TextAndUNet:
+    """Spreads the model over `group` processes each, in place; with `half` the UNet's units travel in bfloat16.
+
+    Under autocast the UNet's features are bfloat16, and lose nothing. The text tower adds up its layers in float32.
+    """
+    unet, text = sharding_units(module)
+    processes.sharded(module, text if half else unet + text, unet if half else [], ranks, group)
+    return module
+
+
+def _sharded(module: TextAndUNet, ranks: Ranks, options: TrainOptions, group: int) -> nn.Module:
+    """A sharded copy of the model. The other processes than the first keep nothing of the original."""
     model = copy.deepcopy(module)
-    unet, text = model.unet, model.text
-    # Units are called as modules and own all that they read: a ResBlock's convolutions, but not its norms.
-    units = [conv for block in unet._res_blocks for conv in (block.in_layers[2], block.out_layers[3])]
-    units += [transformer.transformer_blocks[0] for transformer in unet._transformers]
-    units += list(text.model.encoder.layers)
     if not ranks.first:
         module.to("meta")
-    return processes.sharded(model, units, ranks)
+    return shard_model(model, ranks, group, options.autocast == "bf16")

@@ -124,12 +124,17 @@ class BaseTrainer:
             self._averaged = False
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name; whole tensors, whoever holds them. All processes call it."""
+        """Everything that a resumed run needs, by name, as this process holds it."""
         tensors = {f"model.{name}": p.detach() for name, p in self.named.items()}
         tensors |= {f"ema.{name}": average for name, average in zip(self.named, self.ema)}
         for name, p in self.named.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
-        return {name: processes.whole(tensor, self.ranks) for name, tensor in tensors.items()}
+        return tensors
+
+    def like(self) -> dict[str, Tensor]:
+        """The weight that each tensor of a state has the shape and the place of, by the tensor's name."""
+        kinds = ("model", "ema", "adam.exp_avg", "adam.exp_avg_sq")
+        return {f"{kind}.{name}": p for kind in kinds for name, p in self.named.items()}
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says of the run: kind, configuration, options."""

@@ -42,7 +42,7 @@ def make_trainer(data: Path, ranks=processes.ALONE, shard: bool = False, saving:
     model.unet.gradient_checkpointing = saving
     parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
     options = dataclasses.replace(OPTIONS, accumulate=1 + saving)
-    return Trainer(parts, ImageSource(shards), options, ranks, shard)
+    return Trainer(parts, ImageSource(shards), options, ranks, ranks.world if shard else 0)
 
 
 def twenty_steps(trainer: Trainer) -> dict:

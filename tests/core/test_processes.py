@@ -23,6 +23,7 @@ from mvdream_fast.data.batches import ImageSource, LatentSource, Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.training import runs
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
           "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
 
@@ -46,11 +47,11 @@ def start(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(data, start, tmp_path_factory):
-    """What two processes under `accelerate launch` left behind."""
+    """What two processes under `torchrun` left behind."""
     out = tmp_path_factory.mktemp("out")
     (out / "start").symlink_to(start)
     script = Path(__file__).with_name("rank_of_a_run.py")
-    done = subprocess.run([*LAUNCH, str(script), str(data), str(out)], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*TORCHRUN, str(script), str(data), str(out)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -133,7 +134,8 @@ def test_ranks_split_a_batch_and_read_nothing_of_each_other(data, tmp_path, kind
         (4, {}, "the data must be at least as many train shards as there are processes, got 3 for 4; start fewer"),
         (3, {"batch_size": 4}, "--batch-size must be divisible by the 3 processes, got 4"),
         (2, {"stage": "vae"}, "--stage vae must run in one process, got 2"),
-        (1, {"shard": "fsdp2"}, "--shard fsdp2 must have several processes"),
+        (2, {"shard": "fsdp2", "shard_group": 3}, "--shard-group must be a divisor of the 2 processes, .* got 3"),
+        (2, {"shard_group": 2}, "--shard-group must .* come with --shard fsdp2, got 2 with --shard none"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused_before_they_meet(data, tmp_path, monkeypatch, world, more, message):
@@ -152,35 +154,45 @@ def test_one_process_is_left_alone():
     assert processes.launched() == (1, 1, 0)
 
 
-def command(data, out, *more):
-    return [*LAUNCH, "-m", "mvdream_fast.train", "--data", str(data), "-o", str(out), "--batch-size", "4",
-            "--n-views", "2", "--device", "cpu", "--threads", "1", *map(str, more)]  # fmt: skip
+def arguments(data, out, *more):
+    return ["-m", "mvdream_fast.train", "--data", str(data), "-o", str(out), "--batch-size", "4", "--n-views", "2",
+            "--device", "cpu", "--threads", "1", *map(str, more)]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_crashed_rank_ends_the_run(data, start, tmp_path):
-    """The second rank is killed; the launcher and the first one end, and the last checkpoint is whole."""
-    log = tmp_path / "log.txt"
-    more = ("--init", start, "--steps", 10**6, "--sheet-minutes", 0, "--checkpoint-minutes", 0.001)
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_killed_rank_ends_the_run_and_costs_what_came_after_the_checkpoint(data, start, tmp_path, victim):
+    """Of two that share a model; one process alone then goes on from the last checkpoint, which is whole."""
+    log, out = tmp_path / "log.txt", tmp_path / "out"
+    more = ("--init", start, "--steps", 10**6, "--sheet-minutes", 0, "--checkpoint-minutes", 0.001, "--shard", "fsdp2")
     with log.open("w") as file:
-        launcher = subprocess.Popen(command(data, tmp_path / "out", *more), stdout=file, stderr=file)
+        launcher = subprocess.Popen([*TORCHRUN, *arguments(data, out, *more)], stdout=file, stderr=file)
     while "step 10:" not in log.read_text():
         assert launcher.poll() is None, log.read_text()
         time.sleep(0.5)
     ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "RANK" in p.environ()]
-    next(p for p in ranks if p.environ()["RANK"] == "1").kill()
+    next(p for p in ranks if p.environ()["RANK"] == victim).kill()
     assert launcher.wait(timeout=120) != 0
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
-    assert load_latest(tmp_path / "out" / "checkpoints")[0] > 0
+    text = log.read_text()
+    assert text.count(f"train: process {victim} of 2 is gone; the others stop, and --resume goes on from") == 1
+    assert "RuntimeError" not in text
+    kept = load_latest(out / "checkpoints")[0]
+    assert kept >= 9
+    alone = [sys.executable, *arguments(data, out, "--resume", "--steps", kept + 1)]
+    done = subprocess.run(alone, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert load_latest(out / "checkpoints")[0] == kept + 1
+    records = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert records == sorted(set(records))
 
 
 @pytest.mark.slow
 def test_the_whole_command_line_and_its_resume(data, start, tmp_path):
     out = tmp_path / "out"
     for steps, more in ((2, ()), (4, ("--resume",))):
-        done = subprocess.run(
-            command(data, out, "--init", start, "--steps", steps, *more), capture_output=True, text=True, timeout=200
-        )
+        command = [*LAUNCH, *arguments(data, out, "--init", start, "--steps", steps, *more)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         assert load_latest(out / "checkpoints")[0] == steps

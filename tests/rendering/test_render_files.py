@@ -199,23 +199,23 @@ def looked_at(monkeypatch):
     seen = []
 
     class Here:
-        def __init__(self, workers, kind, stop):
-            self.kind = kind
+        def __init__(self, workers, begin, limits, stop):
+            begin()
 
         def __enter__(self):
-            dataset._renderer = dataset.make_renderer(self.kind)
             return self
 
         def __exit__(self, *_):
             pass
 
         def map(self, function, items):
-            for item in items:
+            while items:
+                item = items.popleft()
                 if function is dataset.survey_entry:
                     seen.append(item.name)
                 yield item, function(item)
 
-    monkeypatch.setattr(dataset, "_pool", Here)
+    monkeypatch.setattr(dataset, "Workers", Here)
     return seen
 
 
@@ -303,10 +303,9 @@ def test_stamps(tmp_path):
 def test_a_process_that_draws_without_opengl_has_one_thread(monkeypatch):
     """Whatever it began with: others like it run beside it, on the same cores."""
     monkeypatch.setattr(dataset, "_renderer", None)
-    monkeypatch.setattr(dataset.signal, "signal", lambda *_: None)  # this process keeps its Ctrl-C
 
     def begun() -> int:
-        dataset._start("numpy")
+        dataset._begin("numpy")
         return torch.get_num_threads()
 
     assert by_threads(begun) == [1, 1, 1]
