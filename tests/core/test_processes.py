@@ -184,8 +184,9 @@ def test_a_killed_rank_ends_the_run_and_costs_what_came_after_the_checkpoint(dat
     done = subprocess.run(alone, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert load_latest(out / "checkpoints")[0] == kept + 1
-    records = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert records == sorted(set(records))
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if "loss" in record]  # the others are the reports' at the end
+    assert steps == sorted(set(steps))
 
 
 @pytest.mark.slow
