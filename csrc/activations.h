@@ -18,13 +18,26 @@ MVDREAM_FAST_INLINE VecF at_most(VecF a, float b) {
 MVDREAM_FAST_INLINE VecF at_least(VecF a, float b) {
   return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)splat(b));
 }
+MVDREAM_FAST_INLINE VecF larger(VecF a, VecF b) { return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
 #elif MVDREAM_FAST_LANES == 8
 MVDREAM_FAST_INLINE VecF at_most(VecF a, float b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)splat(b)); }
 MVDREAM_FAST_INLINE VecF at_least(VecF a, float b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)splat(b)); }
+MVDREAM_FAST_INLINE VecF larger(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
 MVDREAM_FAST_INLINE VecF at_most(VecF a, float b) { return min(a, splat(b)); }
 MVDREAM_FAST_INLINE VecF at_least(VecF a, float b) { return max(a, splat(b)); }
+MVDREAM_FAST_INLINE VecF larger(VecF a, VecF b) { return max(a, b); }
 #endif
+
+// The largest of each of four vectors, in the lanes 0..3 of the result.
+MVDREAM_FAST_INLINE VecF maxima_of_four(VecF a, VecF b, VecF c, VecF d) {
+  const VecF ab = larger(zip_low(a, b), zip_high(a, b)), cd = larger(zip_low(c, d), zip_high(c, d));
+  VecF most = larger(join_low(ab, cd), join_high(ab, cd));
+  for (int from = 4; from < kLanes; from += 4) {
+    for (int i = 0; i < 4; ++i) most[i] = most[i] > most[from + i] ? most[i] : most[from + i];
+  }
+  return most;
+}
 
 // exp of -87 <= x <= 88, where results are normal floats: a caller clamps, which turns NaN into a bound, and multiplies
 // by something that still carries it. Cody-Waite reduction, Cephes' expf polynomial; relative error below 2e-7.

@@ -1,6 +1,7 @@
 // The UNet's own ops. Addresses come as integers, 0 for none.
 #include <pybind11/pybind11.h>
 
+#include "cpu/attention.h"
 #include "cpu/geglu.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/winograd.h"
@@ -18,6 +19,11 @@ GroupNorm make_norm(Address x, Address weight, Address bias, Address emb, int64_
                     int64_t n_pixels, int64_t n_channels, int64_t n_groups, bool silu) {
   return {floats(x), floats(weight), floats(bias), floats(emb), emb_stride,
           n_images,  n_pixels,       n_channels,   n_groups,    silu};
+}
+
+Tokens make_tokens(Address data, int64_t image, int64_t token, int64_t head, int64_t number, int64_t n_views,
+                   int64_t n_tokens, Address camera) {
+  return {floats(data), image, token, head, number, n_views, n_tokens, floats(camera)};
 }
 
 }  // namespace
@@ -49,6 +55,15 @@ void bind_unet(py::module_& m) {
       "geglu_backward",
       [](Address d_y, Address x, int64_t n_rows, int64_t n_columns, Address d_x, int n_threads) {
         MVDREAM_FAST_CPU(geglu_backward)(floats(d_y), floats(x), n_rows, n_columns, floats(d_x), n_threads);
+      },
+      NoGil());
+  py::class_<Tokens>(m, "Tokens").def(py::init(&make_tokens));
+  m.def(
+      "attention_forward",
+      [](const Tokens& q, const Tokens& k, const Tokens& v, int64_t n_scenes, int64_t n_heads, int64_t width,
+         float scale, Address y, Address lse, int n_threads) {
+        const Attention attention{q, k, v, n_scenes, n_heads, width, scale};
+        MVDREAM_FAST_CPU(attention_forward)(attention, floats(y), floats(lse), n_threads);
       },
       NoGil());
   py::class_<Images>(m, "Images").def(py::init([](int64_t n_images, int64_t height, int64_t width, int64_t n_channels) {

@@ -79,6 +79,15 @@ constexpr int zipped_sample(int slot) {
   return 4 * (half / 2) + half % 2 + (slot >= kLanes / 2 ? 2 : 0);
 }
 
+// Calls put(index, four) with the numbers at `index` of a, b, c and d, for every index of a vector.
+template <typename Put>
+MVDREAM_FAST_INLINE void transposed(VecF a, VecF b, VecF c, VecF d, Put put) {
+  const VecF ab = zip_low(a, b), cd = zip_low(c, d), ab_high = zip_high(a, b), cd_high = zip_high(c, d);
+  const VecF of[4] = {join_low(ab, cd), join_high(ab, cd), join_low(ab_high, cd_high), join_high(ab_high, cd_high)};
+  for (int64_t i = 0; i < 4; ++i)
+    for (int64_t part = 0; part < kLanes; part += 4) put(part + i, reinterpret_cast<const float*>(&of[i]) + part);
+}
+
 // a * b + c with one rounding. Sets without FMA take a detour through double, which is exact up to double rounding.
 MVDREAM_FAST_INLINE VecF fused_multiply_add(VecF a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)

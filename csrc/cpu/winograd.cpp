@@ -35,15 +35,6 @@ struct Chunk {
   float* panel(int64_t vector) const { return input + vector * kLanes * images.n_channels; }
 };
 
-// Calls put(index, four) with the numbers at `index` of a, b, c and d, for every index of a vector.
-template <typename Put>
-MVDREAM_FAST_INLINE void transposed(VecF a, VecF b, VecF c, VecF d, Put put) {
-  const VecF ab = zip_low(a, b), cd = zip_low(c, d), ab_high = zip_high(a, b), cd_high = zip_high(c, d);
-  const VecF of[4] = {join_low(ab, cd), join_high(ab, cd), join_low(ab_high, cd_high), join_high(ab_high, cd_high)};
-  for (int64_t i = 0; i < 4; ++i)
-    for (int64_t part = 0; part < kLanes; part += 4) put(part + i, reinterpret_cast<const float*>(&of[i]) + part);
-}
-
 // n channels of a vector of tiles; those behind the chunk's last are zero.
 MVDREAM_FAST_INLINE void transform_input(const Chunk& chunk, const float* x, int64_t vector, int64_t c, int64_t n) {
   const int64_t width = chunk.panel_vectors(vector / 2 * 2) * kLanes, plane = chunk.plane();

@@ -1,4 +1,4 @@
-"""Self-attention over the tokens of all views of a scene, with camera vectors added as the tiles are loaded.
+"""Self-attention over the tokens of all views of a scene, with camera vectors added as the tokens are loaded.
 
 Projections before and after it live in models/; attention to text is torch's own scaled_dot_product_attention.
 """
@@ -12,14 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvdream_fast.ops._edges import (
+    address,
     by_name,
     check_float,
     check_tensors,
     is_autocast,
     is_batched,
     is_followed,
+    is_recorded,
     is_watched,
+    load_native,
     run_kernels,
+    runs_natively,
+    thread_count,
     vmap_error,
 )
 from mvdream_fast.ops._registered import differentiable, register
@@ -48,11 +53,12 @@ def cross_view_attention(
     """softmax(q k^T * scale) v over all V*N tokens of a scene, or within each view.
 
     Views are the fastest batch index, so the regrouping of views is no copy when the batch stride is N token strides
-    (slices of one packed QKV projection are); other strides are read as they are by the CUDA kernel and copied on the
-    CPU. Softmax and sums are float32 for every dtype. The gradient is deterministic on CUDA, but for what is left to
-    torch's attention there (`_is_torchs`, never under torch.use_deterministic_algorithms). float32 GEMMs are exact
-    there unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to its dtype
-    (float64 stays). First derivatives only.
+    (slices of one packed QKV projection are); other strides are read as they are by our kernels, and copied where torch
+    attends on a CPU: in all dtypes but float32. Softmax and sums are float32 for every dtype. On a CPU a float32 result
+    is bit-identical for any number of threads; gradients are by torch there. They are deterministic on CUDA, but for
+    what is left to torch's attention there (`_is_torchs`, never under torch.use_deterministic_algorithms). There,
+    float32 GEMMs are exact unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to
+    its dtype (float64 stays). First derivatives only.
 
     Args:
         q, k, v: [B*V, N, H, D], D from 1 to 256, any strides; float32, float16, bfloat16 (float64 on the CPU).
@@ -85,7 +91,11 @@ def cross_view_attention(
         return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
     if q.is_cuda:
         return _forward_kernels(q, k, v, views, camera_q, camera_k, camera_v, scale, keep=False)[0]
-    return _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale)
+    if not _is_native(q, k, v, camera_q, camera_k, camera_v):
+        return _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale)
+    if is_recorded(q, k, v, camera_q, camera_k, camera_v):
+        return _OnCpu.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
+    return _forward_native(q, k, v, views, camera_q, camera_k, camera_v, scale, keep=False)[0]
 
 
 def cross_view_attention_ref(
@@ -227,11 +237,34 @@ def _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(shape)
 
 
-def _forward_cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> tuple[Tensor, Tensor]:
+def _is_native(q: Tensor, *others: Tensor | None) -> bool:
+    return q.numel() > 0 and runs_natively(q, *others)
+
+
+def _forward_native(
+    q: Tensor, k: Tensor, v: Tensor, views: int, camera_q, camera_k, camera_v, scale: float, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the log-sum-exp [1, B, H, V*N] unless nothing is to be kept for a backward."""
+    images, _, heads, width = q.shape
+    cameras = [c if c is None else c.contiguous() for c in (camera_q, camera_k, camera_v)]
+    rows = [_native_tokens(x, views, c) for x, c in zip((q, k, v), cameras)]
+    out, lse = q.new_empty(q.shape), _empty_lse(q, views) if keep else None
+    sizes, results = (images // views, heads, width, scale), (address(out), address(lse))
+    load_native(OP).attention_forward(*rows, *sizes, *results, thread_count())
+    return out, lse
+
+
+def _native_tokens(x: Tensor, views: int, camera: Tensor | None) -> object:
+    return load_native(OP).Tokens(address(x), *x.stride(), views, x.shape[1], address(camera))
+
+
+def _forward_cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> tuple[Tensor, Tensor | None]:
     """The output, and the log-sum-exp [1, B, H, V*N] that the backward needs."""
     images, tokens, heads, _ = q.shape
     if q.numel() == 0:
         return q.new_empty(q.shape), _empty_lse(q, views)
+    if runs_natively(q, k, v, camera_q, camera_k, camera_v):
+        return _forward_native(q, k, v, views, camera_q, camera_k, camera_v, scale)
     scenes = _scene_shape(q, views)
     rows = [_unit_stride(_scenes(x, scenes, c)) for x, c in ((q, camera_q), (k, camera_k), (v, camera_v))]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, scale=scale)
@@ -278,10 +311,11 @@ def _backward_kernels(cotangents, kept, wanted, q, k, v, *arguments):
 
 
 _CrossViewAttention = differentiable(_forward_kernels, _backward_kernels, keeps=(0, 1))
+_OnCpu = differentiable(_forward_cpu, _backward_cpu, keeps=(0, 1))
 register(
     "cross_view_attention(Tensor q, Tensor k, Tensor v, SymInt views, Tensor? camera_q, Tensor? camera_k,"
     " Tensor? camera_v, float scale) -> (Tensor, Tensor)",
-    cpu=differentiable(_forward_cpu, _backward_cpu, keeps=(0, 1)),
+    cpu=_OnCpu,
     cuda=_CrossViewAttention,
     fake=lambda q, k, v, views, *_: (q.new_empty(q.shape), _empty_lse(q, views)),
 )

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 from mvdream_fast.kernels._attention_rows import token_offsets
-from tolerances import close, within_flash_rule
+from threads import by_threads
+from tolerances import PARITY, close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
 from triton_on_cpu import CAMPAIGN, DEVICE, DRAWN, SMALL, SMALL_AHEAD
 
@@ -319,8 +320,8 @@ def test_float64_under_autocast_is_all_or_nothing():
             attention(**inputs | {"k": inputs["k"].detach().float()}, n_views=2)
 
 
-def test_heads_that_are_not_contiguous_take_the_same_kernel():
-    q, k, v = (torch.randn(4, 6, 2, 16, 2).unbind(-1)[0] for _ in "qkv")  # a stride of 2 along the head
+def called_by(*rows):
+    """The names of what an attention over two views calls of torch."""
     called = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -329,9 +330,89 @@ def test_heads_that_are_not_contiguous_take_the_same_kernel():
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        out = attention(q, k, v, 2)
-    assert any("flash_attention_for_cpu" in name for name in called)
-    close(OP, out, attention_ref(q, k, v, 2))
+        attention(*rows, 2)
+    return called
+
+
+def test_strides_are_read_without_a_copy():
+    every_other = [torch.randn(4, 6, 2, 16, 2).unbind(-1)[0] for _ in "qkv"]  # a stride of 2 along the head
+    heads_first = [torch.randn(4, 2, 6, 16).transpose(1, 2) for _ in "qkv"]
+    assert called_by(*every_other) == called_by(*heads_first) == ["aten.new_empty.default"]
+    wide = called_by(*(x.double() for x in every_other))  # must not write the score matrix out
+    assert any("flash_attention_for_cpu" in name for name in wide)
+
+
+# (images, tokens, heads, width), views: blocks are of 512 keys and 64 queries, panels of 32 columns
+NATIVE_SHAPES = [
+    ((2, 256, 1, 64), 2),  # one whole block of keys
+    ((3, 171, 1, 40), 3),  # one key more than a block, and a panel of half the width
+    ((4, 257, 2, 33), 4),  # three blocks of keys, the last of 4
+    ((1, 1, 3, 1), 1),
+    ((5, 7, 2, 17), 1),
+    ((1, 65, 1, 160), 1),
+    ((2, 31, 1, 256), 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "views"), NATIVE_SHAPES)
+@pytest.mark.parametrize("cameras", [(), CAMERAS])
+def test_native_sizes_and_threads(shape, views, cameras):
+    inputs, d_out = draw(shape, cameras=cameras)
+    first, *others = by_threads(lambda: run(attention, inputs, d_out, views))
+    plain = run(attention_ref, inputs, d_out, views)
+    exact = run(attention_ref, double(inputs), d_out.double(), views)
+    terms = term_sizes(inputs, d_out, views)
+    for name, x in first.items():
+        within_flash_rule(x, plain[name], exact[name], terms[name])
+    assert all(torch.equal(first["out"], other["out"]) for other in others)
+
+
+def test_native_log_sum_exp():
+    from mvdream_fast.ops.cross_view_attention import _forward_native
+
+    q, k, v = (x.detach() for x in draw((4, 150, 2, 24), cameras=())[0].values())
+    _, lse = _forward_native(q, k, v, 4, None, None, None, 0.7)
+    scores = torch.einsum("qhd,khd->hqk", q.flatten(0, 1).double(), k.flatten(0, 1).double()) * 0.7
+    close(OP, lse, scores.logsumexp(-1)[None, None])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_native_holds_any_scale_and_large_scores(scale):
+    # Scores reach 5e5 and 5e9: one key has all the weight. With a scale of 0 all have the same.
+    inputs, d_out = draw((2, 300, 1, 64), cameras=(), size=30.0)
+    out = attention(**inputs, n_views=2, scale=scale)
+    exact = attention_ref(**double(inputs), n_views=2, scale=scale)
+    plain = attention_ref(**inputs, n_views=2, scale=scale)
+    within_flash_rule(out, plain, exact, term_sizes(inputs, d_out, 2, scale=scale)["out"])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("token", [0, 3, 599])
+def test_native_shows_what_is_not_finite_where_the_reference_does(name, value, token):
+    inputs, _ = draw((1, 600, 1, 8), cameras=())
+    inputs = {n: x.detach().abs() for n, x in inputs.items()}  # scores of one sign: inf is no NaN by cancelling
+    inputs[name][0, token, 0, 2] = value
+    out, expected = attention(**inputs, n_views=1), attention_ref(**inputs, n_views=1)
+    torch.testing.assert_close(out, expected, equal_nan=True, atol=PARITY[OP], rtol=PARITY[OP])
+
+
+def test_keys_without_weight_and_a_late_first_one():
+    # A block of 512 keys whose scores are all -inf, and two more keys behind it.
+    k = torch.full((1, 514, 1, 1), float("-inf"))
+    k[0, 512:] = torch.tensor([0.0, 3.0]).log1p()[:, None, None]  # weights 1/5 and 4/5
+    v = torch.arange(514.0).reshape(1, 514, 1, 1)
+    assert attention(torch.ones_like(k), k, v, 1, scale=1.0)[0, 0].item() == pytest.approx(512.8)
+
+
+def test_several_cotangents_at_once():
+    inputs, d_out = draw((4, 5, 2, 8))
+    out, leaves = attention(**inputs, n_views=2), list(inputs.values())
+    d_outs = torch.stack([d_out, 2 * d_out])
+    both = torch.autograd.grad(out, leaves, d_outs, retain_graph=True, is_grads_batched=True)
+    for grad, first in zip(both, torch.autograd.grad(out, leaves, d_out)):
+        close(OP, grad[0], first)
+        close(OP, grad[1], 2 * first)
 
 
 @pytest.mark.parametrize(
