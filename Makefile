@@ -74,8 +74,8 @@ NATIVE_TESTS ?= tests/ops/test_hash_encode.py tests/ops/test_field.py tests/ops/
 	tests/ops/test_composite.py tests/ops/test_update_occupancy.py tests/ops/test_render_op.py \
 	tests/nerfacc_compat tests/scene/nerf/test_renderer.py tests/scene/nerf/test_volume.py \
 	tests/scene/test_background.py tests/ops/test_geglu.py tests/ops/test_group_norm_silu.py \
-	tests/ops/test_winograd.py tests/ops/test_rasterize.py tests/ops/test_interpolate.py \
-	tests/ops/test_antialias.py tests/ops/test_texture.py tests/ops/test_cuda_host.py
+	tests/ops/test_winograd.py tests/ops/test_cross_view_attention.py tests/ops/test_rasterize.py \
+	tests/ops/test_interpolate.py tests/ops/test_antialias.py tests/ops/test_texture.py tests/ops/test_cuda_host.py
 sanitize: $(VENV)/.built-test
 	mkdir -p $(SANITIZED)/site
 	rm -rf $(SANITIZED)/site/mvdream_fast && cp -r mvdream_fast $(SANITIZED)/site/ && rm -f $(SANITIZED)/site/mvdream_fast/_C*

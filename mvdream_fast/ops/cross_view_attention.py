@@ -36,6 +36,9 @@ MAX_HEAD_DIM = 256
 # was faster, or nothing but the launch was measured.
 TORCH_FROM = {(90, 64): 16_384}
 SHORTEST = min(TORCH_FROM.values())
+# From how many tokens of a scene on our float32 kernel is what a CPU runs: there it was measured to be 1.1 to 2.6 times
+# as fast as torch's attention (docs/benchmarks.md), for fewer 0.7 to 1.7 times.
+NATIVE_FROM = 64
 
 
 def cross_view_attention(
@@ -54,11 +57,11 @@ def cross_view_attention(
 
     Views are the fastest batch index, so the regrouping of views is no copy when the batch stride is N token strides
     (slices of one packed QKV projection are); other strides are read as they are by our kernels, and copied where torch
-    attends on a CPU: in all dtypes but float32. Softmax and sums are float32 for every dtype. On a CPU a float32 result
-    is bit-identical for any number of threads; gradients are by torch there. They are deterministic on CUDA, but for
-    what is left to torch's attention there (`_is_torchs`, never under torch.use_deterministic_algorithms). There,
-    float32 GEMMs are exact unless `torch.backends.cuda.matmul.allow_tf32` is set. Under autocast everything is cast to
-    its dtype (float64 stays). First derivatives only.
+    attends on a CPU: for all dtypes but float32, and few tokens (NATIVE_FROM). Softmax and sums are float32 for every
+    dtype. Our CPU kernel gives the same bits for any number of threads; gradients are by torch there. They are
+    deterministic on CUDA, but for what is left to torch's attention there (`_is_torchs`, never under
+    torch.use_deterministic_algorithms). There, float32 GEMMs are exact unless `torch.backends.cuda.matmul.allow_tf32`
+    is set. Under autocast everything is cast to its dtype (float64 stays). First derivatives only.
 
     Args:
         q, k, v: [B*V, N, H, D], D from 1 to 256, any strides; float32, float16, bfloat16 (float64 on the CPU).
@@ -91,7 +94,7 @@ def cross_view_attention(
         return _CrossViewAttention.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
     if q.is_cuda:
         return _forward_kernels(q, k, v, views, camera_q, camera_k, camera_v, scale, keep=False)[0]
-    if not _is_native(q, k, v, camera_q, camera_k, camera_v):
+    if not _is_native(q, k, v, views, camera_q, camera_k, camera_v):
         return _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale)
     if is_recorded(q, k, v, camera_q, camera_k, camera_v):
         return _OnCpu.apply(q, k, v, views, camera_q, camera_k, camera_v, scale)
@@ -237,8 +240,8 @@ def _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(shape)
 
 
-def _is_native(q: Tensor, *others: Tensor | None) -> bool:
-    return q.numel() > 0 and runs_natively(q, *others)
+def _is_native(q: Tensor, k: Tensor, v: Tensor, views: int, *cameras: Tensor | None) -> bool:
+    return views * q.shape[1] >= NATIVE_FROM and q.numel() > 0 and runs_natively(q, k, v, *cameras)
 
 
 def _forward_native(
@@ -263,7 +266,7 @@ def _forward_cpu(q, k, v, views, camera_q, camera_k, camera_v, scale) -> tuple[T
     images, tokens, heads, _ = q.shape
     if q.numel() == 0:
         return q.new_empty(q.shape), _empty_lse(q, views)
-    if runs_natively(q, k, v, camera_q, camera_k, camera_v):
+    if _is_native(q, k, v, views, camera_q, camera_k, camera_v):
         return _forward_native(q, k, v, views, camera_q, camera_k, camera_v, scale)
     scenes = _scene_shape(q, views)
     rows = [_unit_stride(_scenes(x, scenes, c)) for x, c in ((q, camera_q), (k, camera_k), (v, camera_v))]

@@ -1,6 +1,7 @@
 """ops.cross_view_attention: CPU path, registered form and Triton kernels against the reference."""
 
 import random
+from importlib import import_module
 
 import pytest
 import torch
@@ -75,10 +76,22 @@ def small_tiles(monkeypatch, request):
         launches.cache_clear()
 
 
+@pytest.fixture
+def always_native(monkeypatch):
+    """The extension's kernel for sequences of any length."""
+    monkeypatch.setattr(import_module("mvdream_fast.ops.cross_view_attention"), "NATIVE_FROM", 1)
+
+
+@pytest.fixture(params=["native", "torch's"])
+def native_or_not(request):
+    if request.param == "native":
+        request.getfixturevalue("always_native")
+
+
 @pytest.mark.parametrize("layout", ["plain", "packed", "heads first", "every other", "stride 0"])
 @pytest.mark.parametrize("cross_view", [True, False])
 @pytest.mark.parametrize("cameras", [(), CAMERAS, ("camera_k",)])
-def test_cpu_path_matches_reference(layout, cross_view, cameras):
+def test_cpu_path_matches_reference(layout, cross_view, cameras, native_or_not):
     inputs, d_out = draw((6, 7, 2, 12), layout=layout, cameras=cameras)
     results = run(attention, inputs, d_out, 3, cross_view=cross_view)
     expected = run(attention_ref, inputs, d_out, 3, cross_view=cross_view)
@@ -86,7 +99,7 @@ def test_cpu_path_matches_reference(layout, cross_view, cameras):
         close(OP, x, expected[name])
 
 
-def test_worked_by_hand():
+def test_worked_by_hand(native_or_not):
     # Two views of one token: keys 0 and ln 3 for a query of 1 give weights 1/4 and 3/4, values 4 and 8 give 7.
     q = torch.ones(2, 1, 1, 1)
     k = torch.tensor([0.0, 3.0]).log().nan_to_num(neginf=0.0).reshape(2, 1, 1, 1)
@@ -285,7 +298,7 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize(("shape", "cameras", "layout", "views"), SAMPLES)
-def test_opcheck(shape, cameras, layout, views):
+def test_opcheck(shape, cameras, layout, views, native_or_not):
     inputs, _ = draw(shape, cameras=cameras, layout=layout)
     rows = [inputs[name] for name in "qkv"]
     arguments = (*rows, views, *(inputs.get(name) for name in CAMERAS), 0.4)
@@ -294,7 +307,7 @@ def test_opcheck(shape, cameras, layout, views):
 
 
 @pytest.mark.parametrize("cameras", [(), CAMERAS])
-def test_compiles_to_one_graph(cameras):
+def test_compiles_to_one_graph(cameras, native_or_not):
     inputs, d_out = draw(cameras=cameras)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     results, expected = run(compiled, inputs, d_out, 2), run(attention, inputs, d_out, 2)
@@ -334,12 +347,18 @@ def called_by(*rows):
     return called
 
 
-def test_strides_are_read_without_a_copy():
+def test_strides_are_read_without_a_copy(always_native):
     every_other = [torch.randn(4, 6, 2, 16, 2).unbind(-1)[0] for _ in "qkv"]  # a stride of 2 along the head
     heads_first = [torch.randn(4, 2, 6, 16).transpose(1, 2) for _ in "qkv"]
     assert called_by(*every_other) == called_by(*heads_first) == ["aten.new_empty.default"]
     wide = called_by(*(x.double() for x in every_other))  # must not write the score matrix out
     assert any("flash_attention_for_cpu" in name for name in wide)
+
+
+def test_short_sequences_are_torchs():
+    q = torch.randn(4, 32, 2, 8)
+    assert any("flash_attention_for_cpu" in name for name in called_by(*[q[:, :31]] * 3))  # 62 tokens a scene
+    assert called_by(q, q, q) == ["aten.new_empty.default"]
 
 
 # (images, tokens, heads, width), views: blocks are of 512 keys and 64 queries, panels of 32 columns
@@ -356,7 +375,7 @@ NATIVE_SHAPES = [
 
 @pytest.mark.parametrize(("shape", "views"), NATIVE_SHAPES)
 @pytest.mark.parametrize("cameras", [(), CAMERAS])
-def test_native_sizes_and_threads(shape, views, cameras):
+def test_native_sizes_and_threads(shape, views, cameras, always_native):
     inputs, d_out = draw(shape, cameras=cameras)
     first, *others = by_threads(lambda: run(attention, inputs, d_out, views))
     plain = run(attention_ref, inputs, d_out, views)
@@ -405,7 +424,7 @@ def test_keys_without_weight_and_a_late_first_one():
     assert attention(torch.ones_like(k), k, v, 1, scale=1.0)[0, 0].item() == pytest.approx(512.8)
 
 
-def test_several_cotangents_at_once():
+def test_several_cotangents_at_once(native_or_not):
     inputs, d_out = draw((4, 5, 2, 8))
     out, leaves = attention(**inputs, n_views=2), list(inputs.values())
     d_outs = torch.stack([d_out, 2 * d_out])
