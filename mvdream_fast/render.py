@@ -1,5 +1,7 @@
 """`python -m mvdream_fast.render`: 3D assets to multi-view training shards."""
 
+import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,11 @@ class Flags:
     shard: str | None = None
     """i/n: only the i-th of n parts of the assets, into a folder of its own in OUT; the parts may run anywhere, at any
     time, and all together are the data set"""
+    parts: int | None = None
+    """all parts of so many, one after the other through a queue in OUT; the same command on other machines shares the
+    work"""
+    ray: str | None = None
+    """--parts: on a Ray cluster (extra "cluster"), as for `batch`; a part takes --workers cores of a node"""
     retry_quarantined: bool = False
     """try again what quarantine.jsonl in the output folder says ended a process, or took its time or memory"""
     time_limit: float = 600.0
@@ -60,6 +67,9 @@ class Flags:
 def main(args: Flags) -> None:
     """Checks the flags, then renders. Raises: the errors of the exit codes in `--help`."""
     _check(args)
+    if args.parts is not None:
+        _render_parts(args, args.parts)
+        return
     from mvdream_fast.core.run_folder import Interrupt
     from mvdream_fast.rendering import dataset, sheet
     from mvdream_fast.rendering.workers import Limits, half_the_memory
@@ -92,6 +102,19 @@ def main(args: Flags) -> None:
         print(f"sheet: {sheet.write_sheet(out)}")
 
 
+def _render_parts(args: Flags, n: int) -> None:
+    """All parts through the queue; exits with the code of the first that failed."""
+    from mvdream_fast.jobs.parts import render_parts
+
+    how = ("out", "shard", "parts", "ray", "workers")
+    same = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.name not in how}
+    same = {name: str(x.resolve()) if isinstance(x, Path) else x for name, x in same.items() if x is not None}
+    places = {"source": args.source if args.source == "sweethome3d" else str(Path(args.source).resolve())}
+    code = render_parts(same | places, args.out.resolve(), n, args.workers or cli.available_cores(), args.ray)
+    if code:
+        sys.exit(code)
+
+
 def _check(args: Flags) -> None:
     cli.check_from_to(args, *SIZES, "size")
     cli.check_at_least(args, 0, "orbits", "recolours")
@@ -100,6 +123,9 @@ def _check(args: Flags) -> None:
         raise ArgumentError("--orbits and --recolours must not both be 0; nothing would be drawn")
     if args.shard is not None:
         Part.read(args.shard)
+    cli.check_at_least(args, 1, "parts")
+    if (args.parts is not None and args.shard is not None) or (args.parts is None and args.ray is not None):
+        raise ArgumentError("--parts must come without --shard, and --ray with --parts; a part is one of them")
     cli.check_at_least(args, 1, "time_limit")
     cli.check_at_least(args, 0.1, "memory_limit_gb")
     if args.held_out is not None and not 0 <= args.held_out < 1:

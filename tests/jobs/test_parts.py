@@ -1,0 +1,71 @@
+"""Parts of a rendering through a queue: made once, by whoever takes them, into one data set; what a failure says."""
+
+import signal
+
+import pytest
+import trimesh
+
+from mvdream_fast import render
+from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.run_folder import Interrupt
+from mvdream_fast.data.shards import list_shards, read_shard
+from mvdream_fast.jobs import parts
+from mvdream_fast.jobs.job import State
+from mvdream_fast.jobs.setup import Setup
+from mvdream_fast.jobs.worker import Task, work
+
+
+@pytest.fixture
+def meshes(tmp_path):
+    folder = tmp_path / "meshes"
+    folder.mkdir()
+    for name, mesh in (("ball", trimesh.creation.icosphere(1)), ("cone", trimesh.creation.cone(1, 2)),
+                       ("ring", trimesh.creation.torus(1, 0.4))):  # fmt: skip
+        mesh.export(folder / f"{name}.ply")
+    return folder
+
+
+def queued(out, flags, n):
+    setup = Setup(str(out / parts.QUEUE), device="cpu")
+    queue = setup.queue()
+    queue.add(*parts.part_jobs(flags, out, n))
+    return setup, queue
+
+
+def test_all_parts_are_made_once(meshes, tmp_path):
+    out = tmp_path / "out"
+    flags = {"source": str(meshes), "orbits": 1, "recolours": 0, "sheet": False, "held_out": 0.0}
+    setup, queue = queued(out, flags, 2)
+    said = []
+    work(queue, parts.runners(setup), "w", Interrupt(), say=said.append)
+    assert [status.state for _, status in queue.jobs()] == [State.DONE] * 2
+    assert sorted(s.meta["id"] for path in list_shards(out) for s in read_shard(path)) == [
+        "ball-ply", "cone-ply", "ring-ply"
+    ]  # fmt: skip
+    n = len(said)
+    queued(out, flags, 2)
+    work(queue, parts.runners(setup), "w", Interrupt(), say=said.append)
+    assert len(said) == n
+
+
+def test_a_part_says_why_it_failed(tmp_path):
+    setup, queue = queued(tmp_path / "out", {"source": str(tmp_path / "nothing")}, 1)
+    work(queue, parts.runners(setup), "w", Interrupt(), say=lambda _: None)
+    ((_, status),) = queue.jobs()
+    assert (status.state, status.exit_code) == (State.FAILED, 5)
+    assert "is not a folder of meshes" in status.message
+
+
+def test_a_worker_that_is_stopped_gives_its_part_back(meshes, tmp_path):
+    stop = Interrupt()
+    stop.requested = signal.SIGTERM
+    (job,) = parts.part_jobs({"source": str(meshes)}, tmp_path / "out", 1)
+    silent = lambda *_: None  # noqa: E731
+    task = Task(job, tmp_path, stop, silent, silent, silent, lambda _: tmp_path)
+    assert parts.rendered(task, 1) is None
+
+
+@pytest.mark.parametrize("more", [{"parts": 2, "shard": "1/2"}, {"ray": "auto"}, {"parts": 0}])
+def test_flags_that_do_not_go_together(tmp_path, more):
+    with pytest.raises(ArgumentError, match="--parts must"):
+        render.main(render.Flags(str(tmp_path), tmp_path / "out", **more))
