@@ -19,9 +19,9 @@ import stub_driver
 def calls():
     """MVDream's level of 32 x 32 latents, eight images of four views, float16, by name."""
     import torch
+    from mvdream_fast.kernels import cross_view_attention, geglu, group_norm_silu
 
     from mvdream_fast import ops
-    from mvdream_fast.kernels import cross_view_attention, geglu, group_norm_silu
 
     q, k, v = torch.empty(8, 1024, 3, 5, 64, dtype=torch.float16).unbind(2)
     x = torch.empty(8, 320, 32, 32, dtype=torch.float16, memory_format=torch.channels_last)

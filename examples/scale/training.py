@@ -37,9 +37,8 @@ class Plan:
 
 def counted(world: int, group: int) -> Plan:
     """Of the 867 M UNet with a frozen text tower in bfloat16, as the package itself plans it on the meta device."""
-    from mvdream_fast.training.sharded_estimate import estimate_sharded
-
     from mvdream_fast.models.config import SD21
+    from mvdream_fast.training.sharded_estimate import estimate_sharded
 
     options = {"checkpointing": False, "train_text": False}
     one, alone = estimate_sharded(SD21, 1, world, group=group, **options), estimate_sharded(SD21, 1, group, **options)

@@ -37,7 +37,7 @@ def render_parts(flags: dict[str, Any], out: Path, n: int, threads: int, ray: st
     say = partial(print, flush=True)
     crew = local.Workers(setup, [local.Slot("cpu")], say) if ray is None else on_ray.Cluster(setup, ray, None, say)
     with Interrupt() as interrupt:
-        Watch(queue, say).tend(crew, interrupt)
+        Watch(queue, say, live=sys.stdout.isatty()).tend(crew, interrupt)
     if interrupt.requested is not None:
         print("render: stopped; the same command goes on", file=sys.stderr)
         return interrupt.exit_code

@@ -62,9 +62,9 @@ def of_another_kind(stub) -> dict:
     """Launches that are not the kept one: tensors aligned in another way, a hook, an error, another device."""
     import torch
     import triton
+    from mvdream_fast.kernels import geglu
 
     from mvdream_fast import _C
-    from mvdream_fast.kernels import geglu
 
     x = torch.empty(5, 48, dtype=torch.float16)
     shifted = torch.empty(5 * 48 + 1, dtype=torch.float16)[1:].view(5, 48)

@@ -7,12 +7,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tolerances import close
-from triton_on_cpu import DEVICE, SMALL, SMALL_AHEAD
-
 from mvdream_fast.kernels import cross_view_attention as kernels
 from mvdream_fast.kernels import group_norm_silu
 from mvdream_fast.kernels.group_norm_silu import group_size
+from tolerances import close
+from triton_on_cpu import DEVICE, SMALL, SMALL_AHEAD
+
 from mvdream_fast.ops import cross_view_attention_ref
 
 VIEWS = 2

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from mvdream_fast.kernels import _launch
 
 pytestmark = [

@@ -7,12 +7,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from mvdream_fast.kernels._attention_rows import token_offsets
 from threads import by_threads
 from tolerances import PARITY, close, within_flash_rule
 from torch.utils.checkpoint import checkpoint
 from triton_on_cpu import CAMPAIGN, DEVICE, DRAWN, SMALL, SMALL_AHEAD
 
-from mvdream_fast.kernels._attention_rows import token_offsets
 from mvdream_fast.ops import cross_view_attention as attention
 from mvdream_fast.ops import cross_view_attention_ref as attention_ref
 
