@@ -245,7 +245,7 @@ def _is_native(q: Tensor, k: Tensor, v: Tensor, views: int, *cameras: Tensor | N
 
 
 def _forward_native(
-    q: Tensor, k: Tensor, v: Tensor, views: int, camera_q, camera_k, camera_v, scale: float, keep: bool = True
+    q, k, v, views, camera_q, camera_k, camera_v, scale, keep: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and the log-sum-exp [1, B, H, V*N] unless nothing is to be kept for a backward."""
     images, _, heads, width = q.shape
