@@ -52,9 +52,18 @@ def bench_all_jobs(benchmark, queue):
     benchmark.pedantic(queue.jobs, rounds=5)
 
 
-@pytest.mark.parametrize("threads", [1], indirect=True)
+@pytest.fixture
+def one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def bench_scenes(benchmark, threads, dtype):
+def bench_scenes(benchmark, one_thread, dtype):
     calls = _calls(dtype)
     times: dict[int, list[float]] = {n: [] for n in calls}
 
