@@ -68,10 +68,15 @@ def write_shard(path: Path, samples: list[Sample]) -> None:
     def write(temporary: Path) -> None:
         with tarfile.open(temporary, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
-                _add(tar, f"{sample.meta['key']}.json", json.dumps(sample.meta).encode())
+                _add(tar, f"{sample.meta['key']}.json", json.dumps(sample.meta, default=_rounded).encode())
                 _add(tar, f"{sample.meta['key']}.webp", encode_views(sample.views, sample.meta["columns"]))
 
     replace_file(path, write, sum(sample.views.nbytes for sample in samples))
+
+
+def _rounded(array: np.ndarray) -> list:
+    """Poses that were read (batches.py keeps them as float32) as they were written."""
+    return np.round(array.astype(np.float64), 7).tolist()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

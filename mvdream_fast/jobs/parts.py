@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mvdream_fast.core import files
 from mvdream_fast.core.errors import ArgumentError, InputFileError, OutOfMemoryError, OutputError, UserError
 from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs import local, on_ray
@@ -60,7 +61,7 @@ def rendered(task: Task, threads: int) -> dict[str, Any] | None:
     task.report(0, 1, f"part {request['shard']}")
     command = [sys.executable, "-m", "mvdream_fast.render", request["source"], f"--workers={threads}"]
     command += [_word(name, value) for name, value in request.items() if name != "source"]
-    with open(task.folder / "errors.txt", "w+", encoding="utf-8") as errors:
+    with open(task.folder / "errors.txt", "wb") as errors:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:
             while child.poll() is None and task.stop.requested is None:
@@ -69,11 +70,11 @@ def rendered(task: Task, threads: int) -> dict[str, Any] | None:
         finally:
             child.terminate()  # it ends its own, and what it has drawn stays
             code = child.wait()
-        errors.seek(0)
-        lines = [line.strip() for line in errors if line.strip()]
     if task.stop.requested is not None:
         return None
     if code:
+        told = (task.folder / "errors.txt").read_bytes().decode(errors="replace")
+        lines = [line.strip() for line in files.lines(told) if line.strip()]
         raise ERRORS.get(code, UserError)((lines or [f"ended with code {code}"])[-1].removeprefix("render: "))
     return {"part": request["shard"]}
 

@@ -1,5 +1,6 @@
 """The page's server and its workers, from their start to their end, in one process and its children."""
 
+import signal
 import threading
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,8 @@ def run(app: App, host: str, port: int, staff: Sequence[Workers], say: Callable[
         http="h11", loop="asyncio", limit_concurrency=AT_ONCE, timeout_graceful_shutdown=2,
     )  # fmt: skip
     server = uvicorn.Server(config)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job of a shell: it would end with code 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     tender = _Tender(staff, server)
     for workers in staff:
         workers.start()

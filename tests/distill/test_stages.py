@@ -11,7 +11,6 @@ from reference.random_model import TINY as TINY_MODEL
 from reference.random_model import TINY_PIXELS, random_model
 from reference.studio import Painter, Studio, same
 
-from mvdream_fast import sds
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.distill import request, run_memory
@@ -20,6 +19,7 @@ from mvdream_fast.distill.progress import Watcher
 from mvdream_fast.distill.recipes import RECIPES, guided_views, resolve_config
 from mvdream_fast.distill.report import asset_report, differences
 from mvdream_fast.distill.state import RunState
+from mvdream_fast.jobs.asset import Device
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.kinds import handed_over, new_representation
@@ -241,7 +241,7 @@ def test_each_stage_is_checked_for_its_memory_with_its_own_model(tmp_path, monke
         save_model(random_model(config=config), tmp_path / name)
     named = {"model": str(tmp_path / "pixels"), "refine_model": str(tmp_path / "latents")}
     run = request.resolve({**CHAIR, **named, "recipe": "magic3d-if-sd", "preset": "mini"})
-    sds.refuse_what_does_not_fit([run], sds.Flags(device="cpu"))
+    Device("cpu").refuse_what_does_not_fit([run])
     assert [config for config, _ in seen] == list(run.config.stages)
     (_, coarse), (_, refined) = seen
     assert run_memory.TETS in refined.keys() - coarse.keys()
