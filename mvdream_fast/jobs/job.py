@@ -8,6 +8,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
+from mvdream_fast.core.files import lines
 from mvdream_fast.core.run_folder import slugify
 
 
@@ -118,7 +119,7 @@ def write_jobs(jobs: Iterable[Job]) -> bytes:
 
 def read_jobs(data: bytes) -> Iterable[Job]:
     """The jobs of a file that `write_jobs` made."""
-    for line in data.decode().splitlines():
+    for line in lines(data.decode()):
         row = json.loads(line)
         yield Job(**{**row, "needs": tuple(row["needs"])})
 

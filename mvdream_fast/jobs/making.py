@@ -20,6 +20,7 @@ from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.distill.loop import Progress
 from mvdream_fast.distill.request import Request, run_of
 from mvdream_fast.jobs.asset import Device, Way, optimise, sample_views
+from mvdream_fast.jobs.last_words import last_words
 from mvdream_fast.jobs.plan import OF_JOB
 from mvdream_fast.jobs.setup import Setup
 from mvdream_fast.jobs.worker import Runner, Task
@@ -153,7 +154,7 @@ class Maker:
 def _followed(command: list[str], task: Task) -> tuple[int, str]:
     """Runs a tuning, tells how far it is and hands a stop on: (exit code, the last line of its errors)."""
     log, told = run_folder.JsonlLog(task.folder / "log.jsonl"), task.job.request.get("max_train_steps") or 0
-    with open(task.folder / "errors.txt", "w+", encoding="utf-8") as errors:
+    with open(task.folder / "errors.txt", "wb") as errors:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_its_parent)
         asked = False
         while child.poll() is None:
@@ -165,9 +166,7 @@ def _followed(command: list[str], task: Task) -> tuple[int, str]:
                 child.wait(POLL_S)
             except subprocess.TimeoutExpired:
                 continue
-        errors.seek(0)
-        lines = [line.strip() for line in errors if line.strip()]
-    return child.returncode, (lines or [""])[-1].removeprefix("dreambooth: ")
+    return child.returncode, last_words(task.folder / "errors.txt", "dreambooth")
 
 
 def _dies_with_its_parent() -> None:

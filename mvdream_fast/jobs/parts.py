@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mvdream_fast.core import files
 from mvdream_fast.core.errors import ArgumentError, InputFileError, OutOfMemoryError, OutputError, UserError
 from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs import local, on_ray
 from mvdream_fast.jobs.job import Job
+from mvdream_fast.jobs.last_words import last_words
 from mvdream_fast.jobs.setup import Setup
 from mvdream_fast.jobs.watch import Watch, failures
 from mvdream_fast.jobs.worker import Runner, Task
@@ -73,9 +73,8 @@ def rendered(task: Task, threads: int) -> dict[str, Any] | None:
     if task.stop.requested is not None:
         return None
     if code:
-        told = (task.folder / "errors.txt").read_bytes().decode(errors="replace")
-        lines = [line.strip() for line in files.lines(told) if line.strip()]
-        raise ERRORS.get(code, UserError)((lines or [f"ended with code {code}"])[-1].removeprefix("render: "))
+        told = last_words(task.folder / "errors.txt", "render")
+        raise ERRORS.get(code, UserError)(told or f"ended with code {code}")
     return {"part": request["shard"]}
 
 

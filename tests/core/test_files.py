@@ -100,6 +100,9 @@ ELSEWHERE = {  # what is read of the system (/proc, /sys), messages that are cut
     "core/run_folder.py": {"open"},  # the lock: a number of our own
     "core/memory.py": {"read_text", "splitlines"},
     "doctor.py": {"splitlines"},
+    "jobs/owner.py": {"read_text"},
+    "jobs/on_ray.py": {"splitlines"},
+    "rendering/workers.py": {"read_text"},
 }
 
 
