@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from rank_of_a_run import STEPS, make_trainer, run_and_resume, small_model, twenty_steps
-from test_batches import make_sample
+from test_batches import six_orbits
 
 from mvdream_fast import train
 from mvdream_fast.checkpoints.open import load_model, save_model
@@ -20,7 +20,6 @@ from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.core.run_folder import load_latest
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards
-from mvdream_fast.data.shards import write_shard
 from mvdream_fast.training import runs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -30,11 +29,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six orbits in three shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    for shard in range(3):
-        write_shard(folder / f"train-{shard:05d}.tar", [make_sample(30 * (2 * shard + i)) for i in range(2)])
-    return folder
+    return six_orbits(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,17 @@ import pytest
 import torch
 from forked_ranks import AFTER, BEFORE
 from rank_of_a_run import make_trainer
-from test_batches import make_sample
+from test_batches import six_orbits
 
 from mvdream_fast.core import sharded_checkpoint
 from mvdream_fast.core.errors import ModelError, OutputError
 from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.run_folder import latest_step, load_latest, load_latest_meta
-from mvdream_fast.data.shards import write_shard
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six orbits in three shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    for shard in range(3):
-        write_shard(folder / f"train-{shard:05d}.tar", [make_sample(30 * (2 * shard + i)) for i in range(2)])
-    return folder
+    return six_orbits(tmp_path_factory.mktemp("shards"))
 
 
 def made(data, out, names):

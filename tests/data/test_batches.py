@@ -37,6 +37,13 @@ def make_sample(i: int, size: int = SIZE, split: str = "train") -> Sample:
     return Sample(meta, views)
 
 
+def six_orbits(folder):
+    """Six orbits of six shades of red, in three shards, for runs of several processes. Returns the folder."""
+    for shard in range(3):
+        write_shard(folder / f"train-{shard:05d}.tar", [make_sample(30 * (2 * shard + i)) for i in range(2)])
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
     for shard in range(2):
