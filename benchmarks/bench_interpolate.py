@@ -2,6 +2,7 @@
 
 import pytest
 from contest import BACKWARD, faster, size
+from contestants import Unavailable
 from peers import compiled
 from scenes import draw, sphere
 
@@ -27,10 +28,14 @@ def bench_interpolate(contest, derivatives, backward):
         out, gradients = answer if backward else (answer, ())
         return [*out, *(g[..., :2] if g.shape == rast.shape else g for g in gradients[:2]), *gradients[2:]]
 
+    def compiler(*_):
+        raise Unavailable("the gradients that torch 2.13 compiles of it end the process on two threads")
+
+    crashes = backward and derivatives  # a fault of the code that inductor writes; on one thread it runs
     factor = (3 if backward else 1) * (3 if derivatives else 1)
     contest.op(
         f"interpolate {SIDE}x{SIDE}{', derivatives' if derivatives else ''}",
-        {"reference": plain, "torch.compile": compiled(plain), "ours": ours},
+        {"reference": plain, "torch.compile": compiler if crashes else compiled(plain), "ours": ours},
         leaves,
         backward,
         work={"pixels": SIDE**2, "flop": 12 * factor * SIDE**2, "bytes": 24 * factor * SIDE**2},
