@@ -12,7 +12,7 @@ import torch
 from contest import BACKWARD, even, faster, memory_a, named, near_limit, passes, size, sizes
 from contestants import Contestant
 from peers import CUDA, DEVICE, compiled, need, need_gpu
-from scenes import FIELD_FLOP, GATHERED_A_SAMPLE, GRADIENT_A_SAMPLE
+from scenes import FIELD_FLOP, GATHERED_A_SAMPLE, GRADIENT_A_SAMPLE, INSIDE
 
 from mvdream_fast import ops
 from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
@@ -29,7 +29,7 @@ def volume() -> Volume:
 def points(n: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Positions in the box, and cotangents of density and colours."""
     draw = torch.Generator().manual_seed(0)
-    positions = (torch.rand(n, 3, generator=draw) * 2 - 1).to(DEVICE)
+    positions = (INSIDE * (torch.rand(n, 3, generator=draw) * 2 - 1)).to(DEVICE)
     return positions, [torch.randn(shape, generator=draw).to(DEVICE) for shape in ((n,), (n, 3))]
 
 

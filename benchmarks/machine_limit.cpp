@@ -145,7 +145,7 @@ static double gathered_a_ns(int n_threads, int64_t samples) {
   std::vector<float> x(3 * kSamples);
   std::mt19937 random(0);
   for (float& value : x) value = std::uniform_real_distribution<float>(0, 1)(random);
-  const int64_t whole = kSamples / n_threads, call = samples / n_threads / kLanes * kLanes;
+  const int64_t whole = kSamples / n_threads, call = std::min(whole, samples / n_threads / kLanes * kLanes);
   double best = 1e30;
   for (int64_t block = call > 0 ? call : int64_t(1) << 17; block <= whole; block = call > 0 ? whole + 1 : 4 * block) {
     best = std::min(best, gather_ns(grid, table, x, block, n_threads));

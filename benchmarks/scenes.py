@@ -15,6 +15,7 @@ from mvdream_fast.scene.nerf.occupancy import default_step_size
 from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 STEP, BOX, CELLS = default_step_size(1.0), (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0), 32
+INSIDE = 0.999  # of a box: at its far faces a dense level wraps around, which Dr.Jit's and our paddings make differ
 GRADIENT_A_SAMPLE, GATHERED_A_SAMPLE = 3, 16 * 8 * 8  # times the forward's arithmetic; levels, vertices, bytes
 FIELD_FLOP = 2 * (2 * 32 * 64 + 64 * (1 + 3))  # the paper's two networks at one sample
 

@@ -18,6 +18,7 @@ from mvdream_fast.jobs.owner import is_gone
 from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.store import open_store
 
+LOOPBACK = "127.0.0.1"  # a machine's other addresses may not be reachable from itself
 TESTS = Path(__file__).parents[1]
 COLOURS = ("red", "green", "blue", "grey", "black", "white", "brown", "golden")
 THINGS = ("car", "chair", "table", "apple", "house")
@@ -105,7 +106,7 @@ class Killer(threading.Thread):
 
 def free_port() -> int:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((LOOPBACK, 0))
         return free.getsockname()[1]
 
 
@@ -113,14 +114,12 @@ class Head:
     """A Ray head of this machine's own port, with all its processes in one group that can be killed."""
 
     def __init__(self, folder: Path, n_cpus: int):
-        import ray
-
         self.port, self.other_ports = free_port(), [free_port() for _ in range(2)]
-        self.address, self.folder, self.n_cpus = f"{ray.util.get_node_ip_address()}:{self.port}", folder, n_cpus
+        self.address, self.folder, self.n_cpus = f"{LOOPBACK}:{self.port}", folder, n_cpus
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        words = f"""start --head --block --port={self.port} --include-dashboard=false
+        words = f"""start --head --block --node-ip-address={LOOPBACK} --port={self.port} --include-dashboard=false
             --num-cpus={self.n_cpus} --num-gpus=0 --disable-usage-stats --temp-dir={self.folder}
             --object-store-memory=100000000
             --ray-client-server-port={self.other_ports[0]}
