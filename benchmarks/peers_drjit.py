@@ -52,7 +52,7 @@ def encoding_of(table: Tensor, grid: HashGrid) -> Any:
         hashmap_size=1 << grid.log2_size,
         torchngp_compat=True,
     )
-    # Ours are tiny-cuda-nn's, computed in float32: of 4095 cells Dr.Jit's are 0.0015 more, which its answers would show.
+    # Ours are tiny-cuda-nn's, computed in float32: of 4095 cells Dr.Jit's are 0.0015 more, and its answers show that.
     encoding._level_scale = lambda level: grid.levels[level].scale
     rows = torch.cat([table[level.offset :][: rows_of(level, grid)] for level in grid.levels])
     if encoding.n_params != rows.numel():
