@@ -67,15 +67,15 @@ class Preservation:
         unused: dict[int, tuple[nn.Parameter, Tensor]] = {}  # in 2D mode the camera embedding
         for p, initial in zip(self.parameters, self.initial):
             moved = p - initial
-            sums.append(moved.abs().sum(dtype=torch.float64))
             if p.grad is None:
-                unused[len(sums) - 1] = p, moved
+                unused[len(sums)] = p, moved.sign()
             elif self.weight:
-                p.grad.add_(moved.sign_(), alpha=self.weight / self.n)
+                p.grad.add_(moved.sign(), alpha=self.weight / self.n)
+            sums.append(moved.abs_().sum().double())  # torch adds in pairs; dtype=float64 would copy a tensor in float64
         distances: list[float] = reads.read(torch.stack(sums))
-        for i, (p, moved) in unused.items():
+        for i, (p, sign) in unused.items():
             if self.weight and distances[i]:  # once multi-view steps have moved it
-                p.grad = torch.zeros_like(p).add_(moved.sign_(), alpha=self.weight / self.n)
+                p.grad = sign.mul_(self.weight / self.n)
         return sum(distances) / self.n
 
 
