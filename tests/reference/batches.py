@@ -18,7 +18,7 @@ from mvdream_fast.jobs.owner import is_gone
 from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.store import open_store
 
-LOOPBACK = "127.0.0.1"  # a machine's other addresses may not be reachable from itself
+LOOPBACK = "127.0.0.1"
 TESTS = Path(__file__).parents[1]
 COLOURS = ("red", "green", "blue", "grey", "black", "white", "brown", "golden")
 THINGS = ("car", "chair", "table", "apple", "house")
@@ -114,21 +114,24 @@ class Head:
     """A Ray head of this machine's own port, with all its processes in one group that can be killed."""
 
     def __init__(self, folder: Path, n_cpus: int):
-        self.port, self.other_ports = free_port(), [free_port() for _ in range(2)]
+        self.port, self.agent_port = free_port(), free_port()
         self.address, self.folder, self.n_cpus = f"{LOOPBACK}:{self.port}", folder, n_cpus
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        words = f"""start --head --block --node-ip-address={LOOPBACK} --port={self.port} --include-dashboard=false
+        """Until it listens. Raises RuntimeError, with what it said, where it ends instead."""
+        words = f"""start --head --block --port={self.port} --include-dashboard=false
             --num-cpus={self.n_cpus} --num-gpus=0 --disable-usage-stats --temp-dir={self.folder}
-            --object-store-memory=100000000
-            --ray-client-server-port={self.other_ports[0]}
-            --dashboard-agent-listen-port={self.other_ports[1]}""".split()
+            --object-store-memory=100000000 --dashboard-agent-listen-port={self.agent_port}""".split()
         command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(
-            command, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True
-        )  # fmt: skip
+        said = Path(f"{self.folder}.txt")
+        with open(said, "w") as log:
+            self.process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 120
+        while not listens(self.port):
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the Ray head does not listen:\n{said.read_text()[-2000:]}")
+            time.sleep(0.2)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -137,12 +140,17 @@ class Head:
             self.process.wait()
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LOOPBACK, port)) == 0
+
+
 @contextlib.contextmanager
 def ray_head(folder: Path, n_cpus: int) -> Iterator[Head]:
     """A head that is gone at the end."""
     head = Head(folder, n_cpus)
-    head.start()
     try:
+        head.start()
         yield head
     finally:
         head.kill()
