@@ -37,7 +37,7 @@ def all_tetrahedra(lattice: Lattice) -> torch.Tensor:
 
 
 def shape(answer) -> tuple:
-    """What is the same whatever the order of vertices and faces: their numbers, coordinates, area, volume, gradients."""
+    """What is the same in any order of vertices and faces: their numbers, coordinates, area, volume, gradients."""
     (vertices, faces), *gradients = answer
     a, b, c = vertices.detach()[faces.long()].double().unbind(1)
     normals = torch.linalg.cross(b - a, c - a)
@@ -66,10 +66,8 @@ def bench_march(contest, backward):
     sides = sizes((32, 64, 128), (4, 8))
 
     def makes(side):
-        ways = {"reference": plain_march} if side <= 64 else {}
-        return {
-            name: functools.partial(marching, way, side, backward) for name, way in (ways | {"ours": march}).items()
-        }
+        ways = ({"reference": plain_march} if side <= 64 else {}) | {"ours": march}
+        return {name: functools.partial(marching, way, side, backward) for name, way in ways.items()}
 
     few = sides[-2]
     contest.scale(

@@ -1,4 +1,4 @@
-"""The journal of a run of the benchmarks: a line of JSON for everything that happens, so that a benchmark which ends its
+"""The journal of a run of the benchmarks: a line of JSON for all that happens, so that a benchmark which ends its
 process (a fault in native code, no memory left) costs itself and nothing else.
 
 pytest loads this file as a plugin (`-p mvdream_fast.benchmarking.journal --journal FILE`), which writes; `measure`
