@@ -87,7 +87,7 @@ def bench_march(contest, backward):
 @pytest.mark.timeout(1800)
 def bench_step(contest):
     """Their losses are of different shapes: nothing is compared. The images are four times as wide as mini's. The SDS
-    step of a volume stands beside plain torch and diffusers in bench_sds, a refining step's own ops in their benches."""
+    step of a volume stands beside plain torch and diffusers in bench_sds, a refining step's ops in their benches."""
     model, side = size("mini", "tiny"), size(256, 16)
     makes = {"ours, SDS of a volume": functools.partial(distillations.our_step, model)}
     for resolution in sizes((64, 128), (8,)):
