@@ -67,7 +67,7 @@ def bench_beside_plain_torch(contest):
         "step",
         {"reference": functools.partial(distillations.in_plain_torch, make), "ours": make},
         work=work(make()().n_samples, config),
-        goals=[faster(10, "reference")],
+        goals=[faster(5, "reference")],
         seen=colors,
         tolerance=1e-2,  # which samples are pruned is decided by sums that round otherwise
     )
