@@ -1,108 +1,142 @@
-"""What sharing costs and what it would buy: a claim and a look at queues of 100 and 10,000 jobs, half of them done; and
-the guided UNet call of the embedded model with one, two and four scenes in it, in processor time a scene.
-
-The times of the UNet are of the process, taken in turns, so that a busy machine slows all alike; they are printed at
-the end.
+"""What sharing a queue costs, of 100 and of 10,000 jobs, half of them done: claims, heartbeats, a look at all. Beside
+it a JSON file behind a lock and a table of SQLite (peers_queue.py), which do less. And what it would buy to have
+several scenes in one guided UNet call.
 """
 
+import functools
+import itertools
 import json
-import statistics
-import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from contest import named, size, sizes, within
+from peers_queue import Listed, Table
 
-from mvdream_fast.jobs import queue as queues
-from mvdream_fast.jobs.job import Event, Job, Progress
+from mvdream_fast.jobs.job import Event, Job, Progress, State
 from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.store import open_store
 
+COUNTS = sizes((100, 10_000), (10, 20))
 SETTINGS = {f"setting_{i}": 1.5 * i for i in range(60)}  # as many as a request has
-TURNS = 25
-_lines: list[str] = []
+TAKEN = 2  # jobs that a call claims, so that their order is compared, too
+PEERS = {"reference": Listed, "SQLite": Table}
 
 
-@pytest.fixture(scope="module", params=[100, 10_000])
-def queue(request, tmp_path_factory) -> Queue:
-    """So many jobs, the first half of them done."""
-    place = tmp_path_factory.mktemp("queue")
-    queue = Queue(open_store(place / "out"))
-    jobs = [Job("sds", {"prompt": f"prompt {i}", "sds": SETTINGS}) for i in range(request.param)]
+def ours(folder: Path, jobs: list[Job], n_done: int) -> Queue:
+    """Our queue with these jobs, the first of them claimed and done by somebody."""
+    queue = Queue(open_store(folder))
     queue.add(*jobs)
-    (place / "out/events").mkdir()
-    for job in jobs[: len(jobs) // 2]:
+    (folder / "events").mkdir()
+    for job in jobs[:n_done]:
         for number, event in ((1, "claim"), (2, "done")):
-            (place / f"out/events/{job.id}.{number}").write_text(json.dumps(asdict(Event(event))))
+            (folder / f"events/{job.id}.{number}").write_text(json.dumps(asdict(Event(event))))
     queue.look()
     return queue
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["looks", "has just looked"])
-def bench_claim(benchmark, queue, monkeypatch, known):
-    monkeypatch.setattr(queues, "FRESH_S", 1e9 if known else 0.0)
-    benchmark.pedantic(lambda: queue.claim("w"), rounds=10)
+@pytest.fixture(scope="module")
+def queues(tmp_path_factory) -> dict[int, dict[str, Any]]:
+    """By the number of jobs, everybody's queue."""
+    found: dict[int, dict[str, Any]] = {}
+    for n in COUNTS:
+        place = tmp_path_factory.mktemp("queues")
+        jobs = [Job("sds", {"prompt": f"prompt {i}", "sds": SETTINGS}, created=1.0 + i) for i in range(n)]
+        kinds = PEERS | {"ours": ours}
+        found[n] = {name: make(place / name, jobs, n // 2) for name, make in kinds.items()}
+    return found
 
 
-def bench_heartbeat(benchmark, queue):
-    lease = queue.claim("w")
-    benchmark.pedantic(lambda: lease.heartbeat(Progress(1, 2)), rounds=10)
+def by_jobs(queues, calls) -> dict[float, dict[str, Any]]:
+    """Contestants of `scale`: calls(queue) of every queue."""
+    return {
+        n: {name: functools.partial(calls, queue) for name, queue in by_name.items()} for n, by_name in queues.items()
+    }
 
 
-def bench_all_jobs(benchmark, queue):
-    benchmark.pedantic(queue.jobs, rounds=5)
+def claiming(queue, look: bool = False):
+    def call():
+        if look:
+            queue.look()
+        leases = [queue.claim("a worker") for _ in range(TAKEN)]
+        for lease in leases:
+            lease.free()
+        return [lease.job.request["prompt"] for lease in leases]
+
+    return call
 
 
-@pytest.fixture
-def one_thread():
-    import torch
+def prompts(claimed: list[str]) -> torch.Tensor:
+    return torch.tensor([int(prompt.split()[1]) for prompt in claimed])
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+
+def bench_claim(contest, queues):
+    """Two jobs claimed and given back. Ours knows what it saw a second ago; `ours looking` asks the files each time."""
+    makes = by_jobs(queues, claiming)
+    for n, by_name in makes.items():
+        by_name["ours looking"] = functools.partial(claiming, queues[int(n)]["ours"], look=True)
+    contest.scale("queue, two claims", "call", "jobs", makes, seen=prompts)
+
+
+def bench_heartbeat(contest, queues):
+    """How far a claimed job is, written where others see it; what is compared is what the queue says of it then."""
+
+    def beating(queue):
+        lease, steps = queue.claim("a worker"), itertools.count(1)
+
+        class Beats:
+            def __call__(self):
+                lease.heartbeat(Progress(next(steps)))
+                return queue
+
+            close = staticmethod(lease.free)
+
+        return Beats()
+
+    def seen(queue):
+        return torch.tensor([status.progress.done for _, status in queue.jobs() if status.state == State.RUNNING])
+
+    largest = named("ours", COUNTS[-1], "jobs")
+    goals = [within(10e-3, largest)]  # a hundredth of a run that beats once a second
+    contest.scale("queue, a heartbeat", "call", "jobs", by_jobs(queues, beating), seen=seen, goals=goals)
+
+
+def bench_look(contest, queues):
+    """Where all jobs stand, as the pages of a batch show it."""
+
+    def seen(jobs):
+        return torch.tensor([sum(status.state == state for _, status in jobs) for state in State])
+
+    contest.scale("queue, a look at all", "call", "jobs", by_jobs(queues, lambda queue: queue.jobs), seen=seen)
+
+
+@functools.cache
+def model(name: str, dtype: str):
+    from mvdream_fast.pipeline import MVDreamPipeline
+
+    return MVDreamPipeline.from_pretrained(name, "cpu", dtype)
+
+
+def guided(name: str, dtype: str, n_scenes: int):
+    """The guided call of four views of so many scenes."""
+    from mvdream_fast.camera import get_camera
+    from mvdream_fast.diffusion.denoiser import Denoiser
+
+    pipeline, n = model(name, dtype), 4 * n_scenes
+    config = pipeline.config
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(n, config.unet.in_channels, config.latent_size, config.latent_size, generator=draw)
+    text = pipeline.encode_prompt("a red chair").to(pipeline.dtype).repeat(n_scenes)
+    denoiser, camera, t = Denoiser(pipeline.unet, text, 4), get_camera(4).repeat(n_scenes, 1), torch.full((n,), 500)
+    return lambda: denoiser(latents, t, camera)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def bench_scenes(benchmark, one_thread, dtype):
-    calls = _calls(dtype)
-    times: dict[int, list[float]] = {n: [] for n in calls}
-
-    def turn() -> None:
-        for n, call in calls.items():
-            begin = time.process_time()
-            call()
-            times[n].append((time.process_time() - begin) / n)
-
-    benchmark.pedantic(turn, rounds=TURNS, warmup_rounds=1)
-    alone = statistics.median(times[1])
-    for n, found in times.items():
-        each = statistics.median(found)
-        _lines.append(f"{dtype}, {n} scenes: {1e3 * each:.1f} ms of processor time a scene, {alone / each:.2f} x")
-
-
-def _calls(dtype: str) -> dict:
-    """The guided call of four views by the number of scenes."""
-    import torch
-
-    from mvdream_fast.camera import get_camera
-    from mvdream_fast.diffusion.denoiser import Denoiser
-    from mvdream_fast.pipeline import MVDreamPipeline
-
-    pipeline, camera = MVDreamPipeline.from_pretrained("embedded", "cpu", dtype), get_camera(4)
-    side = pipeline.config.vae.image_size // pipeline.config.vae.downsampling
-    latents = torch.randn(16, pipeline.config.unet.in_channels, side, side)
-    text, at = pipeline.encode_prompt("a red chair").to(pipeline.dtype), torch.full((16,), 500)
-
-    def call(n: int):
-        denoiser, poses = Denoiser(pipeline.unet, text.repeat(n), 4), camera.repeat(n, 1)
-        return lambda: denoiser(latents[: 4 * n], at[: 4 * n], poses)
-
-    return {n: call(n) for n in (1, 2, 4)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _print_at_the_end(request):
-    yield
-    if _lines:
-        reporter = request.config.pluginmanager.getplugin("terminalreporter")
-        reporter.write_line("\n" + "\n".join(_lines))
+def bench_scenes(contest, tiny_model, dtype):
+    """By scenes, of the embedded model; one scene at a time, as the queue's workers have it, is the first row."""
+    makes = {
+        n: {"ours": functools.partial(guided, size("embedded", tiny_model), dtype, n)} for n in sizes((1, 2, 4), (1, 2))
+    }
+    contest.scale(f"guided call by scenes, {dtype}", "step", "scenes", makes)

@@ -2,9 +2,10 @@
 
 import functools
 
+import distillations
 import pytest
 import torch
-from contest import even, memory_a, size, sizes
+from contest import even, faster, memory_a, size, sizes
 from scenes import FIELD_FLOP, GATHERED_A_SAMPLE, GRADIENT_A_SAMPLE, grid_of, rays_of
 
 from mvdream_fast.core.rng import Stream
@@ -16,6 +17,7 @@ from mvdream_fast.scene.nerf.volume import Volume, VolumeConfig
 
 def step(config: VolumeConfig, side: int, share: str | None):
     """Four views of side x side; the grid is what the volume's densities make of it, or a share of it."""
+    torch.manual_seed(0)  # the background's weights are drawn from torch's own generator
     volume, rays = Volume(config), rays_of(4, side)
     renderer = Renderer(volume, OccupancyGrid(), EnvironmentMap(), alpha_thre=0.0 if share else 0.01)
     renderer = renderer.to(rays.rays_o.device)
@@ -54,6 +56,21 @@ def bench_nerf_step(contest, name):
     make = functools.partial(step, config, side, None)
     n_samples = make()().n_samples
     contest.run(f"NeRF step 4x{side}x{side} {name}", "step", {"ours": make}, work=work(n_samples, config), seen=colors)
+
+
+def bench_beside_plain_torch(contest):
+    """The ops' references in the same renderer, at a size that they have memory for."""
+    config, side = VolumeConfig.mini(), size(16, 4)
+    make = functools.partial(step, config, side, None)
+    contest.run(
+        f"NeRF step 4x{side}x{side} mini, plain torch",
+        "step",
+        {"reference": functools.partial(distillations.in_plain_torch, make), "ours": make},
+        work=work(make()().n_samples, config),
+        goals=[faster(5, "reference")],
+        seen=colors,
+        tolerance=1e-2,  # which samples are pruned is decided by sums that round otherwise
+    )
 
 
 @pytest.mark.parametrize(

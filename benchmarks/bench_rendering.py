@@ -1,7 +1,8 @@
 """Multi-view training renders, 16 views of 64 px an asset, by OpenGL and in numpy; loading apart.
 
 Stand-ins for the furniture of the embedded model: DATA's median of 4,300 faces, and its 95th percentile of 45,000; one
-in plain colours, one textured.
+in plain colours, one textured. Two ways of ours beside each other: other renderers shade otherwise, so their pictures
+would not agree.
 """
 
 import functools

@@ -1,4 +1,8 @@
-"""Whole text-to-3D runs of the embedded model, and what repainting adds to one: slow, a run is a minute and more."""
+"""Whole text-to-3D runs of the embedded model, and what repainting adds to one: slow, a run is a minute and more.
+
+There is no reference: a whole run in plain torch takes several times as long, and its asset would be another of many
+right ones. What a run is made of has its references in bench_sds, bench_unet, bench_nerf_step and bench_tets.
+"""
 
 import functools
 

@@ -1,8 +1,9 @@
-"""traverse_grids: a march through nested grids; nerfacc's needs a GPU, and one grid is what march_rays does, too."""
+"""traverse_grids: a march through nested grids. nerfacc's needs a GPU; of one grid with a fixed step, which is what
+march_rays does, too, the reference is march_rays' plain torch."""
 
 import pytest
 import torch
-from contest import size
+from contest import faster, size
 from peers import need, need_gpu
 from scenes import BOX, CELLS, STEP, grid_of, marched, rays_of
 
@@ -21,6 +22,10 @@ def bench_traverse_grids(contest, share):
     near, far = (torch.full((len(rays.rays_o),), x, device=device) for x in (0.0, 1e10))
     arguments = (rays.rays_o, rays.rays_d, binaries, boxes, near, far, STEP)
 
+    def plain():
+        bits = grid_of(share).to(device)
+        return lambda: ops.march_rays_ref(rays.rays_o, rays.rays_d, BOX, bits, CELLS, STEP).t_starts
+
     def ours():
         return lambda: ops.traverse_grids(*arguments).mids
 
@@ -38,8 +43,9 @@ def bench_traverse_grids(contest, share):
     contest.run(
         f"traverse_grids {views}x{side}x{side} {share}",
         "forward",
-        {"ours": ours, "nerfacc": nerfacc},
+        {"reference": plain, "ours": ours, "nerfacc": nerfacc},
         work={"samples": samples.n_samples, "flop": 20 * samples.n_samples, "bytes": 12 * samples.n_samples},
+        goals=[faster(5, "reference")],
         seen=lambda values: torch.tensor(float(len(values))),
         tolerance=0.01,
     )

@@ -1,6 +1,7 @@
 """A step of variational score distillation against one of score distillation: the same recipe, model and images.
 
-VSD asks the model three times as SDS does once (the learner without a graph, and once there and back).
+VSD asks the model three times as SDS does once (the learner without a graph, and once there and back). The reference is
+SDS itself: there is no other VSD of these views to hold it to, and SDS beside plain torch and diffusers is bench_sds.
 """
 
 import functools

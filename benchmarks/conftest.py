@@ -9,6 +9,8 @@ import contest as contests
 import pytest
 from progress import Progress
 
+from mvdream_fast.benchmarking.journal import PLUGIN
+
 TWO = min(2, os.cpu_count() or 1)
 PACKAGES = ("torch", "numpy", "diffusers", "drjit", "nerfacc", "onnxruntime", "openvino", "xformers", "triton",
             "tinycudann", "nvdiffrast")  # fmt: skip
@@ -59,9 +61,10 @@ def _teller(config):
 
 def pytest_collection_finish(session):
     if not contests.smoke and session.items:
-        session.config.pluginmanager.register(
-            Progress(_teller(session.config), len(session.items)), "benchmark progress"
-        )
+        plugins = session.config.pluginmanager
+        n_before = getattr(plugins.get_plugin(PLUGIN), "n_before", 0)
+        n_cases = n_before + len(session.items)
+        plugins.register(Progress(_teller(session.config), n_cases, n_before), "benchmark progress")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

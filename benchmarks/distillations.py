@@ -25,6 +25,7 @@ from mvdream_fast.distill.systems import SDS_PRESETS
 from mvdream_fast.guidance import sds
 from mvdream_fast.models.config import MINI, SD21, ModelConfig, UNetConfig, VAEConfig
 from mvdream_fast.scene.nerf import occupancy, renderer, volume
+from mvdream_fast.scene.surface import distance, surface
 
 PROMPT = "a green armchair"
 
@@ -87,7 +88,7 @@ def our_unet(model: ModelConfig) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def references() -> Iterator[None]:
-    """The renderer, the occupancy grid and the guidance in plain torch, meanwhile."""
+    """The renderer of volumes and surfaces, the occupancy grid and the guidance in plain torch, meanwhile."""
 
     def composite(sigmas, rgb, samples, background):
         return ops.composite_ref(sigmas, rgb, samples.t_starts, samples.t_ends, samples.packed_info, background)
@@ -98,7 +99,9 @@ def references() -> Iterator[None]:
         (renderer, "prune_samples", ops.prune_samples_ref),
         (renderer, "composite_samples", composite),
         (renderer, "render", ops.render_ref),
+        (surface, "composite_samples", composite),
         (volume, "ops", field),
+        (distance, "ops", field),
         (occupancy, "run_update", ops.update_occupancy_ref),
         (sds, "sds_target", ops.sds_target_ref),
     )
@@ -134,16 +137,23 @@ def stepping(state: RunState) -> Callable[[], Tensor]:
     return call
 
 
-def plain_step(size: str) -> Callable[[], Tensor]:
-    model, config = configurations(size)
+def in_plain_torch(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A call that is made, and runs, with `references`."""
     with references():
-        step = stepping(RunState(config, "a benchmark", 0, guidance(model, config, PlainUNet(model))))
+        made = make()
 
-    def call() -> Tensor:
+    def call() -> Any:
         with references():
-            return step()
+            return made()
 
     return call
+
+
+def plain_step(size: str) -> Callable[[], Tensor]:
+    model, config = configurations(size)
+    return in_plain_torch(
+        lambda: stepping(RunState(config, "a benchmark", 0, guidance(model, config, PlainUNet(model))))
+    )
 
 
 def our_step(size: str) -> Callable[[], Tensor]:

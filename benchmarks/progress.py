@@ -7,17 +7,19 @@ from collections.abc import Callable
 class Progress:
     """A plugin of pytest that says `[3 of 90] bench_geglu.py::bench_geglu[...], about 12 min to go`.
 
-    What is left is told by what the cases so far took.
+    n_before: how many of the cases another process has begun. What is left is told by what this one's took so far.
     """
 
-    def __init__(self, say: Callable[[str], None], n_cases: int, clock: Callable[[], float] = time.monotonic):
-        self.say, self.n_cases, self.clock = say, n_cases, clock
-        self.n_begun, self.start = 0, clock()
+    def __init__(
+        self, say: Callable[[str], None], n_cases: int, n_before: int = 0, clock: Callable[[], float] = time.monotonic
+    ):
+        self.say, self.n_cases, self.n_before, self.clock = say, n_cases, n_before, clock
+        self.n_begun, self.start = n_before, clock()
 
     def pytest_runtest_logstart(self, nodeid: str, location: object) -> None:
         left = ""
-        if self.n_begun:
-            a_case = (self.clock() - self.start) / self.n_begun
+        if self.n_begun > self.n_before:
+            a_case = (self.clock() - self.start) / (self.n_begun - self.n_before)
             left = f", {told(a_case * (self.n_cases - self.n_begun))} to go"
         self.n_begun += 1
         self.say(f"[{self.n_begun} of {self.n_cases}] {nodeid.rpartition('/')[2]}{left}")

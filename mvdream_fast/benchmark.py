@@ -2,7 +2,6 @@
 page."""
 
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -106,9 +105,9 @@ def checkout() -> Path:
 
 
 def run(flags: Run) -> None:
-    """The benchmarks in a process of their own, then the files. Raises ArgumentError, InputFileError, OutputError."""
+    """The benchmarks in processes of their own, then the files. Raises ArgumentError, InputFileError, OutputError."""
     from mvdream_fast.benchmarking import results
-    from mvdream_fast.core.files import read_json
+    from mvdream_fast.benchmarking.journal import INTERRUPTED, measure
 
     if flags.only is not None and flags.output is None:
         raise ArgumentError("-o must name a file for a part of the benchmarks; without -k, this machine's is written")
@@ -116,11 +115,10 @@ def run(flags: Run) -> None:
         raise ArgumentError(f"--name must be a file's name without a folder, of letters and digits, got {flags.name!r}")
     root = checkout()
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "pytest.json"
-        code = subprocess.run(_pytest(flags, raw), cwd=root, check=False).returncode
-        if code not in (0, FAILED) or not raw.is_file() or not raw.stat().st_size:
-            raise InputFileError(f"the benchmarks left no figures: pytest ended with {code}, its lines are above")
-        found = results.from_pytest(read_json(raw), command(flags), flags.name)
+        journal, code = measure(_pytest(flags), root, Path(folder) / "journal.jsonl")
+    if code == INTERRUPTED or not journal.begun:
+        raise InputFileError(f"the benchmarks left no figures: pytest ended with {code}, its lines are above")
+    found = results.from_pytest(journal.benchmarks(), command(flags), flags.name)
     path = flags.output or root / "benchmarks" / "results" / f"{found.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results.save(found, path)
@@ -128,8 +126,10 @@ def run(flags: Run) -> None:
     write_pages((path,))
     if flags.output is None:
         write_tables(root, check=False)
-    if code:
-        cli.fail("benchmark", "some benchmarks failed, as pytest says above; the others' figures are written", FAILED)
+    if journal.failed:
+        told = "".join(f"\n  {case} {why}" for case, why in journal.failed.items())
+        count = f"{len(journal.failed)} of {len(journal.cases)} benchmarks failed"
+        cli.fail("benchmark", f"{count}; the others' figures are written:{told}", FAILED)
 
 
 def command(flags: Run) -> str:
@@ -138,9 +138,9 @@ def command(flags: Run) -> str:
     return " ".join(["python -m mvdream_fast.benchmark run", *words]) if words else "make bench"
 
 
-def _pytest(flags: Run, raw: Path) -> list[str]:
+def _pytest(flags: Run) -> list[str]:
     marks = "slow or not slow" if flags.slow else "not slow"
-    words = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", f"--benchmark-json={raw}", "-m", marks]
+    words = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-m", marks]
     return words + (["-k", flags.only] if flags.only is not None else [])
 
 

@@ -2,6 +2,7 @@
 compared, and what is missing is said in a sentence."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,16 @@ MACHINE = {
 CONFTEST = (
     f"def pytest_benchmark_update_machine_info(config, machine_info):\n    machine_info['mvdream_fast'] = {MACHINE}\n"
 )
+COUNTING = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+from mvdream_fast.benchmarking.journal import PLUGIN
+from progress import Progress
+def pytest_collection_finish(session):
+    n_before = session.config.pluginmanager.get_plugin(PLUGIN).n_before
+    say = lambda line: print(line, file=sys.__stdout__, flush=True)
+    session.config.pluginmanager.register(Progress(say, n_before + len(session.items), n_before))
+"""
 CONTEST = {
     "group": "nothing", "what": "forward", "work": {}, "skipped": [], "goals": [], "scaling": None, "limit": None,
     "rows": [{"name": "ours", "role": "ours", "median_s": 0.5, "spread_s": 0.1, "n": 3}],
@@ -92,11 +103,58 @@ def test_a_part_does_not_replace_the_whole(checkout, capsys):
     assert "-o must name a file for a part of the benchmarks" in capsys.readouterr().err
 
 
+def test_a_benchmark_that_ends_its_process_costs_one_case(checkout, capfd):
+    """The case before it is kept, those after it run in a new process, and the count goes on over both."""
+    bench = checkout / "benchmarks/bench_nothing.py"
+    dying = "import os, signal\ndef bench_dying(benchmark):\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    after = BENCH.replace("nothing", "after").partition("@")[0]
+    bench.write_text(BENCH + dying + after)
+    (checkout / "benchmarks/conftest.py").write_text(CONFTEST + COUNTING)
+    assert command("run") == 1
+    found = results.load(checkout / "benchmarks/results/acme-2-cores-avx2.json")
+    assert [contest.name for contest in found.contests] == ["after forward", "nothing forward"]
+    out, said = capfd.readouterr()
+    assert "1 of 3 benchmarks failed" in said
+    assert "bench_nothing.py::bench_dying ended its process (SIGSEGV)" in said
+    assert re.findall(r"\[\d of 3\] .*", out) == [
+        "[1 of 3] bench_nothing.py::bench_nothing",
+        "[2 of 3] bench_nothing.py::bench_dying, about 0 s to go",
+        "[3 of 3] bench_nothing.py::bench_after",
+    ]
+
+
+def test_a_benchmark_that_dies_when_it_was_measured(checkout, capsys):
+    """What ends the process is its fixture's end: the figures stay, and it has failed all the same."""
+    bench = checkout / "benchmarks/bench_nothing.py"
+    fixture = "import os\n@pytest.fixture\ndef dying():\n    yield\n    os._exit(0)\n"
+    bench.write_text(BENCH.replace("(benchmark)", "(benchmark, dying)") + fixture)
+    assert command("run", "--slow") == 1
+    found = results.load(checkout / "benchmarks/results/acme-2-cores-avx2.json")
+    assert [contest.name for contest in found.contests] == ["long forward", "nothing forward"]
+    assert capsys.readouterr().err.count("ended its process (exit code 0)") == 2
+
+
+def test_a_run_that_cannot_go_on_keeps_what_there_is(checkout, capsys):
+    """The second process dies before it begins: what is left was not begun, and nothing runs for ever."""
+    bench = checkout / "benchmarks/bench_nothing.py"
+    once = "import os, pathlib\nmark = pathlib.Path(__file__).with_suffix('.mark')\nif mark.exists(): os._exit(9)\n"
+    dying = "def bench_dying(benchmark):\n    mark.touch()\n    os._exit(1)\n"
+    bench.write_text(once + BENCH + dying + "def bench_left(benchmark): ...\n")
+    assert command("run") == 1
+    said = capsys.readouterr().err
+    assert "2 of 3 benchmarks failed" in said
+    assert "bench_dying ended its process (exit code 1)" in said
+    assert "bench_left was not begun: pytest ended before it (exit code 9)" in said
+    assert results.load(checkout / "benchmarks/results/acme-2-cores-avx2.json").contests
+
+
 def test_a_benchmark_that_fails(checkout, capsys):
     bench = checkout / "benchmarks/bench_nothing.py"
     bench.write_text(BENCH + "def bench_broken(benchmark):\n    raise ValueError\n")
     assert command("run") == 1
-    assert "some benchmarks failed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of 2 benchmarks failed; the others' figures are written" in said
+    assert "bench_broken failed in its call, as pytest says above" in said
     assert results.load(checkout / "benchmarks/results/acme-2-cores-avx2.json").contests
     bench.write_text("import nowhere\n")
     assert command("run") == 5

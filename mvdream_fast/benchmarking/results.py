@@ -179,12 +179,12 @@ def save(results: Results, path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Without what is empty; floats with four digits, a benchmark has no more."""
+    """Without what is empty; floats with four digits, a benchmark has no more. Amounts of work are whole numbers."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if item not in (None, (), {})}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) and not value.is_integer() else value
 
 
 def from_pytest(data: Mapping[str, Any], command: str, name: str | None = None) -> Results:

@@ -10,7 +10,7 @@ from progress import Progress
 
 def test_a_line_says_what_runs_and_how_long_the_rest_takes():
     clock, lines = SimpleNamespace(now=0.0), []
-    progress = Progress(lines.append, 41, lambda: clock.now)
+    progress = Progress(lines.append, 41, clock=lambda: clock.now)
     for now in (0.0, 10.0, 15.0):
         clock.now = now
         progress.pytest_runtest_logstart("benchmarks/bench_geglu.py::bench_geglu[a]", None)
@@ -23,6 +23,15 @@ def test_a_line_says_what_runs_and_how_long_the_rest_takes():
     progress.n_begun = 39
     progress.pytest_runtest_logstart("x", None)
     assert lines[-1] == "[40 of 41] x, about 1 s to go"
+
+
+def test_the_count_goes_on_after_another_process():
+    clock, lines = SimpleNamespace(now=0.0), []
+    progress = Progress(lines.append, 41, n_before=30, clock=lambda: clock.now)
+    progress.pytest_runtest_logstart("a", None)
+    clock.now = 5.0
+    progress.pytest_runtest_logstart("b", None)
+    assert lines == ["[31 of 41] a", "[32 of 41] b, about 50 s to go"]  # by what this process's cases took
 
 
 def test_a_limit_is_measured_again_after_a_minute(monkeypatch):

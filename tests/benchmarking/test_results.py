@@ -74,10 +74,12 @@ def test_a_file_reads_back_as_it_was_written(tmp_path):
     assert row in path.read_text().splitlines()  # a line for a contestant, without what it lacks
 
 
-def test_four_digits_are_kept():
+def test_four_digits_are_kept_of_what_was_measured():
     long = dataclasses.replace(MARCH, rows=(dataclasses.replace(MARCH.rows[0], median_s=0.123456789),))
-    text = results.dumps(dataclasses.replace(RESULTS, contests=(long,)))
+    by_pixels = dataclasses.replace(FIELD, scaling=results.Scaling("pixels", {"ours": ((16384.0, 0.123456789),)}))
+    text = results.dumps(dataclasses.replace(RESULTS, contests=(long, by_pixels)))
     assert '"median_s": 0.1235,' in text
+    assert "16384.0, 0.1235" in text  # an amount of work is what it is
 
 
 @pytest.mark.parametrize(
