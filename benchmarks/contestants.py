@@ -7,6 +7,8 @@ In this process the memory of a contestant is what one call takes beyond what wa
 import contextlib
 import gc
 import multiprocessing as mp
+import os
+import signal
 import sys
 import time
 import traceback
@@ -115,7 +117,8 @@ class Here:
 class Apart:
     """In a process of its own, which imports what it needs itself; its memory is all that it holds.
 
-    That it cannot run is known at the first question.
+    Between two questions it is stopped: threads that wait for work by spinning (OpenMP's, ONNX Runtime's) would take
+    the others' cores, twice the time of whoever has its turn. That it cannot run is known at the first question.
     """
 
     def __init__(self, contestant: Contestant, threads: int):
@@ -136,6 +139,7 @@ class Apart:
         return self._ask("seconds", n_calls)
 
     def close(self) -> None:
+        self._signal("SIGCONT")
         with contextlib.suppress(OSError):
             self.pipe.send(None)
         self.process.join(10)
@@ -147,8 +151,17 @@ class Apart:
         if not self.is_made:  # not waited for before, so that several are made at once
             self._answer()
             self.is_made = True
+        self._signal("SIGCONT")
         self.pipe.send(question)
-        return self._answer()
+        answer = self._answer()
+        self._signal("SIGSTOP")
+        return answer
+
+    def _signal(self, name: str) -> None:
+        """Where the system has such a signal."""
+        if hasattr(signal, name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, getattr(signal, name))
 
     def _answer(self) -> Any:
         try:
