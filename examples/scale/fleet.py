@@ -11,6 +11,7 @@ from math import ceil, inf
 
 import numpy as np
 
+from mvdream_fast.jobs.queue import FEW
 from scale.events import Call, Clock, Link, Process, Server, Steps, Wait, both
 
 
@@ -38,9 +39,9 @@ class Machines:
     each node, or with `load_each` each GPU, reads then. link, node_link: bytes a second of the store, and of a node.
     operations, latency: of the store, each second and in seconds. expiry: seconds until a dead worker's job is given to
     another.
-    Of the queue: same_order, all workers try the first free job first, and of many who do only one gets it; read_beats,
-    a claim reads the heartbeats of all who work; read_events, and every event since the last claim, where a list of
-    names could tell. slowness: a GPU's pace is 1 + |normal| of this deviation."""
+    Of the queue: same_order, who was too late for a job tries the next, as all others do, instead of any; read_beats, a
+    claim reads the heartbeats of all who work; read_events, and every event since the last claim, where a second list
+    of names tells. slowness: a GPU's pace is 1 + |normal| of this deviation."""
 
     gpus: int
     per_node: int = 8
@@ -143,8 +144,9 @@ class _Run:
     def _claim(self, seen: int) -> Generator[Wait, None, int]:
         """Until there is a job to be taken, which the caller has to do at once. Returns how many claims it knows of.
 
-        A look lists the events, a claim and an end for each job, 1,000 names at a time, and may read more; then comes
-        the claim. One that finds its job taken costs a read and another.
+        A look lists the events, a claim and an end for each job, 1,000 names at a time, and learns of those that are
+        new; then comes the claim, and the name of its kind. One that finds its job taken costs a read and another: the
+        job is the first of the list, which was certainly taken if anything was since the look, then any of it.
         """
         m = self.machines
         while True:
@@ -153,14 +155,45 @@ class _Run:
             before = self.taken
             if not self.jobs.queued:
                 return before
-            look = ceil(2 * (before + 1) / 1000) + m.read_events * 2 * (before - seen) + m.read_beats * m.gpus
-            yield from self._timed("claims", self.store.serve(look + 1))
+            yield from self._timed("claims", self._tries(before, self._look(before, seen) + 2 - m.read_events))
             seen = before
-            while m.same_order and self.waiting and self.taken > before:
-                tries, before = self.taken - before, self.taken
-                yield from self._timed("claims", self.store.serve(2 * tries))
             if self.waiting:
                 return before
+
+    def _tries(self, before: int, operations: int) -> Wait:
+        """A wait for so many operations, the last of which is a try to claim a job, and for as many tries more as are
+        lost by who looked when `before` were taken. They are half a million where all try the same job, so that the
+        process is not resumed in between."""
+
+        def wait(resume: Call) -> Call:
+            in_vain = 0
+
+            def tried() -> None:
+                nonlocal in_vain, give_up
+                if not self.waiting or not self._is_lost(before, in_vain):
+                    resume()
+                    return
+                tries = self.taken - before - in_vain if self.machines.same_order else 1
+                in_vain += tries
+                give_up = self.store.serve(2 * tries)(tried)
+
+            give_up = self.store.serve(operations)(tried)
+            return lambda: give_up()
+
+        return wait
+
+    def _look(self, taken: int, seen: int) -> int:
+        """Operations of a look when so many jobs are taken, and so many were when the worker last looked."""
+        m = self.machines
+        lists, new = ceil(2 * (taken + 1) / 1000), 2 * (taken - seen)
+        return lists + (new if m.read_events or new <= FEW else lists) + m.read_beats * m.gpus
+
+    def _is_lost(self, before: int, in_vain: int) -> bool:
+        """Whether the next try of a worker is, who looked when `before` were taken and has tried `in_vain` since."""
+        gone = self.taken - before - in_vain
+        if self.machines.same_order or not in_vain:
+            return gone > 0
+        return bool(self.random.random() * (gone + len(self.waiting)) < gone)
 
     def _make(self, job: int, pace: float) -> Steps:
         jobs = self.jobs
