@@ -212,7 +212,7 @@ def test_a_subject_is_learned_from_photos_and_its_assets_are_made(asked, tmp_pat
         assert {status.state for _, status in made.values()} == {"done"}
     tuning, _ = made["dreambooth", "a photo of a sks chair", tiny_model[:4]]
     folder = place / "assets" / tuning.name
-    assert json.loads((folder / "config.json").read_text())["max_train_steps"] == 2
+    assert json.loads((folder / "config.json").read_text())["settings"]["max_train_steps"] == 2
     tuned, before = (made["sds", "a sks chair", model][0] for model in ("job:", tiny_model[:4]))
     other, _ = made["sds", "a sks chair in snow", "job:"]
     assert len(made) == 4

@@ -180,7 +180,7 @@ def test_photos_are_learned_and_the_subject_drawn_and_grown(tiny_model, in_tmp):
         subject = post("api/subjects", json={"noun": "chair", "photos": photos})
         assert made(subject)["kind"] == "subject"
         (folder,) = Path("out/assets").iterdir()
-        about = json.loads((folder / "config.json").read_text())
+        about = json.loads((folder / "config.json").read_text())["settings"]
         assert sorted(path.name for path in Path(about["instance_data_dir"]).iterdir()) == ["00.png", "01.png", "02.png"]
         assert Path(about["instance_data_dir"]).parent == Path("out/uploads/sets").absolute()
         asked = {"prompt": "a photo of a sks chair", "seed": 1}

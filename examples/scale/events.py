@@ -58,8 +58,9 @@ class Clock:
 
     def run(self, is_over: Callable[[], bool] = lambda: False) -> None:
         """Until it is over, or nothing is left to happen."""
-        while self._events and not is_over():
-            self.now, _, call = heapq.heappop(self._events)
+        events, pop = self._events, heapq.heappop
+        while events and not is_over():
+            self.now, _, call = pop(events)
             if call is not None:
                 call()
 
@@ -98,13 +99,14 @@ class Server:
 
     def serve(self, operations: float) -> Wait:
         """A wait for so many operations, which follow each other."""
+        return lambda resume: self._clock.at(self.over(operations), resume)
 
-        def wait(resume: Call) -> Call:
-            now = self._clock.now
-            self._free_at = max(self._free_at, now) + operations / self._rate
-            return self._clock.at(max(self._free_at, now + operations * self._latency), resume)
-
-        return wait
+    def over(self, operations: float) -> float:
+        """Asks for so many operations now. Returns when the last of them will be over."""
+        now = self._clock.now
+        free_at = (self._free_at if self._free_at > now else now) + operations / self._rate
+        self._free_at, alone = free_at, now + operations * self._latency
+        return free_at if free_at > alone else alone
 
 
 class Link:

@@ -4,6 +4,7 @@ Workers take jobs from a queue on a shared store, read, compute, write checkpoin
 with their node. What a job or a GPU costs is given; nothing is decided here.
 """
 
+import gc
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,13 @@ class Outcome:
 
 def simulate(jobs: Jobs, machines: Machines, seed: int = 0) -> Outcome:
     """All jobs, from the start of the machines to the end of the last."""
-    return _Run(jobs, machines, seed).outcome()
+    collects = gc.isenabled()
+    gc.disable()  # it would take half the time: a run makes few cycles, and beside it there may be all of torch to look at
+    try:
+        return _Run(jobs, machines, seed).outcome()
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Run:
@@ -162,8 +169,8 @@ class _Run:
 
     def _tries(self, before: int, operations: int) -> Wait:
         """A wait for so many operations, the last of which is a try to claim a job, and for as many tries more as are
-        lost by who looked when `before` were taken. They are half a million where all try the same job, so that the
-        process is not resumed in between."""
+        lost by who looked when `before` were taken. They are millions where all try the same job, so that the process
+        is not resumed in between."""
 
         def wait(resume: Call) -> Call:
             in_vain = 0
@@ -175,9 +182,9 @@ class _Run:
                     return
                 tries = self.taken - before - in_vain if self.machines.same_order else 1
                 in_vain += tries
-                give_up = self.store.serve(2 * tries)(tried)
+                give_up = self.clock.at(self.store.over(2 * tries), tried)
 
-            give_up = self.store.serve(operations)(tried)
+            give_up = self.clock.at(self.store.over(operations), tried)
             return lambda: give_up()
 
         return wait

@@ -22,9 +22,9 @@ PLAIN = w.Choices(
 )  # fmt: skip
 BATCH_STEPS = (
     ("one released file read by every GPU, a checkpoint every 100 steps", {}),
+    ("who was too late for a prompt tries any other, not the next", {"spread": True}),
     ("a converted folder (`convert`), read once a node", {"folder": True}),
     ("`--checkpoint-every 2000`", {"checkpoint_every": 2000}),
-    ("who was too late for a prompt tries any other, not the next", {"spread": True}),
     ("names say what happened", {"named_events": True}),
     ("heartbeats are read when nothing else is free", {"beats_apart": True}),
 )
