@@ -181,8 +181,9 @@ def test_photos_are_learned_and_the_subject_drawn_and_grown(tiny_model, in_tmp):
         assert made(subject)["kind"] == "subject"
         (folder,) = Path("out/assets").iterdir()
         about = json.loads((folder / "config.json").read_text())["settings"]
-        assert sorted(path.name for path in Path(about["instance_data_dir"]).iterdir()) == ["00.png", "01.png", "02.png"]
-        assert Path(about["instance_data_dir"]).parent == Path("out/uploads/sets").absolute()
+        taught = Path(about["instance_data_dir"])
+        assert taught.parent == Path("out/uploads/sets").absolute()
+        assert sorted(path.name for path in taught.iterdir()) == ["00.png", "01.png", "02.png"]
         asked = {"prompt": "a photo of a sks chair", "seed": 1}
         views, before = post("api/views", json=asked | {"subject": subject}), post("api/views", json=asked)
         drawn = [ask("GET", port, made(job_id)["views"]).content for job_id in (views, before)]

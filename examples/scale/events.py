@@ -45,21 +45,30 @@ class Clock:
         self.now = 0.0
         self._order = itertools.count()  # of events at the same time: as they were asked for
         self._events: list[list] = []
+        self._is_over = False
 
     def at(self, time: float, call: Call) -> Call:
         """Calls at that time. Returns how it is called off."""
+        return partial(self.put(time, call).__setitem__, 2, None)
+
+    def put(self, time: float, call: Call) -> list:
+        """As `at`, for who has millions of calls; it is called off where the last of what is returned becomes None."""
         event = [time, next(self._order), call]
         heapq.heappush(self._events, event)
-        return partial(event.__setitem__, 2, None)
+        return event
 
     def sleep(self, seconds: float) -> Wait:
         """A wait for so long."""
         return lambda resume: self.at(self.now + seconds, resume)
 
-    def run(self, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Until it is over, or nothing is left to happen."""
+    def stop(self) -> None:
+        """Nothing more happens."""
+        self._is_over = True
+
+    def run(self) -> None:
+        """Until it is stopped, or nothing is left to happen."""
         events, pop = self._events, heapq.heappop
-        while events and not is_over():
+        while events and not self._is_over:
             self.now, _, call = pop(events)
             if call is not None:
                 call()

@@ -82,7 +82,7 @@ class Outcome:
 def simulate(jobs: Jobs, machines: Machines, seed: int = 0) -> Outcome:
     """All jobs, from the start of the machines to the end of the last."""
     collects = gc.isenabled()
-    gc.disable()  # it would take half the time: a run makes few cycles, and beside it there may be all of torch to look at
+    gc.disable()  # it would take half the time: there are few cycles here, and perhaps all of torch to look at
     try:
         return _Run(jobs, machines, seed).outcome()
     finally:
@@ -111,7 +111,7 @@ class _Run:
         gpus, n = self.machines.gpus, self.nodes
         for node in range(n):
             Process(self._node(gpus // n + (node < gpus % n)))
-        self.clock.run(lambda: self.left == 0)
+        self.clock.run()
         useful, seconds = float(sum(self.jobs.seconds)), self.clock.now
         self.spent["again"] = self.spent["computing"] - self.computed
         self.spent["computing"] = self.computed
@@ -171,21 +171,23 @@ class _Run:
         """A wait for so many operations, the last of which is a try to claim a job, and for as many tries more as are
         lost by who looked when `before` were taken. They are millions where all try the same job, so that the process
         is not resumed in between."""
+        same_order, over, put = self.machines.same_order, self.store.over, self.clock.put
 
         def wait(resume: Call) -> Call:
             in_vain = 0
 
             def tried() -> None:
-                nonlocal in_vain, give_up
-                if not self.waiting or not self._is_lost(before, in_vain):
+                nonlocal in_vain, event
+                gone = self.taken - before - in_vain
+                if not gone or not self.waiting or not (same_order or self._is_lost(gone, in_vain)):
                     resume()
                     return
-                tries = self.taken - before - in_vain if self.machines.same_order else 1
+                tries = gone if same_order else 1
                 in_vain += tries
-                give_up = self.clock.at(self.store.over(2 * tries), tried)
+                event = put(over(2 * tries), tried)
 
-            give_up = self.clock.at(self.store.over(operations), tried)
-            return lambda: give_up()
+            event = put(over(operations), tried)
+            return lambda: event.__setitem__(2, None)
 
         return wait
 
@@ -195,12 +197,9 @@ class _Run:
         lists, new = ceil(2 * (taken + 1) / 1000), 2 * (taken - seen)
         return lists + (new if m.read_events or new <= FEW else lists) + m.read_beats * m.gpus
 
-    def _is_lost(self, before: int, in_vain: int) -> bool:
-        """Whether the next try of a worker is, who looked when `before` were taken and has tried `in_vain` since."""
-        gone = self.taken - before - in_vain
-        if self.machines.same_order or not in_vain:
-            return gone > 0
-        return bool(self.random.random() * (gone + len(self.waiting)) < gone)
+    def _is_lost(self, gone: int, in_vain: int) -> bool:
+        """Whether the next try is: the first one, or one of those that are `gone` of all that a worker knows of."""
+        return not in_vain or bool(self.random.random() * (gone + len(self.waiting)) < gone)
 
     def _make(self, job: int, pace: float) -> Steps:
         jobs = self.jobs
@@ -219,6 +218,8 @@ class _Run:
             self.done[job] += part
             self.computed += part * pace
         self.left -= 1
+        if not self.left:
+            self.clock.stop()
 
     def _compute(self, seconds: float, n_bytes: float) -> Steps:
         """While the bytes that it needs come in; where they are late, it waits."""

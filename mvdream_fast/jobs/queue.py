@@ -97,7 +97,7 @@ class Queue:
     """Jobs in a store. Any number of processes, threads and machines may use the same place, each with its own.
 
     expiry: seconds without a change of its heartbeat after which a worker counts as dead, by the clock of whoever waits
-    for it; clocks of machines are not compared. One that died on this machine is noticed at once.
+    for it; clocks of machines are not compared. One that died on this machine is dead at once.
     An empty place becomes a queue's. Raises: OutputError for one that holds something else.
     """
 

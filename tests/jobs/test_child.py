@@ -53,7 +53,7 @@ def works_until_it_is_killed(folder: str, kind: str) -> None:
 def test_a_worker_that_is_killed_takes_its_process_along(python, tmp_path, kind):
     worker_python = sys.executable
     python("echo $$ > number.new; mv number.new number; exec sleep 600")
-    code = "import sys; sys.path[:0] = sys.argv[3:]; import test_child; test_child.works_until_it_is_killed(*sys.argv[1:3])"
+    code = "import sys; sys.path[:0] = sys.argv[3:]; import test_child as t; t.works_until_it_is_killed(*sys.argv[1:3])"
     places = [str(Path(__file__).parent), *sys.path]
     worker = subprocess.Popen([worker_python, "-c", code, str(tmp_path), kind, *places])
     wait_until((tmp_path / "number").exists)

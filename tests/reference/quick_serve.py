@@ -36,8 +36,9 @@ def _asked(task: Task, request: dict) -> Task:
 
 
 if __name__ == "__main__":
+    names = {"mvdream_fast.web.staff:grows": "reference.quick_serve:grows"}
     plain = staff.Workers
     staff.Workers = lambda desk, slots, say: plain(
-        replace(desk, runners=desk.runners.replace("mvdream_fast.web.staff:grows", f"{__spec__.name}:grows")), slots, say
-    )
+        replace(desk, runners=names.get(desk.runners, desk.runners)), slots, say
+    )  # fmt: skip
     cli.run(serve.main, serve.Flags, prog="serve")
