@@ -116,7 +116,8 @@ class Flags:
     viewer_port: int = 7007
     """Port of that page; the next free one if it is taken."""
     faces: int | None = None
-    """At most this many triangles in the mesh."""
+    """At most this many triangles in the mesh; 0: as many as the surface has (default: 30000, and 0 where the mesh
+    itself was optimised)."""
     mesh_resolution: int | None = None
     """Cells a side that the surface is taken from. Default: 128."""
     texture: int | None = None

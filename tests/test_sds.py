@@ -174,6 +174,7 @@ def test_a_run_can_be_made_again_from_its_own_configuration(tiny_model, capsys):
     assert trimesh.load(first / "mesh.obj").visual.material.image.size == (32, 32)
     body = trimesh.load(first / "mesh.glb", force="mesh")
     assert body.visual.material.baseColorTexture.size == (32, 32)
+    assert len(body.faces) <= 200
     assert "mesh.ply: PLY holds no texture" in capsys.readouterr().out
     assert "mesh.ply: PLY holds no texture" in (first / "report.html").read_text()
     rest = ["--device", "cpu", "--threads", "1", "--dtype", "float32", "--quiet"]

@@ -372,6 +372,7 @@ def test_what_other_libraries_pass_is_taken(tmp_path, monkeypatch):
         (lambda: fresh_asset().render(size=0), "size must be at least 1, got 0"),
         (lambda: fresh_asset().mesh("64"), "resolution must be a whole number, got '64'"),
         (lambda: fresh_asset().mesh(4), "resolution must be from 8 to 512, got 4"),
+        (lambda: fresh_asset().mesh(max_faces=3), "max_faces must be at least 4, got 3; 0 keeps them all"),
         (lambda: fresh_asset().mesh(texture=True), "texture must be a whole number, got True"),
         (lambda: fresh_asset().orbit(4, 120), "elevation_deg must be from -90 to 90, got 120"),
         (lambda: fresh_asset().save_glb(None), "a path must be text or a pathlib.Path, got None"),

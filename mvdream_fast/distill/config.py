@@ -272,7 +272,7 @@ class ExportConfig(Checked):
     """What is made of the finished asset: mesh.glb always, other formats beside it."""
 
     mesh_resolution: Annotated[int, Interval(ge=8, le=512)] = 128
-    faces: Annotated[int, Interval(ge=4)] | None = None  # at most this many triangles
+    faces: Literal[0] | Annotated[int, Interval(ge=4)] = NerfConfig.usual_faces  # at most; 0: as many as there are
     # Pixels a side; 0 colours the vertices instead, None does what is usual for the shape.
     texture: Literal[0] | Annotated[int, Interval(ge=16, le=8192)] | None = None
     formats: tuple[Literal["glb", "obj", "ply"], ...] = ("glb",)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mvdream_fast.checkpoints.places import EMBEDDED, stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.core.files import lines, parse_json, read_text
-from mvdream_fast.core.schema import Checked, checked
+from mvdream_fast.core.schema import Checked, checked, is_object
 from mvdream_fast.distill.config import (
     MVDREAM,
     SETTINGS,
@@ -128,7 +128,8 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     asked = [model, *[refine if known.refine else model] * len(config.later)]
     config = joined(_with_mode(stage, name, modes) for stage, name in zip(config.stages, asked, strict=True))
     check_config(config, flag_names(flags))
-    export = dataclasses.replace(ExportConfig(), **file.get("export", {}))
+    export = ExportConfig(faces=config.stages[-1].representation.usual_faces)
+    export = dataclasses.replace(export, **file.get("export", {}))
     names = {f.name for f in dataclasses.fields(ExportConfig)}
     export = dataclasses.replace(export, **{name: value for name, value in flags.items() if name in names})
     check_export(export, flag_names(flags))
@@ -309,6 +310,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _settings(data: dict[str, Any], source: str) -> dict[str, Any]:
+    export = data.get("export")
+    if is_object(export) and export.get("faces", 0) is None:  # as older runs wrote that there is no limit
+        data = data | {"export": export | {"faces": 0}}
     file = _given(checked(SettingsFile, data, source, InputFileError), data)
     if isinstance(file.get("sds"), list):
         file["sds"] = [_typed(table, source, f"sds[{i}].") for i, table in enumerate(file["sds"])]

@@ -76,12 +76,17 @@ class Asset:
     def mesh(self, resolution: int = 128, max_faces: int | None = None, texture: int | None = None) -> Mesh:
         """Its surface as triangles.
 
-        resolution: cells a side that the surface is taken from. texture: pixels a side of a texture to bake the colours
-        into; None colours the vertices. Raises DivergedError when there is no surface.
+        resolution: cells a side that the surface is taken from. max_faces: at most this many triangles; None: as many
+        as is usual for what it is, 30,000 of a volume or a surface, all of a mesh that was optimised itself; 0: all of
+        any. texture: pixels a side of a texture to bake the colours into; None colours the vertices.
+        Raises DivergedError when there is no surface.
         """
         op = "Asset.mesh"
         resolution = whole(op, "resolution", resolution, "128 is the default", 8, 512)
-        max_faces = None if max_faces is None else whole(op, "max_faces", max_faces, "None keeps them all", 4)
+        if max_faces is None:
+            max_faces = self.representation.usual_faces
+        elif max_faces != 0:
+            max_faces = whole(op, "max_faces", max_faces, "0 keeps them all", 4)
         texture = None if texture is None else whole(op, "texture", texture, "None colours the vertices", 16, 8192)
         return self.representation.mesh(resolution, max_faces, texture)
 

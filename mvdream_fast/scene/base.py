@@ -105,8 +105,13 @@ class Representation(Protocol):
         """Pixels a side of the texture that a command bakes for its mesh unasked; None where vertices are coloured."""
         ...
 
+    @property
+    def usual_faces(self) -> int:
+        """At most this many triangles has its mesh unless others are asked for; 0: as many as there are."""
+        ...
+
     def mesh(self, resolution: int = 128, max_faces: int | None = None, texture: int | None = None) -> "Mesh":
-        """Its surface. Raises DivergedError where there is none."""
+        """Its surface; all of its triangles if `max_faces` is None or 0. Raises DivergedError where there is none."""
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -49,6 +49,11 @@ class Particles:
         return self.first.usual_texture
 
     @property
+    def usual_faces(self) -> int:
+        """That of the first one's shape."""
+        return self.first.usual_faces
+
+    @property
     def device(self) -> torch.device:
         """Where their tensors are."""
         return self.first.device

@@ -46,6 +46,8 @@ class Fog:
     def restart(self, seed):
         self.color.data.zero_()
 
+    usual_texture, usual_faces = None, 0
+
     def save_memory(self, n_rays): ...
 
     def mesh(self, resolution=128, max_faces=None, texture=None):

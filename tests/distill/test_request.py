@@ -41,6 +41,23 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert request.resolve({"prompt": "a cup", "seed": "7"}, file).seed == 7
 
 
+def test_a_volume_has_a_usual_number_of_triangles_and_a_mesh_its_own(tmp_path):
+    assert request.resolve(CHAIR).export.faces == 30_000
+    assert request.resolve({**CHAIR, "faces": 0}).export.faces == 0
+    assert request.resolve(CHAIR, {"export": {"faces": 900}}).export.faces == 900
+    meshes = {**CHAIR, "recipe": "mvdream-mesh"}  # a volume first, tetrahedra at the end
+    assert request.resolve(meshes).export.faces == 0
+    assert request.resolve({**meshes, "faces": 30_000}).export.faces == 30_000
+
+
+def test_null_in_an_older_record_is_no_limit(tmp_path):
+    wanted = request.resolve({**CHAIR, "seed": "3"}).to_dict()
+    wanted["export"]["faces"] = None
+    path = written(tmp_path, wanted, "config.json")
+    assert request.read_run(tmp_path).export.faces == 0
+    assert request.resolve({}, request.read_settings(path)).export.faces == 0
+
+
 @pytest.mark.parametrize("preset", sorted(SDS_PRESETS))
 @pytest.mark.parametrize("extra", [{}, {"steps": 77, "lr": 0.003, "render_size": 24, "shading": True, "faces": 99}])
 def test_what_a_run_leaves_can_be_passed_back(tmp_path, preset, extra):
@@ -154,7 +171,7 @@ def test_an_error_names_what_the_user_wrote():
     ("export", "message"),
     [
         ({"mesh_resolution": 4}, "mesh_resolution must be at least 8, got 4"),
-        ({"faces": 3}, "faces must be at least 4, got 3"),
+        ({"faces": 3}, "faces must be 0 or at least 4, got 3"),
         ({"texture": 9}, "texture must be 0 or at least 16, got 9"),
     ],
 )

@@ -121,8 +121,9 @@ def extract_mesh(
 
 
 def colored_mesh(vertices: np.ndarray, faces: np.ndarray, color_fn: ColorFn, max_faces: int | None = None) -> Mesh:
-    """Triangles with colours and normals there, simplified to at most `max_faces`. vertices: [n, 3]; faces: [m, 3]."""
-    if max_faces is not None and len(faces) > max_faces:
+    """Triangles with colours and normals there. vertices: [n, 3]; faces: [m, 3], simplified to at most `max_faces`;
+    None and 0 keep them all."""
+    if max_faces and len(faces) > max_faces:
         vertices, faces = _decimate(vertices, faces, max_faces)
     with torch.no_grad():
         points = torch.from_numpy(vertices)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -74,6 +74,7 @@ class HashGridConfig(Checked):
     """What a volume and a surface on a hash grid have in common; the defaults are MVDream's recipe. Weights of losses
     are ramps."""
 
+    usual_faces: ClassVar[int] = 30_000  # at most, of its mesh unless others are asked for
     volume: Literal["paper", "mini"] = "paper"
     radius: Annotated[float, Interval(gt=0, le=100)] = 1.0  # the volume fills [-radius, radius]^3
     background: Literal["learned", "grey", "white"] = "learned"

@@ -33,7 +33,8 @@ class Nerf(Renderer):
     """
 
     volume: Volume
-    usual_texture: int | None = None  # unwrapping takes longer than some runs where much of the surface is fog's
+    usual_faces: int = HashGridConfig.usual_faces
+    usual_texture: int | None = None  # which takes seconds, and looks like colours at the vertices from afar
 
     def __init__(self, config: HashGridConfig, stream: Stream | None = None, normals: str = "none"):
         volume = self._new_volume(config, stream)

@@ -41,6 +41,7 @@ class ColoredMesh(nn.Module):
     Its colours are the volume's, whose density is not asked: so they can be taken over from a volume as they are.
     """
 
+    usual_faces: int = MeshColors.usual_faces
     usual_texture: int | None = 1024
 
     def __init__(self, config: MeshColors, stream: Stream):

@@ -1,7 +1,7 @@
 """What a mesh that is optimised is made of and how it learns, as frozen values, and the memory that takes; no torch."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -18,6 +18,7 @@ BYTES_PER_TEXEL = 72  # colour, gradient, two moments, the mip-map chain and its
 class MeshColors(Checked):
     """The colours of a mesh, what is behind it, and what is shown."""
 
+    usual_faces: ClassVar[int] = 0  # its mesh is the very one that was optimised
     volume: Literal["paper", "mini"] = "paper"  # the field whose colours the surface has
     radius: Annotated[float, Interval(gt=0, le=100)] = 1.0  # the field, and what is drawn, fill [-radius, radius]^3
     background: Literal["learned", "grey", "white"] = "learned"

@@ -137,7 +137,7 @@ class TexturedMesh(ColoredMesh):
         """
         if not len(self.faces):
             raise DivergedError("there is no mesh to export: none was given, and none restored")
-        colors, simplified = self.colors, max_faces is not None and len(self.faces) > max_faces
+        colors, simplified = self.colors, max_faces and len(self.faces) > max_faces
         if self.logits is not None:
             own, places, there = self._textured()
             if not simplified:

@@ -184,6 +184,17 @@ class Chair(torch.nn.Module):
         return 80 * torch.sigmoid(-outside / self.soft), torch.full((len(positions), 3), 0.5)
 
 
+def test_an_asset_has_the_usual_number_of_triangles_unless_others_are_asked_for(tmp_path):
+    asset = fresh_asset(mini())
+    asset.representation.volume = Chair(0.012)
+    whole = asset.mesh(max_faces=0)
+    assert len(whole.faces) > 30_000
+    mesh = asset.save_glb(tmp_path / "chair.glb")
+    assert 29_000 < len(mesh.faces) <= 30_000
+    assert len(trimesh.load(tmp_path / "chair.glb", force="mesh").faces) == len(mesh.faces)
+    assert mesh.n_open_edges() == whole.n_open_edges() == 0
+
+
 @pytest.mark.parametrize("soft", [0.005, 0.012])
 def test_mesh_and_volume_have_the_same_silhouette(soft):
     asset = fresh_asset(mini())

@@ -193,6 +193,14 @@ def test_the_mesh_is_the_one_that_is_rendered():
     assert len(tets.mesh(max_faces=200).faces) <= 200
 
 
+def test_an_optimised_mesh_of_many_triangles_is_exported_as_it_is():
+    asset = Asset(Tets.from_sdf(TetsConfig(volume="mini", background="grey"), torus))
+    mesh = asset.mesh()
+    assert len(mesh.faces) > 30_000
+    assert torch.equal(torch.from_numpy(mesh.faces), asset.representation.body().faces)
+    assert len(asset.mesh(max_faces=30_000).faces) <= 30_000
+
+
 def test_started_from_a_representation_it_shows_its_shape_and_colours():
     source = Tets.from_sdf(SMALL, torus, seed=5)
     finer = Tets.from_representation(TetsConfig(volume="mini", background="grey", tets_resolution=64), source)
