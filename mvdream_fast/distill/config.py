@@ -110,7 +110,8 @@ class SDSConfig(Checked):
 
     def n_rays(self) -> int:
         """Rays of a step in the largest phase."""
-        return max(n * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
+        known = int(self.sampled.beside)  # a group of sampled views beside those that are distilled from
+        return max((n + known) * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
 
 
 PARTS = {f.name: c for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(c := f.default_factory)}

@@ -208,9 +208,10 @@ def _sampled(
     pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, n_views: int
 ) -> tuple[Tensor, Cameras]:
     """Views [n_views, 3, Hp, Wp] in [0, 1] as the model draws them, evenly around, and their cameras."""
+    how = config.sampled
     views = pipeline(
-        prompt, n_views, guidance_scale=config.sampled.sampled_scale, negative_prompt=config.negative_prompt,
-        seed=seed, warn=_silent,
+        prompt, n_views, n_steps=how.sampled_steps, guidance_scale=how.sampled_scale,
+        negative_prompt=config.negative_prompt, seed=seed, warn=_silent,
     )  # fmt: skip
     return views.tensor, middle_cameras(dataclasses.replace(config.cameras, n_views=n_views))
 
