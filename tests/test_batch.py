@@ -11,14 +11,20 @@ from pathlib import Path
 
 import pytest
 from reference.batches import Killer, in_background, jobs_of, prompts, rows, workers_of
+from reference.painter import png, strip
 from reference.quick_jobs import QUICK_RUN, RUNNERS, command, digests, undisturbed, undone
 
 from mvdream_fast.core.errors import UserError
+from mvdream_fast.core.images import png_bytes
 from mvdream_fast.core.run_folder import Interrupt
+from mvdream_fast.distill.request import run_of
 from mvdream_fast.jobs import local
 from mvdream_fast.jobs.local import Slot, Workers, share_out
 from mvdream_fast.jobs.plan import read_jobs
+from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.setup import Setup, run_worker
+from mvdream_fast.jobs.store import open_store
+from mvdream_fast.pipeline import MVDreamPipeline
 
 ASKED = {"preset": "mini", "render_size": 8, "mesh_resolution": 24}  # what QUICK_RUN says of a run
 
@@ -184,6 +190,42 @@ def test_subjects_are_tuned_before_what_needs_them(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a sks chair", "tuning_steps": 3}\n')
     with pytest.raises(ValueError, match="photos must name the folder"):
         read_jobs(tmp_path / "p.jsonl", {}, None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # each subject is tuned in a process that imports torch
+def test_a_subject_is_learned_from_photos_and_its_assets_are_made(asked, tmp_path, tiny_model):
+    """Two assets of one subject and one of the model before: the subject is tuned once, by `dreambooth`, and its assets
+    are those of the model that that left. The same command makes nothing again."""
+    (tmp_path / "chair").mkdir()
+    for i, filled in enumerate((0.5, 0.7, 0.9)):
+        (tmp_path / f"chair/{i}.png").write_bytes(png(strip(1, filled)))
+    subject = {"photos": "chair", "tuning_steps": 2, "instance_prompt": "a photo of a sks chair"}
+    lines = [{"prompt": prompt, **subject} for prompt in ("a sks chair", "a sks chair in snow")]
+    arguments = asked([*lines, "a sks chair"], "--steps", "2", "--workers", "1")
+    place = tmp_path / "out"
+    for _ in range(2):
+        assert command(*arguments) == 0
+        made = {(job.kind, job.title, job.request.get("model", "")[:4]): (job, status)
+                for job, status in Queue(open_store(place)).jobs()}  # fmt: skip
+        assert {status.attempt for _, status in made.values()} == {1}
+        assert {status.state for _, status in made.values()} == {"done"}
+    tuning, _ = made["dreambooth", "a photo of a sks chair", tiny_model[:4]]
+    folder = place / "assets" / tuning.name
+    assert json.loads((folder / "config.json").read_text())["settings"]["max_train_steps"] == 2
+    tuned, before = (made["sds", "a sks chair", model][0] for model in ("job:", tiny_model[:4]))
+    other, _ = made["sds", "a sks chair in snow", "job:"]
+    assert len(made) == 4
+    for job in (tuned, other):
+        about = json.loads((place / "assets" / job.name / "config.json").read_text())
+        assert about["model"] == str(folder / "model")
+    for file in ("views.png", "asset.safetensors", "mesh.glb"):
+        with_subject, without = ((place / "assets" / job.name / file).read_bytes() for job in (tuned, before))
+        assert with_subject != without, file
+    alone = MVDreamPipeline.from_pretrained(str(folder / "model"), "cpu", "float32")
+    views = alone("a sks chair", seed=0, n_steps=2, suffix=alone.suffix, mode=run_of(about, "it").config.mode,
+                  negative_prompt=run_of(about, "it").config.negative_prompt)  # fmt: skip
+    assert (place / "assets" / tuned.name / "views.png").read_bytes() == png_bytes(views.sheet())
 
 
 def test_a_worker_that_cannot_live_is_not_started_for_ever(tmp_path):

@@ -1,6 +1,7 @@
 """The command behind the page: what its flags refuse; a server with its workers from start to end, killed between."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+from reference.batches import environment
+from reference.painter import png, strip
 
 from mvdream_fast import serve
 from mvdream_fast.core import cli, loopback
@@ -108,10 +111,10 @@ def test_workers_that_cannot_live_end_the_server(monkeypatch):
 
 
 @contextlib.contextmanager
-def started(model: str, port: int):
+def started(model: str, port: int, module: str = "mvdream_fast.serve"):
     """The command, as a person starts it, once it answers."""
-    command = [sys.executable, "-m", "mvdream_fast.serve", "-o", "out", "--model", model, "--port", str(port)]
-    with subprocess.Popen([*command, "--threads", "1"], start_new_session=True) as process:
+    command = [sys.executable, "-m", module, "-o", "out", "--model", model, "--port", str(port), "--threads", "1"]
+    with subprocess.Popen(command, start_new_session=True, env=environment()) as process:
         try:
             until(lambda: ask("GET", port, "api/state"))
             yield process
@@ -120,9 +123,9 @@ def started(model: str, port: int):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def ask(method: str, port: int, path: str, **asked):
+def ask(method: str, port: int, path: str, timeout: float = 30, **asked):
     with contextlib.suppress(httpx2.TransportError):
-        return httpx2.request(method, f"http://127.0.0.1:{port}/{path}", timeout=30, **asked)
+        return httpx2.request(method, f"http://127.0.0.1:{port}/{path}", timeout=timeout, **asked)
 
 
 def until(holds, seconds: float = 240.0):
@@ -152,3 +155,41 @@ def test_views_of_a_prompt_and_a_server_that_is_killed(tiny_model, in_tmp):
         assert ask("GET", port, look()["views"]).content == drawn
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a process that tunes, beside the three of the server, all of which import torch
+def test_photos_are_learned_and_the_subject_drawn_and_grown(tiny_model, in_tmp):
+    """By the page's addresses alone, from three photos to a mesh: two steps of tuning, in the process that
+    `dreambooth` is, then views and an asset of the model that it left, which are not those of the model before."""
+    port = loopback.free_port(7308, "--port")
+    with started(tiny_model, port, "reference.quick_serve"):
+
+        def post(path: str, **body) -> str:
+            answer = ask("POST", port, path, timeout=30, **body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["id"]
+
+        def made(job_id: str) -> dict:
+            look = lambda: ask("GET", port, "api/state", params={"id": job_id}).json()["chosen"]  # noqa: E731
+            found = until(lambda: (thing := look())["state"] not in ("queued", "running") and thing, 600)
+            assert found["state"] == "done", found["error"]
+            return found
+
+        photos = [post("api/photos", content=png(strip(1, filled))) for filled in (0.5, 0.7, 0.9)]
+        subject = post("api/subjects", json={"noun": "chair", "photos": photos})
+        assert made(subject)["kind"] == "subject"
+        (folder,) = Path("out/assets").iterdir()
+        about = json.loads((folder / "config.json").read_text())["settings"]
+        taught = Path(about["instance_data_dir"])
+        assert taught.parent == Path("out/uploads/sets").absolute()
+        assert sorted(path.name for path in taught.iterdir()) == ["00.png", "01.png", "02.png"]
+        asked = {"prompt": "a photo of a sks chair", "seed": 1}
+        views, before = post("api/views", json=asked | {"subject": subject}), post("api/views", json=asked)
+        drawn = [ask("GET", port, made(job_id)["views"]).content for job_id in (views, before)]
+        assert drawn[0] != drawn[1], "the subject was learned"
+        asset = made(post(f"api/jobs/{views}/grow", json={"pace": "fast"}))
+        assert ask("GET", port, asset["mesh"]).content[:4] == b"glTF"
+        assert asset["subject"] == subject
+        (grown,) = [path.parent for path in Path("out/assets").glob("*/mesh.glb")]
+        assert json.loads((grown / "config.json").read_text())["model"] == str(folder.absolute() / "model")

@@ -45,21 +45,31 @@ class Clock:
         self.now = 0.0
         self._order = itertools.count()  # of events at the same time: as they were asked for
         self._events: list[list] = []
+        self._is_over = False
 
     def at(self, time: float, call: Call) -> Call:
         """Calls at that time. Returns how it is called off."""
+        return partial(self.put(time, call).__setitem__, 2, None)
+
+    def put(self, time: float, call: Call) -> list:
+        """As `at`, for who has millions of calls; it is called off where the last of what is returned becomes None."""
         event = [time, next(self._order), call]
         heapq.heappush(self._events, event)
-        return partial(event.__setitem__, 2, None)
+        return event
 
     def sleep(self, seconds: float) -> Wait:
         """A wait for so long."""
         return lambda resume: self.at(self.now + seconds, resume)
 
-    def run(self, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Until it is over, or nothing is left to happen."""
-        while self._events and not is_over():
-            self.now, _, call = heapq.heappop(self._events)
+    def stop(self) -> None:
+        """Nothing more happens."""
+        self._is_over = True
+
+    def run(self) -> None:
+        """Until it is stopped, or nothing is left to happen."""
+        events, pop = self._events, heapq.heappop
+        while events and not self._is_over:
+            self.now, _, call = pop(events)
             if call is not None:
                 call()
 
@@ -98,13 +108,14 @@ class Server:
 
     def serve(self, operations: float) -> Wait:
         """A wait for so many operations, which follow each other."""
+        return lambda resume: self._clock.at(self.over(operations), resume)
 
-        def wait(resume: Call) -> Call:
-            now = self._clock.now
-            self._free_at = max(self._free_at, now) + operations / self._rate
-            return self._clock.at(max(self._free_at, now + operations * self._latency), resume)
-
-        return wait
+    def over(self, operations: float) -> float:
+        """Asks for so many operations now. Returns when the last of them will be over."""
+        now = self._clock.now
+        free_at = (self._free_at if self._free_at > now else now) + operations / self._rate
+        self._free_at, alone = free_at, now + operations * self._latency
+        return free_at if free_at > alone else alone
 
 
 class Link:

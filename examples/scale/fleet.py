@@ -4,6 +4,7 @@ Workers take jobs from a queue on a shared store, read, compute, write checkpoin
 with their node. What a job or a GPU costs is given; nothing is decided here.
 """
 
+import gc
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from math import ceil, inf
 
 import numpy as np
 
+from mvdream_fast.jobs.queue import FEW
 from scale.events import Call, Clock, Link, Process, Server, Steps, Wait, both
 
 
@@ -38,9 +40,9 @@ class Machines:
     each node, or with `load_each` each GPU, reads then. link, node_link: bytes a second of the store, and of a node.
     operations, latency: of the store, each second and in seconds. expiry: seconds until a dead worker's job is given to
     another.
-    Of the queue: same_order, all workers try the first free job first, and of many who do only one gets it; read_beats,
-    a claim reads the heartbeats of all who work; read_events, and every event since the last claim, where a list of
-    names could tell. slowness: a GPU's pace is 1 + |normal| of this deviation."""
+    Of the queue: same_order, who was too late for a job tries the next, as all others do, instead of any; read_beats, a
+    claim reads the heartbeats of all who work; read_events, and every event since the last claim, where a second list
+    of names tells. slowness: a GPU's pace is 1 + |normal| of this deviation."""
 
     gpus: int
     per_node: int = 8
@@ -79,7 +81,13 @@ class Outcome:
 
 def simulate(jobs: Jobs, machines: Machines, seed: int = 0) -> Outcome:
     """All jobs, from the start of the machines to the end of the last."""
-    return _Run(jobs, machines, seed).outcome()
+    collects = gc.isenabled()
+    gc.disable()  # it would take half the time: there are few cycles here, and perhaps all of torch to look at
+    try:
+        return _Run(jobs, machines, seed).outcome()
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Run:
@@ -103,7 +111,7 @@ class _Run:
         gpus, n = self.machines.gpus, self.nodes
         for node in range(n):
             Process(self._node(gpus // n + (node < gpus % n)))
-        self.clock.run(lambda: self.left == 0)
+        self.clock.run()
         useful, seconds = float(sum(self.jobs.seconds)), self.clock.now
         self.spent["again"] = self.spent["computing"] - self.computed
         self.spent["computing"] = self.computed
@@ -143,8 +151,9 @@ class _Run:
     def _claim(self, seen: int) -> Generator[Wait, None, int]:
         """Until there is a job to be taken, which the caller has to do at once. Returns how many claims it knows of.
 
-        A look lists the events, a claim and an end for each job, 1,000 names at a time, and may read more; then comes
-        the claim. One that finds its job taken costs a read and another.
+        A look lists the events, a claim and an end for each job, 1,000 names at a time, and learns of those that are
+        new; then comes the claim, and the name of its kind. One that finds its job taken costs a read and another: the
+        job is the first of the list, which was certainly taken if anything was since the look, then any of it.
         """
         m = self.machines
         while True:
@@ -153,14 +162,44 @@ class _Run:
             before = self.taken
             if not self.jobs.queued:
                 return before
-            look = ceil(2 * (before + 1) / 1000) + m.read_events * 2 * (before - seen) + m.read_beats * m.gpus
-            yield from self._timed("claims", self.store.serve(look + 1))
+            yield from self._timed("claims", self._tries(before, self._look(before, seen) + 2 - m.read_events))
             seen = before
-            while m.same_order and self.waiting and self.taken > before:
-                tries, before = self.taken - before, self.taken
-                yield from self._timed("claims", self.store.serve(2 * tries))
             if self.waiting:
                 return before
+
+    def _tries(self, before: int, operations: int) -> Wait:
+        """A wait for so many operations, the last of which is a try to claim a job, and for as many tries more as are
+        lost by who looked when `before` were taken. They are millions where all try the same job, so that the process
+        is not resumed in between."""
+        same_order, over, put = self.machines.same_order, self.store.over, self.clock.put
+
+        def wait(resume: Call) -> Call:
+            in_vain = 0
+
+            def tried() -> None:
+                nonlocal in_vain, event
+                gone = self.taken - before - in_vain
+                if not gone or not self.waiting or not (same_order or self._is_lost(gone, in_vain)):
+                    resume()
+                    return
+                tries = gone if same_order else 1
+                in_vain += tries
+                event = put(over(2 * tries), tried)
+
+            event = put(over(operations), tried)
+            return lambda: event.__setitem__(2, None)
+
+        return wait
+
+    def _look(self, taken: int, seen: int) -> int:
+        """Operations of a look when so many jobs are taken, and so many were when the worker last looked."""
+        m = self.machines
+        lists, new = ceil(2 * (taken + 1) / 1000), 2 * (taken - seen)
+        return lists + (new if m.read_events or new <= FEW else lists) + m.read_beats * m.gpus
+
+    def _is_lost(self, gone: int, in_vain: int) -> bool:
+        """Whether the next try is: the first one, or one of those that are `gone` of all that a worker knows of."""
+        return not in_vain or bool(self.random.random() * (gone + len(self.waiting)) < gone)
 
     def _make(self, job: int, pace: float) -> Steps:
         jobs = self.jobs
@@ -179,6 +218,8 @@ class _Run:
             self.done[job] += part
             self.computed += part * pace
         self.left -= 1
+        if not self.left:
+            self.clock.stop()
 
     def _compute(self, seconds: float, n_bytes: float) -> Steps:
         """While the bytes that it needs come in; where they are late, it waits."""

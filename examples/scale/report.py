@@ -15,18 +15,18 @@ from scale.inputs import Inputs
 
 GPUS = (1, 8, 64, 256, 1000)
 TRAINING_GPUS = (1, 8, 64, 128, 256, 512, 1000)
-BUILT = w.Choices(spread=False, beats_apart=False, named_events=False)  # what is not built yet
+ADVISED = w.Choices()
 PLAIN = w.Choices(
     folder=False, checkpoint_every=100, spread=False, beats_apart=False, named_events=False, small_parts=False,
     listed=False, sharing="fsdp2", sharded=False,
 )  # fmt: skip
 BATCH_STEPS = (
     ("one released file read by every GPU, a checkpoint every 100 steps", {}),
+    ("who was too late for a prompt tries any other, not the next", {"spread": True}),
     ("a converted folder (`convert`), read once a node", {"folder": True}),
     ("`--checkpoint-every 2000`", {"checkpoint_every": 2000}),
-    ("*not built:* every worker begins elsewhere in the queue", {"spread": True}),
-    ("*not built:* events whose names say what they are", {"named_events": True}),
-    ("*not built:* heartbeats read when nothing else is free", {"beats_apart": True}),
+    ("names say what happened", {"named_events": True}),
+    ("heartbeats are read when nothing else is free", {"beats_apart": True}),
 )
 RENDER_STEPS = (
     ("one part for each node; every part asks for every file's kind", {}),
@@ -123,7 +123,7 @@ class Report:
         for gpus in (1, 8, 64, 1000):
             hours = [
                 self._hours(found)
-                for found in (self.batch(gpus, BUILT), self.render(gpus, w.Choices()), self.train(gpus, w.Choices()))
+                for found in (self.batch(gpus, ADVISED), self.render(gpus, ADVISED), self.train(gpus, ADVISED))
             ]
             rows.append([f"{gpus:,}", *(f"{duration(h)}, ${self._dollars(gpus, h)}" for h in hours)])
         jobs = f"{self.inputs.prompts:,} assets", f"{self.inputs.meshes:,} meshes", f"{self.inputs.train_steps:,} steps"
@@ -132,21 +132,20 @@ class Report:
     def of_batch(self) -> str:
         rows = []
         for gpus in GPUS:
-            now, wanted = self.batch(gpus, BUILT), self.batch(gpus, w.Choices())
+            now = self.batch(gpus, ADVISED)
             hours = now.seconds / w.HOUR
             rows.append([
                 f"{gpus:,}", number(hours), number(self.inputs.prompts / hours), self._dollars(gpus, hours),
                 percent(now.efficiency), largest(now.spent, gpus * now.seconds),
-                percent(self.batch(gpus, PLAIN).efficiency), percent(wanted.efficiency),
-                number(now.moved / now.seconds / 1e9),
+                percent(self.batch(gpus, PLAIN).efficiency), number(now.moved / now.seconds / 1e9),
             ])  # fmt: skip
-        head = ("GPUs", "hours", "assets an hour", "$", "efficiency", "largest loss", "plainly")
-        return table((*head, "with what is not built", "GB/s of the store"), rows)
+        head = ("GPUs", "hours", "assets an hour", "$", "efficiency", "largest loss", "plainly", "GB/s of the store")
+        return table(head, rows)
 
     def of_render(self) -> str:
         rows = []
         for gpus in GPUS:
-            now = self.render(gpus, w.Choices())
+            now = self.render(gpus, ADVISED)
             hours, nodes = now.seconds / w.HOUR, ceil(gpus / self.inputs.gpus_per_node)
             rows.append([
                 f"{gpus:,}", number(hours), number(self.inputs.meshes / hours), self._dollars(gpus, hours),
@@ -159,7 +158,7 @@ class Report:
     def of_training(self) -> str:
         rows = []
         for gpus in TRAINING_GPUS:
-            found = self.train(gpus, w.Choices())
+            found = self.train(gpus, ADVISED)
             step, hours = found.step, found.run.seconds / w.HOUR
             images = 4 * self.inputs.scenes / step.seconds
             rows.append([
@@ -204,7 +203,7 @@ class Report:
 
     def of_intervals(self, gpus: int = 512, longer: int = 100, times: int = 10) -> str:
         """Of a training so many times as long, for many failures; its steps are drawn ten at a time."""
-        found = self.train(gpus, w.Choices())
+        found = self.train(gpus, ADVISED)
         i, mtbf = self.inputs, found.mtbf
         restart = i.restart_min * 60 + i.start_s + found.checkpoint
         durations = np.full(i.train_steps * longer // 10, 10 * found.step.seconds)
@@ -239,9 +238,9 @@ class Report:
     def of_sensitivity(self) -> str:
         rows = []
         for job, gpus, ranges, simulate, choices in (
-            ("batch", 1000, BATCH_RANGES, self.batch, replace(BUILT, spread=True)),
-            ("render", 1000, RENDER_RANGES, self.render, w.Choices()),
-            ("train", 64, TRAIN_RANGES, self.train, w.Choices()),
+            ("batch", 1000, BATCH_RANGES, self.batch, ADVISED),
+            ("render", 1000, RENDER_RANGES, self.render, ADVISED),
+            ("train", 64, TRAIN_RANGES, self.train, ADVISED),
         ):
             base = self._hours(simulate(gpus, choices))
             for name, values in ranges.items():
@@ -268,11 +267,11 @@ class Report:
 
         figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=120)
         lines = (
-            ("text to 3D", "#1f5fa8", GPUS, [self.batch(n, BUILT).efficiency for n in GPUS],
+            ("text to 3D", "#1f5fa8", GPUS, [self.batch(n, ADVISED).efficiency for n in GPUS],
              [self.batch(n, PLAIN).efficiency for n in GPUS]),
-            ("rendering", "#2e8b57", GPUS, [self.render(n, w.Choices()).efficiency for n in GPUS],
+            ("rendering", "#2e8b57", GPUS, [self.render(n, ADVISED).efficiency for n in GPUS],
              [self.render(n, PLAIN).efficiency for n in GPUS]),
-            ("training", "#c03a2b", TRAINING_GPUS, [self.useful(n, self.train(n, w.Choices())) for n in TRAINING_GPUS],
+            ("training", "#c03a2b", TRAINING_GPUS, [self.useful(n, self.train(n, ADVISED)) for n in TRAINING_GPUS],
              [self.useful(n, self.train(n, PLAIN)) for n in TRAINING_GPUS]),
         )  # fmt: skip
         for name, color, gpus, now, plain in lines:

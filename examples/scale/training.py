@@ -5,12 +5,17 @@ failures and checkpoints are drawn. All GPUs wait for the slowest in every step,
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, inf, log2, sqrt
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scale.inputs import Inputs
+
+if TYPE_CHECKING:
+    from mvdream_fast.training.sharded_estimate import ShardedEstimate
 
 SHARE_OF_MEMORY = 0.8  # of a GPU, that a step may fill
 LAUNCHES = 3  # a step has as many launches as so many forwards
@@ -37,11 +42,7 @@ class Plan:
 
 def counted(world: int, group: int) -> Plan:
     """Of the 867 M UNet with a frozen text tower in bfloat16, as the package itself plans it on the meta device."""
-    from mvdream_fast.models.config import SD21
-    from mvdream_fast.training.sharded_estimate import estimate_sharded
-
-    options = {"checkpointing": False, "train_text": False}
-    one, alone = estimate_sharded(SD21, 1, world, group=group, **options), estimate_sharded(SD21, 1, group, **options)
+    one, alone = _estimated(world, group), _estimated(group, group)
     shared = group > 1
     return Plan(
         world=world,
@@ -56,6 +57,14 @@ def counted(world: int, group: int) -> Plan:
         n_reduces=one.n_collectives - alone.n_collectives,
         checkpoint=one.checkpoint * group,
     )
+
+
+@cache
+def _estimated(world: int, group: int) -> "ShardedEstimate":
+    from mvdream_fast.models.config import SD21
+    from mvdream_fast.training.sharded_estimate import estimate_sharded
+
+    return estimate_sharded(SD21, 1, world, group=group, checkpointing=False, train_text=False)
 
 
 @dataclass(frozen=True)

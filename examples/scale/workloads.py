@@ -22,8 +22,8 @@ class Choices:
     """What can be chosen; the defaults are what this page advises.
 
     folder: the model is a converted folder that the workers of a node read once; else the released file, by each.
-    checkpoint_every: steps of an asset. spread, beats_apart, named_events: workers begin at places of their own in the
-    queue; look for dead ones when nothing else is free; learn from names what happened, and read no event. small_parts:
+    checkpoint_every: steps of an asset. spread, beats_apart, named_events: workers that were too late for a job try any
+    other; look for dead ones when nothing else is free; learn from names what happened, and read little. small_parts:
     meshes come in several parts for each node; else in one. listed: the folder of meshes is listed; else every file of
     it is asked for, too. sharing: "ddp", "hsdp" or "fsdp2". sharded: every node writes its part of a training's
     checkpoint; else the first does. graphs: steps of several processes are CUDA graphs.

@@ -132,6 +132,11 @@ def read_event(data: bytes) -> Event:
         return Event("claim")
 
 
+def is_whole(data: bytes) -> bool:
+    """Whether an event can be read: without hard links there is a moment in which its file is empty."""
+    return data.endswith(b"}")
+
+
 def read_beat(data: bytes | None) -> tuple[float, Progress]:
     """Seconds since the claim, and how far it is."""
     if not data:

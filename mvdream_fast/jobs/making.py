@@ -5,14 +5,12 @@ Models stay loaded from job to job. How a worker comes to its jobs is worker.py'
 
 import dataclasses
 import json
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
 from mvdream_fast.checkpoints.open import load_model, open_source
 from mvdream_fast.core import cli, run_folder
-from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutOfMemoryError, OutputError, UserError
+from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import png_bytes
 from mvdream_fast.core.machine import memory_errors
@@ -20,14 +18,11 @@ from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.distill.loop import Progress
 from mvdream_fast.distill.request import Request, run_of
 from mvdream_fast.jobs.asset import Device, Way, optimise, sample_views
-from mvdream_fast.jobs.last_words import last_words
+from mvdream_fast.jobs.child import as_flag, run_child
 from mvdream_fast.jobs.plan import OF_JOB
 from mvdream_fast.jobs.setup import Setup
 from mvdream_fast.jobs.worker import Runner, Task
 from mvdream_fast.pipeline import MVDreamPipeline
-
-POLL_S = 0.2  # between two looks at a process that tunes
-ERRORS = {e.exit_code: e for e in (ArgumentError, ModelError, OutOfMemoryError, InputFileError, OutputError)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,25 +98,25 @@ class Maker:
     def tuned(self, task: Task) -> dict[str, Any] | None:
         """A DreamBooth run as `dreambooth` makes it, in a process of its own: it has another model, an optimiser's
         state beside it, and a memory that is free again afterwards. The model is the folder's model/."""
-        folder, command = task.folder, [sys.executable, "-m", "mvdream_fast.dreambooth"]
+        folder = task.folder
         for model in self._models.values():
             model.drop()
         self._models = {}
         if (folder / run_folder.RECORD).exists():
-            command += ["--resume", str(folder)]
+            flags = {"resume": folder}
         else:
             for left in [path for path in folder.iterdir() if path.is_file()]:
                 left.unlink()
             flags = {name: value for name, value in task.job.request.items() if name not in ("kind", "prompt")}
-            flags |= {"instance_prompt": task.job.request["prompt"], "output": str(folder)}
-            command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        command += [f"--device={self.device.device}", *([f"--threads={self.threads}"] if self.threads else [])]
-        code, message = _followed(command, task)
-        if task.stop.requested is not None:
-            return None
-        if code:
-            raise ERRORS.get(code, UserError)(message or f"dreambooth ended with the code {code}")
-        return {"model": "model"}
+            flags |= {"instance_prompt": task.job.request["prompt"], "output": folder}
+        flags |= {"device": self.device.device, **({"threads": self.threads} if self.threads else {})}
+        log, total = run_folder.JsonlLog(folder / "log.jsonl"), task.job.request.get("max_train_steps") or 0
+
+        def tell() -> None:
+            task.report(max((r.get("step", 0) for r in log.read()[-1:]), default=0), total, "tuning")
+
+        ended = run_child("dreambooth", [as_flag(*flag) for flag in flags.items()], task, tell)
+        return {"model": "model"} if ended else None
 
     def _with_made_models(self, request: Request, task: Task) -> Request:
         """The request with the folders of models that other jobs have tuned."""
@@ -149,30 +144,3 @@ class Maker:
         """Lets go of all other models."""
         for key in self._models.keys() - set(keys):
             self._models.pop(key).drop()
-
-
-def _followed(command: list[str], task: Task) -> tuple[int, str]:
-    """Runs a tuning, tells how far it is and hands a stop on: (exit code, the last line of its errors)."""
-    log, told = run_folder.JsonlLog(task.folder / "log.jsonl"), task.job.request.get("max_train_steps") or 0
-    with open(task.folder / "errors.txt", "wb") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=_dies_with_its_parent)
-        asked = False
-        while child.poll() is None:
-            task.report(max((r.get("step", 0) for r in log.read()[-1:]), default=0), told, "tuning")
-            if task.stop.requested is not None and not asked:
-                child.terminate()
-                asked = True
-            try:
-                child.wait(POLL_S)
-            except subprocess.TimeoutExpired:
-                continue
-    return child.returncode, last_words(task.folder / "errors.txt", "dreambooth")
-
-
-def _dies_with_its_parent() -> None:
-    """Linux: a worker that is killed takes the process that it started along."""
-    import ctypes
-    import signal
-
-    set_death_signal = 1
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)

@@ -3,14 +3,23 @@
 What happens to a job is a list of events, files with the numbers 1, 2, 3, ...; each is created only if it is absent, so
 of two that would happen at once one does. A claim is an event, and so is its end: a worker whose claim has been
 followed by anything else (its job was cancelled, or given to another because its heartbeat had stopped) cannot end it
-any more. Files: jobs/*.jsonl, a job a line; events/<id>.<number>; beats/<id>.<number of the claim>, which is replaced.
+any more. Files: jobs/*.jsonl, a job a line; events/<id>.<number>; beats/<id>.<number of the claim>, which is replaced;
+kinds/<id>.<number>.<kind>, empty, which tells in a list of names what an event is.
+
+A kind decides nothing. Two events of one number would not collide if their kinds were in their names, so that name is
+never the one that is created exclusively: whoever has created an event makes its kind's file after it, and nobody else
+does. A file of a kind is right, then, or missing (its maker died between the two, or is of a version without them), and
+an event without one is read.
 """
 
+import contextlib
 import json
+import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, replace
 from hashlib import sha256
+from math import inf
 from typing import Any
 
 from mvdream_fast.core.errors import ArgumentError, OutputError
@@ -21,6 +30,7 @@ from mvdream_fast.jobs.job import (
     Progress,
     State,
     Status,
+    is_whole,
     read_beat,
     read_event,
     read_jobs,
@@ -36,6 +46,8 @@ FRESH_S = 1.0  # what is known of the queue is looked at again after so long, wh
 MAX_LOST = (
     10  # workers that die with a job, one after the other and without getting further, before it counts as failed
 )
+FEW = 20  # events that are read one by one; of more, the kinds are listed first
+KINDS = ("claim", "done", "fail", "free", "cancel", "retry")
 
 
 class Lease:
@@ -85,7 +97,7 @@ class Queue:
     """Jobs in a store. Any number of processes, threads and machines may use the same place, each with its own.
 
     expiry: seconds without a change of its heartbeat after which a worker counts as dead, by the clock of whoever waits
-    for it; clocks of machines are not compared. One that died on this machine is noticed at once.
+    for it; clocks of machines are not compared. One that died on this machine is dead at once.
     An empty place becomes a queue's. Raises: OutputError for one that holds something else.
     """
 
@@ -94,9 +106,12 @@ class Queue:
         _check_place(store)
         self._files: set[str] = set()
         self._jobs: dict[str, Job] = {}
-        self._last: dict[str, tuple[int, Event]] = {}
-        self._beats: dict[str, tuple[bytes, float]] = {}
-        self._ready: list[str] = []
+        self._last: dict[str, tuple[int, str]] = {}  # of each job the number and the kind of its last event
+        self._read: dict[str, tuple[int, Event]] = {}  # and what is in it, or in one before it
+        self._torn: set[str] = set()  # jobs whose last event was not whole when it was read
+        self._beats: dict[str, tuple[str, bytes, float]] = {}  # of each job: whose, what it was, and since when
+        self._ready: dict[int, list[str]] = {}  # the jobs that may be taken by priority, the next one last
+        self._at_work = -inf  # the highest priority of what runs
         self._looked = -FRESH_S
 
     def add(self, *jobs: Job) -> list[str]:
@@ -111,17 +126,24 @@ class Queue:
         return [job.id for job in jobs]
 
     def claim(self, worker: str, kinds: Collection[str] | None = None) -> Lease | None:
-        """The next job that waits, or one whose worker has died; None where there is none now.
+        """The next job that waits, or one whose worker has died where no other of its priority waits; None where there
+        is none now.
 
         Args: worker, a name for people. kinds: takes no others.
         """
-        for is_known in (time.monotonic() - self._looked < FRESH_S, False):
-            if not is_known:
-                self.look()
-            while self._ready:
-                lease = self._taken(self._ready.pop(), worker, kinds)
-                if lease is not None:
+        if time.monotonic() - self._looked < FRESH_S:
+            for priority, ready in self._ready.items():
+                if priority < self._at_work:
+                    break  # what runs may have to be taken over first
+                if (lease := self._one_of(ready, worker, kinds)) is not None:
                     return lease
+        self.look()
+        for priority in sorted({job.priority for job in self._jobs.values()}, reverse=True):
+            lease = self._one_of(self._ready.get(priority, []), worker, kinds)
+            if lease is None:  # only now are heartbeats read, one for each running job
+                lease = self._one_of(self._dead(priority), worker, kinds)
+            if lease is not None:
+                return lease
         return None
 
     def cancel(self, job_id: str) -> bool:
@@ -133,15 +155,15 @@ class Queue:
 
         retries: as if the job had been added with so many.
         """
-        job = self._job(job_id)
+        job = self.job(job_id)
         granted = 0 if retries is None else retries - job.retries
         return self._asked(job_id, (State.FAILED, State.CANCELLED), "retry", -granted)
 
     def jobs(self) -> list[tuple[Job, Status]]:
         """All jobs and where they stand, in the order in which they are taken."""
         self.look()
-        running = [name for job_id in self._jobs if (name := self._beat_name(job_id))]
-        beats = self.store.read_many(running)
+        self._read_last(self._last)
+        beats = self._heard(self._jobs)
         return [(job, self._status(job, beats)) for job in self._in_order()]
 
     def unfinished(self, kinds: Collection[str] | None = None) -> list[Job]:
@@ -151,12 +173,14 @@ class Queue:
 
     def status(self, job_id: str) -> Status:
         """Where one job stands. Raises ArgumentError for one that is not known."""
-        job = self._job(job_id)
+        job = self.job(job_id)
         self.look()
+        self._read_last((job_id, *job.needs))
         name = self._beat_name(job_id)
         return self._status(job, self.store.read_many([name] if name else []))
 
-    def _job(self, job_id: str) -> Job:
+    def job(self, job_id: str) -> Job:
+        """What was asked for. Raises ArgumentError for an id that is not known."""
         if job_id not in self._jobs:
             self.look()
         if job_id not in self._jobs:
@@ -176,13 +200,43 @@ class Queue:
         for name in self.store.names("events"):
             job_id, _, number = name.partition(".")
             newest[job_id] = max(newest.get(job_id, 0), int(number))
-        unread = {f"events/{job_id}.{n}": job_id for job_id, n in newest.items() if self._number(job_id) < n}
-        for name, data in self.store.read_many(unread).items():
-            self._last[unread[name]] = int(name.rpartition(".")[2]), read_event(data)
+        self._learn({job_id: n for job_id, n in newest.items() if n > self._number(job_id) or job_id in self._torn})
         self._looked = time.monotonic()
-        dead = self._dead()
-        free = [job.id for job in self._in_order() if job.id in dead or self._may_be_taken(job)]
-        self._ready = free[::-1]
+        self._ready = {}
+        for job in self._in_order():
+            if self._may_be_taken(job):
+                self._ready.setdefault(job.priority, []).append(job.id)
+        for ready in self._ready.values():
+            ready.reverse()
+        self._at_work = max((j.priority for j in self._jobs.values() if self._kind(j.id) == "claim"), default=-inf)
+
+    def _learn(self, new: dict[str, int]) -> None:
+        """What the last events are, of these numbers by job: from their kinds' names, or read where those are missing,
+        where they do not say enough (a failure may be followed by another try), and where they are few."""
+        unread = dict(new)
+        if len(new) > FEW:
+            listed = set(self.store.names("kinds"))
+            for job_id, number in new.items():
+                kinds = [kind for kind in KINDS if f"{job_id}.{number}.{kind}" in listed]
+                if len(kinds) == 1 and kinds != ["fail"]:
+                    self._last[job_id] = number, kinds[0]
+                    self._torn.discard(job_id)
+                    del unread[job_id]
+        for job_id, event in self._events(unread):
+            self._last[job_id], self._read[job_id] = (unread[job_id], event.event), (unread[job_id], event)
+
+    def _read_last(self, job_ids: Iterable[str]) -> None:
+        """Reads the last events of these jobs, but those that were read."""
+        unread = {i: self._number(i) for i in job_ids if self._number(i) > self._read.get(i, (0, None))[0]}
+        for job_id, event in self._events(unread):
+            self._read[job_id] = unread[job_id], event
+
+    def _events(self, numbers: dict[str, int]) -> Iterator[tuple[str, Event]]:
+        """Events, read, of these numbers by job."""
+        names = {f"events/{job_id}.{number}": job_id for job_id, number in numbers.items()}
+        for name, data in self.store.read_many(names).items():
+            (self._torn.discard if is_whole(data) else self._torn.add)(names[name])
+            yield names[name], read_event(data)
 
     def _in_order(self) -> list[Job]:
         return sorted(self._jobs.values(), key=lambda job: (-job.priority, job.created))
@@ -190,54 +244,78 @@ class Queue:
     def _number(self, job_id: str) -> int:
         return self._last[job_id][0] if job_id in self._last else 0
 
+    def _kind(self, job_id: str) -> str:
+        return self._last[job_id][1] if job_id in self._last else ""
+
     def _event(self, job_id: str) -> Event:
-        return self._last[job_id][1] if job_id in self._last else Event()
+        """The last event of a job."""
+        if self._number(job_id) > self._read.get(job_id, (0, None))[0]:
+            self._read_last([job_id])
+        return self._read[job_id][1] if job_id in self._read else Event()
 
     def _state(self, job: Job) -> State:
-        event = self._event(job.id)
-        if event.event == "fail":
-            return State.FAILED if event.failures > job.retries else State.QUEUED
-        if event.event in ("", "free", "retry"):
+        kind = self._kind(job.id)
+        if kind == "fail":
+            return State.FAILED if self._event(job.id).failures > job.retries else State.QUEUED
+        if kind in ("", "free", "retry"):
             lost = any(self._is_hopeless(need) for need in job.needs)
             return State.FAILED if lost else State.QUEUED
-        return {"claim": State.RUNNING, "done": State.DONE, "cancel": State.CANCELLED}[event.event]
+        return {"claim": State.RUNNING, "done": State.DONE, "cancel": State.CANCELLED}[kind]
 
     def _is_hopeless(self, need: str) -> bool:
         return need in self._jobs and self._state(self._jobs[need]) in (State.FAILED, State.CANCELLED)
 
     def _may_be_taken(self, job: Job) -> bool:
-        needed = all(self._event(need).event == "done" for need in job.needs)
+        needed = all(self._kind(need) == "done" for need in job.needs)
         return needed and self._state(job) == State.QUEUED
 
-    def _dead(self) -> set[str]:
-        """The running jobs whose worker is dead: gone from this machine, or silent for too long."""
-        names = {name: job_id for job_id in self._jobs if (name := self._beat_name(job_id))}
-        beats, now = self.store.read_many(names), time.monotonic()
-        before, self._beats = self._beats, {}
-        for name in names:
-            beat = beats.get(name, b"")
-            known = before.get(name)
-            self._beats[name] = known if known is not None and known[0] == beat else (beat, now)
-        return {
-            job_id for name, job_id in names.items()
-            if is_gone(self._event(job_id).owner) or now - self._beats[name][1] > self.expiry
-        }  # fmt: skip
+    def _dead(self, priority: int) -> list[str]:
+        """The running jobs of a priority whose worker is dead (gone from this machine, or silent for too long), in the
+        order of `_ready`."""
+        running = [j.id for j in self._in_order() if j.priority == priority and self._kind(j.id) == "claim"]
+        self._read_last(running)
+        self._heard(running)
+        silent = time.monotonic() - self.expiry
+        return [i for i in running[::-1] if is_gone(self._event(i).owner) or self._beats[i][2] < silent]
 
-    def _taken(self, job_id: str, worker: str, kinds: Collection[str] | None) -> Lease | None:
-        """A lease on a job that could be taken at the last look, None where another was faster."""
-        job, number, last = self._jobs[job_id], self._number(job_id), self._event(job_id)
-        if kinds is not None and job.kind not in kinds:
-            return None
+    def _heard(self, job_ids: Iterable[str]) -> dict[str, bytes]:
+        """The heartbeats of those of these jobs that run, by name; remembers when each was seen to change."""
+        names = {name: job_id for job_id in job_ids if (name := self._beat_name(job_id))}
+        beats, now = self.store.read_many(names), time.monotonic()
+        for name, job_id in names.items():
+            beat = name, beats.get(name, b"")
+            if self._beats.get(job_id, ())[:2] != beat:
+                self._beats[job_id] = *beat, now
+        return beats
+
+    def _one_of(self, ids: list[str], worker: str, kinds: Collection[str] | None) -> Lease | None:
+        """A lease on the last of these jobs, which are used up. Where another worker was faster, on any of them: all
+        who have lost against the same one would race for the same next, and all but one lose again."""
+        lost = False
+        while ids:
+            job = self._jobs[ids.pop(secrets.randbelow(len(ids)) if lost else -1)]
+            if kinds is not None and job.kind not in kinds:
+                continue
+            try:
+                lease = self._taken(job, worker)
+            except LeaseLost:
+                lost = True
+                continue
+            if lease is not None:
+                return lease
+        return None
+
+    def _taken(self, job: Job, worker: str) -> Lease | None:
+        """A lease on a job that could be taken at the last look, None where it is given up. Raises LeaseLost where
+        another worker was faster."""
+        number, last = self._number(job.id), self._event(job.id)
         if last.event == "claim":
-            last = self._after_loss(job_id, number, last)
+            last = self._after_loss(job.id, number, last)
         claim = replace(
             last, event="claim", worker=worker, owner=this_process(), attempt=last.attempt + 1, message="",
             exit_code=0, time=time.time(),
         )  # fmt: skip
-        try:
-            self.append(job_id, number, claim)
-        except LeaseLost:
-            return None
+        self.append(job.id, number, claim)
         lease = Lease(self, job, number + 1, claim)
         if claim.lost >= MAX_LOST:
             lease.fail(f"{claim.lost} workers died with it, one after the other; out of memory, perhaps", 1)
@@ -255,7 +333,7 @@ class Queue:
 
     def _asked(self, job_id: str, states: Collection[State], event: str, failures: int) -> bool:
         """Appends what a person asks for, where the job stands as that needs it."""
-        job = self._job(job_id)
+        job = self.job(job_id)
         while True:
             self.look()
             number, last = self._number(job_id), self._event(job_id)
@@ -272,7 +350,9 @@ class Queue:
         event = replace(event, time=time.time())
         if not self.store.create(f"events/{job_id}.{number + 1}", json.dumps(asdict(event)).encode()):
             raise LeaseLost(read_event(self.store.read(f"events/{job_id}.{number + 1}") or b"").event)
-        self._last[job_id] = number + 1, event
+        with contextlib.suppress(OutputError):  # a disk that is full by now: the event stands, and will be read
+            self.store.mark(f"kinds/{job_id}.{number + 1}.{event.event}")
+        self._last[job_id], self._read[job_id] = (number + 1, event.event), (number + 1, event)
 
     def check_last(self, job_id: str, number: int) -> None:
         """Raises LeaseLost where something has happened to a job after the event of this number."""
@@ -281,8 +361,7 @@ class Queue:
             raise LeaseLost(read_event(data).event)
 
     def _beat_name(self, job_id: str) -> str:
-        number, event = self._last.get(job_id, (0, Event()))
-        return f"beats/{job_id}.{number}" if event.event == "claim" else ""
+        return f"beats/{job_id}.{self._number(job_id)}" if self._kind(job_id) == "claim" else ""
 
     def _status(self, job: Job, beats: dict[str, bytes]) -> Status:
         event, state = self._event(job.id), self._state(job)

@@ -41,6 +41,10 @@ class Store(Protocol):
         """Makes a file; False, and nothing changed, where it is there already. Of several callers one gets True."""
         ...
 
+    def mark(self, name: str) -> None:
+        """Makes an empty file, with what costs least; nothing happens where it is there already."""
+        ...
+
     def names(self, folder: str) -> list[str]:
         """What lies right in `folder`, by its name there, in no order; nothing where there is no such folder."""
         ...
@@ -115,6 +119,15 @@ class LocalStore:
                     raise
                 return _created_by_rename(temporary, path)
             return True
+
+    def mark(self, name: str) -> None:
+        path = self._root / name
+        try:
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            raise _unusable(path, error) from error
 
     @contextlib.contextmanager
     def _temporary(self, name: str, data: bytes):
@@ -213,6 +226,9 @@ class ObjectStore:
         except OSError as error:
             raise _unusable(self._path(name), error) from error
         return True
+
+    def mark(self, name: str) -> None:
+        self.write(name, b"")
 
     def names(self, folder: str) -> list[str]:
         try:

@@ -188,7 +188,7 @@ class Worker:
 
     def _made(self, job_id: str) -> Path:
         """The folder of a job that is done, on this machine."""
-        job, status = next((job, status) for job, status in self.queue.jobs() if job.id == job_id)
+        job, status = self.queue.job(job_id), self.queue.status(job_id)
         if status.state != State.DONE:
             raise UserError(f"{job.title!r} must be made before what needs it, and is {status.state}")
         store, name = self.queue.store, asset_folder(job)

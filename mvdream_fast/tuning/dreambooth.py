@@ -71,7 +71,7 @@ class Preservation:
                 unused[len(sums)] = p, moved.sign()
             elif self.weight:
                 p.grad.add_(moved.sign(), alpha=self.weight / self.n)
-            sums.append(moved.abs_().sum().double())  # torch adds in pairs; dtype=float64 would copy a tensor in float64
+            sums.append(moved.abs_().sum().double())  # in pairs; dtype=float64 would copy the tensor
         distances: list[float] = reads.read(torch.stack(sums))
         for i, (p, sign) in unused.items():
             if self.weight and distances[i]:  # once multi-view steps have moved it

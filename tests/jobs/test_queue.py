@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mvdream_fast.core.errors import ArgumentError, OutputError
 from mvdream_fast.jobs import queue as queues
@@ -17,6 +20,7 @@ from mvdream_fast.jobs.owner import is_gone, this_process
 from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.store import open_store
 
+SPAWN = multiprocessing.get_context("spawn")
 CHAIR, CAR = Job("sds", {"prompt": "a chair"}), Job("sds", {"prompt": "a car"})
 
 
@@ -227,6 +231,36 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path):
         opened(tmp_path / "new").status("x")
 
 
+def test_a_job_of_a_dead_worker_comes_before_what_matters_less(place, monkeypatch):
+    """And after all that waits with the same priority, whose claim costs no look at heartbeats."""
+    monkeypatch.setattr(queues, "this_process", lambda: "another-machine/1/1")
+    queue, expiry = opened(place), 0.05
+    queue.add(CHAIR, CAR, Job("sds", {"prompt": "an urn"}, priority=-1))
+    queue.claim("dead")
+    other, read = opened(place, expiry), []
+    monkeypatch.setattr(queues, "FRESH_S", 1e9)
+    plain, other.store.read_many = other.store.read_many, lambda names: plain([read.append(n) or n for n in names])
+    assert other.claim("w").job.title == "a car"
+    assert [name for name in read if name.startswith("beats")] == []
+    other.jobs()
+    time.sleep(2 * expiry)
+    assert [third.claim("w").job.title for third in (other, opened(place))] == ["a chair", "an urn"]
+
+
+def test_who_has_lost_a_race_takes_any_job(place, monkeypatch):
+    """The second of the list would be taken by another who has lost the same race; what matters less still waits."""
+    drawn = []
+    monkeypatch.setattr(queues.secrets, "randbelow", lambda n: drawn.append(n) or 0)
+    jobs = [Job("x", {"prompt": str(i)}) for i in range(5)]
+    late, other = opened(place), opened(place)
+    late.add(*jobs, Job("x", {"prompt": "less"}, priority=-1))
+    other.look()
+    assert [late.claim("fast").job.title for _ in range(2)] == ["0", "1"]
+    assert other.claim("slow").job.title == "4"
+    assert drawn == [4], "of the four that the first of the list was not, the last"
+    assert [other.claim("slow").job.title for _ in range(3)] == ["3", "2", "less"]
+
+
 def _claims_all(place: str, worker: str, out) -> None:
     queue, mine = opened(place), []
     while (lease := queue.claim(worker)) is not None:
@@ -236,22 +270,145 @@ def _claims_all(place: str, worker: str, out) -> None:
 
 
 def test_processes_that_claim_at_once_share_the_jobs(tmp_path):
-    """Three processes empty one queue: every job is done once."""
+    """Three processes empty one queue: every job is done once, and the names of kinds say what the events do."""
     jobs = [Job("x", {"number": i}) for i in range(60)]
     opened(tmp_path / "out").add(*jobs)
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    workers = [context.Process(target=_claims_all, args=(str(tmp_path / "out"), str(i), out)) for i in range(3)]
+    out = SPAWN.Queue()
+    workers = [SPAWN.Process(target=_claims_all, args=(str(tmp_path / "out"), str(i), out)) for i in range(3)]
     [worker.start() for worker in workers]
     found = [job_id for _ in workers for job_id in out.get(timeout=60)]
     [worker.join() for worker in workers]
     assert sorted(found) == sorted(job.id for job in jobs)
-    events = [json.loads(path.read_text())["event"] for path in (tmp_path / "out/events").iterdir()]
-    assert sorted(events) == ["claim"] * 60 + ["done"] * 60
+    _check_events(opened(tmp_path / "out"), ["claim"] * 60 + ["done"] * 60)
+
+
+def _check_events(queue: Queue, kinds: list[str]) -> None:
+    """There are events of these kinds, their numbers have no gaps, and each has the name of its kind and no other."""
+    store = queue.store
+    events = {name: json.loads(store.read(f"events/{name}"))["event"] for name in store.names("events")}
+    assert sorted(events.values()) == sorted(kinds)
+    assert sorted(store.names("kinds")) == sorted(f"{name}.{kind}" for name, kind in events.items())
+    numbers: dict[str, list[int]] = {}
+    for name in events:
+        numbers.setdefault(name.partition(".")[0], []).append(int(name.partition(".")[2]))
+    assert all(sorted(found) == [*range(1, len(found) + 1)] for found in numbers.values())
+
+
+def test_threads_that_do_all_kinds_of_things_at_once(place, monkeypatch):
+    """Eight threads with a queue each: workers that finish, fail and give back, and people who cancel and ask again. No
+    job has two ends, no number two events, and whoever looks afterwards, by names or by reading, sees the same."""
+    if place.startswith("memory://"):  # which creates within a thread only; S3 and the like do so for all
+        lock, plain = threading.Lock(), MemoryFileSystem.pipe_file
+
+        def pipe_file(self, path, data, mode="overwrite", **more):
+            with lock:
+                return plain(self, path, data, mode=mode, **more)
+
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+    monkeypatch.setattr(queues, "FRESH_S", 0.01)
+    monkeypatch.setattr(queues, "FEW", 0)
+    jobs = [Job("x", {"number": i}, retries=1) for i in range(40)]
+    opened(place).add(*jobs)
+    start, errors, done = threading.Barrier(8), [], []
+    threads = [threading.Thread(target=_tries, args=(place, i, start, errors, done)) for i in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert errors == []
+    assert len(done) == len(set(done))
+    by_names = opened(place)
+    monkeypatch.setattr(queues, "FEW", 10**9)
+    by_reading = opened(place)
+    assert by_names.jobs() == by_reading.jobs()
+    assert {job.id for job, status in by_names.jobs() if status.state == State.DONE} == set(done)
+    assert {status.state for _, status in by_names.jobs()} <= {State.DONE, State.FAILED, State.CANCELLED}
+    store = by_names.store
+    _check_events(by_names, [json.loads(store.read(f"events/{name}"))["event"] for name in store.names("events")])
+
+
+def _tries(place: str, number: int, start: threading.Barrier, errors: list, done: list) -> None:
+    queue, turn = opened(place), number
+    try:
+        start.wait()
+        while (lease := queue.claim(str(number))) is not None:
+            turn += 1
+            try:
+                (lease.finish, lambda lease=lease: lease.fail("ill"), lease.free, lease.finish)[turn % 4]()
+                if turn % 4 in (0, 3):
+                    done.append(lease.job.id)
+            except LeaseLost as lost:
+                if lost.event != "cancel":
+                    raise
+            if turn % 5 == 0:
+                (queue.cancel if turn % 2 else queue.retry)(queue.jobs()[turn % 40][0].id)
+    except Exception as error:
+        errors.append(error)
+
+
+def test_a_queue_without_kinds_is_read_as_it_is(place, monkeypatch):
+    """As the version before left it, and as one whose workers died between an event and the name of its kind."""
+    monkeypatch.setattr(queues, "FEW", 0)
+    queue = opened(place)
+    queue.add(*(Job("x", {"number": i}) for i in range(4)))
+    done, failed, freed, _ = (queue.claim("old") for _ in range(4))
+    done.finish({"size": 3})
+    failed.fail("ill", 5)
+    freed.free()
+    known = queue.jobs()
+    queue.store.delete("kinds")
+    new = opened(place)
+    assert new.jobs() == known
+    assert [str(status.state) for _, status in known] == ["done", "failed", "queued", "running"]
+    lease = new.claim("new")
+    assert (lease.job.id, lease.attempt) == (freed.job.id, 2)
+    lease.finish()
+    assert new.cancel(known[3][0].id)
+    assert {name.rpartition(".")[2] for name in new.store.names("kinds")} == {"claim", "done", "cancel"}
+    assert opened(place).jobs() == new.jobs()
+
+
+def test_a_kind_whose_event_was_lost_decides_nothing(place, monkeypatch):
+    """As after a crash of a file server: a name of a kind without its event, and two of one number."""
+    monkeypatch.setattr(queues, "FEW", 0)
+    queue = opened(place)
+    queue.add(CHAIR)
+    queue.store.mark(f"kinds/{CHAIR.id}.1.cancel")
+    assert states(opened(place)) == {"a chair": "queued"}
+    lease = opened(place).claim("w")
+    assert states(opened(place)) == {"a chair": "running"}
+    lease.finish()
+    assert states(opened(place)) == {"a chair": "done"}
+
+
+def test_a_disk_that_is_full_after_an_event_changes_nothing(place, monkeypatch):
+    monkeypatch.setattr(queues, "FEW", 0)
+    queue = opened(place)
+    queue.add(CHAIR)
+    monkeypatch.setattr(queue.store, "mark", _full)
+    queue.claim("w").finish()
+    assert states(opened(place)) == {"a chair": "done"}
+
+
+def _full(_):
+    raise OutputError("No space left on device")
+
+
+def test_an_event_that_is_read_while_it_is_made_is_read_again(tmp_path):
+    """Where there are no hard links its file is empty for a moment: no claim, if that is not what it becomes."""
+    queue = opened(tmp_path / "out", expiry=0.0)
+    queue.add(CHAIR)
+    queue.claim("w").finish()
+    event = tmp_path / f"out/events/{CHAIR.id}.2"
+    whole = event.read_bytes()
+    event.write_bytes(b"")
+    shutil.rmtree(tmp_path / "out/kinds")
+    other = opened(tmp_path / "out")
+    assert states(other) == {"a chair": "running"}
+    event.write_bytes(whole)
+    assert states(other) == {"a chair": "done"}
 
 
 def test_a_look_at_many_jobs_reads_only_what_is_new(tmp_path):
-    """The work of a claim is a list of names and one file, however many jobs there are."""
+    """The work of a claim is a list of names and one file, however many jobs there are and whatever happened."""
     store = open_store(tmp_path / "out")
     queue = Queue(store)
     queue.add(*(Job("x", {"number": i}) for i in range(500)))
@@ -264,3 +421,14 @@ def test_a_look_at_many_jobs_reads_only_what_is_new(tmp_path):
     opened(tmp_path / "out").claim("another").finish()
     queue.look()
     assert len(read) == 1
+    other = opened(tmp_path / "out")
+    for i in range(queues.FEW + 5):
+        lease = other.claim("another")
+        if i % 2:
+            lease.finish({"number": i})
+    queue.look()
+    assert len(read) == 1, "their names say what they are"
+    assert queue.claim("w").attempt == 1
+    assert len(read) == 1
+    assert queue.status(lease.job.id).result == {}
+    assert queue.jobs() == other.jobs()

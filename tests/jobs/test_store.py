@@ -30,7 +30,11 @@ def test_read_write_create_list_delete(store):
     store.write("a/two", b"")
     assert store.read_many(["a/one", "a/two", "a/three"]) == {"a/one": b"3", "a/two": b""}
     assert sorted(store.names("a")) == ["one", "two"]
-    assert sorted(store.names("")) == ["a"]
+    store.mark("b/deep/three")
+    store.mark("b/deep/three")
+    assert store.read("b/deep/three") == b""
+    assert sorted(store.names("")) == ["a", "b"]
+    store.delete("b")
     store.delete("a/two")
     store.delete("a/two")
     assert store.names("a") == ["one"]
