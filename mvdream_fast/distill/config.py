@@ -17,7 +17,7 @@ from annotated_types import Interval
 from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.core.schema import Checked, Share, checked
-from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig
+from mvdream_fast.guidance.config import GuidanceConfig, RepaintConfig, SampledConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, checked_shapes, names_of
 
@@ -57,6 +57,7 @@ class SDSConfig(Checked):
     render_size: tuple[Annotated[int, Interval(ge=8, le=1024)], ...] = (64, 256)
     milestones: tuple[int, ...] = (5000,)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    sampled: SampledConfig = field(default_factory=SampledConfig)
     repaint: RepaintConfig = field(default_factory=RepaintConfig)
     negative_prompt: str = PAPER_NEGATIVE_PROMPT
     suffix: str = ""
@@ -109,7 +110,8 @@ class SDSConfig(Checked):
 
     def n_rays(self) -> int:
         """Rays of a step in the largest phase."""
-        return max(n * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
+        known = int(self.sampled.beside)  # a group of sampled views beside those that are distilled from
+        return max((n + known) * self.cameras.n_views * size**2 for n, size in zip(self.n_groups, self.render_size))
 
 
 PARTS = {f.name: c for f in dataclasses.fields(SDSConfig) if dataclasses.is_dataclass(c := f.default_factory)}
@@ -209,6 +211,17 @@ def check_ending(config: SDSConfig) -> None:
             f"{without} {config.guidance.particles} particles, which it would make alike, got "
             f"{config.repaint.repaint_from:g}; leave it out, or take 1 particle"
         )
+
+
+def check_sampled(config: SDSConfig) -> None:
+    """Raises ArgumentError for sampled views that can't be fitted beside distillation."""
+    n, each = config.sampled.sampled_views, config.cameras.n_views
+    if n and config.method == "reconstruct":
+        raise ArgumentError(f"sampled_views must be 0 with method reconstruct, which fits n_views of them, got {n}")
+    if n and config.mode == "2d":
+        raise ArgumentError(f"sampled_views must be 0 with mode 2d, whose model draws one view at a time, got {n}")
+    if n % each:
+        raise ArgumentError(f"sampled_views must be a multiple of n_views, {each}, got {n}")
 
 
 def check_vsd(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:

@@ -4,24 +4,28 @@ guidance of a stage.
 What a step does is state.py's; TextTo3D (text_to_3d.py) is the way in.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvdream_fast.camera import middle_cameras
+import torch
+from torch import Tensor
+
+from mvdream_fast.camera import Cameras, middle_cameras
 from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.config import SDSConfig, check_ending, check_vsd, written
+from mvdream_fast.distill.config import SDSConfig, check_ending, check_sampled, check_vsd, written
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
-from mvdream_fast.guidance.reconstruction import Reconstruction
+from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
 from mvdream_fast.guidance.repaint import Painter, Repaint
 from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
@@ -30,8 +34,6 @@ from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.base import Representation
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mvdream_fast.pipeline import MVDreamPipeline
 
 # Begins the stage of an index, with what the one before has made: nothing for the first stage, and for one whose state
@@ -185,20 +187,44 @@ def prompt_endings(config: SDSConfig) -> list[str]:
 
 def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
     """The one place where the kind of guidance is chosen: score distillation from many views or one, plain or
-    variational, or, with the method "reconstruct", views that are sampled once and fitted; any but the last may end
-    with repainting."""
-
-    def silent(_: str) -> None:
-        """The command has named unknown words once."""
+    variational, which may end with repainting and have views beside it that are sampled once and fitted; or, with the
+    method "reconstruct", such views alone."""
 
     check_vsd(config)
     check_ending(config)
+    check_sampled(config)
     if config.method == "reconstruct":
-        views = pipeline(prompt, config.cameras.n_views, negative_prompt=config.negative_prompt, seed=seed, warn=silent)
-        return Reconstruction(views.tensor, middle_cameras(config.cameras))
+        return Reconstruction(*_sampled(pipeline, prompt, config, seed, config.cameras.n_views))
+    guidance = _distillation(pipeline, prompt, config, seed)
+    if not config.sampled.beside:
+        return guidance
+    images, cameras = _sampled(pipeline, prompt, config, seed, config.sampled.sampled_views)
+    groups = torch.arange(len(images)).view(config.cameras.n_views, -1).T  # each of them all around
+    around = [Cameras(cameras.c2w[group], cameras.fovy[group]) for group in groups]
+    return Anchored(guidance, images[groups], around, config.sampled.lambda_sampled)
+
+
+def _sampled(
+    pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, n_views: int
+) -> tuple[Tensor, Cameras]:
+    """Views [n_views, 3, Hp, Wp] in [0, 1] as the model draws them, evenly around, and their cameras."""
+    how = config.sampled
+    views = pipeline(
+        prompt, n_views, n_steps=how.sampled_steps, guidance_scale=how.sampled_scale,
+        negative_prompt=config.negative_prompt, seed=seed, warn=_silent,
+    )  # fmt: skip
+    return views.tensor, middle_cameras(dataclasses.replace(config.cameras, n_views=n_views))
+
+
+def _silent(_: str) -> None:
+    """The command has named unknown words once."""
+
+
+def _distillation(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
+    """Score distillation, and where the run ends with it, repainting."""
     endings = prompt_endings(config)
     prompts = [prompt] * len(endings)
-    text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=silent).to(pipeline.dtype)
+    text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=_silent).to(pipeline.dtype)
     model = pipeline.model
     own, sides = (None, text) if config.guidance.tells_sides(config.mode) else (text, None)
     unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
@@ -210,7 +236,7 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
         if not isinstance(unet, MultiViewUNet):
             raise ModelError(f"VSD trains a copy of the UNet, and that of {pipeline.config.name} takes no LoRA; "
                              "name one of Stable Diffusion's or MVDream's models")  # fmt: skip
-        plain = pipeline.encode_prompt(prompt, config.negative_prompt, config.suffix, warn=silent).to(pipeline.dtype)
+        plain = pipeline.encode_prompt(prompt, config.negative_prompt, config.suffix, warn=_silent).to(pipeline.dtype)
         multi_view = config.mode == "3d"
         knows_cameras = multi_view and unet.config.camera_in != "none"
         parts, graphs = (unet, vae, pipeline.schedule, own, config.guidance), pipeline.graphs

@@ -84,8 +84,8 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
 
 
 def guided_views(config: SDSConfig) -> int:
-    """Views that the models are asked about in a run, each with and without the prompt; a redrawn view once for every
-    step of its sampler."""
+    """Views that the models are asked about in a run, each with and without the prompt; a redrawn or sampled
+    view once for every step of its sampler."""
     return sum(map(_guided_views, config.stages))
 
 
@@ -94,7 +94,8 @@ def _guided_views(stage: SDSConfig) -> int:
     ends = (0, *(min(milestone, first) for milestone in stage.milestones), first)
     asked = [-(-end // every) - -(-start // every) for start, end in pairwise(ends)]  # steps that ask, by phase
     groups = sum(n * groups for n, groups in zip(asked, stage.n_groups, strict=True))
-    return stage.cameras.n_views * (groups + _sampler_steps(stage))
+    sampled = stage.sampled.sampled_views * stage.sampled.sampled_steps
+    return stage.cameras.n_views * (groups + _sampler_steps(stage)) + sampled
 
 
 def _sampler_steps(config: SDSConfig) -> int:

@@ -22,6 +22,7 @@ from mvdream_fast.distill.config import (
     RecipeName,
     SDSConfig,
     check_ending,
+    check_sampled,
     check_stages,
     check_vsd,
     joined,
@@ -260,6 +261,7 @@ def _check_stage(config: SDSConfig, names: Mapping[str, str]) -> None:
         raise ArgumentError("--mode must be 3d with --method reconstruct, whose views are sampled together, got 2d")
     check_vsd(config, names)
     check_ending(config)
+    check_sampled(config)
     for name in ("render_size", "n_groups"):
         if len(settings[name]) != len(config.milestones) + 1:
             raise ArgumentError(

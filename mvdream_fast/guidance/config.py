@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from mvdream_fast.core.ramp import ShareRamp
+from mvdream_fast.core.ramp import ShareRamp, WeightRamp
 from mvdream_fast.core.schema import Checked, Share
 
 Limit = Annotated[float, Interval(gt=0, le=1e6)]
@@ -47,6 +47,22 @@ class GuidanceConfig(Checked):
     def tells_sides(self, mode: str) -> bool:
         """Whether the prompt says from where a view is seen, in a mode of SDSConfig."""
         return mode == "2d" if self.view_words is None else self.view_words
+
+
+@dataclass(frozen=True)
+class SampledConfig(Checked):
+    """Views that are sampled once, before the first step, and fitted as if they were photographs: in place of
+    distillation (the method "reconstruct"), or, with `sampled_views`, beside it (guidance/reconstruction.py)."""
+
+    sampled_views: Annotated[int, Interval(ge=0, le=64)] = 0  # evenly around, fitted beside distillation; 0: none
+    sampled_scale: Annotated[float, Interval(gt=-1e6, lt=1e6)] = 7.5  # guidance scale of their sampling
+    sampled_steps: Annotated[int, Interval(ge=1, le=1000)] = 50  # of the sampler
+    lambda_sampled: WeightRamp = (0.0, 1.0, 1.0, 0.0)  # of their squared error, summed over a view
+
+    @property
+    def beside(self) -> bool:
+        """Whether there are any beside distillation."""
+        return self.sampled_views > 0
 
 
 @dataclass(frozen=True)

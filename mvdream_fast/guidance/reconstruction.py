@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras
+from mvdream_fast.core.ramp import Ramp, ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing
 
@@ -30,10 +31,11 @@ class Anchored:
 
     Args:
         images [G, V, 3, Hp, Wp] in [0, 1], cameras of each group.
-        weight: of the known views' squared error, summed over a view's pixels, as `Reconstruction` has it.
+        weight: of the known views' squared error, summed over a view's pixels, as `Reconstruction` has it; a ramp over
+            the steps.
     """
 
-    def __init__(self, free: Guidance, images: Tensor, cameras: list[Cameras], weight: float):
+    def __init__(self, free: Guidance, images: Tensor, cameras: list[Cameras], weight: Ramp):
         self.free, self.images, self.cameras, self.weight = free, images, cameras, weight
         self._group = 0
 
@@ -50,7 +52,7 @@ class Anchored:
         """See `Guidance`; the other's loss and the known views' squared error."""
         n = len(rgb) - self.images.shape[1]
         loss, t = self.free.score(rgb[:n], Cameras(views.c2w[:n], views.fovy[:n]), step, stream, timing)
-        return loss + self.weight * squared_error(rgb[n:], self.images[self._group]), t
+        return loss + ramp(self.weight, step) * squared_error(rgb[n:], self.images[self._group]), t
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The other guidance's."""

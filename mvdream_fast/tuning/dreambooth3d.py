@@ -33,6 +33,7 @@ from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.progress import figures
 from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.distill.state import RunState
+from mvdream_fast.distill.systems import constant
 from mvdream_fast.guidance.reconstruction import Anchored
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
@@ -157,7 +158,7 @@ class Stages:
         guidance = new_guidance(pipeline, self.prompt, config, seed)
         if views is not None:
             cameras = [views.cameras(group) for group in range(len(views.images))]
-            guidance = Anchored(guidance, views.images, cameras, weight)
+            guidance = Anchored(guidance, views.images, cameras, constant(weight))
         state = RunState(config, self.prompt, seed, guidance, pipeline.device, model=pipeline.config)
         pace = Pace(PROGRESS_S)
 

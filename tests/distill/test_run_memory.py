@@ -18,7 +18,7 @@ from mvdream_fast.models import lora
 from mvdream_fast.models.config import MINI, SD21
 from mvdream_fast.models.unet import MultiViewUNet
 
-PAPER = SDS_PRESETS["paper"]
+PAPER, SMALL = SDS_PRESETS["paper"], SDS_PRESETS["mini"]
 
 
 def total(model, config, weights=0):
@@ -37,6 +37,8 @@ def test_what_grows_the_run_grows_the_estimate():
     assert run_memory.estimate(SD21, PAPER)["the VAE's encoder"] > run_memory.estimate(MINI, PAPER)["the VAE's encoder"]
     four_prompts = run_memory.estimate(SD21, replaced(PAPER, mode="2d", perp_neg=True))
     assert four_prompts["the UNet"] == 2 * run_memory.estimate(SD21, PAPER)["the UNet"]
+    beside = run_memory.estimate(MINI, replaced(SMALL, sampled_views=8))["the renderer's samples"]
+    assert beside > 1.4 * run_memory.estimate(MINI, SMALL)["the renderer's samples"]
     reconstruction = run_memory.estimate(SD21, replaced(PAPER, method="reconstruct"))
     assert "the UNet" not in reconstruction
     assert total(SD21, shaded(PAPER)) > base

@@ -103,7 +103,7 @@ class Flat(Stateless):
 
 def test_the_composed_guidance_adds_the_reconstruction():
     pseudo, stream = views(size=16), Stream(0, 3, "cameras")
-    guidance = Anchored(Flat(), pseudo.images, [pseudo.cameras(g) for g in range(2)], weight=10.0)
+    guidance = Anchored(Flat(), pseudo.images, [pseudo.cameras(g) for g in range(2)], (0.0, 10.0, 10.0, 0.0))
     cameras = guidance.views(3, stream)
     assert len(cameras) == 8
     assert torch.equal(cameras.c2w[:4], Flat().views(3, Stream(0, 3, "cameras")).c2w)

@@ -17,6 +17,7 @@ LIT_BYTES_PER_SAMPLE = 340  # with normals by differences, measured; by derivati
 PRUNE_BYTES = 8192 * 110  # a block of rays before pruning on a CPU, per sample of a ray
 MARCHED_BYTES = 28  # of a sample before pruning on a GPU: two distances, a position, a density, whether it stays, room
 FEATURES_AT_ONCE = 1 << 18  # samples whose features the field's kernels write down together
+VolumeName = Literal["paper", "mini", "coarse"]
 LearningRate = Annotated[float, Interval(ge=0, lt=10)]
 
 
@@ -52,6 +53,16 @@ class VolumeConfig:
         """A small volume for the embedded model on a CPU: 12 levels, 2^15 entries each, top resolution 256."""
         return cls(n_levels=12, log2_size=15, top_resolution=256, width=32)
 
+    @classmethod
+    def coarse(cls) -> "VolumeConfig":
+        """What a handful of views can tell: 7 levels, no cell finer than an eightieth of the box's side."""
+        return cls(n_levels=7, log2_size=15, base_resolution=8, top_resolution=80, width=32)
+
+    @classmethod
+    def named(cls, name: VolumeName, radius: float) -> "VolumeConfig":
+        """That of a setting `volume`."""
+        return replace({"paper": cls.paper, "mini": cls.mini, "coarse": cls.coarse}[name](), radius=radius)
+
     @property
     def growth(self) -> float:
         """Ratio of neighbouring resolutions (1.447269237440378 for the paper's 16 to 4096 in 16 levels)."""
@@ -75,7 +86,7 @@ class HashGridConfig(Checked):
     are ramps."""
 
     usual_faces: ClassVar[int] = 30_000  # at most, of its mesh unless others are asked for
-    volume: Literal["paper", "mini"] = "paper"
+    volume: VolumeName = "paper"
     radius: Annotated[float, Interval(gt=0, le=100)] = 1.0  # the volume fills [-radius, radius]^3
     background: Literal["learned", "grey", "white"] = "learned"
     background_aug_prob: Share = 0.5
@@ -91,8 +102,7 @@ class HashGridConfig(Checked):
 
     def volume_config(self) -> VolumeConfig:
         """The volume that `volume` names."""
-        volume = VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
-        return replace(volume, radius=self.radius)
+        return VolumeConfig.named(self.volume, self.radius)
 
     def memory(self, n_rays: int, gpu_memory: int | None = None, lit: bool = False) -> dict[str, int]:
         """Estimated bytes by part of a training step of n_rays; nothing is allocated for it. gpu_memory: of the GPU

@@ -1,13 +1,13 @@
 """What a mesh that is optimised is made of and how it learns, as frozen values, and the memory that takes; no torch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
 from mvdream_fast.core.ramp import WeightRamp
 from mvdream_fast.core.schema import Checked, Share
-from mvdream_fast.scene.nerf.config import LearningRate, VolumeConfig
+from mvdream_fast.scene.nerf.config import LearningRate, VolumeConfig, VolumeName
 
 BYTES_PER_PIXEL = 320  # of a training step: images of 4 to 6 numbers, some twice, their gradients, and the field's
 BYTES_PER_POINT = 144  # of the lattice: distance and shift with gradient and two moments, coordinates, edges' marks
@@ -19,7 +19,7 @@ class MeshColors(Checked):
     """The colours of a mesh, what is behind it, and what is shown."""
 
     usual_faces: ClassVar[int] = 0  # its mesh is the very one that was optimised
-    volume: Literal["paper", "mini"] = "paper"  # the field whose colours the surface has
+    volume: VolumeName = "paper"  # the field whose colours the surface has
     radius: Annotated[float, Interval(gt=0, le=100)] = 1.0  # the field, and what is drawn, fill [-radius, radius]^3
     background: Literal["learned", "grey", "white"] = "learned"
     background_aug_prob: Share = 0.5
@@ -29,8 +29,7 @@ class MeshColors(Checked):
 
     def volume_config(self) -> VolumeConfig:
         """The volume that `volume` names."""
-        volume = VolumeConfig.paper() if self.volume == "paper" else VolumeConfig.mini()
-        return replace(volume, radius=self.radius)
+        return VolumeConfig.named(self.volume, self.radius)
 
     def _memory(self, n_rays: int) -> dict[str, int]:
         volume = self.volume_config()

@@ -1,0 +1,88 @@
+"""Views that are sampled once and fitted beside distillation: which they are, where they stand, and what they weigh."""
+
+import dataclasses
+
+import pytest
+import torch
+from reference.random_model import random_model
+
+from mvdream_fast.camera import middle_cameras
+from mvdream_fast.core.rng import Stream
+from mvdream_fast.distill.config import replaced, restepped
+from mvdream_fast.distill.loop import new_guidance
+from mvdream_fast.distill.recipes import guided_views
+from mvdream_fast.distill.systems import mini
+from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
+from mvdream_fast.guidance.sds import SDS
+from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.text_to_3d import TextTo3D
+
+SMALL = replaced(mini(), steps=4, render_size=(8,), samples_per_ray=16)
+BESIDE = replaced(SMALL, sampled_views=8, sampled_steps=2, sampled_scale=3.0, lambda_sampled=(0.0, 2.0, 6.0, 4.0))
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> MVDreamPipeline:
+    return MVDreamPipeline(random_model(), "cpu", torch.float32)
+
+
+def test_they_are_what_the_pipeline_draws_in_groups_all_around(pipeline):
+    guidance = new_guidance(pipeline, "a red car", BESIDE, seed=5)
+    assert isinstance(guidance, Anchored)
+    assert isinstance(guidance.free, SDS)
+    drawn = pipeline("a red car", 8, n_steps=2, guidance_scale=3.0, negative_prompt="", seed=5, warn=lambda _: None)
+    around = middle_cameras(dataclasses.replace(BESIDE.cameras, n_views=8))
+    assert torch.equal(guidance.images, drawn.tensor.unflatten(0, (4, 2)).transpose(0, 1))
+    for first, cameras in enumerate(guidance.cameras):
+        assert torch.equal(cameras.c2w, around.c2w[first::2])
+        assert torch.equal(cameras.fovy, around.fovy[first::2])
+
+
+def test_without_them_there_is_distillation_alone(pipeline):
+    assert isinstance(new_guidance(pipeline, "a red car", SMALL, seed=5), SDS)
+
+
+def test_reconstruction_draws_with_the_same_settings(pipeline):
+    config = replaced(SMALL, method="reconstruct", sampled_steps=2, sampled_scale=3.0)
+    guidance = new_guidance(pipeline, "a red car", config, seed=5)
+    assert isinstance(guidance, Reconstruction)
+    drawn = pipeline("a red car", 4, n_steps=2, guidance_scale=3.0, negative_prompt="", seed=5, warn=lambda _: None)
+    assert torch.equal(guidance.images, drawn.tensor)
+
+
+@pytest.mark.parametrize(("step", "weight"), [(0, 2.0), (1, 3.0), (4, 6.0), (9, 6.0)])
+def test_their_weight_is_a_ramp(pipeline, step, weight):
+    guidance = new_guidance(pipeline, "a red car", BESIDE, seed=5)
+    guidance.free.score = lambda *_: (torch.tensor(0.25), 7)
+    views = guidance.views(step, Stream(0, step, "cameras"))
+    rgb = torch.zeros(8, 3, 8, 8)
+    loss, t = guidance.score(rgb, views, step, Stream(0, step, "guidance"))
+    small = torch.nn.functional.avg_pool2d(guidance.images[guidance._group], guidance.images.shape[-1] // 8)
+    assert loss.item() == pytest.approx(0.25 + weight * small.square().sum().item() / 4, rel=1e-5)
+    assert t == 7
+
+
+def test_another_number_of_steps_moves_the_ramp():
+    assert restepped(BESIDE, 40).sampled.lambda_sampled == (0.0, 2.0, 6.0, 40.0)
+
+
+def test_they_count_among_the_views_that_the_model_is_asked_about():
+    assert guided_views(BESIDE) == guided_views(SMALL) + 8 * 2
+
+
+def test_a_run_with_them_is_resumed_to_the_byte(pipeline, tmp_path):
+    class Stop:
+        requested, exit_code = None, 130
+
+    stop = Stop()
+
+    def callback(progress):
+        stop.requested = 2 if progress.record.step == 1 else None
+
+    whole = TextTo3D(pipeline)("a red car", config=BESIDE, seed=3).state()
+    TextTo3D(pipeline)("a red car", config=BESIDE, seed=3, checkpoints=tmp_path, callback=callback, interrupt=stop)
+    resumed = TextTo3D(pipeline)("a red car", config=BESIDE, seed=3, checkpoints=tmp_path).state()
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    alone = TextTo3D(pipeline)("a red car", config=SMALL, seed=3).state()
+    assert any(not torch.equal(whole[name], alone[name]) for name in whole)
