@@ -25,6 +25,8 @@ MVDREAM = "mvdream"
 RecipeName = Literal[
     "mvdream", "mvdream-sharp", "mvdream-mesh", "dreamfusion-if", "magic3d-if-sd", "textmesh-if", "prolificdreamer"
 ]  # fmt: skip
+# Settings that older runs on a disk lack; as they are by default they have no effect.
+NEWER = ("deviation_least", "sampled_views", "sampled_scale", "sampled_steps", "lambda_sampled")
 VSD_ALONE = ("lora_rank", "lora_lr", "camera_dropout", "particles")  # settings that plain distillation has not
 Momentum = Annotated[float, Interval(ge=0, lt=1)]
 
@@ -125,6 +127,15 @@ def settings_of(config: SDSConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in SETTINGS if name not in PART_OF}
     parts = [getattr(config, part) for part in PARTS]
     return values | {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
+
+
+def completed(run: Any) -> Any:
+    """A run as an older version has written it, with those of NEWER that it did not know and its shapes have."""
+    if isinstance(run, list):
+        return [completed(table) for table in run]
+    shape = {"shape": run["shape"]} if run.get("shape") in [*SHAPES] else {}
+    defaults = settings_of(replaced(SDSConfig(), **shape))
+    return {**{name: defaults[name] for name in NEWER if name in defaults}, **run}
 
 
 def written(config: SDSConfig) -> dict[str, Any] | list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.config import SDSConfig, check_ending, check_sampled, check_vsd, written
+from mvdream_fast.distill.config import SDSConfig, check_ending, check_sampled, check_vsd, completed, written
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
@@ -145,7 +145,8 @@ class Loop:
             return 0, None
         step, tensors, meta = saved
         about = _about(config, seed, "")
-        if any(meta.get(name) != about[name] for name in ("config", "seed")):
+        of_run = json.loads(json.dumps(completed(meta["config"]))) if "config" in meta else None
+        if of_run != about["config"] or meta.get("seed") != about["seed"]:
             raise ModelError(
                 f"the checkpoint in {self.checkpoints} is of another configuration or seed; start a new run"
             )

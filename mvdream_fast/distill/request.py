@@ -25,6 +25,7 @@ from mvdream_fast.distill.config import (
     check_sampled,
     check_stages,
     check_vsd,
+    completed,
     joined,
     replaced,
     settings_of,
@@ -358,6 +359,8 @@ def run_of(data: dict[str, Any], source: str) -> Request:
     Raises: InputFileError, which begins with `source`.
     """
     file = _settings(data, source)
+    if "sds" in file:
+        file["sds"] = completed(file["sds"])
     missing = [key for key in ("kind", "prompt", "seed", "model", "sds") if key not in file]
     stages = [replaced(SDSConfig(), **table) for table in _tables(file)]
     whole = all(set(table) == set(settings_of(stage)) for table, stage in zip(_tables(file), stages, strict=True))

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from mvdream_fast.camera import orbit_cameras
+from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.distill.config import replaced
+from mvdream_fast.distill.config import NEWER, replaced
 from mvdream_fast.distill.systems import mini
 from mvdream_fast.scene.base import Rendered
 from mvdream_fast.scene.mesh.mesh import Mesh
@@ -124,3 +125,19 @@ def test_a_run_of_theirs_is_resumed_to_the_byte(tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     with pytest.raises(ModelError, match="another configuration or seed"):
         TextTo3D(None, guidance=Green())("fog", config=SMALL, seed=1, representation=Fog(), checkpoints=tmp_path)
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path):
+    """What it says of its run lacks the settings that came later."""
+    config = replaced(SMALL, steps=4)
+    TextTo3D(None, guidance=Green())("fog", config=config, representation=Fog(), checkpoints=tmp_path)
+    step, tensors, about = run_folder.load_latest(tmp_path)
+    older = {name: value for name, value in about["config"].items() if name not in NEWER}
+    assert len(older) < len(about["config"])
+    run_folder.save_checkpoint(tmp_path, step, tensors, about | {"config": older})
+    green = Green()
+    TextTo3D(None, guidance=green)("fog", config=config, representation=Fog(), checkpoints=tmp_path)
+    assert green.n_done == 4
+    changed = replaced(config, guidance_scale=3.0)
+    with pytest.raises(ModelError, match="another configuration or seed"):
+        TextTo3D(None, guidance=Green())("fog", config=changed, representation=Fog(), checkpoints=tmp_path)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, UserError
 from mvdream_fast.distill import config as distill_config
 from mvdream_fast.distill import request
-from mvdream_fast.distill.config import ExportConfig, SDSConfig, replaced
+from mvdream_fast.distill.config import NEWER, ExportConfig, SDSConfig, replaced
 from mvdream_fast.distill.recipes import RECIPES, resolve_config, shaded
 from mvdream_fast.distill.systems import SDS_PRESETS
+from mvdream_fast.scene.surface.config import SurfaceConfig
 
 CHAIR = {"prompt": "a green chair"}
 
@@ -388,3 +389,23 @@ def test_mvdreams_own_model_is_missed_in_the_old_words():
     with pytest.raises(ModelError, match="^there is no model at .*nowhere"):
         request.open_model(request.resolve({**CHAIR, "model": "nowhere"}))
     assert request.open_model(request.resolve(CHAIR)).config.name == "mini"
+
+
+@pytest.mark.parametrize("recipe", ["mvdream", "textmesh-if", "magic3d-if-sd"])
+def test_a_run_of_an_older_version_is_read(recipe):
+    """Its record lacks the settings that came later; they are as they were then, without effect."""
+    now = request.resolve({"prompt": "x", "recipe": recipe}).to_dict()
+    old = json.loads(json.dumps(now))
+    for table in old["sds"] if isinstance(old["sds"], list) else [old["sds"]]:
+        for name in NEWER:
+            table.pop(name, None)
+    found = request.run_of(old, "config.json").to_dict()
+    assert settings_but_newer(found) == settings_but_newer(now)
+    first = found["sds"][0] if isinstance(found["sds"], list) else found["sds"]
+    assert first["sampled_views"] == 0
+    assert first.get("deviation_least") in (None, SurfaceConfig().deviation_least)
+
+
+def settings_but_newer(run):
+    tables = run["sds"] if isinstance(run["sds"], list) else [run["sds"]]
+    return [{name: value for name, value in table.items() if name not in NEWER} for table in tables]
