@@ -91,10 +91,10 @@ def wait_for(place: Path, n: int, command: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
-@pytest.mark.parametrize("work", ["counting_jobs", "quick_jobs"])
-def test_the_disk_is_full_for_a_while(asked, tmp_path, work, capsys):
+@pytest.mark.parametrize(("work", "megabytes"), [("counting_jobs", 64), ("quick_jobs", 768)])
+def test_the_disk_is_full_for_a_while(asked, tmp_path, work, megabytes, capsys):
     """Another program takes all space, four times, for some seconds."""
-    with small_disk(tmp_path / "disk", 64 << 20) as disk:
+    with small_disk(tmp_path / "disk", megabytes << 20) as disk:
         place, full = disk / "out", 0
         command = in_background(*asked(12, place, "--workers", "2"), module=work)
         try:
