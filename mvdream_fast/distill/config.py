@@ -23,7 +23,8 @@ from mvdream_fast.scene.shapes import RAMPS, SHAPES, ShapeConfig, changed, check
 
 MVDREAM = "mvdream"
 RecipeName = Literal[
-    "mvdream", "mvdream-sharp", "mvdream-mesh", "dreamfusion-if", "magic3d-if-sd", "textmesh-if", "prolificdreamer"
+    "mvdream", "mvdream-solid", "mvdream-sharp", "mvdream-mesh", "dreamfusion-if", "magic3d-if-sd", "textmesh-if",
+    "prolificdreamer",
 ]  # fmt: skip
 # Settings that older runs on a disk lack; as they are by default they have no effect.
 NEWER = ("deviation_least", "sampled_views", "sampled_scale", "sampled_steps", "lambda_sampled")
@@ -129,10 +130,12 @@ def settings_of(config: SDSConfig) -> dict[str, Any]:
     return values | {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
 
 
-def completed(run: Any) -> Any:
+def completed(run: list[dict[str, Any]] | dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any]:
     """A run as an older version has written it, with those of NEWER that it did not know and its shapes have."""
-    if isinstance(run, list):
-        return [completed(table) for table in run]
+    return [_completed(table) for table in run] if isinstance(run, list) else _completed(run)
+
+
+def _completed(run: dict[str, Any]) -> dict[str, Any]:
     shape = {"shape": run["shape"]} if run.get("shape") in [*SHAPES] else {}
     defaults = settings_of(replaced(SDSConfig(), **shape))
     return {**{name: defaults[name] for name in NEWER if name in defaults}, **run}

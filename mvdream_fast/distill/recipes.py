@@ -28,6 +28,7 @@ from mvdream_fast.distill.systems import (
     mvdream,
     mvdream_mesh,
     mvdream_sharp,
+    mvdream_solid,
     prolificdreamer,
     textmesh_if,
 )
@@ -120,6 +121,10 @@ _REFINES = Prior("a model of latents for its second stage", "embedded", False, f
 RECIPES = {
     "mvdream": Recipe(
         mvdream, "MVDream, Shi et al. 2023", "score distillation of four views at once, a density volume", _MULTI_VIEW
+    ),
+    "mvdream-solid": Recipe(
+        mvdream_solid, "MVDream, Shi et al. 2023; views beside it are this project's",
+        "mvdream; beside it views that are sampled first are fitted, and fog is made solid or empty", _MULTI_VIEW,
     ),
     "mvdream-sharp": Recipe(
         mvdream_sharp, "MVDream, Shi et al. 2023; repainting is this project's",
