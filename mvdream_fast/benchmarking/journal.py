@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mvdream_fast.core.files import read_text
+
 PLUGIN = "benchmark journal"
 INTERRUPTED = 2  # pytest's exit code where somebody pressed Ctrl-C, or a file cannot be collected
 
@@ -48,7 +50,7 @@ class Journal:
 def read(path: Path) -> Journal:
     """The journal in a file; empty where there is none. A line that its process did not end is left out."""
     journal = Journal()
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+    whole = read_text(path).rpartition("\n")[0] if path.exists() else ""
     for row in (json.loads(line) for line in whole.split("\n") if line):
         case = row.get("case", "")
         match row["what"]:
