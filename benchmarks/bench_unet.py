@@ -5,6 +5,7 @@ Every contestant lives in a process of its own, with the same numbers in its wei
 
 import functools
 
+import psutil
 import pytest
 import torch
 import unets
@@ -17,19 +18,27 @@ FULL = [
     "mini", "width-64", *(pytest.param(f"width-{width}", marks=pytest.mark.slow) for width in (128, 160, 320)),
 ]  # fmt: skip
 GPU = ["mini", "sd21"]
+BYTES_A_PARAMETER = 40  # that all contestants hold together: of a gigabyte of weights ONNX Runtime alone holds four
 
 
 def contestants(model: str) -> list[Contestant]:
     step = functools.partial(functools.partial, unets.one_step, size=model)
     makes = {name: step(unets.diffusers, model, layout) for name, layout in LAYOUTS.items()}
     makes["diffusers graphed"] = step(unets.diffusers_graphed, model)
+    fits = BYTES_A_PARAMETER * n_parameters(model) < psutil.virtual_memory().total
     for name, engine in (("OpenVINO", unets.openvino), ("ONNX Runtime", unets.onnxruntime)):
         try:
+            if not fits:
+                raise Unavailable("the machine has not the memory for it beside the others")
             makes[name] = step(engine, unets.onnx_file(model))  # made here, once, before the processes are started
         except Unavailable as error:
             makes[name] = functools.partial(unavailable, str(error))
     makes["ours"] = step(unets.ours, model)
     return [Contestant(name, make, apart=not CUDA) for name, make in makes.items()]
+
+
+def n_parameters(model: str) -> int:
+    return sum(shape.numel() for shape in unets.shapes_of(unets.size_of(model).unet).values())
 
 
 def unavailable(reason: str):
@@ -48,13 +57,12 @@ def better_layout(goal: float) -> Goal:
 @pytest.mark.parametrize("model", sizes(GPU if CUDA else FULL, ["tiny"]))
 @pytest.mark.timeout(3600)
 def bench_step(contest, model):
-    whole = unets.size_of(model)
-    n_parameters = sum(shape.numel() for shape in unets.shapes_of(whole.unet).values())
+    n = n_parameters(model)
     contest.run(
         f"UNet step {model}",
         "step",
         contestants(model),
-        work={"images": 8, "parameters": n_parameters, "flop": unets.flop(model), "bytes": 4 * n_parameters},
+        work={"images": 8, "parameters": n, "flop": unets.flop(model), "bytes": 4 * n},
         goals=[better_layout(1.3), faster(1.3, "OpenVINO"), faster(1.3, "ONNX Runtime")],
         budget_s=20,
         tolerance=3e-2 if CUDA else 1e-3,
