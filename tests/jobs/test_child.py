@@ -58,7 +58,7 @@ def test_a_worker_that_is_killed_takes_its_process_along(python, tmp_path, kind)
     worker = subprocess.Popen([worker_python, "-c", code, str(tmp_path), kind, *places])
     wait_until((tmp_path / "number").exists)
     child = Path(f"/proc/{(tmp_path / 'number').read_text().strip()}")
-    assert "sleep" in (child / "cmdline").read_text()
+    wait_until(lambda: "sleep" in (child / "cmdline").read_text())  # the shell has become what it leads to
     assert worker.poll() is None
     worker.kill()
     worker.wait()
