@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx2
@@ -14,11 +13,14 @@ import psutil
 import pytest
 from reference.batches import environment
 from reference.painter import png, strip
+from reference.until import until
 
 from mvdream_fast import serve
 from mvdream_fast.core import cli, loopback
 from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.serve import Flags, address, check_flags
+
+START_S = 240.0
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def started(model: str, port: int, module: str = "mvdream_fast.serve"):
     command = [sys.executable, "-m", module, "-o", "out", "--model", model, "--port", str(port), "--threads", "1"]
     with subprocess.Popen(command, start_new_session=True, env=environment()) as process:
         try:
-            until(lambda: ask("GET", port, "api/state"))
+            until(lambda: ask("GET", port, "api/state"), START_S)
             yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -128,14 +130,6 @@ def ask(method: str, port: int, path: str, timeout: float = 30, **asked):
         return httpx2.request(method, f"http://127.0.0.1:{port}/{path}", timeout=timeout, **asked)
 
 
-def until(holds, seconds: float = 240.0):
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
-    return found
-
-
 @pytest.mark.timeout(900)  # two starts of three processes that import torch
 def test_views_of_a_prompt_and_a_server_that_is_killed(tiny_model, in_tmp):
     """The real thing: workers of their own draw; a killed server takes them along, and the next one shows the same."""
@@ -143,7 +137,7 @@ def test_views_of_a_prompt_and_a_server_that_is_killed(tiny_model, in_tmp):
     with started(tiny_model, port) as process:
         job_id = ask("POST", port, "api/views", json={"prompt": "a red chair"}).json()["id"]
         look = lambda: ask("GET", port, "api/state", params={"id": job_id}).json()["chosen"]  # noqa: E731
-        until(lambda: look()["state"] == "done")
+        until(lambda: look()["state"] == "done", START_S)
         drawn = ask("GET", port, look()["views"]).content
         workers = psutil.Process(process.pid).children(recursive=True)
         assert len(workers) >= 2  # one that draws and one that grows

@@ -212,7 +212,14 @@ def typed(
     return {name: value for name, value in values.items() if name in settings}
 
 
-def check_ending(config: SDSConfig) -> None:
+def check_learning(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
+    """Raises ArgumentError where a stage cannot learn as it is told to. names: what the user wrote for a setting."""
+    _check_vsd(config, names)
+    _check_ending(config)
+    _check_sampled(config)
+
+
+def _check_ending(config: SDSConfig) -> None:
     """Raises ArgumentError for a run that can't end as it is told to."""
     without = "repaint_from must be 1 (never) with"
     if config.repaint.repaints and config.method == "reconstruct":
@@ -227,7 +234,7 @@ def check_ending(config: SDSConfig) -> None:
         )
 
 
-def check_sampled(config: SDSConfig) -> None:
+def _check_sampled(config: SDSConfig) -> None:
     """Raises ArgumentError for sampled views that can't be fitted beside distillation."""
     n, each = config.sampled.sampled_views, config.cameras.n_views
     if n and config.method == "reconstruct":
@@ -238,7 +245,7 @@ def check_sampled(config: SDSConfig) -> None:
         raise ArgumentError(f"sampled_views must be a multiple of n_views, {each}, got {n}")
 
 
-def check_vsd(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
+def _check_vsd(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
     """Raises ArgumentError where variational score distillation cannot be had as it is asked for; names as above."""
     names, guidance = names or {}, config.guidance
     if guidance.kind != "vsd":

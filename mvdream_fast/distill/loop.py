@@ -21,7 +21,7 @@ from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
-from mvdream_fast.distill.config import SDSConfig, check_ending, check_sampled, check_vsd, completed, written
+from mvdream_fast.distill.config import SDSConfig, check_learning, completed, written
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
@@ -190,10 +190,7 @@ def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, se
     """The one place where the kind of guidance is chosen: score distillation from many views or one, plain or
     variational, which may end with repainting and have views beside it that are sampled once and fitted; or, with the
     method "reconstruct", such views alone."""
-
-    check_vsd(config)
-    check_ending(config)
-    check_sampled(config)
+    check_learning(config)
     if config.method == "reconstruct":
         return Reconstruction(*_sampled(pipeline, prompt, config, seed, config.cameras.n_views))
     guidance = _distillation(pipeline, prompt, config, seed)

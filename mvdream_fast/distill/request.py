@@ -21,10 +21,8 @@ from mvdream_fast.distill.config import (
     ExportConfig,
     RecipeName,
     SDSConfig,
-    check_ending,
-    check_sampled,
+    check_learning,
     check_stages,
-    check_vsd,
     completed,
     joined,
     replaced,
@@ -260,9 +258,7 @@ def _check_stage(config: SDSConfig, names: Mapping[str, str]) -> None:
     typed(settings, "", ArgumentError, names)
     if config.mode == "2d" and config.method == "reconstruct":
         raise ArgumentError("--mode must be 3d with --method reconstruct, whose views are sampled together, got 2d")
-    check_vsd(config, names)
-    check_ending(config)
-    check_sampled(config)
+    check_learning(config, names)
     for name in ("render_size", "n_groups"):
         if len(settings[name]) != len(config.milestones) + 1:
             raise ArgumentError(

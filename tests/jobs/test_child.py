@@ -1,13 +1,14 @@
 """Processes that workers start: they die with their worker and stop with their job, and their last words are told."""
 
+import functools
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from reference import until as waiting
 
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import InputFileError, OutOfMemoryError, UserError
@@ -21,6 +22,7 @@ from mvdream_fast.jobs.worker import Task
 
 RUNNERS = {"render": lambda task: parts.rendered(task, 1), "dreambooth": lambda task: Maker(Device("cpu")).tuned(task)}
 REQUESTS = {"render": {"source": "meshes", "shard": "1/2"}, "dreambooth": {"prompt": "a sks chair", "seed": 3}}
+until = functools.partial(waiting.until, seconds=120.0)
 kinds = pytest.mark.parametrize("kind", RUNNERS)
 
 
@@ -56,20 +58,20 @@ def test_a_worker_that_is_killed_takes_its_process_along(python, tmp_path, kind)
     code = "import sys; sys.path[:0] = sys.argv[3:]; import test_child as t; t.works_until_it_is_killed(*sys.argv[1:3])"
     places = [str(Path(__file__).parent), *sys.path]
     worker = subprocess.Popen([worker_python, "-c", code, str(tmp_path), kind, *places])
-    wait_until((tmp_path / "number").exists)
+    until((tmp_path / "number").exists)
     child = Path(f"/proc/{(tmp_path / 'number').read_text().strip()}")
-    wait_until(lambda: "sleep" in (child / "cmdline").read_text())  # the shell has become what it leads to
+    until(lambda: "sleep" in (child / "cmdline").read_text())  # the shell has become what it leads to
     assert worker.poll() is None
     worker.kill()
     worker.wait()
-    wait_until(lambda: not child.exists() or (child / "stat").read_text().rpartition(") ")[2].startswith("Z"))
+    until(lambda: not child.exists() or (child / "stat").read_text().rpartition(") ")[2].startswith("Z"))
 
 
 @kinds
 def test_a_process_whose_job_is_stopped_may_save(python, tmp_path, kind):
     python("trap 'touch saved; exit 130' TERM; touch begun; while true; do sleep 0.05; done")
     stop = Interrupt()
-    thread = threading.Thread(target=lambda: (wait_until((tmp_path / "begun").exists), request(stop)))
+    thread = threading.Thread(target=lambda: (until((tmp_path / "begun").exists), request(stop)))
     thread.start()
     assert RUNNERS[kind](task(tmp_path, kind, stop)) is None
     thread.join()
@@ -136,10 +138,3 @@ def test_fields_as_flags():
     assert as_flag("max_train_steps", 3) == "--max-train-steps=3"
     assert as_flag("sheet", True) == "--sheet"
     assert as_flag("use_sheet", False) == "--no-use-sheet"
-
-
-def wait_until(happened) -> None:
-    end = time.monotonic() + 120
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)

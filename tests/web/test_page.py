@@ -1,6 +1,7 @@
 """The page in a real browser, over a real server and queue, with a painter in place of the workers."""
 
 import contextlib
+import functools
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from reference import until as waiting
 from reference.browser import CHROMIUM, Browser
 from reference.painter import Painter
 
@@ -19,6 +21,7 @@ from mvdream_fast.web.board import Board
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine (Debian: chromium)")
 NAMED = {"button", "link", "textbox", "searchbox", "spinbutton", "combobox", "slider", "progressbar", "image"}
+until = functools.partial(waiting.until, seconds=90.0)
 
 
 @contextlib.contextmanager
@@ -41,14 +44,6 @@ def a_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def until(holds, seconds=90.0):
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)
-    return found
 
 
 class Page:
