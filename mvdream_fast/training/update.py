@@ -179,6 +179,8 @@ def check_same_model(found: dict, wanted: dict) -> None:
         )
     for part, value in wanted["config"].items():
         other = found["config"].get(part)
+        if isinstance(value, dict) and other:
+            other = value | other  # what an older version did not write: the weights' shapes are checked anyway
         if other != value:
             keys = [k for k in value if other.get(k) != value[k]] if isinstance(value, dict) and other else [part]
             raise ModelError(
