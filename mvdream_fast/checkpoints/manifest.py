@@ -120,7 +120,7 @@ def _check_vae(vae: VAEConfig) -> None:
     _require(
         wide is None or (one_level and 0 < wide <= 4096), "decoder_width", wide, "null, or 1 to 4096 with one level"
     )
-    for channels in (*vae.block_out_channels, *([wide] if wide else [])):
+    for channels in (*vae.block_out_channels, *(width for width in (wide, vae.decoder_cleaner) if width)):
         divides = channels % vae.norm_num_groups == 0
         _require(divides, "norm_num_groups", vae.norm_num_groups, f"a divisor of {channels} channels")
 

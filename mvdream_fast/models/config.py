@@ -57,6 +57,7 @@ class VAEConfig(Checked):
     3 patch_size^2, `block_out_channels` empty, what else describes an autoencoder of no meaning.
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
     `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
+    `decoder_cleaner` is the width of a network before the decoder that takes from sampled latents what no image has.
     """
 
     kind: Literal["kl", "pixels"] = "kl"
@@ -70,6 +71,7 @@ class VAEConfig(Checked):
     image_size: int = 256
     patch_size: int = 1
     decoder_width: int | None = None
+    decoder_cleaner: int | None = None
 
     @property
     def downsampling(self) -> int:

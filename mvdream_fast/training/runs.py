@@ -30,6 +30,7 @@ from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.models.vae import VAE
+from mvdream_fast.training.cleaner import CHECKED, CLEANER_WIDTH, CleanerOptions, CleanerTrainer
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
@@ -85,7 +86,7 @@ def _settled(args: Flags) -> Flags:
 
 def _train(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
     if args.stage != "unet":
-        stage = _train_vae if args.stage == "vae" else _train_evaluator
+        stage = {"vae": _train_vae, "cleaner": _train_cleaner, "evaluator": _train_evaluator}[args.stage]
         return stage(args, folder, shards, held_out)
     ranks = join()
     with watched(ranks, meeting_place()):
@@ -280,6 +281,54 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
         model.vae = vae.cpu()
         save_model(model, folder / "model", overwrite=True)
     return code
+
+
+def _train_cleaner(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    """The network that cleans sampled latents, and nothing else of --init; a new one where there is none."""
+    if args.init is None:
+        raise ArgumentError(f"--stage cleaner must come with --init, which the record of {folder} does not name")
+    model = with_cleaner(load_model(args.init, torch.float32), args.seed)
+    unet, vae, text, tokenizer = model.whole()
+    if not isinstance(vae, VAE):
+        raise ArgumentError(f"--stage cleaner needs a model with an autoencoder, got {model.config.name}")
+    device = _device(args)
+    for module in (unet, vae, text):
+        module.to(device)
+    size = model.config.vae.image_size
+    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
+    options = CleanerOptions(steps=args.steps, n_views=args.n_views, seed=args.seed, **given)
+    parts = Parts(model.config, unet, text, vae, tokenizer)
+    trainer = CleanerTrainer(parts, vae, ImageSource(shards.at(size)), options)
+    check = ImageSource((held_out or shards).at(size)).images(Stream(0, 0, "vae/check"), N_CHECK).to(device)
+
+    def report() -> dict[str, float]:
+        with trainer.averaged():
+            touched, exact = trainer.pairs(trainer.draw(CHECKED))
+            rows = [vae.decode(x).detach().clamp(-1, 1) for x in (exact, touched)]
+            save_samples(folder, trainer.step, torch.stack(rows) / 2 + 0.5)
+            error = (vae.cleaned(touched) - exact).abs().mean().item()
+            return {"psnr_held_out": reconstruction(vae, check), "touched": error}
+
+    loop = Loop(trainer, folder, _loop_options(args), report)
+    if args.resume:
+        loop.resume()
+    code = loop.run()
+    with trainer.averaged():
+        model.vae = vae.cpu()
+        save_model(model, folder / "model", overwrite=True)
+    return code
+
+
+def with_cleaner(model: Model, seed: int) -> Model:
+    """The model with a network that cleans latents before they are decoded, as yet without effect."""
+    vae = needed(model.vae, "vae")
+    if not isinstance(vae, VAE) or vae.cleaner is not None:
+        return model
+    config = replace(model.config, vae=replace(model.config.vae, decoder_cleaner=CLEANER_WIDTH))
+    torch.manual_seed(seed)
+    cleaning = build("vae", config)
+    owner("vae", cleaning).load_state_dict(owner("vae", vae).state_dict(), strict=False)
+    return replace(model, config=config, vae=cleaning)
 
 
 def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mvdream_fast.checkpoints.manifest import check_config
 from mvdream_fast.checkpoints.open import load_model, open_source
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.config import MINI, ModelConfig
 
 
 def read(path: Path, part: str = "unet") -> dict:
@@ -149,6 +150,13 @@ def test_no_config_of_json_values_crashes_the_check():
         except ModelError:
             outcomes.add("refused")
     assert outcomes == {"taken", "refused"}
+
+
+@pytest.mark.parametrize(("width", "told"), [(0, "decoder_cleaner must be from 1"), (36, "must be a divisor of 36 ch")])
+def test_widths_of_a_cleaner_that_cannot_be(width, told):
+    check_config(replace(MINI, vae=replace(MINI.vae, decoder_cleaner=128)))
+    with pytest.raises(ModelError, match=told):
+        check_config(replace(MINI, vae=replace(MINI.vae, decoder_cleaner=width)))
 
 
 def test_mixed_dtypes_are_widened(tiny):

@@ -118,6 +118,84 @@ def test_a_wide_decoder_leaves_the_encoder():
         VAE(replace(config, block_out_channels=(32, 64)))
 
 
+CLEANING = replace(MINI.vae, decoder_cleaner=32, scale_factor=1.25)
+
+
+@pytest.fixture(scope="module")
+def plain() -> VAE:
+    torch.manual_seed(0)
+    return VAE(replace(CLEANING, decoder_cleaner=None)).requires_grad_(False).eval()
+
+
+def with_cleaner(plain: VAE, spread: float = 0.0) -> VAE:
+    """The same autoencoder with a cleaner; with a spread, all of its weights are random."""
+    vae = VAE(CLEANING)
+    missing, unexpected = vae.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert {name.split(".")[:3] == ["model", "decoder", "cleaner"] for name in missing} == {True}
+    g = torch.Generator().manual_seed(5)
+    for parameter in vae.cleaner.parameters() if spread else ():
+        parameter.data = spread * torch.randn(parameter.shape, generator=g)
+    return vae.requires_grad_(False).eval()
+
+
+def test_a_new_cleaner_changes_nothing(plain):
+    z = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert plain.cleaner is None
+    assert plain.cleaned(z) is z
+    assert torch.equal(with_cleaner(plain).cleaned(z), z)
+    assert torch.equal(with_cleaner(plain).decode(z), plain.decode(z))
+
+
+def test_a_cleaner_leaves_the_encoder_and_goes_with_the_decoder(plain):
+    x = images(1, 3, 64, 64)
+    vae = with_cleaner(plain, 0.2)
+    assert torch.equal(vae.encode(x), plain.encode(x))
+    z = plain.encode(x)
+    torch.testing.assert_close(vae.decode(z), plain.decode(vae.cleaned(z)), rtol=0, atol=0)
+    assert not torch.allclose(vae.decode(z), plain.decode(z), atol=0.01)
+    half = VAE(CLEANING, decoder=False)
+    assert half.state_dict().keys() == VAE(MINI.vae, decoder=False).state_dict().keys()
+
+
+def norm_silu(x, norm):
+    """GroupNorm of x [B, C, h, w] by hand, and the SiLU."""
+    groups = x.unflatten(1, (norm.num_groups, -1))
+    mean, variance = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, unbiased=False)
+    x = ((groups - mean) / (variance + 1e-6).sqrt()).flatten(1, 2)
+    x = x * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return x * x.sigmoid()
+
+
+def conv(x, layer):
+    return torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_a_cleaner_equals_plain_torch(plain, size):
+    """Of an even number of cells the median is the lower of the two in the middle."""
+    vae, z = with_cleaner(plain, 0.2), torch.randn(2, 24, *size, generator=torch.Generator().manual_seed(2))
+    cleaner = vae.cleaner
+    rows = z.flatten(2).sort(dim=2).values
+    away = z - rows[:, :, (rows.shape[2] - 1) // 2, None, None]
+    x = conv(torch.cat([z, (2.5 * away).tanh(), (8 * away).tanh()], dim=1), cleaner.conv_in)
+    assert len(cleaner.blocks) == 2
+    for block in cleaner.blocks:
+        h = conv(norm_silu(x, block.norm1), block.conv1)
+        x = x + conv(norm_silu(h, block.norm2), block.conv2)
+    added = conv(norm_silu(x, cleaner.norm_out), cleaner.conv_out)
+    assert added.std() > 0.1
+    torch.testing.assert_close(vae.cleaned(z), z + added, rtol=1e-4, atol=1e-4)
+
+
+def test_every_weight_of_a_cleaner_learns_and_so_does_what_is_before_it(plain):
+    vae, z = with_cleaner(plain, 0.2), torch.randn(1, 24, 8, 8).requires_grad_()
+    vae.cleaner.requires_grad_(True)
+    vae.cleaned(z).square().mean().backward()
+    assert [name for name, p in vae.cleaner.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert z.grad.abs().min() > 0
+
+
 def test_wrong_shapes(vae):
     with pytest.raises(
         ValueError, match=r"VAE.encode: images must be \[B, 3, Hp, Wp\].*multiples of 2, got \(1, 3, 15"
@@ -174,6 +252,15 @@ def test_every_norm_is_fused_with_the_silu_behind_it(vae, fused):
     """TINY's encoder: two norms in each of 2 levels x 2 and 2 middle blocks, one in attention, one before the end."""
     vae.encode(images(1, 3, 16, 16))
     assert sorted(fused) == [False] + [True] * (2 * 4 + 2 * 2 + 1)
+
+
+def test_norms_of_a_cleaner_are_fused_too(plain, monkeypatch, fused):
+    """Two in each of its two blocks, and one before the end."""
+    vae, z = with_cleaner(plain, 0.2), torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(4))
+    found = vae.cleaned(z)
+    assert fused == [True] * 5
+    monkeypatch.setattr(vae_module, "fuses", lambda x: False)
+    torch.testing.assert_close(found, vae.cleaned(z), rtol=1e-4, atol=1e-4)
 
 
 def test_norms_on_a_cpu_are_diffusers_own(vae, monkeypatch):

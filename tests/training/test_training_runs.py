@@ -222,6 +222,7 @@ def command(*arguments):
         (("--data", ".", "-o", "out", "--set", "unet.views=2d"), 2, "--set must be NAME=VALUE, got 'unet.views=2d'"),
         (("--data", ".", "-o", "out", "--steps", "9", "--decay", "10"), 2, "--decay must be from 0 to --steps"),
         (("--data", ".", "-o", "out", "--stage", "vae", "--decoder-only"), 2, "--decoder-only must come with"),
+        (("--data", ".", "-o", "out", "--stage", "cleaner"), 2, "--stage cleaner must come with --init"),
     ],
 )
 def test_mistakes_are_one_sentence(in_tmp, arguments, code, text, capsys):
