@@ -46,8 +46,8 @@ def preset_for(image_size: int) -> str:
 
 # Settings that say which kind of run is wanted: who names one, but no recipe, means score distillation of a volume.
 OF_MVDREAM = {
-    "method", "mode", "kind", "loss", "particles", "view_words", "perp_neg", "n_views", "n_groups", "milestones", "match",
-    "updates_per_guidance", "repaint_from", "shading", "shape", "volume", "sampled_views",
+    "method", "mode", "kind", "loss", "particles", "view_words", "perp_neg", "n_views", "n_groups", "milestones",
+    "match", "updates_per_guidance", "repaint_from", "shading", "shape", "volume", "sampled_views",
 }  # fmt: skip
 
 
