@@ -15,7 +15,8 @@
 # STEPS and DECAY: the diffusion model's updates, and how many of them its learning rate falls over.
 # INIT=embedded goes on from the weights that ship, instead of a new model.
 # PIXEL_STEPS: updates of the pixel-space prior.
-# STAND_INS: a list that examples/stand_ins.py makes, for words that no caption has.
+# STAND_INS: a list that examples/stand_ins.py makes, for words that no caption has, from what
+# `python -m mvdream_fast.rendering.names WORK/shards` prints once there are renders.
 set -eu
 ASSETS=$1
 WORK=$2

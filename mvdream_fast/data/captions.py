@@ -55,7 +55,7 @@ _NO_COLORS = re.compile(
 )
 _AN = re.compile(r"^(?:[aeio]|mp3|u(?!ni|ri|te|su|ro)|suv|led)", re.IGNORECASE)
 _A = re.compile(r"^(?:one|eu)", re.IGNORECASE)
-_MATERIALS = (
+MATERIALS = (
     ("glass", "glass"), ("leather", "leather"), ("wood", "wooden"), ("oak", "wooden"), ("teak", "wooden"),
     ("metal", "metal"), ("steel", "metal"), ("chrome", "metal"), ("alumin", "metal"), ("plastic", "plastic"),
     ("stone", "stone"), ("concrete", "concrete"), ("fabric", "fabric"), ("rattan", "rattan"),
@@ -140,7 +140,7 @@ def material_word(names_and_shares: list[tuple[str, float]]) -> str | None:
     """The material that the parts' names agree on for more than half of the visible surface, or None."""
     totals: dict[str, float] = {}
     for name, share in names_and_shares:
-        word = next((word for key, word in _MATERIALS if key in name.lower()), None)
+        word = next((word for key, word in MATERIALS if key in name.lower()), None)
         if word:
             totals[word] = totals.get(word, 0) + share
     best = max(totals, key=lambda word: totals[word], default=None)

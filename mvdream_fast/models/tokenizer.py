@@ -30,6 +30,8 @@ _N_MERGES = 48894  # CLIP uses only the head of the table
 _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_ROW = "<word:{}>"  # an added word's line; no merge of CLIP crosses from punctuation to letters, so none looks so
 
+_PLURALS = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe"), ("men", "man"))
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -59,7 +61,8 @@ class Tokenizer:
         vocabulary: the lines of `vocabulary.txt`. A subset lists every row (see `build_subset_vocabulary`); `clip`
             needs none, or the added words alone.
         stand_ins: for words that a subset's model was not trained on, those that it reads in their place: "couch":
-            "sofa". The plural in s of such a word has the same one, unless the model knows it.
+            "sofa". Some words together may have one, "_" between them: "grandfather_clock": "clock". The plural of
+            such a word has the same one, unless the model knows it.
 
     Raises:
         ModelError: if the vocabulary is missing, has rows that CLIP's table has not, or another number of rows; if a
@@ -72,6 +75,7 @@ class Tokenizer:
         self.config = config
         self.vocabulary = list(vocabulary or ())
         self.stand_ins = dict(stand_ins or {})
+        self._most_words = max((word.count("_") + 1 for word in self.stand_ins), default=1)
         self._subset = config.vocabulary == "subset"
         words = [line[6:-1] for line in self.vocabulary if _is_word_row(line)]
         self._bpe = _bpe(tuple(words))
@@ -144,25 +148,40 @@ class Tokenizer:
         return self._to_subset(text, encoding) if self._subset else _Split(encoding.ids, encoding.offsets, [], [])
 
     def _to_subset(self, text: str, encoding: "tokenizers.Encoding") -> _Split:
-        """Rows of the subset: of a word's stand-in, where it has one; else, with any token outside of it, a piece of
-        text becomes one unknown row."""
-        split = _Split([], [], [], [])
-        for begin, end in _pieces(encoding):
-            span = (encoding.offsets[begin][0], encoding.offsets[end - 1][1])
-            word = text[span[0] : span[1]]
-            rows, stand_in = self._known_rows(encoding.ids[begin:end]), self.stand_ins.get(word)
-            if rows is None and stand_in is None:
-                stand_in = self.stand_ins.get(word.removesuffix("s"))
+        """Rows of the subset: of the stand-in of a word, or of some words together, where there is one; else, with any
+        token outside of it, a piece of text becomes one unknown row."""
+        split, offsets, pieces = _Split([], [], [], []), encoding.offsets, _pieces(encoding)
+        at = 0
+        while at < len(pieces):
+            texts = [text[offsets[i][0] : offsets[j - 1][1]] for i, j in pieces[at : at + self._most_words]]
+            rows = self._known_rows(encoding.ids[slice(*pieces[at])])
+            n, stand_in = self._stand_in(texts, rows is not None)
+            begin, end = pieces[at][0], pieces[at + n - 1][1]
+            span = (offsets[begin][0], offsets[end - 1][1])
             if stand_in is not None:
                 rows = self._rows_of(stand_in)
-                split.replaced.append((word, stand_in))
+                split.replaced.append((text[slice(*span)], stand_in))
             elif rows is None:
-                split.unknown.append(word)
+                split.unknown.append(texts[0])
             rows = rows or [SPECIAL_ROWS.index(UNKNOWN)]
             split.rows.extend(rows)
             split.spans.extend([span] * len(rows))
+            at += n
         unknown, replaced = dict.fromkeys(split.unknown), dict.fromkeys(split.replaced)
         return split._replace(unknown=list(unknown), replaced=list(replaced))
+
+    def _stand_in(self, texts: list[str], is_known: bool) -> tuple[int, str | None]:
+        """How many of the coming pieces of text are read as one thing, and what stands in for it, if anything does.
+
+        Args: is_known: whether the first one can be read by itself; its singular is not looked for then.
+        """
+        for n in range(len(texts), 0, -1):
+            before = "_".join([*texts[: n - 1], ""])
+            forms = texts[n - 1 : n] if n == 1 and is_known else singulars(texts[n - 1])
+            for form in forms:
+                if (stand_in := self.stand_ins.get(before + form)) is not None:
+                    return n, stand_in
+        return 1, None
 
     def _rows_of(self, words: str) -> list[int] | None:
         """The rows of known words; None where one is unknown."""
@@ -218,6 +237,11 @@ def build_subset_vocabulary(captions: Iterable[str]) -> list[str]:
     return [*SPECIAL_ROWS, *(token for token in tokens if token is not None)]
 
 
+def n_tokens(word: str) -> int:
+    """Of CLIP's table that a word is split into: the fewer, the more common it is."""
+    return len(_bpe(()).encode(word, add_special_tokens=False).ids)
+
+
 def _is_word_row(line: str) -> bool:
     return line.startswith("<word:") and line.endswith(">") and len(line) > 7
 
@@ -227,6 +251,12 @@ def _pieces(encoding: "tokenizers.Encoding") -> list[tuple[int, int]]:
     words = encoding.word_ids
     starts = [i for i, word in enumerate(words) if i == 0 or word is None or word != words[i - 1]]
     return list(zip(starts, [*starts[1:], len(words)]))
+
+
+def singulars(word: str) -> list[str]:
+    """A word, and what it is the plural of if it is one: "knives", "knive", "kniv", "knif", "knife"."""
+    forms = [word[: -len(end)] + one for end, one in _PLURALS if word.endswith(end)]
+    return [word, *(form for form in forms if len(form) > 1)]
 
 
 def words_of(text: str) -> list[tuple[str, int]]:

@@ -151,7 +151,7 @@ def _begin(args: Flags, folder: Path, captions: list[str]) -> Model:
         model = with_words(model, vocabulary)
     tokenizer, trained = needed(model.tokenizer, "text"), set(re.findall(r"\w+", " ".join(captions).lower()))
     found = read_stand_ins(args.stand_ins) if args.stand_ins else tokenizer.stand_ins
-    stand_ins = {word: other for word, other in found.items() if word not in trained}
+    stand_ins = {word: other for word, other in found.items() if not trained.issuperset(word.split("_"))}
     model.tokenizer = Tokenizer(tokenizer.config, tokenizer.vocabulary, stand_ins)
     return model
 

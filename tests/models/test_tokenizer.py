@@ -203,6 +203,36 @@ def test_a_plural_that_is_known_needs_no_stand_in():
     assert encoded.ids[0, 2] == row["roses</w>"]
 
 
+def test_words_that_mean_something_else_together_have_one_stand_in():
+    plain = subset()
+    words = {"grandfather": "bulldog", "grandfather_clock": "red pot", "knife": "pot", "bus": "armchair", "dog": "pot"}
+    tokenizer = Tokenizer(plain.config, plain.vocabulary, words)
+    encoded = tokenizer.encode(["Grandfather clocks, a grandfather", "grandfather, clock", "a grandfather"])
+    row = {line: i for i, line in enumerate(tokenizer.vocabulary)}
+    together = ["red</w>", "pot</w>", ",</w>", "a</w>", "bulldog</w>"]
+    assert encoded.ids[0].tolist() == [1, *(row[line] for line in together), 2] + [0] * 17
+    assert encoded.replaced == [
+        [("grandfather clocks", "red pot"), ("grandfather", "bulldog")], [("grandfather", "bulldog")],
+        [("grandfather", "bulldog")],
+    ]  # fmt: skip
+    assert encoded.unknown == [[], ["clock"], []]
+
+
+@pytest.mark.parametrize(
+    ("word", "read"), [("knives", "pot"), ("buses", "armchair"), ("puppies", "pot"), ("men", "red")]
+)
+def test_plurals_have_the_stand_in_of_one(word, read):
+    plain = subset()
+    words = {"knife": "pot", "bus": "armchair", "puppy": "pot", "man": "red"}
+    assert Tokenizer(plain.config, plain.vocabulary, words).encode(f"a {word}").replaced == [[(word, read)]]
+
+
+def test_words_that_are_cut_are_cut_whole():
+    plain = subset(6)
+    tokenizer = Tokenizer(plain.config, plain.vocabulary, {"grandfather_clock": "red armchair"})
+    assert tokenizer.encode("a pot in a grandfather clock").cut == [["grandfather", "clock"]]
+
+
 def test_a_stand_in_counts_as_many_tokens_as_it_has():
     plain = subset(6)
     tokenizer = Tokenizer(plain.config, plain.vocabulary, {"settee": "red armchair"})

@@ -10,6 +10,7 @@ from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.rendering import credits as crediting
 from mvdream_fast.rendering import inventory
+from mvdream_fast.rendering import names as naming
 from mvdream_fast.rendering.catalogue import Entry
 
 
@@ -64,3 +65,32 @@ def test_what_may_not_ship_is_refused(licence):
     entry = Entry("a", "house", Path("a.glb"), creator="Ann", licence=licence, kind="house")
     with pytest.raises(InputFileError, match=f"a.glb: the licence '{licence}' is none of CC0-1.0"):
         crediting.folder_credits([entry])
+
+
+def test_names_of_things_and_the_other_words_of_their_captions(tmp_path, capsys):
+    one, two = make_sample(0), make_sample(1)
+    one.meta.update(id="a", noun="sofa", caption="a red sofa", variants=["a red couch", "a sofa, seat"])
+    two.meta.update(id="b", noun="small box", kind="box", caption="a green small box", variants=["a green box"])
+    shards, source = tmp_path / "shards", tmp_path / "source"
+    shards.mkdir()
+    source.mkdir()
+    write_shard(shards / "train-00000.tar", [one, two])
+    again = make_sample(2)
+    again.meta.update(id="a", noun="sofa", caption="a blue sofa", variants=[])
+    write_shard(shards / "train-00001.tar", [again])
+    held_out = make_sample(3, split="held_out")
+    held_out.meta.update(id="c", noun="lamp", caption="a red lamp")
+    write_shard(shards / "held_out-00000.tar", [held_out])
+    for name in ("a.glb", "b.glb"):
+        (source / name).write_bytes(b"not read")
+    (source / "metadata.csv").write_text("file,caption,noun,tags\na.glb,red car,car,road\nb.glb,sofa,sofa,\n")
+    found = naming.names([shards, source])
+    assert next(iter(found.items())) == ("sofa", 2)
+    assert {name for name, count in found.items() if count == 1} == {"couch", "small box", "box", "car"}
+    assert {"red", "seat", "road", "wooden", "purple"} <= {name for name, count in found.items() if not count}
+    assert "lamp" not in found
+    assert "settee" not in found  # another name of a sofa, but no caption says it
+    naming.main([str(shards)])
+    assert capsys.readouterr().out.startswith("1 sofa\n")
+    with pytest.raises(InputFileError, match="no shards and no metadata.csv in"):
+        naming.names([tmp_path / "none"])

@@ -181,11 +181,12 @@ def test_a_resumed_run_keeps_its_vocabulary(vae_model, tmp_path, capsys):
 
 def test_stand_ins_are_kept_but_for_words_of_the_captions(vae_model, data, tmp_path):
     words = tmp_path / "stand_ins.txt"
-    words.write_text("scarlet red\nthing0 red\n")  # "thing0" is a word of a caption
+    # "thing0" is a word of a caption, "scarlet thing0" is not.
+    words.write_text("scarlet red\nthing0 red\nred_thing0 red\nscarlet_thing0 red\n")
     main(flags(data, tmp_path / "out", vae=str(vae_model), stand_ins=words, steps=1))
     tokenizer = load_model(tmp_path / "out" / "model", parts=("text",)).tokenizer
-    assert tokenizer.stand_ins == {"scarlet": "red"}
-    assert tokenizer.encode("a scarlet thing0").replaced == [[("scarlet", "red")]]
+    assert tokenizer.stand_ins == {"scarlet": "red", "scarlet_thing0": "red"}
+    assert tokenizer.encode("a scarlet red").replaced == [[("scarlet", "red")]]
 
 
 def test_nothing_stands_in_for_a_word_before_a_comma(vae_model, data, tmp_path):
