@@ -11,7 +11,7 @@ from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing, o
 
 NOTHING: Ramp = (0.0, 0.0, 0.0, 0.0)
 CROSS = (((3, 1), (1, 0)), ((1, 3), (0, 1)))  # a pixel's neighbours above and below, and beside it
-EDGE = 0.8  # of the largest difference within two pixels, from which on a pixel is wholly of the thing
+EDGE = 0.8  # of the largest difference of a pixel and its neighbours, from which on a pixel is wholly of the thing
 CLOSE, FAR = (
     0.05,
     0.12,
@@ -122,7 +122,7 @@ def shown(images: Tensor) -> Tensor:
         if torch.equal(grown, behind):
             break
         behind = grown
-    whole = (EDGE * F.max_pool2d(differs, 5, 1, 2)).clamp(min=FAR)
+    whole = (EDGE * F.max_pool2d(differs, 3, 1, 1)).clamp(min=FAR)
     share = ((differs - CLOSE) / (whole - CLOSE)).clamp(0, 1)
     beside = F.max_pool2d(behind.float(), 3, 1, 1) > 0
     return torch.where(beside, share, torch.ones_like(share))
