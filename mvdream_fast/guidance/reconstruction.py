@@ -12,10 +12,8 @@ from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing, o
 NOTHING: Ramp = (0.0, 0.0, 0.0, 0.0)
 CROSS = (((3, 1), (1, 0)), ((1, 3), (0, 1)))  # a pixel's neighbours above and below, and beside it
 EDGE = 0.8  # of the largest difference of a pixel and its neighbours, from which on a pixel is wholly of the thing
-CLOSE, FAR = (
-    0.05,
-    0.12,
-)  # largest difference of a channel from the background: up to there it is that, from there on not
+# The largest difference of a channel from the background's: up to the first it is background, from the second on not.
+CLOSE, FAR = 0.05, 0.12
 
 
 class Reconstruction(Stateless):
