@@ -54,7 +54,7 @@ class Anchored:
     ):
         self.free, self.images, self.cameras, self.weight = free, images, cameras, weight
         self.silhouette_weight = silhouette_weight
-        self.shown = shown(images.flatten(0, 1)).unflatten(0, images.shape[:2]) if any(silhouette_weight[1:3]) else None
+        self.shown = torch.stack([*map(shown, images)]) if any(silhouette_weight[1:3]) else None
         self._group = 0
 
     def views(self, step: int, stream: Stream) -> Cameras:
