@@ -46,14 +46,15 @@ class Flags:
     refine_model: cli.Model | None = None
     """The model of the stages after the first, for a recipe that asks another one there (magic3d-if-sd)."""
     recipe: RecipeName | None = None
-    """The system: mvdream unless another is named. --list-recipes says what each is."""
+    """The system. Default: mvdream-solid for small models, mvdream for others and where --method, --mode, --guidance,
+    --shading or --n-views ask for another kind of run. --list-recipes says what each is."""
     list_recipes: bool = False
     """Prints the recipes: paper, stages, models, time on this machine. Makes nothing."""
     preset: Literal["auto", "mini", "fast", "paper"] = "auto"
     """mini: the embedded model on a CPU. fast: half its steps, the first half of them at half the size.
     paper: the recipe for full models. auto: mini for the embedded models and others that draw 64 pixels, else paper."""
     method: Literal["sds", "reconstruct"] | None = None
-    """reconstruct: fit the volume to views that are sampled once, instead of distilling."""
+    """sds: distillation alone, as MVDream has it. reconstruct: fit a volume to views that are sampled once instead."""
     mode: Literal["3d", "2d"] | None = None
     """2d: the model sees each view by itself, without its camera; view words in the prompt instead (DreamFusion's
     way). For comparison."""

@@ -15,8 +15,8 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.distill.config import SETTINGS, SDSConfig, check_stages, typed, written
-from mvdream_fast.distill.loop import Loop, Progress, new_guidance
-from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config
+from mvdream_fast.distill.loop import Drawn, Loop, Progress, new_guidance
+from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, usual_recipe
 from mvdream_fast.distill.state import GrownAsset, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -65,7 +65,7 @@ class TextTo3D:
             seed: None draws one, which the asset names.
             preset: a key of SDS_PRESETS, or "auto" for the one that fits the model; `config` replaces it, `overrides`
                 replace single settings (steps=300, ...), in every stage that has them, and, beside a preset, the recipe
-                (recipe="dreamfusion-if").
+                (recipe="dreamfusion-if"), which is otherwise the usual one of the preset (recipes.usual_recipe).
             callback: called after every step with a Progress.
             checkpoints: a folder; the run saves there every `checkpoint_every` steps and goes on from what it holds.
             interrupt: when requested, the run saves and returns the asset as it is.
@@ -87,7 +87,7 @@ class TextTo3D:
         seed = secrets.randbelow(2**31) if seed is None else whole("TextTo3D", "seed", seed, "0 is the default", 0)
         checkpoint_every = whole("TextTo3D", "checkpoint_every", checkpoint_every, "100 is the default")
         checkpoints = None if checkpoints is None else user_path(checkpoints)
-        config = self._config(preset, config, overrides)
+        config = self._config(preset, config, overrides, representation is None)
         check_stages(config, representation is not None)
         begin = _Stages(self, config, prompt, seed, representation)
         return Loop(callback, checkpoints, checkpoint_every, interrupt).run(config, seed, begin)
@@ -97,8 +97,10 @@ class TextTo3D:
         """Where runs take place: the pipeline's device."""
         return self.pipeline.device if self.pipeline else torch.device("cpu")
 
-    def _config(self, preset: str | None, config: SDSConfig | None, overrides: dict[str, Any]) -> SDSConfig:
-        """The run's settings; NumPy's numbers and arrays are taken for Python's."""
+    def _config(
+        self, preset: str | None, config: SDSConfig | None, overrides: dict[str, Any], fresh: bool
+    ) -> SDSConfig:
+        """The run's settings; NumPy's numbers and arrays are taken for Python's. fresh: nothing is handed to it."""
         if config is not None and not is_a(config, SDSConfig):
             raise ArgumentError(
                 f"TextTo3D: config must be an SDSConfig, got {type(config).__name__}; single settings are arguments of "
@@ -112,6 +114,8 @@ class TextTo3D:
             preset = preset_for(self.pipeline.config.vae.image_size) if self.pipeline else "mini"
         if self.pipeline and config is None and "3d" not in self.pipeline.config.modes:
             plain = {"mode": "2d", **plain}
+        if config is None and self.guidance is None and fresh:
+            plain = {"recipe": usual_recipe(str(preset), plain), **plain}
         return resolve_config(config or str(preset), **plain)
 
 
@@ -124,6 +128,7 @@ class _Stages:
     def __init__(self, maker: TextTo3D, config: SDSConfig, prompt: str, seed: int, first: Representation | None):
         self.maker, self.config, self.prompt, self.seed, self.first = maker, config, prompt, seed, first
         self.recipe, self.pipeline, self.of_refine = RECIPES[config.recipe], maker.pipeline, False
+        self.drawn: Drawn = {}  # by the model at work
 
     def __call__(self, number: int, made: Representation | None) -> RunState:
         """The stage of this index, with what the one before has made, or to be restored."""
@@ -145,7 +150,7 @@ class _Stages:
     def _guidance(self, number: int, stage: SDSConfig) -> Guidance:
         prior, pipeline = self.recipe.prior_of(number), self._pipeline(number)
         prior.check(self.config.recipe, stage.mode, pipeline.config.name, pipeline.config)
-        guidance = new_guidance(pipeline, self.prompt, stage, self.seed)
+        guidance = new_guidance(pipeline, self.prompt, stage, self.seed, self.drawn)
         if not self.maker.keep and number == len(self.config.later):
             _release(pipeline, stage)
         return guidance
@@ -161,7 +166,7 @@ class _Stages:
             pipeline.drop()
         device, dtype, graphs, name = pipeline.device, pipeline.dtype, pipeline.graphs, self.recipe.refine.embedded
         load = self.maker.refine or (lambda: MVDreamPipeline.from_pretrained(name, device, dtype, graphs))
-        self.pipeline, self.of_refine = load(), True
+        self.pipeline, self.of_refine, self.drawn = load(), True, {}
         return self.pipeline
 
 

@@ -45,10 +45,10 @@ def test_a_signal_saves_reports_and_the_rest_is_the_same(tiny_model, number, cod
     assert digest(folder) == whole
 
 
-def kill_campaign(tiny_model: str, kills: int) -> None:
+def kill_campaign(tiny_model: str, kills: int, settled: list[str]) -> None:
     """Kills a run at random moments, resuming each time; it must end with the bytes of an uninterrupted run."""
     every = ["--checkpoint-every", "5"]
-    asked = ["a red car", "--model", tiny_model, "--steps", "60", *SETTLED, *every]
+    asked = ["a red car", "--model", tiny_model, "--steps", "60", *settled, *every]
     whole = uninterrupted(asked)
     draw = random.Random(0)
     process = start(*asked)
@@ -66,9 +66,13 @@ def kill_campaign(tiny_model: str, kills: int) -> None:
 
 
 def test_killed_twice_it_ends_with_the_same_bytes(tiny_model):
-    kill_campaign(tiny_model, 2)
+    kill_campaign(tiny_model, 2, SETTLED)
+
+
+def test_killed_twice_the_usual_recipe_ends_with_the_same_bytes(tiny_model):
+    kill_campaign(tiny_model, 2, ["--preset", "mini", *QUICK])
 
 
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_same_bytes(tiny_model):
-    kill_campaign(tiny_model, 10)
+    kill_campaign(tiny_model, 10, SETTLED)

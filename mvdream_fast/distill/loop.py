@@ -186,32 +186,45 @@ def prompt_endings(config: SDSConfig) -> list[str]:
     return [side + config.suffix for side in ([f", {words}" for words in VIEW_WORDS] if tells_sides else [""])]
 
 
-def new_guidance(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
+Drawn = dict[tuple[object, ...], tuple[Tensor, Cameras]]  # sampled views and their cameras, by what they are drawn with
+
+
+def new_guidance(
+    pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, drawn: Drawn | None = None
+) -> Guidance:
     """The one place where the kind of guidance is chosen: score distillation from many views or one, plain or
     variational, which may end with repainting and have views beside it that are sampled once and fitted; or, with the
-    method "reconstruct", such views alone."""
+    method "reconstruct", such views alone.
+
+    drawn: views that the run has sampled already, by the same model; those of this stage are added.
+    """
     check_learning(config)
+    drawn, known = {} if drawn is None else drawn, config.sampled
     if config.method == "reconstruct":
-        return Reconstruction(*_sampled(pipeline, prompt, config, seed, config.cameras.n_views))
+        images, cameras = _sampled(pipeline, prompt, config, seed, config.cameras.n_views, drawn)
+        return Reconstruction(images, cameras, known.lambda_silhouette)
     guidance = _distillation(pipeline, prompt, config, seed)
-    if not config.sampled.beside:
+    if not known.beside:
         return guidance
-    images, cameras = _sampled(pipeline, prompt, config, seed, config.sampled.sampled_views)
+    images, cameras = _sampled(pipeline, prompt, config, seed, known.sampled_views, drawn)
     groups = torch.arange(len(images)).view(config.cameras.n_views, -1).T  # each of them all around
     around = [Cameras(cameras.c2w[group], cameras.fovy[group]) for group in groups]
-    return Anchored(guidance, images[groups], around, config.sampled.lambda_sampled)
+    return Anchored(guidance, images[groups], around, known.lambda_sampled, known.lambda_silhouette)
 
 
 def _sampled(
-    pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, n_views: int
+    pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, n_views: int, drawn: Drawn
 ) -> tuple[Tensor, Cameras]:
     """Views [n_views, 3, Hp, Wp] in [0, 1] as the model draws them, evenly around, and their cameras."""
-    how = config.sampled
-    views = pipeline(
-        prompt, n_views, n_steps=how.sampled_steps, guidance_scale=how.sampled_scale,
-        negative_prompt=config.negative_prompt, seed=seed, warn=_silent,
-    )  # fmt: skip
-    return views.tensor, middle_cameras(dataclasses.replace(config.cameras, n_views=n_views))
+    how, cameras = config.sampled, dataclasses.replace(config.cameras, n_views=n_views)
+    key = how.sampled_steps, how.sampled_scale, config.negative_prompt, cameras
+    if key not in drawn:
+        views = pipeline(
+            prompt, n_views, n_steps=how.sampled_steps, guidance_scale=how.sampled_scale,
+            negative_prompt=config.negative_prompt, seed=seed, warn=_silent,
+        )  # fmt: skip
+        drawn[key] = views.tensor, middle_cameras(cameras)
+    return drawn[key]
 
 
 def _silent(_: str) -> None:

@@ -5,6 +5,7 @@ the package. At one of those all recipes ask the model about as many views (`gui
 """
 
 import dataclasses
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,9 @@ from mvdream_fast.distill.config import (
 from mvdream_fast.distill.recipe import Prior, Recipe
 from mvdream_fast.distill.systems import (
     SDS_PRESETS,
+    SOLID_STEPS,
     dreamfusion_if,
+    few_shot,
     magic3d_if_sd,
     mvdream,
     mvdream_mesh,
@@ -39,6 +42,20 @@ from mvdream_fast.scene.shapes import reshaped
 def preset_for(image_size: int) -> str:
     """The preset that fits a model which draws `image_size` pixels a side."""
     return "mini" if image_size <= MINI.vae.image_size else "paper"
+
+
+# Settings that say which kind of run is wanted: who names one, but no recipe, means score distillation of a volume.
+OF_MVDREAM = {
+    "method", "mode", "kind", "loss", "particles", "view_words", "perp_neg", "n_views", "n_groups", "milestones",
+    "match", "updates_per_guidance", "repaint_from", "shading", "shape", "volume", "sampled_views",
+}  # fmt: skip
+
+
+def usual_recipe(preset: str, given: Iterable[str] = (), multi_view: bool = True) -> str:
+    """The recipe where none is named: mvdream-solid for the small models, of which mvdream alone leaves fog; mvdream at
+    `paper`, for models of single images, and where one of the settings `given` is of OF_MVDREAM."""
+    small = preset in SOLID_STEPS and multi_view and OF_MVDREAM.isdisjoint(given)
+    return "mvdream-solid" if small else MVDREAM
 
 
 def shaded(config: SDSConfig) -> SDSConfig:
@@ -66,6 +83,8 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
             if found not in known:
                 raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {found!r}")
         config = RECIPES[recipe].at(base)
+        if overrides.get("method") == "reconstruct" and base in SOLID_STEPS and not config.later:
+            config = few_shot(config)
     else:
         config = base
     if overrides.get("recipe", config.recipe) != config.recipe:
@@ -86,8 +105,11 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
 
 def guided_views(config: SDSConfig) -> int:
     """Views that the models are asked about in a run, each with and without the prompt; a redrawn or sampled
-    view once for every step of its sampler."""
-    return sum(map(_guided_views, config.stages))
+    view once for every step of its sampler. Stages that want the same sampled views have them together."""
+    known = {
+        (how.sampled_views, how.sampled_steps, how.sampled_scale) for how in (stage.sampled for stage in config.stages)
+    }
+    return sum(map(_guided_views, config.stages)) + sum(views * steps for views, steps, _ in known)
 
 
 def _guided_views(stage: SDSConfig) -> int:
@@ -95,8 +117,7 @@ def _guided_views(stage: SDSConfig) -> int:
     ends = (0, *(min(milestone, first) for milestone in stage.milestones), first)
     asked = [-(-end // every) - -(-start // every) for start, end in pairwise(ends)]  # steps that ask, by phase
     groups = sum(n * groups for n, groups in zip(asked, stage.n_groups, strict=True))
-    sampled = stage.sampled.sampled_views * stage.sampled.sampled_steps
-    return stage.cameras.n_views * (groups + _sampler_steps(stage)) + sampled
+    return stage.cameras.n_views * (groups + _sampler_steps(stage))
 
 
 def _sampler_steps(config: SDSConfig) -> int:
@@ -123,8 +144,9 @@ RECIPES = {
         mvdream, "MVDream, Shi et al. 2023", "score distillation of four views at once, a density volume", _MULTI_VIEW
     ),
     "mvdream-solid": Recipe(
-        mvdream_solid, "MVDream, Shi et al. 2023; views beside it are this project's",
-        "mvdream; beside it views that are sampled first are fitted, and fog is made solid or empty", _MULTI_VIEW,
+        mvdream_solid, "MVDream, Shi et al. 2023, with Magic3D's refinement; views beside it are this project's",
+        "mvdream-mesh of a coarse volume; beside both stages views that are sampled first are fitted, with silhouettes",
+        _MULTI_VIEW,
     ),
     "mvdream-sharp": Recipe(
         mvdream_sharp, "MVDream, Shi et al. 2023; repainting is this project's",

@@ -30,7 +30,7 @@ from mvdream_fast.distill.config import (
     typed,
     written,
 )
-from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, shaded
+from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, shaded, usual_recipe
 from mvdream_fast.models.tokenizer import check_prompt
 
 if TYPE_CHECKING:
@@ -118,12 +118,13 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     prompt = flags.get("prompt", file.get("prompt", ""))
     check_prompt(prompt)
     model, refine = (flags.get(name, file.get(name)) for name in ("model", "refine_model"))
-    recipe = _recipe(flags.get("recipe"), file)
+    preset, why = _preset(flags.get("preset", "auto"), file, model)
+    recipe = _recipe(flags, file) or _usual_recipe(preset, flags, file, model)
     known = RECIPES[recipe]
     if refine is not None and known.refine is None:
         raise ArgumentError(f"--refine-model must be left out with the recipe {recipe}, whose stages ask one model")
-    preset, why = _preset(flags.get("preset", "auto"), file, model)
-    config = _with_flags(_with_file(resolve_config(preset, recipe=recipe), file.get("sds", {})), flags)
+    method = {name: flags[name] for name in ("method",) if name in flags}  # which the recipe's own losses depend on
+    config = _with_flags(_with_file(resolve_config(preset, recipe=recipe, **method), file.get("sds", {})), flags)
     modes = "mode" in flags or any("mode" in table for table in _tables(file))
     asked = [model, *[refine if known.refine else model] * len(config.later)]
     config = joined(_with_mode(stage, name, modes) for stage, name in zip(config.stages, asked, strict=True))
@@ -175,12 +176,18 @@ def _with_file(config: SDSConfig, found: dict[str, Any] | list[dict[str, Any]]) 
     return joined(resolve_config(stage, **table) for stage, table in zip(config.stages, found, strict=True))
 
 
-def _recipe(asked: str | None, file: dict[str, Any]) -> str:
-    """The recipe's name: the flag's, the file's, or mvdream."""
-    of_file = _tables(file)[0].get("recipe", file.get("recipe"))
+def _recipe(flags: dict[str, Any], file: dict[str, Any]) -> str | None:
+    """The recipe's name: the flag's or the file's; None where neither names one."""
+    asked, of_file = flags.get("recipe"), _tables(file)[0].get("recipe", file.get("recipe"))
     if None not in (asked, of_file) and asked != of_file:
         raise ArgumentError(f"--recipe {asked} contradicts the file of --config, which is for {of_file}; name one")
-    return asked or of_file or MVDREAM
+    return asked or of_file
+
+
+def _usual_recipe(preset: str, flags: dict[str, Any], file: dict[str, Any], model: str | None) -> str:
+    """The recipe of whoever names none. Settings of a file that names none are mvdream's."""
+    given = {RENAMED.get(flag, flag) for flag in flags}
+    return MVDREAM if file.get("sds") else usual_recipe(preset, given, model is None or not _draws_single_images(model))
 
 
 def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, str]:
@@ -223,12 +230,16 @@ def _stage_with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
 
 def _with_mode(config: SDSConfig, model: str | None, asked: bool) -> SDSConfig:
     """In the mode 2d where the model knows no other. Raises ArgumentError where 3d is asked of one."""
-    unet = {} if model is None else stored_config(model).get("unet", {})
-    if (unet.get("camera_in"), unet.get("view_mixing")) != ("none", "2d"):
+    if model is None or not _draws_single_images(model):
         return config
     if asked and config.mode == "3d":
         raise ArgumentError(f"--mode must be 2d with {model}, which draws single images, without cameras, got 3d")
     return replaced(config, mode="2d")
+
+
+def _draws_single_images(model: str) -> bool:
+    unet = stored_config(model).get("unet", {})
+    return (unet.get("camera_in"), unet.get("view_mixing")) == ("none", "2d")
 
 
 def flag_names(flags: Iterable[str]) -> dict[str, str]:

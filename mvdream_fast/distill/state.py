@@ -20,7 +20,7 @@ from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError
 from mvdream_fast.core.machine import choose_device
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.config import SDSConfig, settings_of
-from mvdream_fast.guidance.base import Guidance
+from mvdream_fast.guidance.base import Guidance, opacity_loss
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.scene.asset import Asset, Settings
 from mvdream_fast.scene.base import Lighting, Rendered, Representation, Statistic
@@ -164,6 +164,7 @@ class RunState:
         (d_views,) = torch.autograd.grad(loss, views)
         clock.part("vae")
         total = self.representation.regularizers(rendered, rays, step)
+        total = total + opacity_loss(self.guidance, rendered.opacity.view(len(rgb), *rgb.shape[-2:]), asked)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward([rgb, total], [d_views, torch.ones_like(total)])
         gradients = [p.grad for p in parameters(self.optimizer) if p.grad is not None]

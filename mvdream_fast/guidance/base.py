@@ -3,7 +3,7 @@ should be. A new guidance is a class with these methods; distill/loop.py is wher
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -43,6 +43,21 @@ class Guidance(Protocol):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the tensors of `state`."""
         ...
+
+
+@runtime_checkable
+class Outlined(Protocol):
+    """What a guidance has besides that knows silhouettes, not colours alone."""
+
+    def opacity_loss(self, opacity: Tensor, step: int) -> Tensor:
+        """What is wanted of the opacity [B*V, Hp, Wp] in [0, 1] of the renders that `score` was given last: a scalar
+        with a graph to it."""
+        ...
+
+
+def opacity_loss(guidance: Guidance, opacity: Tensor, step: int) -> Tensor:
+    """A guidance's `Outlined.opacity_loss`; 0 of one that knows colours alone."""
+    return guidance.opacity_loss(opacity, step) if isinstance(guidance, Outlined) else opacity.new_zeros(())
 
 
 class Stateless:

@@ -1,19 +1,27 @@
 """Guidance by known images: a few-shot NeRF, and known views beside another guidance."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras
 from mvdream_fast.core.ramp import Ramp, ramp
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing
+from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing, opacity_loss
+
+NOTHING: Ramp = (0.0, 0.0, 0.0, 0.0)
+CROSS = (((3, 1), (1, 0)), ((1, 3), (0, 1)))  # a pixel's neighbours above and below, and beside it
+EDGE = 0.8  # of the largest difference of a pixel and its neighbours, from which on a pixel is wholly of the thing
+# The largest difference of a channel from the background's: up to the first it is background, from the second on not.
+CLOSE, FAR = 0.05, 0.12
 
 
 class Reconstruction(Stateless):
     """Images [V, 3, Hp, Wp] in [0, 1], seen from their own cameras at every step."""
 
-    def __init__(self, images: Tensor, cameras: Cameras):
-        self.images, self.cameras = images, cameras
+    def __init__(self, images: Tensor, cameras: Cameras, silhouette_weight: Ramp = NOTHING):
+        self.images, self.cameras, self.silhouette_weight = images, cameras, silhouette_weight
+        self.shown = shown(images) if any(silhouette_weight[1:3]) else None
 
     def views(self, step: int, stream: Stream) -> Cameras:
         """The images' own cameras."""
@@ -25,6 +33,12 @@ class Reconstruction(Stateless):
         """See `Guidance`; the squared error, no timestep."""
         return squared_error(rgb, self.images), 0
 
+    def opacity_loss(self, opacity: Tensor, step: int) -> Tensor:
+        """The weighted squared distance to the images' silhouettes."""
+        if self.shown is None:
+            return opacity.new_zeros(())
+        return ramp(self.silhouette_weight, step) * squared_error(opacity[:, None], self.shown)
+
 
 class Anchored:
     """Another guidance, and beside its views one group of known ones a step.
@@ -35,8 +49,12 @@ class Anchored:
             the steps.
     """
 
-    def __init__(self, free: Guidance, images: Tensor, cameras: list[Cameras], weight: Ramp):
+    def __init__(
+        self, free: Guidance, images: Tensor, cameras: list[Cameras], weight: Ramp, silhouette_weight: Ramp = NOTHING
+    ):
         self.free, self.images, self.cameras, self.weight = free, images, cameras, weight
+        self.silhouette_weight = silhouette_weight
+        self.shown = torch.stack([*map(shown, images)]) if any(silhouette_weight[1:3]) else None
         self._group = 0
 
     def views(self, step: int, stream: Stream) -> Cameras:
@@ -54,6 +72,14 @@ class Anchored:
         loss, t = self.free.score(rgb[:n], Cameras(views.c2w[:n], views.fovy[:n]), step, stream, timing)
         return loss + ramp(self.weight, step) * squared_error(rgb[n:], self.images[self._group]), t
 
+    def opacity_loss(self, opacity: Tensor, step: int) -> Tensor:
+        """The other guidance's, and the known views' weighted squared distance to their silhouettes."""
+        n = len(opacity) - self.images.shape[1]
+        loss = opacity_loss(self.free, opacity[:n], step)
+        if self.shown is None:
+            return loss
+        return loss + ramp(self.silhouette_weight, step) * squared_error(opacity[n:, None], self.shown[self._group])
+
     def after_step(self, step: int, stream: Stream) -> None:
         """The other guidance's."""
         self.free.after_step(step, stream)
@@ -68,6 +94,40 @@ class Anchored:
 
 
 def squared_error(rgb: Tensor, images: Tensor) -> Tensor:
-    """Summed over a view's pixels, averaged over the views; the images are first brought to the size of rgb."""
-    target = torch.nn.functional.interpolate(images.to(rgb), rgb.shape[-2:], mode="area")
+    """Summed over a view's pixels, averaged over the views; the larger are first shrunk to the size of the others."""
+    size = min(rgb.shape[-2:], images.shape[-2:])
+    rgb, target = (F.interpolate(x, size, mode="area") for x in (rgb, images.to(rgb)))
     return (rgb - target).square().sum() / len(rgb)
+
+
+def shown(images: Tensor) -> Tensor:
+    """How far each pixel shows something in front of a flat background: [V, 3, Hp, Wp] -> [V, 1, Hp, Wp] in [0, 1].
+
+    The background is each image's median colour along its border, as far as it can be reached from there: a grey thing
+    before grey keeps what an outline of another grey closes in. At an edge it is the share of what stands beside it.
+    """
+    images = _smoothed(images)
+    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
+    color = border.median(-1).values[..., None, None]
+    differs = (images - color).abs().amax(1, keepdim=True)
+    like = differs < FAR
+    behind = torch.zeros_like(like)
+    behind[..., 0, :], behind[..., -1, :] = like[..., 0, :], like[..., -1, :]
+    behind[..., 0], behind[..., -1] = like[..., 0], like[..., -1]
+    while True:
+        down, right = (F.max_pool2d(behind.float(), size, 1, padding) for size, padding in CROSS)
+        grown = (down.maximum(right) > 0) & like
+        if torch.equal(grown, behind):
+            break
+        behind = grown
+    whole = (EDGE * F.max_pool2d(differs, 3, 1, 1)).clamp(min=FAR)
+    share = ((differs - CLOSE) / (whole - CLOSE)).clamp(0, 1)
+    beside = F.max_pool2d(behind.float(), 3, 1, 1) > 0
+    return torch.where(beside, share, torch.ones_like(share))
+
+
+def _smoothed(images: Tensor) -> Tensor:
+    """Each pixel with a quarter of its neighbours' part, along both axes: what a decoder adds pixel by pixel goes."""
+    kernel = images.new_tensor([0.25, 0.5, 0.25])
+    wide = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(wide, (kernel[:, None] * kernel)[None, None]).view_as(images)

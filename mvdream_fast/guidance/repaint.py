@@ -19,7 +19,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, guided_call
 from mvdream_fast.diffusion.sampler import ModelFn, translate
 from mvdream_fast.diffusion.schedule import NoiseSchedule
-from mvdream_fast.guidance.base import Guidance, Timing, no_timing
+from mvdream_fast.guidance.base import Guidance, Timing, no_timing, opacity_loss
 from mvdream_fast.guidance.config import RepaintConfig
 from mvdream_fast.guidance.prompts import tell
 from mvdream_fast.guidance.reconstruction import squared_error
@@ -128,6 +128,10 @@ class Repaint:
             group = self._fresh = Group(images, views)
             timing("unet")
         return squared_error(rgb, group.images), t
+
+    def opacity_loss(self, opacity: Tensor, step: int) -> Tensor:
+        """The other guidance's; of redrawn views only colours are known."""
+        return opacity_loss(self.before, opacity, step) if step < self.first else opacity.new_zeros(())
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The other guidance's; then keeps what was redrawn, unless it has numbers that are not finite."""

@@ -282,7 +282,7 @@ def test_the_table_of_stages_is_whole():
     stages = {name: recipe.at("paper").stages for name, recipe in RECIPES.items()}
     assert {name: [stage.representation.shape for stage in found] for name, found in stages.items()} == {
         "mvdream": ["volume"],
-        "mvdream-solid": ["volume"],
+        "mvdream-solid": ["volume", "tets"],
         "mvdream-sharp": ["volume"],
         "mvdream-mesh": ["volume", "tets"],
         "dreamfusion-if": ["volume"],

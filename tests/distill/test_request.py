@@ -43,9 +43,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
 
 
 def test_a_volume_has_a_usual_number_of_triangles_and_a_mesh_its_own(tmp_path):
-    assert request.resolve(CHAIR).export.faces == 30_000
-    assert request.resolve({**CHAIR, "faces": 0}).export.faces == 0
-    assert request.resolve(CHAIR, {"export": {"faces": 900}}).export.faces == 900
+    volume = {**CHAIR, "recipe": "mvdream"}
+    assert request.resolve(volume).export.faces == 30_000
+    assert request.resolve({**volume, "faces": 0}).export.faces == 0
+    assert request.resolve(volume, {"export": {"faces": 900}}).export.faces == 900
     meshes = {**CHAIR, "recipe": "mvdream-mesh"}  # a volume first, tetrahedra at the end
     assert request.resolve(meshes).export.faces == 0
     assert request.resolve({**meshes, "faces": 30_000}).export.faces == 30_000
@@ -216,7 +217,7 @@ def test_without_peft_vsd_says_what_to_install(monkeypatch):
 
 def test_a_file_of_prompts(tmp_path):
     path = written(tmp_path, '"a cup"\n\n{"prompt": "a red car", "seed": 4, "steps": 30, "negative_prompt": "blue"}\n')
-    first, second = request.read_prompts(path, {"seed": "9", "guidance_scale": 3.0}, None)
+    first, second = request.read_prompts(path, {"seed": "9", "guidance_scale": 3.0, "recipe": "mvdream"}, None)
     assert (first.prompt, first.seed, first.config.steps) == ("a cup", 9, 600)
     assert (second.prompt, second.seed, second.config.steps) == ("a red car", 4, 30)
     assert second.config.negative_prompt == "blue"
@@ -293,7 +294,7 @@ def test_a_separator_within_a_line_is_no_line_end(tmp_path, separator):
         ('{"prompt": " "}', "line 2: the prompt is empty"),
         ('{"prompt": "x", "seed": -1}', "line 2: --seed must be a number"),
         ('{"prompt": "x", "seed": null}', "line 2: seed must be an integer or a string, got None"),
-        ('{"prompt": "x", "steps": 0}', "line 2: --steps must be at least 1"),
+        ('{"prompt": "x", "steps": 0}', "line 2: steps must be at least 2, one for each stage of mvdream-solid"),
         ('{"prompt": "x", "steps": "9"}', "line 2: steps must be an integer, got '9'"),
     ],
 )
@@ -352,7 +353,7 @@ def test_a_recipe_brings_its_settings_and_its_model(tmp_path):
     run = request.resolve({**CHAIR, "recipe": "dreamfusion-if"})
     assert (run.model, run.config) == ("pixels", RECIPES["dreamfusion-if"].at("mini"))
     assert request.resolve({**CHAIR, "recipe": "prolificdreamer", "model": "x.pt"}).config.preset == "paper"
-    assert request.resolve(CHAIR).config.recipe == "mvdream"
+    assert request.resolve({**CHAIR, "method": "sds"}).config.recipe == "mvdream"
     changed = request.resolve({**CHAIR, "recipe": "prolificdreamer", "mode": "3d", "steps": 60}).config
     assert (changed.recipe, {stage.mode for stage in changed.stages}) == ("prolificdreamer", {"3d"})
     assert [stage.steps for stage in changed.stages] == [40, 10, 10]

@@ -62,6 +62,22 @@ def test_their_weight_is_a_ramp(pipeline, step, weight):
     assert t == 7
 
 
+def test_stages_that_want_the_same_views_have_them_drawn_once(pipeline, monkeypatch):
+    drawn, calls, call = {}, [], MVDreamPipeline.__call__
+
+    def counted(self, *args, **kwargs):
+        calls.append(args)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(MVDreamPipeline, "__call__", counted)
+    first, second = (new_guidance(pipeline, "a red car", BESIDE, 5, drawn) for _ in range(2))
+    assert len(calls) == 1
+    assert torch.equal(first.images, second.images)
+    other = new_guidance(pipeline, "a red car", replaced(BESIDE, sampled_scale=4.0), 5, drawn)
+    assert len(calls) == 2
+    assert not torch.equal(first.images, other.images)
+
+
 def test_another_number_of_steps_moves_the_ramp():
     assert restepped(BESIDE, 40).sampled.lambda_sampled == (0.0, 2.0, 6.0, 40.0)
 

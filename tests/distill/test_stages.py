@@ -193,7 +193,7 @@ def test_the_first_model_is_let_go_of_before_the_second_is_loaded():
         ),
         ({}, [{}, {}], "sds must be one table, or 1, one for each stage of mvdream, got 2"),
         ({"recipe": "mvdream-mesh"}, [{}, {"shape": "volume"}], "must be tets or textured-mesh in stage 2"),
-        ({"refine_model": "x"}, {}, "--refine-model must be left out with the recipe mvdream, whose stages ask one"),
+        ({"refine_model": "x"}, {}, "--refine-model must be left out with the recipe mvdream-solid"),
     ],
 )
 def test_what_stages_cannot_be_asked_for(flags, file, message):

@@ -12,7 +12,7 @@ from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 
 QUICK = ["--render-size", "8", "--mesh-resolution", "24", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
-SETTLED = ["--preset", "mini", *QUICK]
+SETTLED = ["--preset", "mini", "--recipe", "mvdream", *QUICK]  # one stage, a volume
 
 
 def command(*arguments: str, whole: bool = False) -> int:
@@ -44,5 +44,5 @@ def digest(folder: Path) -> str:
 
 def uninterrupted(arguments: list[str]) -> str:
     """The digest of the same run without trouble, made where `outputs/latest` does not point to."""
-    assert command(*arguments, "-o", "whole") == 0
+    assert command(*arguments, "-o", "whole", whole=True) == 0
     return digest(Path("whole"))

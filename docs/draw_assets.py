@@ -1,0 +1,51 @@
+"""Draws finished runs side by side, each from the front and in quarter turns: what README.md shows.
+
+    python docs/draw_assets.py RUN... -o docs/assets.webp --columns 2 --name
+
+`mvdream_fast.sds --prompts-file` leaves the runs; they are drawn in the order in which they are given, row by row.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mvdream_fast.core.files import read_json
+from mvdream_fast.evaluation.runs import orbit
+from mvdream_fast.scene.asset import Asset
+
+LABEL, GAP = 16, 8  # pixels: a line of text above a row, and between columns
+
+
+def turn(folder: Path, size: int) -> np.ndarray:
+    """Four renders side by side, [size, 4 size, 3] uint8."""
+    rgb = Asset.load(folder / "asset.safetensors").render(orbit(4), size).rgb.clamp(0, 1)
+    return (255 * rgb).round().byte().permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()
+
+
+def main() -> None:
+    """Reads the runs and writes the picture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=96, help="pixels a side of each render")
+    parser.add_argument("--columns", type=int, default=2)
+    parser.add_argument("--name", action="store_true", help="writes the prompts above the rows")
+    flags = parser.parse_args()
+    label = LABEL if flags.name else 0
+    width, height = 4 * flags.size, flags.size + label
+    n_rows = -(-len(flags.runs) // flags.columns)
+    image = Image.new("RGB", (flags.columns * (width + GAP) - GAP, n_rows * height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    for number, folder in enumerate(flags.runs):
+        row, column = divmod(number, flags.columns)
+        left, top = column * (width + GAP), row * height
+        if flags.name:
+            draw.text((left + 2, top), read_json(folder / "config.json")["prompt"], "black", font)
+        image.paste(Image.fromarray(turn(folder, flags.size)), (left, top + label))
+    image.save(flags.output, quality=90)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Which recipe a run has where none is named, and what it and a few-shot fit are made of."""
+
+import pytest
+
+from mvdream_fast.distill.recipes import OF_MVDREAM, RECIPES, guided_views, resolve_config, usual_recipe
+from mvdream_fast.distill.request import resolve
+from mvdream_fast.distill.systems import SDS_PRESETS, mvdream_solid
+
+SOLID = "mvdream-solid"
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [
+        ({}, SOLID),
+        ({"preset": "fast"}, SOLID),
+        ({"preset": "mini", "steps": 40, "guidance_scale": 5.0, "seed": 3}, SOLID),
+        ({"preset": "paper"}, "mvdream"),
+        ({"model": "pixels"}, "mvdream"),
+        ({"recipe": "mvdream"}, "mvdream"),
+        ({"method": "sds"}, "mvdream"),
+        ({"method": "reconstruct"}, "mvdream"),
+        ({"mode": "2d"}, "mvdream"),
+        ({"guidance": "vsd"}, "mvdream"),
+        ({"shape": "surface"}, "mvdream"),
+        ({"shading": True}, "mvdream"),
+        ({"n_views": 2}, "mvdream"),
+        ({"recipe": SOLID, "n_views": 2}, SOLID),
+    ],
+)
+def test_the_small_models_are_told_to_be_solid_unless_another_kind_of_run_is_named(flags, recipe):
+    assert resolve({"prompt": "a red chair", **flags}).config.recipe == recipe
+
+
+def test_settings_of_a_file_that_names_no_recipe_are_mvdreams():
+    assert resolve({"prompt": "a red chair"}, {"sds": {"steps": 40}}).config.recipe == "mvdream"
+    assert resolve({"prompt": "a red chair"}, {"seed": 4}).config.recipe == SOLID
+    assert resolve({"prompt": "a red chair"}, {"sds": {"recipe": SOLID}}).config.recipe == SOLID
+
+
+def test_a_run_of_the_usual_recipe_is_written_and_read_as_it_is():
+    run = resolve({"prompt": "a red chair", "preset": "fast"})
+    assert resolve({}, run.to_dict()).config == run.config
+
+
+def test_models_of_single_images_have_no_views_to_be_solid_by():
+    assert usual_recipe("mini", multi_view=False) == "mvdream"
+    assert all(usual_recipe("mini", [name]) == "mvdream" for name in OF_MVDREAM)
+
+
+@pytest.mark.parametrize("size", ["mini", "fast"])
+def test_it_asks_about_as_many_views_as_mvdream(size):
+    assert guided_views(mvdream_solid(size)) == guided_views(SDS_PRESETS[size])
+
+
+def test_its_stages_have_their_sampled_views_together():
+    volume, mesh = mvdream_solid("fast").stages
+    alone = [guided_views(stage) for stage in (volume, mesh)]
+    assert guided_views(mvdream_solid("fast")) == sum(alone) - 8 * 25
+
+
+@pytest.mark.parametrize("size", ["mini", "fast"])
+def test_a_few_shot_fit_of_a_small_model_is_regularised(size):
+    config = resolve_config(size, method="reconstruct", steps=50)
+    assert config.recipe == "mvdream"
+    assert config.method == "reconstruct"
+    assert config.steps == 50
+    assert config.cameras.n_views == 8
+    assert config.representation.volume == "coarse"
+    assert config.representation.lambda_opaque[2] > 0
+    assert config.representation.lambda_opaque[3] < 50
+    assert config.sampled.lambda_silhouette[2] > 0
+    assert config.sampled.sampled_views == 0  # beside distillation
+    assert resolve_config(size, method="reconstruct", n_views=6).cameras.n_views == 6
+
+
+def test_a_few_shot_fit_at_paper_is_as_it_was():
+    assert resolve_config("paper", method="reconstruct").representation == RECIPES["mvdream"].at("paper").representation
