@@ -92,10 +92,12 @@ class Way:
 
 
 def sample_views(pipeline: MVDreamPipeline, request: Request, folder: Path) -> None:
-    """views.png: four views as the model draws them, so that a bad prompt is seen before the long part."""
+    """views.png: four views as the model draws them, so that a bad prompt is seen before the long part; as strongly
+    guided as those that the run fits, if it fits any."""
     views = pipeline(
-        request.prompt, seed=request.seed, n_steps=25, negative_prompt=request.config.negative_prompt,
-        suffix=pipeline.suffix, mode=request.config.mode, warn=lambda _: None,
+        request.prompt, seed=request.seed, n_steps=25, guidance_scale=request.config.sampled.sampled_scale,
+        negative_prompt=request.config.negative_prompt, suffix=pipeline.suffix, mode=request.config.mode,
+        warn=lambda _: None,
     )  # fmt: skip
     atomic_write(folder / "views.png", png_bytes(views.sheet()))
 

@@ -1,10 +1,15 @@
 """Which recipe a run has where none is named, and what it and a few-shot fit are made of."""
 
 import pytest
+import torch
+from reference.random_model import random_model
 
+from mvdream_fast.core.images import png_bytes
 from mvdream_fast.distill.recipes import OF_MVDREAM, RECIPES, guided_views, resolve_config, usual_recipe
 from mvdream_fast.distill.request import resolve
 from mvdream_fast.distill.systems import SDS_PRESETS, mvdream_solid
+from mvdream_fast.jobs.asset import sample_views
+from mvdream_fast.pipeline import MVDreamPipeline
 
 SOLID = "mvdream-solid"
 
@@ -51,6 +56,15 @@ def test_models_of_single_images_have_no_views_to_be_solid_by():
 @pytest.mark.parametrize("size", ["mini", "fast"])
 def test_it_asks_about_as_many_views_as_mvdream(size):
     assert guided_views(mvdream_solid(size)) == guided_views(SDS_PRESETS[size])
+
+
+@pytest.mark.parametrize(("flags", "scale"), [({}, 3.5), ({"method": "sds"}, 7.5)])
+def test_the_first_views_are_guided_as_those_that_are_fitted(flags, scale, tmp_path):
+    pipeline = MVDreamPipeline(random_model(), "cpu", torch.float32)
+    run = resolve({"prompt": "a red chair", "preset": "fast", "seed": 2, **flags})
+    sample_views(pipeline, run, tmp_path)
+    drawn = pipeline("a red chair", seed=2, n_steps=25, guidance_scale=scale, negative_prompt="", warn=lambda _: None)
+    assert (tmp_path / "views.png").read_bytes() == png_bytes(drawn.sheet())
 
 
 def test_its_stages_have_their_sampled_views_together():
