@@ -235,7 +235,7 @@ def test_checkpoints_of_another_configuration_are_refused(data, tmp_path):
 
 def test_a_checkpoint_of_a_version_that_knew_fewer_settings_is_gone_on_from(data, tmp_path):
     trainer, other = make_trainer(data), make_trainer(data)
-    del trainer.about["config"]["vae"]["decoder_levels"]
+    del trainer.about["config"]["vae"]["decoder_cleaner"]
     Loop(trainer, tmp_path, LoopOptions(steps=1)).run()
     assert Loop(other, tmp_path, LoopOptions(steps=2)).resume()
     assert_same(weights(trainer), weights(other))
