@@ -56,7 +56,7 @@ def generate() -> Call:
 
 def text_to_3d() -> Call:
     grow = TextTo3D(MVDreamPipeline.from_pretrained("embedded"))
-    return lambda: grow("a green armchair", preset="mini", steps=6, seed=0)
+    return lambda: grow("a green armchair", preset="mini", method="sds", steps=6, seed=0)
 
 
 WORK: dict[str, Callable[[], Call]] = {
