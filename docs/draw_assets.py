@@ -1,6 +1,6 @@
 """Draws finished runs side by side, each from the front and in quarter turns: what README.md shows.
 
-    python docs/draw_assets.py RUN... -o docs/assets.webp --columns 2 --name
+    python docs/draw_assets.py RUN... -o docs/assets.webp --columns 4 --size 56 --name
 
 `mvdream_fast.sds --prompts-file` leaves the runs; they are drawn in the order in which they are given, row by row.
 """
