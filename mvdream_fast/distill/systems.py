@@ -131,8 +131,8 @@ def mvdream_solid(size: str = "paper") -> SDSConfig:
         ),
         replaced(
             mesh, **views, lambda_sampled=constant(20 * pixels), lambda_silhouette=constant(20 * pixels),
-            lambda_laplacian=constant(3e5 if size == "mini" else 1e5), lambda_normal_consistency=constant(0.0), lr_geometry=0.005,
-            lr_decay=0.1,
+            lambda_laplacian=constant(3e5 if size == "mini" else 1e5), lambda_normal_consistency=constant(0.0),
+            lr_geometry=0.005, lr_decay=0.1,
         ),
     ])  # fmt: skip
 
