@@ -8,20 +8,19 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mvdream_fast.core.files import read_json
+from mvdream_fast.core.images import sheet
 from mvdream_fast.evaluation.runs import orbit
 from mvdream_fast.scene.asset import Asset
 
 LABEL, GAP = 16, 8  # pixels: a line of text above a row, and between columns
 
 
-def turn(folder: Path, size: int) -> np.ndarray:
-    """Four renders side by side, [size, 4 size, 3] uint8."""
-    rgb = Asset.load(folder / "asset.safetensors").render(orbit(4), size).rgb.clamp(0, 1)
-    return (255 * rgb).round().byte().permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()
+def turn(folder: Path, size: int) -> Image.Image:
+    """Four renders side by side."""
+    return sheet(Asset.load(folder / "asset.safetensors").render(orbit(4), size).rgb[None])
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
         left, top = column * (width + GAP), row * height
         if flags.name:
             draw.text((left + 2, top), read_json(folder / "config.json")["prompt"], "black", font)
-        image.paste(Image.fromarray(turn(folder, flags.size)), (left, top + label))
+        image.paste(turn(folder, flags.size), (left, top + label))
     image.save(flags.output, quality=90)
 
 

@@ -79,6 +79,12 @@ def stored_config(path_or_name: str | Path) -> dict:
     return read_json(place / "config.json") if is_own(place) else {}
 
 
+def draws_single_images(path_or_name: str | Path) -> bool:
+    """Whether the model that a user names knows no cameras, by its `stored_config`."""
+    unet = stored_config(path_or_name).get("unet", {})
+    return (unet.get("camera_in"), unet.get("view_mixing")) == ("none", "2d")
+
+
 def is_own(path: Path) -> bool:
     """Whether the folder is of mvdream_fast's layout, or meant to be."""
     parts = any((path / f"{part}.safetensors").exists() for part in PARTS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mvdream_fast.checkpoints.places import EMBEDDED, stored_config
+from mvdream_fast.checkpoints.places import EMBEDDED, draws_single_images, stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.core.files import lines, parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked, is_object
@@ -119,7 +119,7 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     check_prompt(prompt)
     model, refine = (flags.get(name, file.get(name)) for name in ("model", "refine_model"))
     preset, why = _preset(flags.get("preset", "auto"), file, model)
-    recipe = _recipe(flags, file) or _usual_recipe(preset, flags, file, model)
+    recipe = _recipe(preset, flags, file, model)
     known = RECIPES[recipe]
     if refine is not None and known.refine is None:
         raise ArgumentError(f"--refine-model must be left out with the recipe {recipe}, whose stages ask one model")
@@ -176,18 +176,14 @@ def _with_file(config: SDSConfig, found: dict[str, Any] | list[dict[str, Any]]) 
     return joined(resolve_config(stage, **table) for stage, table in zip(config.stages, found, strict=True))
 
 
-def _recipe(flags: dict[str, Any], file: dict[str, Any]) -> str | None:
-    """The recipe's name: the flag's or the file's; None where neither names one."""
+def _recipe(preset: str, flags: dict[str, Any], file: dict[str, Any], model: str | None) -> str:
+    """The recipe's name: the flag's, the file's, or the usual one; settings of a file that names none are mvdream's."""
     asked, of_file = flags.get("recipe"), _tables(file)[0].get("recipe", file.get("recipe"))
     if None not in (asked, of_file) and asked != of_file:
         raise ArgumentError(f"--recipe {asked} contradicts the file of --config, which is for {of_file}; name one")
-    return asked or of_file
-
-
-def _usual_recipe(preset: str, flags: dict[str, Any], file: dict[str, Any], model: str | None) -> str:
-    """The recipe of whoever names none. Settings of a file that names none are mvdream's."""
-    given = {RENAMED.get(flag, flag) for flag in flags}
-    return MVDREAM if file.get("sds") else usual_recipe(preset, given, model is None or not _draws_single_images(model))
+    if asked or of_file or file.get("sds"):
+        return asked or of_file or MVDREAM
+    return usual_recipe(preset, flag_names(flags), model is None or not draws_single_images(model))
 
 
 def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, str]:
@@ -230,16 +226,11 @@ def _stage_with_flags(config: SDSConfig, flags: dict[str, Any]) -> SDSConfig:
 
 def _with_mode(config: SDSConfig, model: str | None, asked: bool) -> SDSConfig:
     """In the mode 2d where the model knows no other. Raises ArgumentError where 3d is asked of one."""
-    if model is None or not _draws_single_images(model):
+    if model is None or not draws_single_images(model):
         return config
     if asked and config.mode == "3d":
         raise ArgumentError(f"--mode must be 2d with {model}, which draws single images, without cameras, got 3d")
     return replaced(config, mode="2d")
-
-
-def _draws_single_images(model: str) -> bool:
-    unet = stored_config(model).get("unet", {})
-    return (unet.get("camera_in"), unet.get("view_mixing")) == ("none", "2d")
 
 
 def flag_names(flags: Iterable[str]) -> dict[str, str]:

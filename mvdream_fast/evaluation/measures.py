@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras, generate_rays
+from mvdream_fast.core.border import off_border
 
 FRONT_DEG = 45.0  # a view reads as front when its predicted azimuth is that close to 0
 OPPOSITE_DEG = 120.0  # two fronts that far apart are two faces: one mistake at the edge of the front is less
@@ -101,9 +102,7 @@ def silhouettes(images: Tensor) -> Tensor:
 
     The background is each image's median colour along its border. What has the background's colour is lost.
     """
-    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
-    color = border.median(-1).values[..., None, None]
-    return (images - color).abs().amax(1) > FOREGROUND
+    return off_border(images)[:, 0] > FOREGROUND
 
 
 def hull_support(masks: Tensor, cameras: Cameras) -> float:

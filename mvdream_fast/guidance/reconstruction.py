@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvdream_fast.camera import Cameras
+from mvdream_fast.core.border import off_border
 from mvdream_fast.core.ramp import Ramp, ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing, opacity_loss
@@ -106,10 +107,7 @@ def shown(images: Tensor) -> Tensor:
     The background is each image's median colour along its border, as far as it can be reached from there: a grey thing
     before grey keeps what an outline of another grey closes in. At an edge it is the share of what stands beside it.
     """
-    images = _smoothed(images)
-    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
-    color = border.median(-1).values[..., None, None]
-    differs = (images - color).abs().amax(1, keepdim=True)
+    differs = off_border(_smoothed(images))
     like = differs < FAR
     behind = torch.zeros_like(like)
     behind[..., 0, :], behind[..., -1, :] = like[..., 0, :], like[..., -1, :]

@@ -10,7 +10,7 @@ from pathlib import Path
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.captions import head_noun
 from mvdream_fast.data.shards import find_shards, n_views, read_metas
-from mvdream_fast.rendering.catalogue import read_folder, read_sweethome3d
+from mvdream_fast.rendering.catalogue import Entry, read_folder, read_sweethome3d
 from mvdream_fast.rendering.metadata import NAME
 
 SPLITS = ("train", "held_out", "pictures")
@@ -51,6 +51,15 @@ class Count:
         return "| " + " | ".join([name, *(f"{number:,}" for number in numbers)]) + " |"
 
 
+def undrawn(folder: Path) -> list[Entry]:
+    """What a source holds that has no shards yet. Raises InputFileError where it has no list either."""
+    if (folder / NAME).exists():
+        return read_folder(folder)
+    if any(folder.rglob("*.sh3f")):
+        return read_sweethome3d(folder)
+    raise InputFileError(f"no shards and no {NAME} in {folder}; `python -m mvdream_fast.render` makes shards")
+
+
 def counted(folder: Path, *sums: Count) -> Count:
     """What there is in a folder; `sums` are added to. Raises InputFileError where there is nothing."""
     own, files = Count(), [path for split in SPLITS for path in find_shards(folder, split)]
@@ -61,13 +70,7 @@ def counted(folder: Path, *sums: Count) -> Count:
                 count.add(meta)
     if files:
         return own
-    if (folder / NAME).exists():
-        entries = read_folder(folder)
-    elif any(folder.rglob("*.sh3f")):
-        entries = read_sweethome3d(folder)
-    else:
-        raise InputFileError(f"no shards and no {NAME} in {folder}; `python -m mvdream_fast.render` makes shards")
-    for entry in entries:
+    for entry in undrawn(folder):
         for count in counts:
             count.objects.add(entry.id)
             count.kinds.add(entry.kind or head_noun(entry.noun))

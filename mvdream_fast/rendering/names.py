@@ -14,9 +14,8 @@ from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.captions import MATERIALS, NAMES
 from mvdream_fast.data.shards import find_shards, read_metas
 from mvdream_fast.data.synonyms import synonyms
-from mvdream_fast.rendering.catalogue import read_folder, read_sweethome3d
 from mvdream_fast.rendering.furniture import usable_tags
-from mvdream_fast.rendering.metadata import NAME
+from mvdream_fast.rendering.inventory import undrawn
 from mvdream_fast.rendering.plan import held_out_ids
 
 
@@ -27,6 +26,7 @@ def names(folders: list[Path]) -> dict[str, int]:
     """
     things: dict[str, set[str]] = defaultdict(set)
     words: set[str] = set()
+    held_out = held_out_ids()
     for folder in folders:
         shards = [path for split in ("train", "pictures") for path in find_shards(folder, split)]
         metas = [meta for path in shards for meta in read_metas(path)]
@@ -39,23 +39,12 @@ def names(folders: list[Path]) -> dict[str, int]:
                     things[name].add(meta["id"])
         if not shards:
             words.update(NAMES, (word for _, word in MATERIALS))
-            for id, name, tags in _undrawn(folder):
-                things[name].add(id)
-                words.update(tags)
+            for entry in undrawn(folder):
+                if entry.id not in held_out:
+                    things[entry.noun].add(entry.id)
+                    words.update(usable_tags(entry.tags, entry.category))
     counts = Counter({name: len(ids) for name, ids in things.items()})
     return dict(counts.most_common()) | dict.fromkeys(sorted(words - set(counts)), 0)
-
-
-def _undrawn(folder: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Id, name and tags of what a source holds but for what is always held out."""
-    if (folder / NAME).exists():
-        entries = read_folder(folder)
-    elif any(folder.rglob("*.sh3f")):
-        entries = read_sweethome3d(folder)
-    else:
-        raise InputFileError(f"no shards and no {NAME} in {folder}; `python -m mvdream_fast.render` makes shards")
-    held_out = held_out_ids()
-    return [(e.id, e.noun, usable_tags(e.tags, e.category)) for e in entries if e.id not in held_out]
 
 
 def main(places: list[str]) -> None:

@@ -6,12 +6,14 @@ ones with plain noise on them, and exact ones that must stay.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mvdream_fast.checkpoints.manifest import build, owner
+from mvdream_fast.checkpoints.open import Model, needed
 from mvdream_fast.core import reads
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
@@ -128,3 +130,15 @@ class CleanerTrainer(BaseTrainer):
         self.check_finite(loss)
         (error * self.scale()).backward()
         return {"loss": loss, "without": before, "grad_norm": self.update()}
+
+
+def with_cleaner(model: Model, seed: int) -> Model:
+    """The model with a network that cleans latents before they are decoded, as yet without effect."""
+    vae = needed(model.vae, "vae")
+    if not isinstance(vae, VAE) or vae.cleaner is not None:
+        return model
+    config = replace(model.config, vae=replace(model.config.vae, decoder_cleaner=CLEANER_WIDTH))
+    torch.manual_seed(seed)
+    cleaning = build("vae", config)
+    owner("vae", cleaning).load_state_dict(owner("vae", vae).state_dict(), strict=False)
+    return replace(model, config=config, vae=cleaning)

@@ -6,11 +6,12 @@ The optimisations themselves are unet.py and vae.py.
 import copy
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mvdream_fast.checkpoints.manifest import PARTS, build, manifest, owner
 from mvdream_fast.checkpoints.open import Model, load_model, needed, read_stand_ins, save_model
@@ -18,7 +19,7 @@ from mvdream_fast.core import cli, machine, run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
 from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.process_watch import watched
-from mvdream_fast.core.processes import Ranks, is_first, join, launched, leave, meeting_place
+from mvdream_fast.core.processes import ALONE, Ranks, is_first, join, launched, leave, meeting_place
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import HELD_OUT, PICTURES, ImageSource, Shards
 from mvdream_fast.data.shards import find_shards
@@ -30,7 +31,7 @@ from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.models.vae import VAE
-from mvdream_fast.training.cleaner import CHECKED, CLEANER_WIDTH, CleanerOptions, CleanerTrainer
+from mvdream_fast.training.cleaner import CHECKED, CleanerOptions, CleanerTrainer, with_cleaner
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
@@ -236,9 +237,23 @@ def _workers(args: Flags, device: torch.device) -> int:
     return max(0, min(8, free)) if device.type == "cuda" else 0
 
 
-def _given(**values) -> dict:
-    """The flags that were given; a stage's options have the defaults of the others."""
-    return {name: value for name, value in values.items() if value is not None}
+def _given(args: Flags) -> dict:
+    """The flags that were given of those that a stage's options have other defaults for."""
+    names = ("batch_size", "lr", "warmup", "ema")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _run(trainer, folder: Path, args: Flags, report: Callable[[], dict[str, float]], ranks: Ranks = ALONE) -> int:
+    """The loop to its end, from the latest checkpoint on where that is asked for; its exit code."""
+    loop = Loop(trainer, folder, _loop_options(args), report, ranks)
+    if args.resume:
+        loop.resume()
+    return loop.run()
+
+
+def _checked_images(shards: Shards, held_out: Shards | None, size: int) -> Tensor:
+    """Images that an autoencoder is measured on, [N_CHECK, 3, size, size] in [-1, 1]."""
+    return ImageSource((held_out or shards).at(size)).images(Stream(0, 0, "vae/check"), N_CHECK)
 
 
 def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
@@ -252,15 +267,14 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
     size = model.config.vae.image_size
     source = ImageSource(shards.at(size))
     fit = source.images(Stream(args.seed, 0, "vae/fit"), N_FIT)
-    check = ImageSource((held_out or shards).at(size)).images(Stream(0, 0, "vae/check"), N_CHECK)
+    check = _checked_images(shards, held_out, size)
     linear = Linear.fit(fit, model.config.vae.downsampling)
     bound = linear.bound(check, model.config.vae.latent_channels)
     if not args.init and len(model.config.vae.block_out_channels) == 1:
         linear_start(vae, linear)
     device = _device(args)
     vae.to(device).train()
-    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
-    options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **given)
+    options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **_given(args))
     trainer = VAETrainer(model.config, vae, source, options, _workers(args, device), args.graphs)
     check = check.to(trainer.device)
 
@@ -270,10 +284,7 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
             save_samples(folder, trainer.step, both / 2 + 0.5)
             return {"psnr_held_out": reconstruction(vae, check), "psnr_linear_bound": bound}
 
-    loop = Loop(trainer, folder, _loop_options(args), report)
-    if args.resume:
-        loop.resume()
-    code = loop.run()
+    code = _run(trainer, folder, args, report)
     with trainer.averaged():
         scale = vae.config.scale_factor if args.decoder_only else measure_scale(vae, fit.to(trainer.device))
         model.config = replace(model.config, vae=replace(model.config.vae, scale_factor=scale))
@@ -295,11 +306,10 @@ def _train_cleaner(args: Flags, folder: Path, shards: Shards, held_out: Shards |
     for module in (unet, vae, text):
         module.to(device)
     size = model.config.vae.image_size
-    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
-    options = CleanerOptions(steps=args.steps, n_views=args.n_views, seed=args.seed, **given)
+    options = CleanerOptions(steps=args.steps, n_views=args.n_views, seed=args.seed, **_given(args))
     parts = Parts(model.config, unet, text, vae, tokenizer)
     trainer = CleanerTrainer(parts, vae, ImageSource(shards.at(size)), options)
-    check = ImageSource((held_out or shards).at(size)).images(Stream(0, 0, "vae/check"), N_CHECK).to(device)
+    check = _checked_images(shards, held_out, size).to(device)
 
     def report() -> dict[str, float]:
         with trainer.averaged():
@@ -309,26 +319,11 @@ def _train_cleaner(args: Flags, folder: Path, shards: Shards, held_out: Shards |
             error = (vae.cleaned(touched) - exact).abs().mean().item()
             return {"psnr_held_out": reconstruction(vae, check), "touched": error}
 
-    loop = Loop(trainer, folder, _loop_options(args), report)
-    if args.resume:
-        loop.resume()
-    code = loop.run()
+    code = _run(trainer, folder, args, report)
     with trainer.averaged():
         model.vae = vae.cpu()
         save_model(model, folder / "model", overwrite=True)
     return code
-
-
-def with_cleaner(model: Model, seed: int) -> Model:
-    """The model with a network that cleans latents before they are decoded, as yet without effect."""
-    vae = needed(model.vae, "vae")
-    if not isinstance(vae, VAE) or vae.cleaner is not None:
-        return model
-    config = replace(model.config, vae=replace(model.config.vae, decoder_cleaner=CLEANER_WIDTH))
-    torch.manual_seed(seed)
-    cleaning = build("vae", config)
-    owner("vae", cleaning).load_state_dict(owner("vae", vae).state_dict(), strict=False)
-    return replace(model, config=config, vae=cleaning)
 
 
 def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | None, ranks: Ranks) -> int:
@@ -366,10 +361,7 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
             _export(model, folder / "model")
             return trainer.validate(validation)
 
-    loop = Loop(trainer, folder, _loop_options(args), report, ranks)
-    if args.resume:
-        loop.resume()
-    code = loop.run()
+    code = _run(trainer, folder, args, report, ranks)
     with trainer.averaged():
         if ranks.first:
             _export(model, folder / "model")
@@ -388,8 +380,7 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
     device = _device(args)
     evaluator = Evaluator(config, vocabulary).to(device)
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)
-    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
-    options = EvaluatorOptions(steps=args.steps, seed=args.seed, **given)
+    options = EvaluatorOptions(steps=args.steps, seed=args.seed, **_given(args))
     degradation = Degradation(Linear.fit(fit, PATCH), config.image_size)
     trainer = EvaluatorTrainer(evaluator, EvaluatorSource(shards), degradation, options, _workers(args, device))
 
@@ -403,14 +394,10 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
         reference.save(folder / "model")
         return reference.scores
 
-    loop = Loop(trainer, folder, _loop_options(args), report)
-    if args.resume:
-        loop.resume()
-    return loop.run()
+    return _run(trainer, folder, args, report)
 
 
 def _options(args: Flags) -> TrainOptions:
-    given = _given(batch_size=args.batch_size, lr=args.lr, warmup=args.warmup, ema=args.ema)
     return TrainOptions(
         n_views=args.n_views,
         steps=args.steps,
@@ -424,7 +411,7 @@ def _options(args: Flags) -> TrainOptions:
         train_text=not args.freeze_text,
         autocast="none" if args.dtype == "fp32" else args.dtype,
         seed=args.seed,
-        **given,
+        **_given(args),
     )
 
 
