@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast.models import functional as fn
 from mvdream_fast.models.config import UNetConfig
 from mvdream_fast.ops import cross_view_attention
+from mvdream_fast.ops._torch_attention import torch_attention
 
 KeysValues = tuple[Tensor, Tensor]
 Vectors = tuple[Tensor, Tensor, Tensor]
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         k, v = (y.transpose(1, 2) for y in keys_values)
         q = self.split(self.to_q(x))
         folded = q.reshape(k.shape[0], -1, *q.shape[2:]).transpose(1, 2)  # [B, H, V*N, D]
-        out = F.scaled_dot_product_attention(folded, k, v)
+        out = torch_attention(folded, k, v)
         return out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
 
     def split(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class TransformerBlock(nn.Module):
             self.norm_views = nn.LayerNorm(width)
             self.attn_views = Attention(width, width, heads, head_width)
             zero(self.attn_views.to_out[0])
-        if config.camera_in == "attention":
+        if "attention" in config.camera_places:
             self.camera_vectors = zero(nn.Linear(config.time_embed_dim, 3 * heads * head_width))
 
     def forward(self, h: Tensor, conditions: Conditions, keys_values: KeysValues | None) -> Tensor:

@@ -39,7 +39,7 @@ class UNetConfig(Checked):
     use_linear_in_transformer: bool = True
     camera_dim: int = 16
     norm_groups: int = 32
-    camera_in: Literal["time", "attention", "text", "none"] = "time"
+    camera_in: Literal["time", "attention", "time+attention", "text", "none"] = "time"
     view_mixing: Literal["3d", "2d", "temporal"] = "3d"
     kind: Literal["mvdream", "deepfloyd"] = "mvdream"
 
@@ -47,6 +47,11 @@ class UNetConfig(Checked):
     def time_embed_dim(self) -> int:
         """Width of the time and camera embedding."""
         return 4 * self.model_channels
+
+    @property
+    def camera_places(self) -> tuple[str, ...]:
+        """Where in the network the camera embedding goes: "time", "attention" or "text", or several of them."""
+        return () if self.camera_in == "none" else tuple(self.camera_in.split("+"))
 
 
 @dataclass(frozen=True)

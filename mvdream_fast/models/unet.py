@@ -66,9 +66,9 @@ class MultiViewUNet(nn.Module):
         self._camera_cache: tuple[_Snapshot, Tensor] | None = None
         emb = config.time_embed_dim
         self.time_embed = _mlp(config.model_channels, emb)
-        if config.camera_in != "none":
+        if config.camera_places:
             self.camera_embed = _mlp(config.camera_dim, emb)
-        if config.camera_in == "text":
+        if "text" in config.camera_places:
             self.camera_token = nn.Linear(emb, config.context_dim)
         self._build()
         self._res_blocks = _indexed(self, ResBlock)
@@ -217,7 +217,7 @@ class MultiViewUNet(nn.Module):
     def _camera_embedding(self, camera: Tensor | None) -> Tensor | None:
         """[B*V, E]; kept for the next call with the same, unchanged camera tensor when nothing is differentiated or
         recorded: a graph must work it out, as it is replayed with other cameras."""
-        if camera is None or self.config.camera_in == "none":
+        if camera is None or not self.config.camera_places:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_capturing():
             return camera_embedding(camera, _weights(self.camera_embed))
@@ -230,14 +230,14 @@ class MultiViewUNet(nn.Module):
         self, t: Tensor, batch: int, context: Tensor, camera: Tensor | None, n_views: int, n_prompts: int
     ) -> tuple[Conditions, tuple[Tensor, ...]]:
         """What all blocks share, and what each ResBlock adds: one row per image and prompt."""
-        wide, where = batch * n_prompts, self.config.camera_in
+        wide, where = batch * n_prompts, self.config.camera_places
         camera_emb = self._camera_embedding(camera)
-        embs = self._embeddings(t, batch, camera_emb if where == "time" else None)
+        embs = self._embeddings(t, batch, camera_emb if "time" in where else None)
         tokens = None
         if camera_emb is not None:
             camera_emb = fn.widen(camera_emb, wide)
-            tokens = self.camera_token(camera_emb)[:, None] if where == "text" else None
-        conditions = Conditions(wide, n_views, context, camera_emb if where == "attention" else None, tokens)
+            tokens = self.camera_token(camera_emb)[:, None] if "text" in where else None
+        conditions = Conditions(wide, n_views, context, camera_emb if "attention" in where else None, tokens)
         widths = [block.out_channels for block in self._res_blocks]
         return conditions, fn.widen(embs, wide).split(widths, dim=-1)
 

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mvdream_fast.ops._edges import (
@@ -28,6 +27,7 @@ from mvdream_fast.ops._edges import (
     vmap_error,
 )
 from mvdream_fast.ops._registered import differentiable, register
+from mvdream_fast.ops._torch_attention import torch_attention
 
 OP = "cross_view_attention"
 MAX_HEAD_DIM = 256
@@ -237,7 +237,7 @@ def _by_torch(q, k, v, views, camera_q, camera_k, camera_v, scale) -> Tensor:
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     if q.numel() == 0:
         return (q + k + v).reshape(shape)  # zero-size, and still a function of all of them
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(shape)
+    return torch_attention(q, k, v, scale).transpose(1, 2).reshape(shape)
 
 
 def _is_native(q: Tensor, k: Tensor, v: Tensor, views: int, *cameras: Tensor | None) -> bool:

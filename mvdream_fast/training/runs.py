@@ -209,7 +209,7 @@ def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
         torch.manual_seed(seed)
         with torch.device("cpu" if wanted.keys() - trained.keys() else "meta"):
             changed = build(part, config)
-        if part == "unet" and config.unet.camera_in == "time" and "camera_embed.2.weight" not in trained:
+        if part == "unet" and "time" in config.unet.camera_places and "camera_embed.2.weight" not in trained:
             # Where another layer begins at zero, this one must not, or neither learns.
             zero(changed.get_submodule("camera_embed.2"))
         kept = {name: weight for name, weight in trained.items() if name in wanted}

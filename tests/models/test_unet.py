@@ -132,7 +132,7 @@ def test_equals_diffusers_with_gradients(config, n_views, with_camera):
     assert_gradients({new: ours[old] for old, new in names.items()}, theirs)
 
 
-@pytest.mark.parametrize("camera_in", ["time", "attention", "text", "none"])
+@pytest.mark.parametrize("camera_in", ["time", "attention", "time+attention", "text", "none"])
 @pytest.mark.parametrize("view_mixing", ["3d", "2d", "temporal"])
 def test_options_equal_the_reference(camera_in, view_mixing):
     config = dataclasses.replace(SMALL, camera_in=camera_in, view_mixing=view_mixing)
@@ -150,7 +150,9 @@ def test_options_equal_the_reference(camera_in, view_mixing):
     assert (unaware.abs().max() < 1e-6) == (camera_in == "none")
 
 
-@pytest.mark.parametrize("option", [{"camera_in": "attention"}, {"view_mixing": "temporal"}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"camera_in": "attention"}, {"camera_in": "time+attention"}, {"view_mixing": "temporal"}], ids=str
+)
 def test_new_layers_of_an_option_start_as_the_identity(small, option):
     unet = MultiViewUNet(dataclasses.replace(SMALL, **option))
     missing, unexpected = unet.load_state_dict(small.state_dict(), strict=False)
@@ -160,7 +162,7 @@ def test_new_layers_of_an_option_start_as_the_identity(small, option):
     plain = MultiViewUNet(base)
     plain.load_state_dict(small.state_dict())
     latents, t, context, camera = inputs(SMALL, 1, 3)
-    given = camera if "view_mixing" in option else None  # "attention" does not add the camera to the time embedding
+    given = None if option.get("camera_in") == "attention" else camera  # which does not add it to the time embedding
     torch.testing.assert_close(unet(latents, t, context, camera, 3), plain(latents, t, context, given, 3), **EXACT)
 
 
@@ -216,7 +218,7 @@ def test_every_form_of_context_and_step_is_the_same(small):
         torch.testing.assert_close(small(latents, torch.tensor(321), form, camera, 3), out, **EXACT)
 
 
-@pytest.mark.parametrize("camera_in", ["time", "attention", "text"])
+@pytest.mark.parametrize("camera_in", ["time", "attention", "time+attention", "text"])
 @pytest.mark.parametrize("view_mixing", ["3d", "temporal"])
 @pytest.mark.parametrize("lean", [False, True])
 def test_several_prompts_equal_a_repeated_batch(camera_in, view_mixing, lean):

@@ -281,7 +281,7 @@ def test_autocast_casts_all_arguments():
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(**inputs, n_views=2)
     assert out.dtype == torch.bfloat16
-    low = {name: x.detach().bfloat16() for name, x in inputs.items()}
+    low = {name: x.detach().bfloat16().requires_grad_() for name, x in inputs.items()}
     assert torch.equal(out, attention(**low, n_views=2))
 
 

@@ -57,7 +57,7 @@ class ReferenceUNet(nn.Module):
         cam = None
         if camera is not None and self.config.camera_in != "none":
             cam = self.camera_embed(camera)
-            if self.config.camera_in == "time":
+            if "time" in self.config.camera_in:
                 emb = emb + cam
             elif self.config.camera_in == "text":
                 context = torch.cat([context, self.camera_token(cam)[:, None]], dim=1)
@@ -154,7 +154,7 @@ class Block(nn.Module):
         self.ff.net = nn.ModuleList([gate, nn.Identity(), nn.Linear(4 * width, width)])
         if c.view_mixing == "temporal":
             self.norm_views, self.attn_views = nn.LayerNorm(width), Attention(width, width, heads)
-        if c.camera_in == "attention":
+        if "attention" in c.camera_in:
             self.camera_vectors = nn.Linear(4 * c.model_channels, 3 * width)
 
     def forward(self, x, context, cam, n_views):

@@ -86,7 +86,7 @@ def test_training_goes_on_from_published_files(data, tmp_path, kind, capsys):
         main(flags(data, tmp_path / "no", **more | {"settings": ("vae.layers_per_block=1",)}))
 
 
-@pytest.mark.parametrize("where", ["time", "attention", "none"])
+@pytest.mark.parametrize("where", ["time", "attention", "time+attention", "none"])
 @pytest.mark.parametrize("mixing", ["3d", "temporal"])
 def test_a_2d_model_gets_cameras_and_views(where, mixing):
     """As the paper starts from Stable Diffusion: what it could stays, to the bit; layers that are added learn."""
