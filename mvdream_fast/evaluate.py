@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro import conf
 
@@ -78,7 +78,10 @@ class Flags:
     """Denoising steps of a model's views (default 25)."""
     seeds: int | None = None
     """Samples of each held-out caption (default 2; diversity needs two)."""
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
+    """Of a model's views; by default what suits the model."""
+    uncond_mode: Literal["3d", "2d"] | None = None
+    """How guidance asks without the prompt, as for `generate`; by default what suits the model."""
     prompts: Path | None = None
     """Another list of prompts, one a line, with "= a sofa" behind what the evaluator knows by another name."""
     evaluator: Path | None = None
@@ -126,7 +129,7 @@ def main(flags: Flags) -> None:
 def check_flags(flags: Flags) -> None:
     """Refuses what no evaluation can use, before torch is imported. Raises UserError."""
     cli.check_at_least(flags, 1, "steps", "seeds", "threads")
-    if not abs(flags.guidance_scale) < 1e6:
+    if not abs(flags.guidance_scale or 0.0) < 1e6:
         raise ArgumentError(f"--guidance-scale must be a finite number, got {flags.guidance_scale}")
     repeated = sorted({target for target in flags.targets if flags.targets.count(target) > 1})
     if repeated:
@@ -161,7 +164,8 @@ def sampling(flags: Flags) -> "SamplingOptions":
     from mvdream_fast.evaluation.judging import SamplingOptions
 
     given = {name: getattr(flags, name) for name in ("steps", "seeds") if getattr(flags, name) is not None}
-    return SamplingOptions(guidance_scale=flags.guidance_scale, **((QUICK if flags.quick else {}) | given))
+    asked = {"guidance_scale": flags.guidance_scale, "uncond_mode": flags.uncond_mode}
+    return SamplingOptions(**asked, **((QUICK if flags.quick else {}) | given))
 
 
 def _evaluate_model(target: str, flags: Flags, judge: "Judge", say) -> dict[str, Any]:

@@ -43,8 +43,12 @@ class Flags:
     """Views, evenly spaced around the object."""
     steps: int = 50
     """Denoising steps, counted as upstream does (30 makes 31)."""
-    guidance_scale: float = 7.5
-    """How closely to follow the prompt; 1 asks without guidance, at half of the cost."""
+    guidance_scale: float | None = None
+    """How closely to follow the prompt; 1 asks without guidance, at half of the cost. Default: what suits the model,
+    3.5 for the small ones, else 7.5."""
+    uncond_mode: Literal["3d", "2d"] | None = None
+    """How guidance asks without the prompt: 3d with the cameras, as MVDream does; 2d without them, each view by itself,
+    so that views are led to their cameras and to each other, too. Default: 2d for the small models, else 3d."""
     elevation_deg: float = 15.0
     """Height of the cameras over the horizon, from -90 to 90."""
     azimuth_start_deg: float = 0.0
@@ -93,6 +97,7 @@ def main(flags: Flags) -> None:
             flags.azimuth_span_deg,
             n_steps=flags.steps,
             guidance_scale=flags.guidance_scale,
+            uncond_mode=flags.uncond_mode,
             negative_prompt=flags.negative_prompt,
             suffix=suffix,
             seed=seed,
@@ -119,7 +124,7 @@ def check_flags(flags: Flags) -> str:
         ddim_timesteps(flags.steps)
     cli.check_from_to(flags, -90, 90, "elevation_deg")
     for name in ("guidance_scale", "azimuth_start_deg", "azimuth_span_deg"):
-        if not abs(getattr(flags, name)) < 1e6:
+        if not abs(getattr(flags, name) or 0.0) < 1e6:
             raise ArgumentError(f"{cli.option(name)} must be a finite number, got {getattr(flags, name)}")
     if flags.seed != "random" and not 0 <= flags.seed < 2**63:
         raise ArgumentError(f"--seed must be random or from 0 to 2**63 - 1, got {flags.seed}")
@@ -170,11 +175,14 @@ def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) 
     import torch
 
     asked = dataclasses.asdict(flags)
+    scale, uncond_mode = pipe.guidance(flags.guidance_scale, flags.uncond_mode)
     for name in ("words", "output", "root", "quiet", "device", "graphs"):
         del asked[name]
     return {
         "kind": "views",
         **asked,
+        "guidance_scale": scale,
+        "uncond_mode": uncond_mode,
         "mode": flags.mode or pipe.config.modes[0],
         "prompt": views.prompt,
         "suffix": suffix,

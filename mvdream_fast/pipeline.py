@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mvdream_fast.core.images import to_image
 from mvdream_fast.core.machine import choose_device, choose_dtype, encoder_dtype, memory_errors, repeated_shapes
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, guided_call
+from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, apart, guided_call
 from mvdream_fast.diffusion.sampler import (
     Callback,
     ModelFn,
@@ -31,7 +31,7 @@ from mvdream_fast.diffusion.sampler import (
     scheduler_sample,
 )
 from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
-from mvdream_fast.models.config import ModelConfig
+from mvdream_fast.models.config import Mode, ModelConfig
 from mvdream_fast.models.tokenizer import Encoded, check_prompt
 
 if TYPE_CHECKING:
@@ -137,30 +137,30 @@ class MVDreamPipeline:
     def __call__(
         self, prompt: str, n_views: int = 4, elevation_deg: float = 15.0,
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
-        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
+        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
-        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] | None = None, convention: Convention = "ldm",
-        eta: float = 0.0, warn: Warn | None = None,
+        camera: Cameras | Tensor | None = None, mode: Mode | None = None, convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None, uncond_mode: Mode | None = None,
     ) -> Views: ...  # fmt: skip
 
     @overload
     def __call__(
         self, prompt: list[str] | tuple[str, ...], n_views: int = 4, elevation_deg: float = 15.0,
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
-        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
+        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
-        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] | None = None, convention: Convention = "ldm",
-        eta: float = 0.0, warn: Warn | None = None,
+        camera: Cameras | Tensor | None = None, mode: Mode | None = None, convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None, uncond_mode: Mode | None = None,
     ) -> list[Views]: ...  # fmt: skip
 
     @torch.no_grad()
     def __call__(
         self, prompt: str | Sequence[str], n_views: int = 4, elevation_deg: float = 15.0,
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
-        guidance_scale: float = 7.5, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
+        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
         generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
-        camera: Cameras | Tensor | None = None, mode: Literal["3d", "2d"] | None = None, convention: Convention = "ldm",
-        eta: float = 0.0, warn: Warn | None = None,
+        camera: Cameras | Tensor | None = None, mode: Mode | None = None, convention: Convention = "ldm",
+        eta: float = 0.0, warn: Warn | None = None, uncond_mode: Mode | None = None,
     ) -> Views | list[Views]:  # fmt: skip
         """Samples `n_views` views of what the prompt says.
 
@@ -176,6 +176,9 @@ class MVDreamPipeline:
             mode: "2d" leaves the cameras out: independent images, as the 2D half of the training data. None is "3d",
                 but for a model that draws only single images.
             warn: called with a sentence for words that the model won't see; by default a Python warning.
+            uncond_mode: how guidance asks without the prompt: "3d" with the cameras, as MVDream does; "2d" without them
+                and each view by itself, so that views are led to their cameras and to each other, too. None is what
+                suits the model, as for guidance_scale (ModelConfig.guidance).
 
         Returns:
             Views, or a list of them for a list of prompts.
@@ -187,10 +190,10 @@ class MVDreamPipeline:
         """
         prompts = texts("pipeline", "prompt", prompt, 'describe an object, for example "a brown bulldog"')
         mode = self.config.modes[0] if mode is None else mode
-        _check(mode, self.config, camera, generator, callback)
+        _check(mode, uncond_mode, self.config, camera, generator, callback)
         n_views = whole("pipeline", "n_views", n_views, "4 is what the models were trained with")
         n_steps = whole("pipeline", "n_steps", n_steps, "50 is the default")
-        guidance_scale = finite("pipeline", "guidance_scale", guidance_scale, "7.5 is the default")
+        guidance_scale, uncond_mode = self.guidance(guidance_scale, uncond_mode)
         eta = finite("pipeline", "eta", eta, "0 is DDIM, 1 has DDPM's variance")
         seed = secrets.randbelow(2**31) if seed is None else whole("pipeline", "seed", seed, "0 is the default", 0)
         angles_deg = (elevation_deg, azimuth_start_deg, azimuth_span_deg)
@@ -199,7 +202,7 @@ class MVDreamPipeline:
         seeds = None if generator is not None else [seed + b for b in range(len(prompts))]
         with memory_errors("take fewer views or prompts, or --dtype float16"), repeated_shapes(self.device):
             model_fn = self.denoiser(
-                self.encode_prompt(prompts, negative_prompt, suffix, warn), poses, n_views, guidance_scale
+                self.encode_prompt(prompts, negative_prompt, suffix, warn), poses, n_views, guidance_scale, uncond_mode
             )
             noise = self._noise(len(prompts), n_views, seeds, generator)
             if scheduler is None:
@@ -215,6 +218,13 @@ class MVDreamPipeline:
         scenes = images.reshape(len(prompts), n_views, *images.shape[1:])
         views = [Views(scenes[b], poses, text, seeds[b] if seeds else None) for b, text in enumerate(prompts)]
         return views[0] if isinstance(prompt, str) else views
+
+    def guidance(self, scale: float | None = None, uncond_mode: Mode | None = None) -> tuple[float, Mode]:
+        """Both as they are given, or as they suit the model. Raises ArgumentError for a scale that is not finite."""
+        usual = self.config.guidance
+        scale = usual.scale if scale is None else scale
+        scale = finite("pipeline", "guidance_scale", scale, f"{usual.scale} is the default")
+        return scale, usual.uncond_mode if uncond_mode is None else uncond_mode
 
     @torch.no_grad()
     def encode_prompt(
@@ -271,10 +281,14 @@ class MVDreamPipeline:
         heads, endings = zip(*pairs, strict=True)
         return self.tokenizer.encode([*heads, *negative], [*endings, *[""] * len(negative)]), len(prompts)
 
-    def denoiser(self, text: TextCond, camera: Tensor | None, n_views: int, guidance_scale: float) -> ModelFn:
+    def denoiser(
+        self, text: TextCond, camera: Tensor | None, n_views: int, guidance_scale: float, uncond_mode: Mode = "3d"
+    ) -> ModelFn:
         """The UNet as the samplers call it; the keys and values of the text are computed here, once.
 
-        Args: camera [V, 16] for the views of every prompt, or None for 2D mode, where the views are independent.
+        Args:
+            camera: [V, 16] for the views of every prompt, or None for 2D mode, where the views are independent.
+            uncond_mode: "2d" asks without the prompt as in 2D mode, whatever the cameras.
         Returns: a function of (latents [2*B*V, C, h, w], t), [uncond; cond]; of B*V latents for a guidance scale of 1.
         """
         unet, guided, text = needed(self.unet, "unet"), guidance_scale != 1, text.to(self.dtype)
@@ -283,6 +297,10 @@ class MVDreamPipeline:
         camera = to_device(array("denoiser", "camera", camera, "numbers [V, 16]"), self.device).repeat(
             len(text.cond), 1
         )
+        if guided and uncond_mode == "2d":
+            alone = TextCond(text.uncond, text.uncond).repeat(n_views)
+            without = Denoiser(unet, alone, 1, False, self._guided_call).for_sampler()
+            return apart(without, Denoiser(unet, text, n_views, False, self._guided_call).for_sampler(camera))
         return Denoiser(unet, text, n_views, guided, self._guided_call).for_sampler(camera)
 
     @torch.no_grad()
@@ -347,9 +365,13 @@ def _poses(camera: Cameras | Tensor | None, n_views: int, angles_deg: tuple[floa
     return poses
 
 
-def _check(mode: str, config: ModelConfig, camera: object, generator: object, callback: object) -> None:
+def _check(
+    mode: str, uncond_mode: str | None, config: ModelConfig, camera: object, generator: object, callback: object
+) -> None:
     if mode not in ("3d", "2d"):
         raise ArgumentError(f"pipeline: mode must be 3d or 2d, got {mode!r}; 3d gives views of one object")
+    if uncond_mode not in (None, "3d", "2d"):
+        raise ArgumentError(f"pipeline: uncond_mode must be 3d or 2d, got {uncond_mode!r}; 3d is MVDream's")
     if mode not in config.modes:
         raise ArgumentError(f"pipeline: mode must be 2d, got 3d; {config.name} draws single images, without cameras")
     if mode == "2d" and camera is not None:

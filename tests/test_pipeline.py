@@ -1,5 +1,7 @@
 """The pipeline against the same steps written out by hand, and what its user may expect of repeated calls."""
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from mvdream_fast.camera import get_camera, orbit_cameras
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.models.config import SamplingGuidance
 from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline, TextCond, split_suffix
 
 PROMPT = "a green chair"
@@ -155,6 +158,34 @@ def test_text_is_encoded_once_and_guidance_is_one_batch(scale, batch):
     pipe(PROMPT, guidance_scale=scale, **FEW)
     assert pipe.text.calls == [2]
     assert pipe.unet.calls == ["prepared", *[batch] * 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n_views", "negative"), [(4, ""), (1, "a red car")])
+def test_guidance_away_from_single_images(pipe, n_views, negative):
+    """uncond_mode="2d": without the prompt the model is told no camera either, and each view is alone."""
+    model, t = pipe.model, torch.tensor(501)
+    camera = get_camera(n_views, 15)
+    cond, uncond = (model.text(model.tokenizer.encode(text).ids) for text in (PROMPT + ", 3d asset", negative))
+    latents = Stream(0, 0, "latents").normal(n_views, 4, 8, 8)
+    alone = [model.unet(latents[i : i + 1], t, uncond) for i in range(n_views)]
+    expected = torch.cat([*alone, model.unet(latents, t, cond, camera, n_views)])
+    text = pipe.encode_prompt(PROMPT, negative)
+    close(pipe.denoiser(text, camera, n_views, 3.0, "2d")(torch.cat([latents, latents]), t), expected)
+    views = pipe(PROMPT, n_views, guidance_scale=3.0, uncond_mode="2d", negative_prompt=negative, **FEW)
+    other = pipe(PROMPT, n_views, guidance_scale=3.0, uncond_mode="3d", negative_prompt=negative, **FEW)
+    assert (views.tensor - other.tensor).abs().max() > 0.01
+
+
+def test_a_model_says_how_it_is_guided():
+    model = random_model()
+    model.config = dataclasses.replace(model.config, guidance=SamplingGuidance(2.0, "2d"))
+    pipe = MVDreamPipeline(model, device="cpu", dtype="float32")
+    assert pipe.guidance() == (2.0, "2d")
+    assert pipe.guidance(4.0, "3d") == (4.0, "3d")
+    by_itself = pipe(PROMPT, **FEW).tensor
+    assert torch.equal(by_itself, pipe(PROMPT, guidance_scale=2.0, uncond_mode="2d", **FEW).tensor)
+    assert not torch.equal(by_itself, pipe(PROMPT, guidance_scale=2.0, uncond_mode="3d", **FEW).tensor)
 
 
 def test_guidance_scale_one_is_the_limit(pipe):
@@ -323,7 +354,6 @@ def test_text_cond_shapes(pipe):
         ({"n_views": 4.0}, "n_views must be a whole number, got 4.0"),
         ({"n_views": True}, "n_views must be a whole number, got True"),
         ({"n_steps": None}, "n_steps must be a whole number, got None"),
-        ({"guidance_scale": None}, "guidance_scale must be a number, got None"),
         ({"guidance_scale": "7.5"}, "guidance_scale must be a number, got '7.5'"),
         ({"eta": "x"}, "eta must be a number, got 'x'"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
@@ -337,6 +367,7 @@ def test_text_cond_shapes(pipe):
         ({"camera": torch.full((1, 16), float("nan"))}, "camera must hold finite numbers"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
         ({"mode": "4d"}, "mode must be 3d or 2d, got '4d'"),
+        ({"uncond_mode": "4d"}, "uncond_mode must be 3d or 2d, got '4d'"),
         ({"convention": "karras"}, "convention must be ldm or diffusers"),
     ],
 )

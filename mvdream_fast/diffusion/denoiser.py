@@ -13,6 +13,8 @@ from mvdream_fast.models.captured import Captured
 from mvdream_fast.models.deepfloyd import UNet
 from mvdream_fast.models.unet import TextContext
 
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # latents [n or 2n, C, h, w], t scalar -> output, the latents' shape
+
 
 @dataclass(frozen=True)
 class TextCond:
@@ -76,12 +78,22 @@ class Denoiser:
         text attention in turn, while they hold."""
         return [self._context.context, *(x for pair in self.unet.holding(self._context) for x in pair)]
 
-    def for_sampler(self, camera: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    def for_sampler(self, camera: Tensor | None = None) -> ModelFn:
         """A function of (latents, t) for the samplers, whose latents are [2*B*V, C, h, w] where `guided`.
 
         Both halves are the same latents: given once, what comes before the first text attention is done once.
         """
         return lambda latents, t: self(latents[: len(latents) // self.n_prompts], t, camera)
+
+
+def apart(without: ModelFn, told: ModelFn) -> ModelFn:
+    """One function for the samplers of two: what answers without the prompt, and what answers with it."""
+
+    def both(latents: Tensor, t: Tensor) -> Tensor:
+        half = latents[: len(latents) // 2]
+        return torch.cat([without(half, t), told(half, t)])
+
+    return both
 
 
 def guided_call(graphs: bool = True) -> Captured:

@@ -16,10 +16,10 @@ from mvdream_fast.core import reads
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.core.schema import is_tuple
+from mvdream_fast.diffusion.denoiser import ModelFn
 from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule, skipped
 from mvdream_fast.models.config import ScheduleConfig
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]  # latents [n or 2n, C, h, w], t scalar -> output, the latents' shape
 _PREDICTION = {"eps": "epsilon", "v": "v_prediction"}  # diffusers' words
 _OPTIONAL = ("trained_betas", "rescale_betas_zero_snr", "timestep_spacing", "steps_offset")  # of ScheduleConfig, too
 Callback = Callable[[int, int, Tensor], None]  # steps done, steps in all, latents [n, C, h, w]

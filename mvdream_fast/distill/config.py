@@ -27,7 +27,10 @@ RecipeName = Literal[
     "prolificdreamer",
 ]  # fmt: skip
 # Settings that older runs on a disk lack; as they are by default they have no effect.
-NEWER = ("deviation_least", "sampled_views", "sampled_scale", "sampled_steps", "lambda_sampled", "lambda_silhouette")
+NEWER = (
+    "deviation_least", "sampled_views", "sampled_scale", "sampled_uncond", "sampled_steps", "lambda_sampled",
+    "lambda_silhouette",
+)  # fmt: skip
 VSD_ALONE = ("lora_rank", "lora_lr", "camera_dropout", "particles")  # settings that plain distillation has not
 Momentum = Annotated[float, Interval(ge=0, lt=1)]
 

@@ -217,11 +217,11 @@ def _sampled(
 ) -> tuple[Tensor, Cameras]:
     """Views [n_views, 3, Hp, Wp] in [0, 1] as the model draws them, evenly around, and their cameras."""
     how, cameras = config.sampled, dataclasses.replace(config.cameras, n_views=n_views)
-    key = how.sampled_steps, how.sampled_scale, config.negative_prompt, cameras
+    key = how.sampled_steps, how.sampled_scale, how.sampled_uncond, config.negative_prompt, cameras
     if key not in drawn:
         views = pipeline(
             prompt, n_views, n_steps=how.sampled_steps, guidance_scale=how.sampled_scale,
-            negative_prompt=config.negative_prompt, seed=seed, warn=_silent,
+            negative_prompt=config.negative_prompt, seed=seed, warn=_silent, uncond_mode=how.sampled_uncond,
         )  # fmt: skip
         drawn[key] = views.tensor, middle_cameras(cameras)
     return drawn[key]

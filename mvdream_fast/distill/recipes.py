@@ -107,9 +107,10 @@ def guided_views(config: SDSConfig) -> int:
     """Views that the models are asked about in a run, each with and without the prompt; a redrawn or sampled
     view once for every step of its sampler. Stages that want the same sampled views have them together."""
     known = {
-        (how.sampled_views, how.sampled_steps, how.sampled_scale) for how in (stage.sampled for stage in config.stages)
+        (how.sampled_views, how.sampled_steps, how.sampled_scale, how.sampled_uncond)
+        for how in (stage.sampled for stage in config.stages)
     }
-    return sum(map(_guided_views, config.stages)) + sum(views * steps for views, steps, _ in known)
+    return sum(map(_guided_views, config.stages)) + sum(views * steps for views, steps, *_ in known)
 
 
 def _guided_views(stage: SDSConfig) -> int:

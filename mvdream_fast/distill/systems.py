@@ -121,7 +121,8 @@ def mvdream_solid(size: str = "paper") -> SDSConfig:
     pixels = numbers * (MINI.vae.image_size / volume.render_size[-1]) ** 2
     views: dict[str, Any] = {
         "recipe": "mvdream-solid", "sampled_views": 8, "sampled_steps": 25 if small else 50,
-        "sampled_scale": 3.5 if small else 7.5, **({"volume": "coarse"} if small else {}),
+        "sampled_scale": 3.5 if small else 7.5, "sampled_uncond": "2d" if small else "3d",
+        **({"volume": "coarse"} if small else {}),
     }  # fmt: skip
     volume, mesh = restepped(volume, first), restepped(mesh, last)
     return joined([
@@ -141,7 +142,7 @@ def few_shot(config: SDSConfig) -> SDSConfig:
     """A small volume fitted to eight views that are sampled once, in place of distillation, with the losses that
     mvdream_solid's volume has: without them a handful of views leaves noise."""
     like = mvdream_solid(config.preset)
-    names = ("volume", "sampled_steps", "sampled_scale", "lambda_silhouette", "lambda_opaque")
+    names = ("volume", "sampled_steps", "sampled_scale", "sampled_uncond", "lambda_silhouette", "lambda_opaque")
     settings = settings_of(restepped(like, config.steps))
     losses = {name: settings[name] for name in names}
     return replaced(config, method="reconstruct", n_views=like.sampled.sampled_views, **losses)

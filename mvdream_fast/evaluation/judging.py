@@ -6,7 +6,7 @@ runs.py. Flags and tables are the command's.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -25,6 +25,7 @@ from mvdream_fast.evaluation.classifier import MISSING, Classifier, is_installed
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.independent import distances, look, naming
 from mvdream_fast.evaluation.reference import ELEVATION_DEG, FOUR_DEG, PROMPTS, Reference, matching, measure
+from mvdream_fast.models.config import Mode
 from mvdream_fast.models.tokenizer import check_prompt
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
@@ -58,10 +59,12 @@ class Judge:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a model is asked. `n_captions` and `n_prompts` cut what is sampled, not what it is told apart from."""
+    """How a model is asked. `n_captions` and `n_prompts` cut what is sampled, not what it is told apart from. Without
+    guidance_scale or uncond_mode it is what suits the model."""
 
     steps: int = 25
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
+    uncond_mode: Mode | None = None
     seeds: int = 2  # for the held-out captions; the prompts are sampled once
     n_captions: int = 40
     n_prompts: int = 60
@@ -121,6 +124,8 @@ def evaluate_model(pipeline: MVDreamPipeline, judge: Judge, options: SamplingOpt
     Returns: "held_out" and "prompts", flat dicts of numbers; "real", the same of real renders; "seconds".
     """
     start = time.perf_counter()
+    scale, uncond_mode = pipeline.guidance(options.guidance_scale, options.uncond_mode)
+    options = replace(options, guidance_scale=scale, uncond_mode=uncond_mode)
     captions, prompts = judge.reference.captions, judge.prompts
     held = _sample(pipeline, captions[: options.n_captions], options, options.seeds, say)  # [S, n, V, 3, s, s]
     fixed = _sample(pipeline, prompts[: options.n_prompts], options, 1, say)
@@ -142,7 +147,7 @@ def _sample(pipeline: MVDreamPipeline, texts: list[str], options: SamplingOption
         some = texts[k : k + PROMPTS_AT_A_TIME]
         views = pipeline(
             some, len(FOUR_DEG), ELEVATION_DEG, n_steps=options.steps, guidance_scale=options.guidance_scale,
-            seed=SEED_STRIDE * seed + k, warn=lambda _: None,
+            uncond_mode=options.uncond_mode, seed=SEED_STRIDE * seed + k, warn=lambda _: None,
         )  # fmt: skip
         out += [v.tensor for v in views]
         left = (time.perf_counter() - start) / done * (len(jobs) - done)

@@ -94,8 +94,9 @@ class Way:
 def sample_views(pipeline: MVDreamPipeline, request: Request, folder: Path) -> None:
     """views.png: four views as the model draws them, so that a bad prompt is seen before the long part; as strongly
     guided as those that the run fits, if it fits any."""
+    how = request.config.sampled
     views = pipeline(
-        request.prompt, seed=request.seed, n_steps=25, guidance_scale=request.config.sampled.sampled_scale,
+        request.prompt, seed=request.seed, n_steps=25, guidance_scale=how.sampled_scale, uncond_mode=how.sampled_uncond,
         negative_prompt=request.config.negative_prompt, suffix=pipeline.suffix, mode=request.config.mode,
         warn=lambda _: None,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from mvdream_fast.core.files import parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked, is_object
 
 FORMAT_VERSION = 1
+Mode = Literal["3d", "2d"]  # views of one object with their cameras, or single images without
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,18 @@ def _cosine(time: float) -> float:
 
 
 @dataclass(frozen=True)
+class SamplingGuidance(Checked):
+    """How the model's views are best guided, where nothing else is said; the defaults are MVDream's.
+
+    uncond_mode: how the model is asked without the prompt: 3d with the cameras; 2d without them and each view by
+    itself, so that views are led to their cameras and to each other, too.
+    """
+
+    scale: float = 7.5
+    uncond_mode: Mode = "3d"
+
+
+@dataclass(frozen=True)
 class ModelConfig(Checked):
     """A whole text-to-views model: what `config.json` of a model folder holds."""
 
@@ -161,6 +174,7 @@ class ModelConfig(Checked):
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    guidance: SamplingGuidance = field(default_factory=SamplingGuidance)
 
     @property
     def latent_size(self) -> int:
@@ -168,7 +182,7 @@ class ModelConfig(Checked):
         return self.vae.image_size // self.vae.downsampling
 
     @property
-    def modes(self) -> tuple[Literal["3d", "2d"], ...]:
+    def modes(self) -> tuple[Mode, ...]:
         """How the model can be asked, the usual way first: 3d needs views that see each other, or a camera."""
         single = self.unet.camera_in == "none" and self.unet.view_mixing == "2d"
         return ("2d",) if single else ("3d", "2d")
@@ -241,6 +255,7 @@ MINI = ModelConfig(
         num_res_blocks=1,
         attention_resolutions=(1, 2),
         context_dim=192,
+        camera_in="time+attention",
     ),
     vae=VAEConfig(
         block_out_channels=(128,),
@@ -264,10 +279,12 @@ MINI = ModelConfig(
         vocabulary_size=2048,
     ),
     schedule=ScheduleConfig(prediction="v"),
+    guidance=SamplingGuidance(scale=3.5, uncond_mode="2d"),
 )
 PIXELS = replace(
     MINI,
     name="pixels",
+    guidance=SamplingGuidance(),
     text=replace(MINI.text, n_layers=3),
     unet=UNetConfig(
         in_channels=48,

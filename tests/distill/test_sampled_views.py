@@ -26,11 +26,17 @@ def pipeline() -> MVDreamPipeline:
     return MVDreamPipeline(random_model(), "cpu", torch.float32)
 
 
-def test_they_are_what_the_pipeline_draws_in_groups_all_around(pipeline):
-    guidance = new_guidance(pipeline, "a red car", BESIDE, seed=5)
+def draw(pipeline, n_views, uncond_mode="3d"):
+    settings = {"n_steps": 2, "guidance_scale": 3.0, "uncond_mode": uncond_mode, "negative_prompt": "", "seed": 5}
+    return pipeline("a red car", n_views, **settings, warn=lambda _: None)
+
+
+@pytest.mark.parametrize("uncond_mode", ["3d", "2d"])
+def test_they_are_what_the_pipeline_draws_in_groups_all_around(pipeline, uncond_mode):
+    guidance = new_guidance(pipeline, "a red car", replaced(BESIDE, sampled_uncond=uncond_mode), seed=5)
     assert isinstance(guidance, Anchored)
     assert isinstance(guidance.free, SDS)
-    drawn = pipeline("a red car", 8, n_steps=2, guidance_scale=3.0, negative_prompt="", seed=5, warn=lambda _: None)
+    drawn = draw(pipeline, 8, uncond_mode)
     around = middle_cameras(dataclasses.replace(BESIDE.cameras, n_views=8))
     assert torch.equal(guidance.images, drawn.tensor.unflatten(0, (4, 2)).transpose(0, 1))
     for first, cameras in enumerate(guidance.cameras):
@@ -46,7 +52,7 @@ def test_reconstruction_draws_with_the_same_settings(pipeline):
     config = replaced(SMALL, method="reconstruct", sampled_steps=2, sampled_scale=3.0)
     guidance = new_guidance(pipeline, "a red car", config, seed=5)
     assert isinstance(guidance, Reconstruction)
-    drawn = pipeline("a red car", 4, n_steps=2, guidance_scale=3.0, negative_prompt="", seed=5, warn=lambda _: None)
+    drawn = draw(pipeline, 4)
     assert torch.equal(guidance.images, drawn.tensor)
 
 
@@ -73,9 +79,10 @@ def test_stages_that_want_the_same_views_have_them_drawn_once(pipeline, monkeypa
     first, second = (new_guidance(pipeline, "a red car", BESIDE, 5, drawn) for _ in range(2))
     assert len(calls) == 1
     assert torch.equal(first.images, second.images)
-    other = new_guidance(pipeline, "a red car", replaced(BESIDE, sampled_scale=4.0), 5, drawn)
-    assert len(calls) == 2
-    assert not torch.equal(first.images, other.images)
+    for n, change in enumerate(({"sampled_scale": 4.0}, {"sampled_uncond": "2d"}), start=2):
+        other = new_guidance(pipeline, "a red car", replaced(BESIDE, **change), 5, drawn)
+        assert len(calls) == n
+        assert not torch.equal(first.images, other.images)
 
 
 def test_another_number_of_steps_moves_the_ramp():
