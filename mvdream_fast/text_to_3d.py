@@ -13,16 +13,18 @@ import torch
 
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.arguments import is_a, user_path, whole
-from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.distill.config import SETTINGS, SDSConfig, check_stages, typed, written
 from mvdream_fast.distill.loop import Drawn, Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, usual_recipe
 from mvdream_fast.distill.state import GrownAsset, RunState
 from mvdream_fast.guidance.base import Guidance
+from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.base import Representation
 from mvdream_fast.scene.kinds import handed_over, new_representation
+from mvdream_fast.scene.mesh.hull import Hull
 
 __all__ = ["Asset", "GrownAsset", "Progress", "TextTo3D"]
 
@@ -134,18 +136,29 @@ class _Stages:
         """The stage of this index, with what the one before has made, or to be restored."""
         stage, maker = self.config.stages[number], self.maker
         guidance = maker.guidance or self._guidance(number, stage)
-        representation = self.first if number == 0 else None
+        representation, begun = self.first if number == 0 else None, made is not None
         if made is not None:
             representation = handed_over(stage.representation, made, self.seed)
         elif number:
             representation = new_representation(stage.representation, self.seed)
+        elif representation is None and stage.sampled.sampled_hull:
+            representation, begun = self._hull(stage, guidance), True
         before = self.config.ends[number] - stage.steps
         model = self.pipeline.config if self.pipeline else None
-        args = self.prompt, self.seed, guidance, maker.device, representation, before, made is not None, model
+        args = self.prompt, self.seed, guidance, maker.device, representation, before, begun, model
         state = RunState(stage, *args)
         if self.config.later:
             state.asset.settings["stages"] = written(self.config)
         return state
+
+    def _hull(self, stage: SDSConfig, guidance: Guidance) -> Representation:
+        """What the views that the run fits leave of space; where that is nothing, a fresh representation."""
+        if not isinstance(guidance, Anchored | Reconstruction):
+            return new_representation(stage.representation, self.seed)
+        try:
+            return handed_over(stage.representation, Hull(*guidance.known(), stage.representation.radius), self.seed)
+        except DivergedError:
+            return new_representation(stage.representation, self.seed)
 
     def _guidance(self, number: int, stage: SDSConfig) -> Guidance:
         prior, pipeline = self.recipe.prior_of(number), self._pipeline(number)

@@ -24,7 +24,7 @@ def _check(args: Flags) -> None:
         raise ArgumentError("--stage cleaner must come with --init: it is a whole model whose samples are cleaned")
     if not 0 <= args.decay <= args.steps:
         raise ArgumentError(f"--decay must be from 0 to --steps, got {args.decay}")
-    cli.check_from_to(args, 0, 1, "multi_view_share", "caption_dropout")
+    cli.check_from_to(args, 0, 1, "multi_view_share", "wide_share", "caption_dropout")
     if not 0 < args.timestep_shift <= 100:
         raise ArgumentError(f"--timestep-shift must be over 0 and at most 100, got {args.timestep_shift}")
     if args.lr is not None and not args.lr > 0:

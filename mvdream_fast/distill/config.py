@@ -29,7 +29,7 @@ RecipeName = Literal[
 # Settings that older runs on a disk lack; as they are by default they have no effect.
 NEWER = (
     "deviation_least", "sampled_views", "sampled_scale", "sampled_uncond", "sampled_steps", "lambda_sampled",
-    "lambda_silhouette",
+    "sampled_hull", "lambda_silhouette",
 )  # fmt: skip
 VSD_ALONE = ("lora_rank", "lora_lr", "camera_dropout", "particles")  # settings that plain distillation has not
 Momentum = Annotated[float, Interval(ge=0, lt=1)]
@@ -240,8 +240,14 @@ def _check_ending(config: SDSConfig) -> None:
 def _check_sampled(config: SDSConfig) -> None:
     """Raises ArgumentError for sampled views that can't be fitted beside distillation."""
     n, each = config.sampled.sampled_views, config.cameras.n_views
+    known = n or config.method == "reconstruct"
     if n and config.method == "reconstruct":
         raise ArgumentError(f"sampled_views must be 0 with method reconstruct, which fits n_views of them, got {n}")
+    if config.sampled.sampled_hull and (not known or config.representation.shape != "tets"):
+        raise ArgumentError(
+            "sampled_hull must be false but for the shape tets with sampled views, got true for the shape "
+            f"{config.representation.shape} with {n} of them; give sampled_views, or leave it out"
+        )
     if n and config.mode == "2d":
         raise ArgumentError(f"sampled_views must be 0 with mode 2d, whose model draws one view at a time, got {n}")
     if n % each:

@@ -84,7 +84,7 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
                 raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {found!r}")
         config = RECIPES[recipe].at(base)
         if overrides.get("method") == "reconstruct" and base in SOLID_STEPS and not config.later:
-            config = few_shot(config)
+            config = few_shot(base)
     else:
         config = base
     if overrides.get("recipe", config.recipe) != config.recipe:
@@ -94,7 +94,10 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
         )
     steps, shape = overrides.pop("steps", config.ends[-1]), overrides.pop("shape", None)
     representation = reshaped(config.representation, shape, config.steps / SDSConfig.steps)
-    stages = dataclasses.replace(config, representation=representation).stages
+    config = dataclasses.replace(config, representation=representation)
+    if representation.shape != "tets" and config.sampled.sampled_hull:  # which only those begin with
+        config = replaced(config, sampled_hull=False)
+    stages = config.stages
     own = [{name: x for name, x in overrides.items() if not config.later or has(stage, name)} for stage in stages]
     foreign = overrides.keys() - {name for settings in own for name in settings}
     if foreign:  # of shapes that none of them has
@@ -146,7 +149,7 @@ RECIPES = {
     ),
     "mvdream-solid": Recipe(
         mvdream_solid, "MVDream, Shi et al. 2023, with Magic3D's refinement; views beside it are this project's",
-        "mvdream-mesh of a coarse volume; beside both stages views that are sampled first are fitted, with silhouettes",
+        "the mesh stage of mvdream-mesh, begun as the visual hull of sampled views, which are fitted beside it",
         _MULTI_VIEW,
     ),
     "mvdream-sharp": Recipe(

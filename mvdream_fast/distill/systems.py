@@ -10,7 +10,7 @@ from mvdream_fast.camera_sampling import CameraSampling
 from mvdream_fast.core.ramp import WeightRamp
 from mvdream_fast.distill.config import SDSConfig, joined, replaced, restepped, settings_of, shared_out
 from mvdream_fast.guidance.config import GuidanceConfig
-from mvdream_fast.models.config import MINI
+from mvdream_fast.models.config import MINI, SD21
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.shapes import changed, names_of
 from mvdream_fast.scene.surface.config import SurfaceConfig
@@ -106,49 +106,36 @@ def mvdream_mesh(size: str = "paper") -> SDSConfig:
 
 
 def mvdream_solid(size: str = "paper") -> SDSConfig:
-    """mvdream_mesh beside views that the model samples first, all around, whose colours and silhouettes are fitted from
-    the first step to the last. The volume is coarse, so that a handful of views can tell all of it, and what of it is
-    neither opaque nor empty is driven to be one of them. It asks about as many views as mvdream.
+    """mvdream_mesh's second stage alone: four views are sampled, the run begins as the solid that their silhouettes
+    leave of space, and their colours and silhouettes are fitted beside distillation from the first step to the last.
 
-    The weights are those found for the embedded model; at `paper` they grow as guidance does with the numbers in a
-    latent, and shrink as the views' pixels grow. Nothing of that was tried. In `mini`'s many steps a mesh grows spikes
-    that a stronger Laplacian keeps away.
+    Rates are low: what the views show is right from the start, and distillation has only to mend what they don't. The
+    weights are those found for the embedded model; at `paper` they grow as guidance does with the numbers in a latent,
+    and shrink as the views' pixels grow. Nothing of that was tried.
     """
-    volume, mesh = mvdream_mesh(size).stages
-    small = size in SOLID_STEPS
-    first, last = SOLID_STEPS[size] if small else (volume.steps, mesh.steps)
+    mesh, small = mvdream_mesh(size).stages[1], size in SOLID_STEPS
     numbers = 1.0 if small else 1 / LATENTS_SHARE
-    pixels = numbers * (MINI.vae.image_size / volume.render_size[-1]) ** 2
-    views: dict[str, Any] = {
-        "recipe": "mvdream-solid", "sampled_views": 8, "sampled_steps": 25 if small else 50,
-        "sampled_scale": 3.5 if small else 7.5, "sampled_uncond": "2d" if small else "3d",
-        **({"volume": "coarse"} if small else {}),
-    }  # fmt: skip
-    volume, mesh = restepped(volume, first), restepped(mesh, last)
-    return joined([
-        replaced(
-            volume, **views, lambda_sampled=constant(4 * pixels), lambda_silhouette=constant(8 * pixels),
-            lambda_opaque=(0.3 * first, 0.0, 300 * numbers, 0.8 * first),
-        ),
-        replaced(
-            mesh, **views, lambda_sampled=constant(20 * pixels), lambda_silhouette=constant(20 * pixels),
-            lambda_laplacian=constant(3e5 if size == "mini" else 1e5), lambda_normal_consistency=constant(0.0),
-            lr_geometry=0.005, lr_decay=0.1,
-        ),
-    ])  # fmt: skip
+    pixels = 1.0 if small else numbers * (MINI.vae.image_size / mesh.render_size[-1]) ** 2
+    usual = MINI if small else SD21
+    return replaced(
+        restepped(mesh, SOLID_STEPS.get(size, mesh.steps)),
+        recipe="mvdream-solid", sampled_views=4, sampled_steps=25 if small else 50, sampled_hull=True,
+        sampled_scale=usual.guidance.scale, sampled_uncond=usual.guidance.uncond_mode,
+        lambda_sampled=constant(20 * pixels), lambda_silhouette=constant(20 * pixels),
+        lambda_laplacian=constant(3e5 if size == "mini" else 1e5), lambda_normal_consistency=constant(0.0),
+        lr_encoding=0.002, lr_mlp=0.002, lr_geometry=0.005, lr_decay=0.1,
+        **({"volume": "coarse", "render_size": (SMALL_REFINED["mini"],)} if small else {}),
+    )  # fmt: skip
 
 
-def few_shot(config: SDSConfig) -> SDSConfig:
-    """A small volume fitted to eight views that are sampled once, in place of distillation, with the losses that
-    mvdream_solid's volume has: without them a handful of views leaves noise."""
-    like = mvdream_solid(config.preset)
-    names = ("volume", "sampled_steps", "sampled_scale", "sampled_uncond", "lambda_silhouette", "lambda_opaque")
-    settings = settings_of(restepped(like, config.steps))
-    losses = {name: settings[name] for name in names}
-    return replaced(config, method="reconstruct", n_views=like.sampled.sampled_views, **losses)
+def few_shot(size: str) -> SDSConfig:
+    """mvdream_solid without distillation: the solid that sampled views leave of space, fitted to them."""
+    like = mvdream_solid(size)
+    n_views = like.sampled.sampled_views
+    return replaced(like, recipe="mvdream", method="reconstruct", sampled_views=0, n_views=n_views)
 
 
-SOLID_STEPS = {"mini": (340, 210), "fast": (150, 100)}  # of its volume, of its mesh
+SOLID_STEPS = {"mini": 300, "fast": 100}
 SHARP_STEPS = {"mini": 706, "fast": 343}
 
 

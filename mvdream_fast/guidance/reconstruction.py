@@ -24,6 +24,10 @@ class Reconstruction(Stateless):
         self.images, self.cameras, self.silhouette_weight = images, cameras, silhouette_weight
         self.shown = shown(images) if any(silhouette_weight[1:3]) else None
 
+    def known(self) -> tuple[Tensor, Tensor, Cameras]:
+        """The images, their silhouettes [V, 1, Hp, Wp] and their cameras."""
+        return self.images, shown(self.images), self.cameras
+
     def views(self, step: int, stream: Stream) -> Cameras:
         """The images' own cameras."""
         return self.cameras
@@ -57,6 +61,12 @@ class Anchored:
         self.silhouette_weight = silhouette_weight
         self.shown = torch.stack([*map(shown, images)]) if any(silhouette_weight[1:3]) else None
         self._group = 0
+
+    def known(self) -> tuple[Tensor, Tensor, Cameras]:
+        """The known images [G*V, 3, Hp, Wp], their silhouettes [G*V, 1, Hp, Wp] and their cameras."""
+        images = self.images.flatten(0, 1)
+        c2w, fovy = (torch.cat([getattr(group, name) for group in self.cameras]) for name in ("c2w", "fovy"))
+        return images, shown(images), Cameras(c2w, fovy)
 
     def views(self, step: int, stream: Stream) -> Cameras:
         """The other guidance's, then one group's."""

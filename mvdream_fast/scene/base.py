@@ -49,6 +49,14 @@ class RepresentationConfig(Protocol):
         ...
 
 
+class HasMesh(Protocol):
+    """What another representation can begin from."""
+
+    def mesh(self, resolution: int = 128) -> "Mesh":
+        """Its surface, from `resolution` cells a side."""
+        ...
+
+
 class Representation(Protocol):
     """What is optimised: its parameters, how they are rendered, and what is left of them at the end.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.scene.base import Representation, RepresentationConfig
+from mvdream_fast.scene.base import HasMesh, Representation, RepresentationConfig
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.nerf.nerf import Nerf
 from mvdream_fast.scene.shapes import SHAPES, checked_shape, class_for, names_of
@@ -32,7 +32,7 @@ def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = 
     )
 
 
-def handed_over(config: RepresentationConfig, source: Representation, seed: int = 0) -> Representation:
+def handed_over(config: RepresentationConfig, source: HasMesh, seed: int = 0) -> Representation:
     """A representation that shows what another one has become. Raises DivergedError where that has no mesh."""
     if isinstance(config, TetsConfig):
         return Tets.from_representation(config, source, seed)

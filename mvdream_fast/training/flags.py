@@ -62,6 +62,9 @@ class Flags:
     """--stage vae --init MODEL: train its decoder and leave the latents as they are"""
     multi_view_share: float = 0.7
     """share of multi-view steps; the others are 2D mode"""
+    wide_share: float = 0.0
+    """share of the multi-view steps that see twice as many views (--n-views) of half as many scenes, so that the model
+    can be asked for either number"""
     view_words: bool = False
     """tell half of the single views of things with a front their side ("front view"), for priors without cameras"""
     caption_dropout: float = 0.1

@@ -403,6 +403,7 @@ def _options(args: Flags) -> TrainOptions:
         steps=args.steps,
         decay=args.decay,
         multi_view_share=args.multi_view_share,
+        wide_share=args.wide_share,
         caption_dropout=args.caption_dropout,
         timestep_shift=args.timestep_shift,
         data_order=args.data_order,

@@ -20,6 +20,11 @@ def check_ranks(args: Flags, world: int, shards: Shards) -> None:
     batch = args.batch_size or TrainOptions.batch_size
     if batch % world:
         raise ArgumentError(f"--batch-size must be divisible by the {world} processes, got {batch}")
+    if args.wide_share and (batch % (2 * world) or args.data_order == "epochs"):
+        raise ArgumentError(
+            f"--wide-share must come with an even --batch-size (for each process) and --data-order random, got {batch} "
+            f"for {world} and {args.data_order}"
+        )
     if world > 1 and args.stage != "unet":
         raise ArgumentError(f"--stage {args.stage} must run in one process, got {world}; its model is small")
     if args.shard_group is not None and (args.shard == "none" or world % args.shard_group):

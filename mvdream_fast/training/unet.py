@@ -52,6 +52,7 @@ class TrainOptions:
     weight_decay: float = 0.01
     ema: float = 0.9995
     multi_view_share: float = 0.7
+    wide_share: float = 0.0  # of multi-view steps: twice as many views of half as many scenes
     caption_dropout: float = 0.1
     timestep_shift: float = 1.0  # over 1: more of the noisy steps, where text and camera are all there is to go by
     accumulate: int = 1
@@ -166,11 +167,12 @@ class Trainer(BaseTrainer):
     def draw(self, step: int) -> list[Inputs]:
         """What an update learns from, of each micro-batch; a function of the step alone that needs no GPU."""
         options, out, multi_view = self.options, [], self._multi_view(step)
+        n_scenes, n_views = self._sizes(step, multi_view)
         share = {} if self.ranks.world == 1 else {"ranks": self.ranks}  # a source for one process needn't know of ranks
         for micro in range(options.accumulate):
             purpose = f"train/{micro}"
             stream = self._source_stream(step, micro, multi_view)
-            batch = self.source.batch(stream, options.batch_size, options.n_views, multi_view, **share)
+            batch = self.source.batch(stream, n_scenes, n_views, multi_view, **share)
             stream = Stream(options.seed, step, purpose)
             out.append(self._inputs(batch, stream, options.caption_dropout, None, self.ranks))
         return out
@@ -192,6 +194,13 @@ class Trainer(BaseTrainer):
         if self.options.data_order == "epochs":
             return self._multi_view_steps(step + 1) > self._multi_view_steps(step)
         return Stream(self.options.seed, step, "mode").uniform(1).item() < self.options.multi_view_share
+
+    def _sizes(self, step: int, multi_view: bool) -> tuple[int, int]:
+        """Scenes and views of each in a step."""
+        n_scenes, n_views, wide = self.options.batch_size, self.options.n_views, self.options.wide_share
+        if wide and multi_view and Stream(self.options.seed, step, "wide").uniform(1).item() < wide:
+            return n_scenes // 2, 2 * n_views
+        return n_scenes, n_views
 
     def lr_share(self) -> float:
         """The learning rate at this step, as a share of its highest."""

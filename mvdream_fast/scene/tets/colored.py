@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.scene.background import new_background
-from mvdream_fast.scene.base import Lighting, Rendered, Representation
+from mvdream_fast.scene.base import HasMesh, Lighting, Rendered
 from mvdream_fast.scene.mesh.mesh import Mesh
 from mvdream_fast.scene.nerf.volume import Volume
 from mvdream_fast.scene.raster import Body, MeshRendered, Seen, compose, see
@@ -89,7 +89,7 @@ class ColoredMesh(nn.Module):
         """The field's colours at positions [P, 3] in scene units, [P, 3] in [0, 1]."""
         return self.volume(positions.to(self.device))[1]
 
-    def take_colors(self, source: Representation, mesh: Mesh | None = None, seed: int = 0) -> None:
+    def take_colors(self, source: HasMesh, mesh: Mesh | None = None, seed: int = 0) -> None:
         """Takes over the background of another representation, where it is of one kind, and its colours: as they are
         where they are those of a field like this one, else fitted to those of its mesh, where there is one."""
         volume, background, logits = (getattr(source, name, None) for name in ("volume", "background", "logits"))

@@ -15,7 +15,7 @@ from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops import edge_topology
 from mvdream_fast.scene.background import FixedBackground
-from mvdream_fast.scene.base import Lighting, Rendered, Representation, Statistic
+from mvdream_fast.scene.base import HasMesh, Lighting, Rendered, Statistic
 from mvdream_fast.scene.mesh.distance import signed_distance
 from mvdream_fast.scene.mesh.mesh import CHUNK, Mesh, colored_mesh
 from mvdream_fast.scene.mesh.texture import bake_texture
@@ -64,7 +64,7 @@ class Tets(ColoredMesh):
         return tets
 
     @staticmethod
-    def from_representation(config: TetsConfig, source: Representation, seed: int = 0) -> "Tets":
+    def from_representation(config: TetsConfig, source: HasMesh, seed: int = 0) -> "Tets":
         """One that shows the mesh of another representation in its colours, as well as its lattice can.
 
         Raises: DivergedError where it has no mesh.
