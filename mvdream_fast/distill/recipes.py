@@ -36,7 +36,9 @@ from mvdream_fast.distill.systems import (
     textmesh_if,
 )
 from mvdream_fast.models.config import MINI
-from mvdream_fast.scene.shapes import reshaped
+from mvdream_fast.scene.nerf.config import NerfConfig
+from mvdream_fast.scene.shapes import names_of, reshaped
+from mvdream_fast.scene.tets.config import TetsConfig
 
 
 def preset_for(image_size: int) -> str:
@@ -44,11 +46,12 @@ def preset_for(image_size: int) -> str:
     return "mini" if image_size <= MINI.vae.image_size else "paper"
 
 
-# Settings that say which kind of run is wanted: who names one, but no recipe, means score distillation of a volume.
+# Settings that say which kind of run is wanted: who names one, but no recipe, means score distillation of a volume. So
+# do those that only a volume has.
 OF_MVDREAM = {
     "method", "mode", "kind", "loss", "particles", "view_words", "perp_neg", "n_views", "n_groups", "milestones",
     "match", "updates_per_guidance", "repaint_from", "shading", "shape", "volume", "sampled_views",
-}  # fmt: skip
+} | (names_of(NerfConfig) - names_of(TetsConfig))  # fmt: skip
 
 
 def usual_recipe(preset: str, given: Iterable[str] = (), multi_view: bool = True) -> str:

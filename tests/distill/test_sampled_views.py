@@ -2,19 +2,23 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from reference.random_model import random_model
 
 from mvdream_fast.camera import middle_cameras
+from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill.config import replaced, restepped
+from mvdream_fast.distill import loop
+from mvdream_fast.distill.config import check_learning, replaced, restepped
 from mvdream_fast.distill.loop import new_guidance
 from mvdream_fast.distill.recipes import guided_views
-from mvdream_fast.distill.systems import mini
+from mvdream_fast.distill.systems import mini, mvdream_solid
 from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
 from mvdream_fast.guidance.sds import SDS
 from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.scene.mesh.hull import Hull
 from mvdream_fast.text_to_3d import TextTo3D
 
 SMALL = replaced(mini(), steps=4, render_size=(8,), samples_per_ray=16)
@@ -109,3 +113,51 @@ def test_a_run_with_them_is_resumed_to_the_byte(pipeline, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     alone = TextTo3D(pipeline)("a red car", config=SMALL, seed=3).state()
     assert any(not torch.equal(whole[name], alone[name]) for name in whole)
+
+
+HULL = replaced(
+    mvdream_solid("fast"), steps=3, sampled_steps=2, sampled_scale=3.0, render_size=(16,), tets_resolution=32
+)
+
+
+def square(n_views: int) -> torch.Tensor:
+    """Views [V, 3, 16, 16] of something red in the middle before grey."""
+    views = torch.full((n_views, 3, 16, 16), 0.5)
+    views[:, :, 5:11, 5:11] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    return views
+
+
+@pytest.mark.parametrize("method", ["sds", "reconstruct"])
+def test_a_run_begins_as_their_hull(pipeline, monkeypatch, method):
+    config = HULL if method == "sds" else replaced(HULL, method="reconstruct", sampled_views=0)
+    drawn = []
+
+    def draw_square(*args):
+        drawn.append(args)
+        return square(4), middle_cameras(dataclasses.replace(config.cameras, n_views=4))
+
+    monkeypatch.setattr(loop, "_sampled", draw_square)
+    before = replaced(config, lr_geometry=1e-9, lr_encoding=1e-9, lr_mlp=1e-9)
+    asset = TextTo3D(pipeline)("a red car", seed=1, config=before)
+    assert len(drawn) == 1
+    hull = Hull(*new_guidance(pipeline, "a red car", config, 1).known(), 1.0).mesh(32)
+    mesh = asset.mesh()
+    for side in (np.min, np.max):  # a fresh one is a ball
+        np.testing.assert_allclose(side(mesh.vertices, 0), side(hull.vertices, 0), atol=0.06)
+    assert mesh.colors[:, 0].mean() > 0.8
+    assert mesh.colors[:, 1].mean() < 0.2
+
+
+def test_where_they_show_nothing_a_run_begins_as_ever(pipeline, monkeypatch):
+    grey = torch.full((4, 3, 16, 16), 0.5)
+    cameras = middle_cameras(dataclasses.replace(HULL.cameras, n_views=4))
+    monkeypatch.setattr(loop, "_sampled", lambda *_: (grey, cameras))
+    still = replaced(HULL, lr_geometry=1e-9)
+    mesh = TextTo3D(pipeline)("a red car", seed=1, config=still).mesh()
+    np.testing.assert_allclose(np.linalg.norm(mesh.vertices, axis=1), 0.5, atol=0.03)
+
+
+@pytest.mark.parametrize("change", [{"sampled_views": 0}, {"shape": "volume"}])
+def test_a_hull_needs_views_and_tetrahedra(change):
+    with pytest.raises(ArgumentError, match="sampled_hull must be false but for the shape tets with sampled views"):
+        check_learning(replaced(HULL, **change))

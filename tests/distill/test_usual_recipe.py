@@ -5,10 +5,12 @@ import torch
 from reference.random_model import random_model
 
 from mvdream_fast.core.images import png_bytes
+from mvdream_fast.distill.config import check_learning, joined, replaced
 from mvdream_fast.distill.recipes import OF_MVDREAM, RECIPES, guided_views, resolve_config, usual_recipe
 from mvdream_fast.distill.request import resolve
 from mvdream_fast.distill.systems import SDS_PRESETS, mvdream_solid
 from mvdream_fast.jobs.asset import sample_views
+from mvdream_fast.models.config import SamplingGuidance
 from mvdream_fast.pipeline import MVDreamPipeline
 
 SOLID = "mvdream-solid"
@@ -54,38 +56,50 @@ def test_models_of_single_images_have_no_views_to_be_solid_by():
 
 
 @pytest.mark.parametrize("size", ["mini", "fast"])
-def test_it_asks_about_as_many_views_as_mvdream(size):
-    assert guided_views(mvdream_solid(size)) == guided_views(SDS_PRESETS[size])
+def test_it_asks_about_fewer_views_than_mvdream(size):
+    """Each step about four, and the sampled ones once for every step of the sampler."""
+    config = mvdream_solid(size)
+    assert guided_views(config) == 4 * config.steps + 4 * 25 < guided_views(SDS_PRESETS[size])
 
 
-@pytest.mark.parametrize(("flags", "scale"), [({}, 3.5), ({"method": "sds"}, 7.5)])
-def test_the_first_views_are_guided_as_those_that_are_fitted(flags, scale, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "guidance"), [({}, SamplingGuidance(3.5, "2d")), ({"method": "sds"}, SamplingGuidance(7.5, "3d"))]
+)
+def test_the_first_views_are_guided_as_those_that_are_fitted(flags, guidance, tmp_path):
     pipeline = MVDreamPipeline(random_model(), "cpu", torch.float32)
     run = resolve({"prompt": "a red chair", "preset": "fast", "seed": 2, **flags})
     sample_views(pipeline, run, tmp_path)
-    drawn = pipeline("a red chair", seed=2, n_steps=25, guidance_scale=scale, negative_prompt="", warn=lambda _: None)
+    settings = {"guidance_scale": guidance.scale, "uncond_mode": guidance.uncond_mode, "negative_prompt": ""}
+    drawn = pipeline("a red chair", seed=2, n_steps=25, warn=lambda _: None, **settings)
     assert (tmp_path / "views.png").read_bytes() == png_bytes(drawn.sheet())
 
 
-def test_its_stages_have_their_sampled_views_together():
-    volume, mesh = mvdream_solid("fast").stages
-    alone = [guided_views(stage) for stage in (volume, mesh)]
-    assert guided_views(mvdream_solid("fast")) == sum(alone) - 8 * 25
+def test_stages_have_their_sampled_views_together():
+    stage = replaced(mvdream_solid("fast"), sampled_hull=False)
+    two = joined([replaced(stage, shape="volume"), stage])
+    assert guided_views(two) == 2 * guided_views(stage) - 4 * 25
 
 
 @pytest.mark.parametrize("size", ["mini", "fast"])
-def test_a_few_shot_fit_of_a_small_model_is_regularised(size):
+def test_a_few_shot_fit_of_a_small_model_begins_as_their_hull(size):
     config = resolve_config(size, method="reconstruct", steps=50)
     assert config.recipe == "mvdream"
     assert config.method == "reconstruct"
     assert config.steps == 50
-    assert config.cameras.n_views == 8
-    assert config.representation.volume == "coarse"
-    assert config.representation.lambda_opaque[2] > 0
-    assert config.representation.lambda_opaque[3] < 50
+    assert config.cameras.n_views == 4
+    assert config.representation.shape == "tets"
+    assert config.sampled.sampled_hull
     assert config.sampled.lambda_silhouette[2] > 0
     assert config.sampled.sampled_views == 0  # beside distillation
     assert resolve_config(size, method="reconstruct", n_views=6).cameras.n_views == 6
+
+
+@pytest.mark.parametrize("given", [{"recipe": SOLID}, {"method": "reconstruct"}])
+def test_another_shape_begins_as_it_always_does(given):
+    config = resolve_config("fast", shape="volume", **given)
+    assert config.representation.shape == "volume"
+    assert not config.sampled.sampled_hull
+    check_learning(config)
 
 
 def test_a_few_shot_fit_at_paper_is_as_it_was():

@@ -1,0 +1,95 @@
+"""The visual hull of views against solids whose hull is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from mvdream_fast.camera import orbit_cameras
+from mvdream_fast.core.errors import DivergedError
+from mvdream_fast.scene.kinds import handed_over
+from mvdream_fast.scene.mesh.hull import Hull
+from mvdream_fast.scene.tets.config import TetsConfig
+
+SIZE, FOVY, DISTANCE = 64, 40.0, 3.0
+
+
+def views_of_a_ball(n_views: int, radius: float = 0.5, elevation: float = 15.0):
+    """Silhouettes [V, 1, S, S] of a ball in the middle by the angle between each ray and the ray to its centre, and
+    images: red where x > 0 is seen, else blue."""
+    cameras = orbit_cameras(n_views, elevation, 0.0, 360.0, DISTANCE, FOVY)
+    half = np.tan(np.radians(FOVY) / 2)
+    at = (np.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    x, y = np.meshgrid(at * half, -at * half)
+    cosine = 1 / np.sqrt(1 + x**2 + y**2)
+    there = cosine >= np.sqrt(1 - (radius / DISTANCE) ** 2)
+    silhouettes = torch.from_numpy(there).float().expand(n_views, 1, SIZE, SIZE)
+    images = []
+    for c2w in cameras.c2w.double().numpy():
+        rays = np.stack([x, y, -np.ones_like(x)], -1) / np.sqrt(1 + x**2 + y**2)[..., None] @ c2w[:3, :3].T
+        along = -(rays @ c2w[:3, 3])
+        depth = along - np.sqrt(np.maximum(radius**2 - DISTANCE**2 + along**2, 0))
+        right = (c2w[:3, 3] + depth[..., None] * rays)[..., 0] > 0
+        images.append(np.stack([right & there, 0 * there, ~right & there], 0))
+    return torch.from_numpy(np.stack(images)).float(), silhouettes, cameras
+
+
+def test_many_views_of_a_ball_leave_a_ball():
+    mesh = Hull(*views_of_a_ball(16)).mesh(64)
+    distance = np.linalg.norm(mesh.vertices, axis=1)
+    level = np.abs(mesh.vertices[:, 2]) < 0.3  # above and below no view from the side can carve
+    assert np.abs(distance[level] - 0.5).max() < 2 * DISTANCE * np.tan(np.radians(FOVY) / 2) / SIZE
+    assert distance.min() > 0.45
+    assert mesh.n_open_edges() == 0
+
+
+def test_nothing_is_lost_of_what_all_views_see():
+    """A hull holds the thing: every point of the ball, and none that one view does not cover."""
+    hull = Hull(*views_of_a_ball(4))
+    points = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert (hull.occupancy(0.45 * points) > 0.9).all()
+    assert (hull.occupancy(torch.tensor([[0.0, 0.8, 0.0], [0.8, 0.0, 0.0], [0.0, 0.0, 0.9]])) == 0).all()
+    assert (hull.occupancy(torch.tensor([[50.0, 0.0, 0.0], [0.0, -4.0, 1.0]])) == 0).all()  # behind cameras, outside
+
+
+def test_it_is_where_the_cameras_say():
+    """A view that sees only its left half: the thing is on that view's left."""
+    images, silhouettes, cameras = views_of_a_ball(4, elevation=0.0)
+    silhouettes = silhouettes.clone()
+    silhouettes[0, :, :, SIZE // 2 :] = 0
+    vertices = torch.from_numpy(Hull(images, silhouettes, cameras).mesh(64).vertices)
+    right = cameras.c2w[0, :3, 0]
+    assert (vertices @ right).max() < 0.05
+    assert (vertices @ right).min() < -0.4
+
+
+def test_its_colours_are_those_of_the_views():
+    mesh = Hull(*views_of_a_ball(8)).mesh(64)
+    clear = (np.abs(mesh.vertices[:, 0]) > 0.15) & (np.abs(mesh.vertices[:, 2]) < 0.3)
+    red = mesh.vertices[clear, 0] > 0
+    assert mesh.colors[clear][red, 0].min() > 0.8
+    assert mesh.colors[clear][~red, 2].min() > 0.8
+    assert mesh.colors[:, 1].max() == 0
+
+
+def test_a_view_that_shows_nothing_is_passed_over():
+    images, silhouettes, cameras = views_of_a_ball(4)
+    silhouettes = silhouettes.clone()
+    silhouettes[2] = 0
+    assert len(Hull(images, silhouettes, cameras).mesh(32).faces) > 100
+
+
+def test_nothing_at_all_is_refused():
+    images, silhouettes, cameras = views_of_a_ball(4)
+    with pytest.raises(DivergedError, match="the sampled views show nothing"):
+        Hull(images, torch.zeros_like(silhouettes), cameras).mesh(32)
+
+
+def test_tetrahedra_begin_from_it_in_its_colours():
+    hull = Hull(*views_of_a_ball(8))
+    tets = handed_over(TetsConfig(volume="coarse", background="grey", tets_resolution=64), hull)
+    mesh, own = hull.mesh(64), tets.mesh()
+    bounds = [np.stack([m.vertices.min(0), m.vertices.max(0)]) for m in (mesh, own)]
+    np.testing.assert_allclose(*bounds, atol=0.03)
+    red = own.colors[own.vertices[:, 0] > 0.3]
+    assert red[:, 0].mean() > 0.85
+    assert red[:, 2].mean() < 0.15
