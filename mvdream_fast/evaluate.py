@@ -3,6 +3,7 @@
 What is measured is evaluation/measures.py's, how it is gathered evaluation/judging.py's; here are flags and the table.
 """
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -174,7 +175,9 @@ def _evaluate_model(target: str, flags: Flags, judge: "Judge", say) -> dict[str,
 
     pipeline = MVDreamPipeline.from_pretrained(target, flags.device, flags.dtype)
     say(f"{target}: {pipeline.describe()}")
-    return evaluate_model(pipeline, judge, sampling(flags), say)
+    scale, uncond_mode = pipeline.guidance(flags.guidance_scale, flags.uncond_mode)
+    options = dataclasses.replace(sampling(flags), guidance_scale=scale, uncond_mode=uncond_mode)
+    return evaluate_model(pipeline, judge, options, say)
 
 
 def _print(report: dict[str, Any], judge: "Judge") -> None:

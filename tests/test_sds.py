@@ -69,12 +69,9 @@ def test_everything_is_left_behind(tiny_model, capsys):
         assert picture.size == (256, 192)
     config = json.loads((folder / "config.json").read_text())
     assert (config["prompt"], config["seed"]) == ("a green chair", 4)
-    assert [(stage["recipe"], stage["steps"]) for stage in config["sds"]] == [
-        ("mvdream-solid", 4),
-        ("mvdream-solid", 2),
-    ]
+    assert (config["sds"]["recipe"], config["sds"]["steps"]) == ("mvdream-solid", 6)
     out = capsys.readouterr().out
-    assert out.startswith("recipe mvdream-solid, preset mini: as asked; 4 + 2 steps; seed 4; model tiny (")
+    assert out.startswith("recipe mvdream-solid, preset mini: as asked; 6 steps; seed 4; model tiny (")
     assert "\r" not in out
 
 
@@ -117,7 +114,7 @@ def test_reconstruction_shares_the_loop(tiny_model):
         (["a", "--prompt", "b"], 2, "give the prompt once"),
         (["a\x07b"], 2, "control character"),
         (["a chair", "--seed", "-1"], 2, "--seed must be a number"),
-        (["a chair", "--steps", "0"], 2, "steps must be at least 2, one for each stage of mvdream-solid, got 0"),
+        (["a chair", "--steps", "0"], 2, "--steps must be at least 1, got 0"),
         (["a chair", "--method", "sds", "--steps", "0"], 2, "--steps must be at least 1, got 0"),
         (["a chair", "--render-size", "4000"], 2, "--render-size must be at most 1024, got 4000"),
         (["a chair", "--rescale", "2"], 2, "--rescale must be at most 1, got 2.0"),

@@ -6,7 +6,7 @@ runs.py. Flags and tables are the command's.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -124,8 +124,6 @@ def evaluate_model(pipeline: MVDreamPipeline, judge: Judge, options: SamplingOpt
     Returns: "held_out" and "prompts", flat dicts of numbers; "real", the same of real renders; "seconds".
     """
     start = time.perf_counter()
-    scale, uncond_mode = pipeline.guidance(options.guidance_scale, options.uncond_mode)
-    options = replace(options, guidance_scale=scale, uncond_mode=uncond_mode)
     captions, prompts = judge.reference.captions, judge.prompts
     held = _sample(pipeline, captions[: options.n_captions], options, options.seeds, say)  # [S, n, V, 3, s, s]
     fixed = _sample(pipeline, prompts[: options.n_prompts], options, 1, say)

@@ -36,7 +36,7 @@ class Reconstruction(Stateless):
         self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing = no_timing
     ) -> tuple[Tensor, int]:
         """See `Guidance`; the squared error, no timestep."""
-        return squared_error(rgb, self.images), 0
+        return squared_error(rgb, self.images, self.shown), 0
 
     def opacity_loss(self, opacity: Tensor, step: int) -> Tensor:
         """The weighted squared distance to the images' silhouettes."""
@@ -81,7 +81,8 @@ class Anchored:
         """See `Guidance`; the other's loss and the known views' squared error."""
         n = len(rgb) - self.images.shape[1]
         loss, t = self.free.score(rgb[:n], Cameras(views.c2w[:n], views.fovy[:n]), step, stream, timing)
-        return loss + ramp(self.weight, step) * squared_error(rgb[n:], self.images[self._group]), t
+        there = None if self.shown is None else self.shown[self._group]
+        return loss + ramp(self.weight, step) * squared_error(rgb[n:], self.images[self._group], there), t
 
     def opacity_loss(self, opacity: Tensor, step: int) -> Tensor:
         """The other guidance's, and the known views' weighted squared distance to their silhouettes."""
@@ -104,11 +105,18 @@ class Anchored:
         self.free.restore(tensors)
 
 
-def squared_error(rgb: Tensor, images: Tensor) -> Tensor:
-    """Summed over a view's pixels, averaged over the views; the larger are first shrunk to the size of the others."""
+def squared_error(rgb: Tensor, images: Tensor, shown: Tensor | None = None) -> Tensor:
+    """Summed over a view's pixels, averaged over the views; the larger are first shrunk to the size of the others.
+
+    shown: [V, 1, Hp, Wp], how far each pixel counts, 0 to 1: where an image shows its background, and at an edge, where
+    it shows some of both, a thing must not take on the background's colour.
+    """
     size = min(rgb.shape[-2:], images.shape[-2:])
     rgb, target = (F.interpolate(x, size, mode="area") for x in (rgb, images.to(rgb)))
-    return (rgb - target).square().sum() / len(rgb)
+    error = (rgb - target).square()
+    if shown is not None:
+        error = error * F.interpolate(shown.to(rgb), size, mode="area").square()
+    return error.sum() / len(rgb)
 
 
 def shown(images: Tensor) -> Tensor:

@@ -294,7 +294,7 @@ def test_a_separator_within_a_line_is_no_line_end(tmp_path, separator):
         ('{"prompt": " "}', "line 2: the prompt is empty"),
         ('{"prompt": "x", "seed": -1}', "line 2: --seed must be a number"),
         ('{"prompt": "x", "seed": null}', "line 2: seed must be an integer or a string, got None"),
-        ('{"prompt": "x", "steps": 0}', "line 2: steps must be at least 1, got 0"),
+        ('{"prompt": "x", "steps": 0}', "line 2: --steps must be at least 1, got 0"),
         ('{"prompt": "x", "steps": "9"}', "line 2: steps must be an integer, got '9'"),
     ],
 )

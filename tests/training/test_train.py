@@ -167,6 +167,21 @@ def test_the_modes_share(data):
     assert 0.62 < sum(modes) / 400 < 0.78
 
 
+def test_wide_steps_see_twice_as_many_views_of_half_the_scenes(data):
+    trainer = make_trainer(data, multi_view_share=0.7, wide_share=0.4, batch_size=4, n_views=2)
+    narrow, seen = make_trainer(data, multi_view_share=0.7, batch_size=4, n_views=2), []
+    for step in range(60):
+        (drawn,), (usual,) = trainer.draw(step), narrow.draw(step)
+        assert len(drawn.images) == len(usual.images) == 8
+        assert (drawn.cameras is None) == (usual.cameras is None)
+        seen.append((drawn.n_views, len(drawn.ids)))
+        assert (drawn.cameras is None) == (seen[-1] == (1, 8))
+    wide, multi_view = seen.count((4, 2)), len(seen) - seen.count((1, 8))
+    assert wide + seen.count((2, 4)) == multi_view
+    assert 0.2 < wide / multi_view < 0.6
+    trainer.train_step()
+
+
 def test_a_2d_step_trains_no_camera(data):
     trainer = make_trainer(data, multi_view_share=0.0)
     before = weights(trainer)

@@ -218,6 +218,7 @@ def command(*arguments):
         (("--data", ".", "-o", "out", "--config", "big"), 2, "--config must be one of"),
         (("--data", ".", "-o", "out", "--timestep-shift", "0"), 2, "--timestep-shift must be over 0 and at most 100"),
         (("--data", ".", "-o", "out", "--multi-view-share", "1.5"), 2, "--multi-view-share must be from 0 to 1"),
+        (("--data", ".", "-o", "out", "--wide-share", "-0.5"), 2, "--wide-share must be from 0 to 1"),
         (("--data", ".", "-o", "out", "--steps", "0"), 2, "--steps must be at least 1"),
         (("--data", ".", "-o", "out", "--set", "unet.views=2d"), 2, "--set must be NAME=VALUE, got 'unet.views=2d'"),
         (("--data", ".", "-o", "out", "--steps", "9", "--decay", "10"), 2, "--decay must be from 0 to --steps"),
@@ -274,3 +275,9 @@ def test_smaller_images_and_pictures_beside_the_renders(vae_model, tmp_path):
 def shards_file(folder, split):
     folder.mkdir(exist_ok=True)
     return folder / f"{split}-00000.tar"
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 3}, {"batch_size": 4, "data_order": "epochs"}])
+def test_wide_steps_need_pairs_of_scenes_at_random(data, tmp_path, change):
+    with pytest.raises(ArgumentError, match="--wide-share must come with an even --batch-size"):
+        main(flags(data, tmp_path / "out", wide_share=0.5, **change))

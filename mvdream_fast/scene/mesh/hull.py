@@ -16,8 +16,9 @@ from mvdream_fast.scene.raster import clip_matrices
 
 LEVEL = 0.4  # of a silhouette, from which on a pixel is of the thing: under a half, or what is thin goes
 LEAST = 64  # triangles of a hull that is a thing and no speck
-FACING, INSIDE = 2, 4  # powers of how a view counts for a colour: by how frontally it sees the place, and its silhouette
+FACING = 4  # the power of how frontally a view sees a place, by which it counts for its colour
 SELDOM = 1e-4  # what a view counts that sees a place from behind, where no other sees it either
+OUTLINE = 1e-2  # what a pixel counts beside the background, which it has some of, or which a decoder has mixed it with
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ class Hull:
         if mesh.normals is None:
             raise AssertionError  # extract_mesh gives them
         points, normals = torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.normals)
-        seen = self._seen(torch.cat([self.images, self.silhouettes], 1), points)  # [V, n, 4]
+        inner = -F.max_pool2d(-self.silhouettes, 3, 1, 1)
+        clear = inner**2 + OUTLINE * self.silhouettes**2
+        seen = self._seen(torch.cat([self.images, clear], 1), points)  # [V, n, 4]
         towards = F.normalize(self.cameras.c2w[:, None, :3, 3].to(points) - points, dim=-1)
         facing = (towards * normals).sum(-1, keepdim=True).clamp(min=0) ** FACING + SELDOM
-        weight = facing * seen[..., 3:] ** INSIDE
+        weight = facing * seen[..., 3:]
         return (weight * seen[..., :3]).sum(0) / weight.sum(0).clamp(min=1e-12)
 
     def _seen(self, maps: Tensor, points: Tensor) -> Tensor:
