@@ -165,8 +165,8 @@ def sampling(flags: Flags) -> "SamplingOptions":
     from mvdream_fast.evaluation.judging import SamplingOptions
 
     given = {name: getattr(flags, name) for name in ("steps", "seeds") if getattr(flags, name) is not None}
-    asked = {"guidance_scale": flags.guidance_scale, "uncond_mode": flags.uncond_mode}
-    return SamplingOptions(**asked, **((QUICK if flags.quick else {}) | given))
+    usual = SamplingOptions(guidance_scale=flags.guidance_scale, uncond_mode=flags.uncond_mode)
+    return dataclasses.replace(usual, **((QUICK if flags.quick else {}) | given))
 
 
 def _evaluate_model(target: str, flags: Flags, judge: "Judge", say) -> dict[str, Any]:

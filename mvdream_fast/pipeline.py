@@ -137,8 +137,9 @@ class MVDreamPipeline:
     def __call__(
         self, prompt: str, n_views: int = 4, elevation_deg: float = 15.0,
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
-        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
-        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *,
+        seed: int | None = 0, generator: torch.Generator | None = None, scheduler: Any = None,
+        callback: Callback | None = None,
         camera: Cameras | Tensor | None = None, mode: Mode | None = None, convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None, uncond_mode: Mode | None = None,
     ) -> Views: ...  # fmt: skip
@@ -147,8 +148,9 @@ class MVDreamPipeline:
     def __call__(
         self, prompt: list[str] | tuple[str, ...], n_views: int = 4, elevation_deg: float = 15.0,
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
-        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
-        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *,
+        seed: int | None = 0, generator: torch.Generator | None = None, scheduler: Any = None,
+        callback: Callback | None = None,
         camera: Cameras | Tensor | None = None, mode: Mode | None = None, convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None, uncond_mode: Mode | None = None,
     ) -> list[Views]: ...  # fmt: skip
@@ -157,8 +159,9 @@ class MVDreamPipeline:
     def __call__(
         self, prompt: str | Sequence[str], n_views: int = 4, elevation_deg: float = 15.0,
         azimuth_start_deg: float = 0.0, azimuth_span_deg: float = 360.0, n_steps: int = 50,
-        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *, seed: int | None = 0,
-        generator: torch.Generator | None = None, scheduler: Any = None, callback: Callback | None = None,
+        guidance_scale: float | None = None, negative_prompt: Texts = "", suffix: Texts = SUFFIX, *,
+        seed: int | None = 0, generator: torch.Generator | None = None, scheduler: Any = None,
+        callback: Callback | None = None,
         camera: Cameras | Tensor | None = None, mode: Mode | None = None, convention: Convention = "ldm",
         eta: float = 0.0, warn: Warn | None = None, uncond_mode: Mode | None = None,
     ) -> Views | list[Views]:  # fmt: skip

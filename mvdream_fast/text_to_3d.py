@@ -23,7 +23,7 @@ from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
 from mvdream_fast.scene.base import Representation
-from mvdream_fast.scene.kinds import handed_over, new_representation
+from mvdream_fast.scene.kinds import begun, handed_over, new_representation
 from mvdream_fast.scene.mesh.hull import Hull
 
 __all__ = ["Asset", "GrownAsset", "Progress", "TextTo3D"]
@@ -136,16 +136,16 @@ class _Stages:
         """The stage of this index, with what the one before has made, or to be restored."""
         stage, maker = self.config.stages[number], self.maker
         guidance = maker.guidance or self._guidance(number, stage)
-        representation, begun = self.first if number == 0 else None, made is not None
+        representation, is_begun = self.first if number == 0 else None, made is not None
         if made is not None:
             representation = handed_over(stage.representation, made, self.seed)
         elif number:
             representation = new_representation(stage.representation, self.seed)
         elif representation is None and stage.sampled.sampled_hull:
-            representation, begun = self._hull(stage, guidance), True
+            representation, is_begun = self._hull(stage, guidance), True
         before = self.config.ends[number] - stage.steps
         model = self.pipeline.config if self.pipeline else None
-        args = self.prompt, self.seed, guidance, maker.device, representation, before, begun, model
+        args = self.prompt, self.seed, guidance, maker.device, representation, before, is_begun, model
         state = RunState(stage, *args)
         if self.config.later:
             state.asset.settings["stages"] = written(self.config)
@@ -156,7 +156,7 @@ class _Stages:
         if not isinstance(guidance, Anchored | Reconstruction):
             return new_representation(stage.representation, self.seed)
         try:
-            return handed_over(stage.representation, Hull(*guidance.known(), stage.representation.radius), self.seed)
+            return begun(stage.representation, Hull(*guidance.known(), stage.representation.radius), self.seed)
         except DivergedError:
             return new_representation(stage.representation, self.seed)
 

@@ -56,7 +56,7 @@ class SampledConfig(Checked):
 
     sampled_views: Annotated[int, Interval(ge=0, le=64)] = 0  # evenly around, fitted beside distillation; 0: none
     sampled_scale: Annotated[float, Interval(gt=-1e6, lt=1e6)] = 7.5  # guidance scale of their sampling
-    sampled_uncond: Literal["3d", "2d"] = "3d"  # how it asks without the prompt; 2d: without cameras, each view by itself
+    sampled_uncond: Literal["3d", "2d"] = "3d"  # how it asks without the prompt (SamplingGuidance.uncond_mode)
     sampled_steps: Annotated[int, Interval(ge=1, le=1000)] = 50  # of the sampler
     sampled_hull: bool = False  # a run begins as the solid that their silhouettes leave of space, in their colours
     lambda_sampled: WeightRamp = (0.0, 1.0, 1.0, 0.0)  # of their squared error, summed over a view

@@ -32,10 +32,17 @@ def new_representation(config: RepresentationConfig, seed: int = 0, lit: bool = 
     )
 
 
-def handed_over(config: RepresentationConfig, source: HasMesh, seed: int = 0) -> Representation:
-    """A representation that shows what another one has become. Raises DivergedError where that has no mesh."""
+def begun(config: RepresentationConfig, source: HasMesh, seed: int = 0) -> Representation:
+    """A representation that begins as a mesh. Raises DivergedError where there is none."""
     if isinstance(config, TetsConfig):
         return Tets.from_representation(config, source, seed)
+    raise TypeError(f"begun: config must be a TetsConfig, got {type(config).__name__}; only tetrahedra take a mesh")
+
+
+def handed_over(config: RepresentationConfig, source: Representation, seed: int = 0) -> Representation:
+    """A representation that shows what another one has become. Raises DivergedError where that has no mesh."""
+    if isinstance(config, TetsConfig):
+        return begun(config, source, seed)
     if isinstance(config, TexturedMeshConfig):
         return TexturedMesh.from_representation(config, source, seed)
     raise TypeError(

@@ -6,7 +6,7 @@ import torch
 
 from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.core.errors import DivergedError
-from mvdream_fast.scene.kinds import handed_over
+from mvdream_fast.scene.kinds import begun
 from mvdream_fast.scene.mesh.hull import Hull
 from mvdream_fast.scene.tets.config import TetsConfig
 
@@ -86,7 +86,7 @@ def test_nothing_at_all_is_refused():
 
 def test_tetrahedra_begin_from_it_in_its_colours():
     hull = Hull(*views_of_a_ball(8))
-    tets = handed_over(TetsConfig(volume="coarse", background="grey", tets_resolution=64), hull)
+    tets = begun(TetsConfig(volume="coarse", background="grey", tets_resolution=64), hull)
     mesh, own = hull.mesh(64), tets.mesh()
     bounds = [np.stack([m.vertices.min(0), m.vertices.max(0)]) for m in (mesh, own)]
     np.testing.assert_allclose(*bounds, atol=0.03)

@@ -14,7 +14,7 @@ from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.images import to_bytes
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops import edge_topology, interpolate, texture
-from mvdream_fast.scene.base import HasMesh, Statistic
+from mvdream_fast.scene.base import Representation, Statistic
 from mvdream_fast.scene.mesh.mesh import ColorFn, Mesh, colored_mesh
 from mvdream_fast.scene.mesh.texture import bake_texture, spread_over_gaps, texel_positions
 from mvdream_fast.scene.raster import Body, Seen
@@ -59,7 +59,7 @@ class TexturedMesh(ColoredMesh):
 
     @staticmethod
     def from_representation(
-        config: TexturedMeshConfig, source: HasMesh, seed: int = 0, resolution: int = 128
+        config: TexturedMeshConfig, source: Representation, seed: int = 0, resolution: int = 128
     ) -> "TexturedMesh":
         """One of another representation's mesh, and of its colours, as a field or as a texture.
 
