@@ -243,15 +243,15 @@ def test_eta_adds_reproducible_noise(pipe):
 
 def test_words_that_others_stand_in_for_are_named_first():
     pipe = MVDreamPipeline.from_pretrained("embedded")
-    assert pipe.unseen_words("a scarlet violin with a zyxw") == [
+    assert pipe.unseen_words("a scarlet cello with a zyxw") == [
         "'scarlet' was not trained on: it is read as 'red'",
-        "'violin' was not trained on: it is read as 'guitar'",
+        "'cello' was not trained on: it is read as 'violin'",
         "the model does not know 'zyxw'",
     ]
     assert pipe.unseen_words("a grandfather clock")[0].endswith("it is read as 'clock'")
     assert pipe.unseen_words("justice") == ["the model does not know 'justice'"]
     assert not pipe.unseen_words("a brown shelf, roses, vehicles")  # tags in its captions, and plurals of other words
-    read, meant = (pipe.encode_prompt(p, warn=lambda _: None).cond for p in ("a violin", "a guitar"))
+    read, meant = (pipe.encode_prompt(p, warn=lambda _: None).cond for p in ("a cello", "a violin"))
     assert torch.equal(read, meant)
 
 

@@ -161,3 +161,8 @@ def test_where_they_show_nothing_a_run_begins_as_ever(pipeline, monkeypatch):
 def test_a_hull_needs_views_and_tetrahedra(change):
     with pytest.raises(ArgumentError, match="sampled_hull must be false but for the shape tets with sampled views"):
         check_learning(replaced(HULL, **change))
+
+
+def test_a_hull_is_one_asset():
+    with pytest.raises(ArgumentError, match="particles must be 1 with sampled_hull"):
+        check_learning(replaced(HULL, kind="vsd", particles=3))
