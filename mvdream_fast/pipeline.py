@@ -303,7 +303,8 @@ class MVDreamPipeline:
         if guided and uncond_mode == "2d":
             alone = TextCond(text.uncond, text.uncond).repeat(n_views)
             without = Denoiser(unet, alone, 1, False, self._guided_call).for_sampler()
-            return apart(without, Denoiser(unet, text, n_views, False, self._guided_call).for_sampler(camera))
+            told = Denoiser(unet, text, n_views, False, self._guided_call).for_sampler(camera)
+            return apart(without, told, n_views)
         return Denoiser(unet, text, n_views, guided, self._guided_call).for_sampler(camera)
 
     @torch.no_grad()

@@ -86,12 +86,20 @@ class Denoiser:
         return lambda latents, t: self(latents[: len(latents) // self.n_prompts], t, camera)
 
 
-def apart(without: ModelFn, told: ModelFn) -> ModelFn:
-    """One function for the samplers of two: what answers without the prompt, and what answers with it."""
+def apart(without: ModelFn, told: ModelFn, n_views: int) -> ModelFn:
+    """One function for the samplers of two: what answers without the prompt, and what answers with it.
+
+    What the n_views of a scene know of each other before all else is their background's colour. So that it is not
+    amplified, the first answer has the second one's mean along the images' borders.
+    """
 
     def both(latents: Tensor, t: Tensor) -> Tensor:
         half = latents[: len(latents) // 2]
-        return torch.cat([without(half, t), told(half, t)])
+        alone, guided = without(half, t), told(half, t)
+        away = (guided - alone).reshape(-1, n_views, *alone.shape[1:])  # [B, V, C, h, w]
+        border = torch.cat([away[..., 0, :], away[..., -1, :], away[..., 1:-1, 0], away[..., 1:-1, -1]], dim=-1)
+        behind = border.mean(dim=(1, 3))[:, None, :, None, None]  # [B, 1, C, 1, 1]
+        return torch.cat([alone + behind.expand_as(away).flatten(0, 1), guided])
 
     return both
 

@@ -250,8 +250,8 @@ def _check_sampled(config: SDSConfig) -> None:
         )
     if config.sampled.sampled_hull and config.guidance.particles > 1:
         raise ArgumentError(
-            f"particles must be 1 with sampled_hull, which all of them would begin as, got {config.guidance.particles}; "
-            "leave it out, or give sampled_hull = false"
+            "particles must be 1 with sampled_hull, which all of them would begin as, got "
+            f"{config.guidance.particles}; leave it out, or give sampled_hull = false"
         )
     if n and config.mode == "2d":
         raise ArgumentError(f"sampled_views must be 0 with mode 2d, whose model draws one view at a time, got {n}")
