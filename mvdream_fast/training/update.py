@@ -178,7 +178,7 @@ def check_same_model(found: dict, wanted: dict) -> None:
             f"the checkpoint is of {found.get('kind')}, not of {wanted['kind']}; name another folder with -o"
         )
     for part, value in wanted["config"].items():
-        other = found["config"].get(part, value)  # an older version knew less
+        other = found["config"].get(part, value if part == "guidance" else None)  # which no weight depends on
         if isinstance(value, dict) and other:
             other = value | other  # what an older version did not write: the weights' shapes are checked anyway
         if other != value:

@@ -67,15 +67,15 @@ def test_what_is_said_is_not_measured(flat, tmp_path, monkeypatch, capsys):
 def test_new_words_get_rows_behind_those_that_are_known():
     model = load_model("embedded", torch.float32, ("text",))
     rows = len(model.tokenizer.vocabulary)
-    assert model.tokenizer.encode("a red zeppelin").replaced == [[]]
-    assert model.tokenizer.encode("a red zeppelin").unknown == [["zeppelin"]]
-    lines = build_subset_vocabulary(["a red zeppelin"])
+    assert model.tokenizer.encode("a red velocity").replaced == [[]]
+    assert model.tokenizer.encode("a red velocity").unknown == [["velocity"]]
+    lines = build_subset_vocabulary(["a red velocity"])
     new = [line for line in lines if line not in model.tokenizer.vocabulary]
-    assert "".join(new) == "zeppelin</w>"  # one row, or one for each of its pieces
+    assert "".join(new) == "velocity</w>"  # one row, or one for each of its pieces
     grown = with_words(model, lines)
     assert grown.tokenizer.vocabulary[rows:] == new
     assert grown.config.text.vocabulary_size == rows + len(new)
-    assert set(grown.tokenizer.encode("a red zeppelin").ids[0, 3 : 3 + len(new)].tolist()) == {
+    assert set(grown.tokenizer.encode("a red velocity").ids[0, 3 : 3 + len(new)].tolist()) == {
         *range(rows, rows + len(new))
     }
     ids = model.tokenizer.encode("a red chair").ids

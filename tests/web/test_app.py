@@ -75,7 +75,7 @@ def test_from_a_prompt_to_a_mesh(client, painter):
     asset = post(client, f"/api/jobs/{views}/grow", pace="fast")
     request = painter.take().request
     assert (request["prompt"], request["seed"]) == ("a red chair", 3)
-    assert {(stage["recipe"], stage["preset"]) for stage in request["sds"]} == {("mvdream-solid", "fast")}
+    assert (request["sds"]["recipe"], request["sds"]["preset"]) == ("mvdream-solid", "fast")
     painter.grow(10, 40)
     growing = chosen(client, asset)
     assert (growing["done"], growing["total"], growing["state"]) == (10, 40, "running")
