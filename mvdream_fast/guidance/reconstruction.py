@@ -26,7 +26,7 @@ class Reconstruction(Stateless):
 
     def known(self) -> tuple[Tensor, Tensor, Cameras]:
         """The images, their silhouettes [V, 1, Hp, Wp] and their cameras."""
-        return self.images, shown(self.images), self.cameras
+        return self.images, shown(self.images) if self.shown is None else self.shown, self.cameras
 
     def views(self, step: int, stream: Stream) -> Cameras:
         """The images' own cameras."""
@@ -66,7 +66,7 @@ class Anchored:
         """The known images [G*V, 3, Hp, Wp], their silhouettes [G*V, 1, Hp, Wp] and their cameras."""
         images = self.images.flatten(0, 1)
         c2w, fovy = (torch.cat([getattr(group, name) for group in self.cameras]) for name in ("c2w", "fovy"))
-        return images, shown(images), Cameras(c2w, fovy)
+        return images, shown(images) if self.shown is None else self.shown.flatten(0, 1), Cameras(c2w, fovy)
 
     def views(self, step: int, stream: Stream) -> Cameras:
         """The other guidance's, then one group's."""
