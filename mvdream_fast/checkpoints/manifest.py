@@ -67,7 +67,7 @@ def check_config(config: ModelConfig) -> None:
         for name, value in vars(section).items():
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int) and not isinstance(number, bool):
-                    low = 0 if name in ("skip_last", "steps_offset", "pad_id") else 1
+                    low = 0 if name in ("skip_last", "steps_offset", "pad_id", "detail_channels") else 1
                     _require(low <= number <= _MAX_SIZE, name, number, f"from {low} to {_MAX_SIZE}")
     _check_unet(config.unet)
     _check_vae(config.vae)
@@ -98,6 +98,8 @@ def _check_unet(unet: UNetConfig) -> None:
              "set where num_head_channels is null, and null where it is set")  # fmt: skip
     pooled = unet.kind == "mvdream" or unet.context_dim % 64 == 0
     _require(pooled, "context_dim", unet.context_dim, "a multiple of IF's 64 heads of pooling")
+    even = not unet.input_skip or unet.in_channels == unet.out_channels
+    _require(even, "out_channels", unet.out_channels, f"{unet.in_channels}, as the input that is added to it")
     for multiple in unet.channel_mult:
         channels = multiple * unet.model_channels
         _require(channels % unet.norm_groups == 0, "norm_groups", unet.norm_groups, f"a divisor of {channels} channels")
@@ -120,6 +122,8 @@ def _check_vae(vae: VAEConfig) -> None:
     _require(
         wide is None or (one_level and 0 < wide <= 4096), "decoder_width", wide, "null, or 1 to 4096 with one level"
     )
+    detail, most = vae.detail_channels, vae.latent_channels - 1 if one_level and wide else 0
+    _require(detail <= most, "detail_channels", detail, f"from 0 to {most} beside this decoder_width")
     for channels in (*vae.block_out_channels, *(width for width in (wide, vae.decoder_cleaner) if width)):
         divides = channels % vae.norm_num_groups == 0
         _require(divides, "norm_num_groups", vae.norm_num_groups, f"a divisor of {channels} channels")

@@ -42,6 +42,7 @@ class UNetConfig(Checked):
     norm_groups: int = 32
     camera_in: Literal["time", "attention", "time+attention", "text", "none"] = "time"
     view_mixing: Literal["3d", "2d", "temporal"] = "3d"
+    input_skip: bool = False  # the input, each channel times a factor that depends on the time, is added to the output
     kind: Literal["mvdream", "deepfloyd"] = "mvdream"
 
     @property
@@ -63,6 +64,7 @@ class VAEConfig(Checked):
     3 patch_size^2, `block_out_channels` empty, what else describes an autoencoder of no meaning.
     `patch_size` squares of pixels become channels before its first convolution: cheap at small sizes; SD's is 1.
     `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
+    `detail_channels` of the `latent_channels`, the last ones, are a linear autoencoder of what the others leave.
     `decoder_cleaner` is the width of a network before the decoder that takes from sampled latents what no image has.
     """
 
@@ -78,6 +80,7 @@ class VAEConfig(Checked):
     patch_size: int = 1
     decoder_width: int | None = None
     decoder_cleaner: int | None = None
+    detail_channels: int = 0
 
     @property
     def downsampling(self) -> int:

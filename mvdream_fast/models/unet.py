@@ -70,6 +70,10 @@ class MultiViewUNet(nn.Module):
             self.camera_embed = _mlp(config.camera_dim, emb)
         if "text" in config.camera_places:
             self.camera_token = nn.Linear(emb, config.context_dim)
+        if config.input_skip:
+            # c_skip of Karras et al. 2022, learned. Channels of little variance are nearly all noise at nearly all
+            # times, and what is best said of them is a multiple of the input.
+            self.skip_scale = zero(nn.Linear(emb, config.in_channels))
         self._build()
         self._res_blocks = _indexed(self, ResBlock)
         self._transformers = _indexed(self, MultiViewTransformer)
@@ -169,7 +173,10 @@ class MultiViewUNet(nn.Module):
         h = run(self.middle_block, h)
         for stage in self.output_blocks:
             h = run(stage, torch.cat([h, fn.widen(skips.pop(), len(h))], dim=1))
-        return fn.conv3x3(self.out[2], fn.group_norm(self.out[0], h)).contiguous()
+        out = fn.conv3x3(self.out[2], fn.group_norm(self.out[0], h))
+        if self.config.input_skip:
+            out = out + embs[-1][:, :, None, None] * fn.widen(latents, len(out))
+        return out.contiguous()
 
     def learn_camera(self, seed: int = 0) -> None:
         """Puts a fresh camera embedding, added to that of the time, in the place of what it had of one.
@@ -229,7 +236,7 @@ class MultiViewUNet(nn.Module):
     def _conditions(
         self, t: Tensor, batch: int, context: Tensor, camera: Tensor | None, n_views: int, n_prompts: int
     ) -> tuple[Conditions, tuple[Tensor, ...]]:
-        """What all blocks share, and what each ResBlock adds: one row per image and prompt."""
+        """What all blocks share, and what each ResBlock adds, and the input's factors: a row per image and prompt."""
         wide, where = batch * n_prompts, self.config.camera_places
         camera_emb = self._camera_embedding(camera)
         embs = self._embeddings(t, batch, camera_emb if "time" in where else None)
@@ -238,12 +245,17 @@ class MultiViewUNet(nn.Module):
             camera_emb = fn.widen(camera_emb, wide)
             tokens = self.camera_token(camera_emb)[:, None] if "text" in where else None
         conditions = Conditions(wide, n_views, context, camera_emb if "attention" in where else None, tokens)
-        widths = [block.out_channels for block in self._res_blocks]
+        widths = [layer.out_features for layer in self._projections()]
         return conditions, fn.widen(embs, wide).split(widths, dim=-1)
 
+    def _projections(self) -> list[nn.Linear]:
+        """The layers that read the embedding: one of each ResBlock, and last that of the input's factors, if any."""
+        layers = [block.emb_layers[1] for block in self._res_blocks]
+        return _plain("emb_layers and skip_scale", [*layers, *([self.skip_scale] if self.config.input_skip else ())])
+
     def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> Tensor:
-        """What all ResBlocks add, side by side: [B*V, sum of C_out], in one GEMM."""
-        projections = _plain("emb_layers", [block.emb_layers[1] for block in self._res_blocks])
+        """What all ResBlocks add and the input's factors, side by side: [B*V, sum of widths], in one GEMM."""
+        projections = self._projections()
         return time_camera_embedding(
             t.expand(batch),
             None,

@@ -42,7 +42,7 @@ class VAE(nn.Module):
             in_channels=3 * config.patch_size**2,
             out_channels=3 * config.patch_size**2,
             layers_per_block=config.layers_per_block,
-            latent_channels=config.latent_channels,
+            latent_channels=config.latent_channels - config.detail_channels,
             norm_num_groups=config.norm_num_groups,
             sample_size=config.image_size,
             scaling_factor=config.scale_factor,
@@ -50,6 +50,8 @@ class VAE(nn.Module):
         )
         if config.decoder_width is not None:
             self._widen_decoder(config.decoder_width)
+        if config.detail_channels:
+            self._add_detail()
         if config.decoder_cleaner is not None:
             self.model.decoder.add_module("cleaner", _Cleaner(config.decoder_cleaner, config))
         if not decoder:
@@ -75,6 +77,15 @@ class VAE(nn.Module):
             mid_block_add_attention=config.mid_block_add_attention,
         )
 
+    def _add_detail(self) -> None:
+        """Linear layers around the network: a cell's pixels and its other latents to the detail, and all to pixels."""
+        config = self.config
+        if len(config.block_out_channels) != 1 or config.decoder_width is None:
+            raise ValueError("VAE: detail_channels must come with one level and a decoder_width")
+        pixels, n = 3 * config.patch_size**2, config.detail_channels
+        self.model.encoder.add_module("detail", nn.Conv2d(pixels + config.latent_channels - n, n, 1))
+        self.model.decoder.add_module("detail", nn.Conv2d(config.latent_channels, pixels, 1))
+
     @property
     def has_decoder(self) -> bool:
         """Whether `decode` works."""
@@ -94,7 +105,7 @@ class VAE(nn.Module):
             module.to(dtype)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance, clamped to [-30, 20], before scaling.
+        """Mean and logarithm of the variance, clamped to [-30, 20], before scaling. The detail's is the smallest.
 
         Args:
             images: [B, 3, Hp, Wp] in [-1, 1]; Hp and Wp must be multiples of the down-sampling factor.
@@ -114,6 +125,10 @@ class VAE(nn.Module):
         pixels, dtype = F.pixel_unshuffle(images, self.config.patch_size), self.model.encoder.conv_in.weight.dtype
         moments = self.model.encoder(pixels.to(dtype).contiguous(memory_format=torch.channels_last))
         mean, logvar = _through(self.model.quant_conv, moments).chunk(2, dim=1)
+        if self.config.detail_channels:
+            detail = self.model.encoder.get_submodule("detail")(torch.cat([pixels.to(mean.dtype), mean], dim=1))
+            mean = torch.cat([mean, detail], dim=1)
+            logvar = torch.cat([logvar, torch.full_like(detail, LOGVAR_RANGE[0])], dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -171,7 +186,15 @@ class VAE(nn.Module):
             )
         z = self.cleaned(latents) / self.config.scale_factor + self.config.shift_factor
         z = z.contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.model.decoder(_through(self.model.post_quant_conv, z)), self.config.patch_size)
+        return F.pixel_shuffle(self._patches(z), self.config.patch_size)
+
+    def _patches(self, z: Tensor) -> Tensor:
+        """What is decoded, [B, 3 patch_size^2, h', w'], before patches become squares of pixels."""
+        decoder, n = self.model.decoder, self.config.detail_channels
+        if not n:
+            return decoder(_through(self.model.post_quant_conv, z))
+        base = _through(self.model.post_quant_conv, z[:, :-n])
+        return decoder(torch.cat([base, z[:, -n:]], dim=1)) + decoder.get_submodule("detail")(z)
 
 
 class _Cleaner(nn.Module):

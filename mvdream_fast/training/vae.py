@@ -123,7 +123,8 @@ def settle(vae: VAE) -> None:
     The noise makes the decoder forgiving while it is trained. Afterwards it would only be in the way: a small
     autoencoder's is a third of its latents, and the diffusion model is trained on the means that are cached.
     """
-    (weight, bias), n = _convolution(vae.model.quant_conv), vae.config.latent_channels
+    weight, bias = _convolution(vae.model.quant_conv)
+    n = len(bias) // 2
     weight[n:] = 0
     bias[n:] = LOGVAR_RANGE[0]
 
@@ -179,7 +180,8 @@ def linear_start(vae: VAE, linear: Linear) -> None:
 
     Raises: ValueError if the autoencoder has several levels or too few channels.
     """
-    model, n = vae.model, vae.config.latent_channels
+    model, detail = vae.model, vae.config.detail_channels
+    n = vae.config.latent_channels - detail
     if len(vae.config.block_out_channels) != 1 or linear.patch != vae.config.patch_size:
         raise ValueError(f"linear_start: the autoencoder must have one level of patches of {linear.patch} pixels")
     for block in (m for m in model.modules() if type(m).__name__ == "ResnetBlock2D"):
@@ -195,8 +197,18 @@ def linear_start(vae: VAE, linear: Linear) -> None:
     _carry(model.encoder.conv_in, kept.T / first, -(kept.T @ linear.mean) / first, vae.config.norm_num_groups)
     _read(model.encoder.conv_norm_out, model.encoder.conv_out, eye * first / spread, none)
     _convolution(model.encoder.conv_out)[1][n:] = -6.0
-    _carry(model.decoder.conv_in, eye * spread / first, none, vae.config.norm_num_groups)
+    carried = torch.eye(n, n + detail) * spread / first
+    _carry(model.decoder.conv_in, carried, none, vae.config.norm_num_groups)
     _read(model.decoder.conv_norm_out, model.decoder.conv_out, kept * first, linear.mean)
+    if detail:
+        rest = linear.directions[:, n : n + detail] / spread
+        (told, offset), (drawn, none) = (
+            _convolution(m.get_submodule("detail")) for m in (model.encoder, model.decoder)
+        )
+        told.copy_(F.pad(rest.T, (0, n))[..., None, None])
+        offset.copy_(-(rest.T @ linear.mean))
+        drawn.copy_(F.pad(rest * spread**2, (n, 0))[..., None, None])
+        none.zero_()
 
 
 def _pairs(channels: int, groups: int, n: int) -> list[int]:
