@@ -28,7 +28,6 @@ from mvdream_fast.core.cli import set_threads
 from mvdream_fast.core.images import GREY, to_image
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, Shards, on_background
-from mvdream_fast.distill.recipes import resolve_config
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.judging import read_prompts
@@ -58,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sds-steps", type=int, help="default: the preset's")
     parser.add_argument("--tuning", nargs="*", default=[], metavar="NAME=VALUE", help="other flags of the tuning")
     parser.add_argument("--sampling-steps", type=int, default=20, help="of sampled views")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of sampled views")
+    parser.add_argument("--guidance-scale", type=float, help="of sampled views (default: the model's own)")
     parser.add_argument("--objects", type=int, default=len(SUBJECTS), help="how many of the three")
     parser.add_argument("--no-stages", action="store_true", help="leave out DreamBooth3D")
     parser.add_argument("--threads", type=int)
@@ -119,10 +118,10 @@ def grow(args: argparse.Namespace, model: str, prompt: str, path: Path) -> Asset
     """Score distillation of the prompt, unless its asset is there."""
     if not path.exists():
         print(f"{path}: {prompt}", flush=True)
-        config = resolve_config(args.preset, **({"steps": args.sds_steps} if args.sds_steps else {}))
+        steps = {"steps": args.sds_steps} if args.sds_steps else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         pipeline = MVDreamPipeline.from_pretrained(model)
-        TextTo3D(pipeline)(prompt, config=config, checkpoints=path.with_suffix(".ckpt")).save(path)
+        TextTo3D(pipeline)(prompt, args.preset, checkpoints=path.with_suffix(".ckpt"), **steps).save(path)
     return Asset.load(path)
 
 

@@ -123,11 +123,12 @@ def shrunk(views: np.ndarray, factor: int) -> np.ndarray:
     Of sRGB values weighted by alpha, as backgrounds are put behind: it makes no difference which comes first.
     """
     v, s = views.shape[0], views.shape[1] // factor
-    tiles = views.reshape(v, s, factor, s, factor, 4).astype(np.float32)
-    alpha = tiles[..., 3:]
-    total = alpha.sum((2, 4))  # [V, s, s, 1]
-    rgb = (tiles[..., :3] * alpha).sum((2, 4)) / np.maximum(total, 1)
-    return np.concatenate([rgb, total / factor**2], -1).round().astype(np.uint8)
+    rgb, alpha = np.zeros((v, s, s, 3), np.float32), np.zeros((v, s, s, 1), np.float32)
+    for corner in np.ndindex(factor, factor):  # whole numbers all, which float32 adds exactly
+        part = views[:, corner[0] :: factor, corner[1] :: factor].astype(np.float32)
+        rgb += part[..., :3] * part[..., 3:]
+        alpha += part[..., 3:]
+    return np.concatenate([rgb / np.maximum(alpha, 1), alpha / factor**2], -1).round().astype(np.uint8)
 
 
 def read_metas(path: Path) -> Iterator[dict]:

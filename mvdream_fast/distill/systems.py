@@ -240,7 +240,8 @@ def prolificdreamer(size: str = "paper") -> SDSConfig:
 
 
 # Numbers in the embedded model's latents over those in Stable Diffusion's at 512 pixels: guidance sums over them.
-LATENTS_SHARE = MINI.vae.latent_channels * MINI.latent_size**2 / (4 * 64**2)
+# Detail does not count: all of its variance together is that of two other channels.
+LATENTS_SHARE = (MINI.vae.latent_channels - MINI.vae.detail_channels) * MINI.latent_size**2 / (4 * 64**2)
 # Weights that keep a mesh smooth are the paper's at every size: with a tenth of them, at a scale of 100, it has spikes.
 SMOOTH = ("lambda_normal_consistency", "lambda_laplacian")
 SMALL_DEVIATION = 0.46  # v, which is 0.01 of a scene unit: a third of a pixel
