@@ -41,7 +41,7 @@ class Flags:
     """photos a step"""
     gradient_accumulation_steps: int = 1
     lambda_preserve: float | None = None
-    """weight of ||theta - theta_0||_1 / N over the UNet's N weights (default: the paper's 1, for a small model 3000)"""
+    """weight of ||theta - theta_0||_1 / N over the UNet's N weights (default: the paper's 1, for a small model 1000)"""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0
     adam_beta1: float = 0.9

@@ -29,7 +29,7 @@ from mvdream_fast.tuning.tune import Plan, load_parts, photo_source, tune
 
 RECIPES = {
     "paper": {"max_train_steps": 600, "learning_rate": 2e-6, "lambda_preserve": 1.0, "partial_steps": 150},
-    "mini": {"max_train_steps": 400, "learning_rate": 2e-4, "lambda_preserve": 3000.0, "partial_steps": 100},
+    "mini": {"max_train_steps": 400, "learning_rate": 2e-4, "lambda_preserve": 1000.0, "partial_steps": 100},
 }
 # not what a run is
 PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "graphs", "threads", "quiet", "given")
