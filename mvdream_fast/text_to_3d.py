@@ -16,7 +16,7 @@ from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.distill.config import SETTINGS, SDSConfig, check_stages, typed, written
 from mvdream_fast.distill.loop import Drawn, Loop, Progress, new_guidance
-from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, usual_recipe
+from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, sampled_as, usual_recipe
 from mvdream_fast.distill.state import GrownAsset, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
@@ -118,7 +118,8 @@ class TextTo3D:
             plain = {"mode": "2d", **plain}
         if config is None and self.guidance is None and fresh:
             plain = {"recipe": usual_recipe(str(preset), plain), **plain}
-        return resolve_config(config or str(preset), **plain)
+        found = resolve_config(config or str(preset), **plain)
+        return sampled_as(found, self.pipeline.config.guidance, plain) if self.pipeline and config is None else found
 
 
 class _Stages:

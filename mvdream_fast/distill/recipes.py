@@ -35,7 +35,7 @@ from mvdream_fast.distill.systems import (
     prolificdreamer,
     textmesh_if,
 )
-from mvdream_fast.models.config import MINI
+from mvdream_fast.models.config import MINI, SamplingGuidance
 from mvdream_fast.scene.nerf.config import NerfConfig
 from mvdream_fast.scene.shapes import names_of, reshaped
 from mvdream_fast.scene.tets.config import TetsConfig
@@ -107,6 +107,13 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
         replaced(stages[0], **{name: overrides[name] for name in foreign})
     parts = zip(stages, shared_out(steps, config), own, strict=True)
     return joined(replaced(restepped(stage, n), **settings) for stage, n, settings in parts)
+
+
+def sampled_as(config: SDSConfig, guidance: SamplingGuidance, given: Iterable[str] = ()) -> SDSConfig:
+    """A recipe whose views are sampled as its model is best guided, but for the settings that were given."""
+    wanted = {"sampled_scale": guidance.scale, "sampled_uncond": guidance.uncond_mode}
+    wanted = {name: value for name, value in wanted.items() if name not in given}
+    return joined(replaced(stage, **wanted) if stage.sampled.sampled_views else stage for stage in config.stages)
 
 
 def guided_views(config: SDSConfig) -> int:

@@ -30,7 +30,8 @@ from mvdream_fast.distill.config import (
     typed,
     written,
 )
-from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, shaded, usual_recipe
+from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, sampled_as, shaded, usual_recipe
+from mvdream_fast.models.config import SamplingGuidance
 from mvdream_fast.models.tokenizer import check_prompt
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     if refine is not None and known.refine is None:
         raise ArgumentError(f"--refine-model must be left out with the recipe {recipe}, whose stages ask one model")
     method = {name: flags[name] for name in ("method",) if name in flags}  # which the recipe's own losses depend on
-    config = _with_flags(_with_file(resolve_config(preset, recipe=recipe, **method), file.get("sds", {})), flags)
+    usual = _as_guided(resolve_config(preset, recipe=recipe, **method), model)
+    config = _with_flags(_with_file(usual, file.get("sds", {})), flags)
     modes = "mode" in flags or any("mode" in table for table in _tables(file))
     asked = [model, *[refine if known.refine else model] * len(config.later)]
     config = joined(_with_mode(stage, name, modes) for stage, name in zip(config.stages, asked, strict=True))
@@ -163,6 +165,14 @@ def _tables(file: dict[str, Any]) -> list[dict[str, Any]]:
     """The tables `sds` of a file: one, or one for each stage."""
     found = file.get("sds", {})
     return (found or [{}]) if isinstance(found, list) else [found]
+
+
+def _as_guided(config: SDSConfig, model: str | None) -> SDSConfig:
+    """The recipe's views sampled as the model's own config.json says, where it does."""
+    stored = stored_config(model).get("guidance") if model else None
+    if not is_object(stored):
+        return config
+    return sampled_as(config, checked(SamplingGuidance, stored, str(model), ModelError))
 
 
 def _with_file(config: SDSConfig, found: dict[str, Any] | list[dict[str, Any]]) -> SDSConfig:

@@ -3,9 +3,8 @@
 The optimisation is dreambooth.py's; flags and folders are runs.py's.
 """
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def add_token(model: Model, token: str) -> None:
     text = text.with_token(torch.arange(len(SPECIAL_ROWS), len(tokenizer.vocabulary)))
     model.text = text
     model.tokenizer = tokenizer.with_token(token)
-    model.config = dataclasses.replace(model.config, text=text.config)
+    model.config = replace(model.config, text=text.config)
 
 
 def _name_words(tokenizer: Any, prompt: str, token: str) -> None:
@@ -162,7 +161,9 @@ def export(plan: Plan, parts: Parts, folder: Path) -> None:
         return {name: tensor.to(dtype) for name, tensor in merged_state(owner(part, modules[part])).items()}
 
     words, states = parts.tokenizer, ((part, lambda part=part: state(part)) for part in modules)
-    write_folder(folder, parts.config, states, words.vocabulary, words.stand_ins, True)
+    # Asked without a prompt as it was tuned, in 2D mode, it shows the subject, which guidance would lead away from.
+    config = replace(parts.config, guidance=replace(parts.config.guidance, uncond_mode="3d"))
+    write_folder(folder, config, states, words.vocabulary, words.stand_ins, True)
 
 
 def latest(folder: Path) -> tuple[int, dict[str, Tensor], dict]:

@@ -3,18 +3,22 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from reference.random_model import TINY, random_model
 
+from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, UserError
 from mvdream_fast.distill import config as distill_config
 from mvdream_fast.distill import request
 from mvdream_fast.distill.config import NEWER, ExportConfig, SDSConfig, replaced
-from mvdream_fast.distill.recipes import RECIPES, resolve_config, shaded
+from mvdream_fast.distill.recipes import RECIPES, resolve_config, sampled_as, shaded
 from mvdream_fast.distill.systems import SDS_PRESETS
+from mvdream_fast.models.config import MINI, SamplingGuidance
 from mvdream_fast.scene.surface.config import SurfaceConfig
 
 CHAIR = {"prompt": "a green chair"}
@@ -50,6 +54,29 @@ def test_a_volume_has_a_usual_number_of_triangles_and_a_mesh_its_own(tmp_path):
     meshes = {**CHAIR, "recipe": "mvdream-mesh"}  # a volume first, tetrahedra at the end
     assert request.resolve(meshes).export.faces == 0
     assert request.resolve({**meshes, "faces": 30_000}).export.faces == 30_000
+
+
+def test_views_are_sampled_as_the_model_says_unless_something_else_is_given(tmp_path):
+    guidance = SamplingGuidance(scale=2.5, uncond_mode="3d")
+    save_model(random_model(config=replace(TINY, guidance=guidance)), tmp_path / "model")
+    asked = {**CHAIR, "model": str(tmp_path / "model"), "recipe": "mvdream-solid"}
+
+    def sampled(flags, file=None):
+        how = request.resolve(flags, file).config.sampled
+        return how.sampled_scale, how.sampled_uncond
+
+    assert (
+        sampled({**CHAIR, "recipe": "mvdream-solid"}) == (MINI.guidance.scale, MINI.guidance.uncond_mode) == (3.5, "2d")
+    )
+    assert sampled(asked) == (2.5, "3d")
+    assert sampled({**asked, "sampled_scale": 5.0}) == (5.0, "3d")
+    assert sampled(asked, {"sds": {"recipe": "mvdream-solid", "sampled_uncond": "2d"}}) == (2.5, "2d")
+    before = request.resolve({**CHAIR, "recipe": "mvdream-solid"}).to_dict()  # a run goes on as it was begun
+    assert sampled({}, before | {"model": asked["model"]}) == (3.5, "2d")
+    config = sampled_as(resolve_config("mini", recipe="mvdream-solid"), guidance)
+    assert (config.sampled.sampled_scale, config.sampled.sampled_uncond) == (2.5, "3d")
+    plain = resolve_config("mini", recipe="mvdream")  # which samples none
+    assert sampled_as(plain, guidance) == plain
 
 
 def test_null_in_an_older_record_is_no_limit(tmp_path):

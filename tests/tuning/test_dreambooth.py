@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference.random_model import random_model
+from reference.random_model import TINY, random_model
 from torch import nn
 
 from mvdream_fast import dreambooth
@@ -20,7 +20,7 @@ from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.files import read_json
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.models import lora
-from mvdream_fast.models.config import TextConfig
+from mvdream_fast.models.config import SamplingGuidance, TextConfig
 from mvdream_fast.models.text import TextEncoder
 from mvdream_fast.models.tokenizer import CLIP_ROWS, Tokenizer
 from mvdream_fast.models.unet import MultiViewUNet
@@ -42,7 +42,8 @@ ESTIMATE = functools.cache(step_estimate.estimate_step)  # the same for every ru
 
 @pytest.fixture(scope="module")
 def base() -> Model:
-    return random_model()
+    """Guided away from single images, as the embedded model is."""
+    return random_model(config=dataclasses.replace(TINY, guidance=SamplingGuidance(uncond_mode="2d")))
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ def test_a_run_leaves_an_ordinary_model(whole, model, base):
     assert json.loads((whole / "model/config.json").read_text())["kind"] == "model"
     assert tuned.tokenizer.encode(PROMPT).unknown == [["photo", "of"]]
     assert tuned.config.text.vocabulary_size == base.config.text.vocabulary_size + 1
+    assert tuned.config.guidance == dataclasses.replace(base.config.guidance, uncond_mode="3d") != base.config.guidance
     moved = [not torch.equal(a, b) for a, b in zip(tuned.unet.parameters(), base.unet.parameters())]
     assert any(moved)
     assert Image.open(whole / "samples/000006.png").size == (64, 16)
