@@ -2,8 +2,8 @@
 
     python examples/widen_latents.py MODEL SHARDS -o OUT [--channels 24]
 
-The new channels are linear, the principal components of what the decoder gets wrong, less what the other channels tell
-of them. Everything is found in closed form, and what the model knows stays: its UNet says of the old channels what it
+The new channels are linear: the principal components of what the other channels don't tell of a cell's pixels.
+Everything is found in closed form, and what the model knows stays: its UNet says of the old channels what it
 said, and of the new ones what is best where nothing is known but their variance (a multiple of the noisy input, which
 depends on the time). `train --init OUT` teaches it the detail.
 """

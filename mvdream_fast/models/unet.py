@@ -245,17 +245,15 @@ class MultiViewUNet(nn.Module):
             camera_emb = fn.widen(camera_emb, wide)
             tokens = self.camera_token(camera_emb)[:, None] if "text" in where else None
         conditions = Conditions(wide, n_views, context, camera_emb if "attention" in where else None, tokens)
-        widths = [layer.out_features for layer in self._projections()]
+        widths = [block.out_channels for block in self._res_blocks]
+        widths += [self.config.in_channels] if self.config.input_skip else []
         return conditions, fn.widen(embs, wide).split(widths, dim=-1)
-
-    def _projections(self) -> list[nn.Linear]:
-        """The layers that read the embedding: one of each ResBlock, and last that of the input's factors, if any."""
-        layers = [block.emb_layers[1] for block in self._res_blocks]
-        return _plain("emb_layers and skip_scale", [*layers, *([self.skip_scale] if self.config.input_skip else ())])
 
     def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> Tensor:
         """What all ResBlocks add and the input's factors, side by side: [B*V, sum of widths], in one GEMM."""
-        projections = self._projections()
+        layers = [block.emb_layers[1] for block in self._res_blocks]
+        layers += [self.skip_scale] if self.config.input_skip else []
+        projections = _plain("emb_layers and skip_scale", layers)
         return time_camera_embedding(
             t.expand(batch),
             None,
