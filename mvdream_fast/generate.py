@@ -75,6 +75,9 @@ class Flags:
     """On a GPU, a step is one CUDA graph instead of hundreds of launches."""
     mode: Literal["3d", "2d"] | None = None
     """2d draws independent images, without cameras: the only way of models such as DeepFloyd IF. Default: 3d."""
+    cutouts: bool = False
+    """Also writes the views without their background, cutout_0.png and so on, RGBA with straight colours: for models
+    whose decoder tells a thing from its background, as the embedded one's does."""
     quiet: bool = False
     """Prints the output folder and warnings only."""
 
@@ -82,10 +85,12 @@ class Flags:
 def main(flags: Flags) -> None:
     """Checks the flags, then draws the views and writes their folder."""
     prompt, seed = check_flags(flags), _seed(flags.seed)
-    from mvdream_fast.pipeline import MVDreamPipeline
+    from mvdream_fast.pipeline import NO_MATTING, MVDreamPipeline
 
     n_threads = cli.set_threads(flags.threads)
     pipe = MVDreamPipeline.from_pretrained(flags.model or "embedded", flags.device, flags.dtype, flags.graphs)
+    if flags.cutouts and not pipe.tells_things_apart:
+        raise ArgumentError(f"--cutouts: {NO_MATTING}")
     suffix = pipe.suffix if flags.suffix else ""
     _first_line(flags, pipe, n_threads, seed, pipe.unseen_words(prompt, flags.negative_prompt, suffix))
     with _progress(flags.quiet) as callback:
@@ -106,7 +111,7 @@ def main(flags: Flags) -> None:
             warn=lambda _: None,
         )
     folder = run_folder.new_folder(flags.output, flags.root, prompt, seed)
-    _fill(folder, _files(views, _config(flags, pipe, views, suffix)))
+    _fill(folder, _files(views, flags.cutouts, _config(flags, pipe, views, suffix)))
     print(folder if flags.quiet else f"wrote {len(views.tensor)} views to {folder}/ (all of them in views.png)")
 
 
@@ -198,10 +203,11 @@ def _config(flags: Flags, pipe: "MVDreamPipeline", views: "Views", suffix: str) 
     }
 
 
-def _files(views: "Views", config: dict[str, Any]) -> dict[str, bytes]:
+def _files(views: "Views", cutouts: bool, config: dict[str, Any]) -> dict[str, bytes]:
     from mvdream_fast.core.images import png_bytes
 
-    files = {f"view_{i}.png": png_bytes(image) for i, image in enumerate(views.images)}
+    kinds = {"view": views.images, "cutout": views.cutouts if cutouts else []}
+    files = {f"{kind}_{i}.png": png_bytes(image) for kind, images in kinds.items() for i, image in enumerate(images)}
     return {
         **files,
         "views.png": png_bytes(views.sheet()),

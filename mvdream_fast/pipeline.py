@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     import PIL.Image
 SUFFIX = ", 3d asset"  # ended every caption of the multi-view training data
 DECODE_BATCH = 8  # images that the VAE decodes at a time
+NO_MATTING = (
+    "the model must have a decoder that tells a thing from its background (vae.decoder_matting), as the embedded one "
+    "has; remove the backgrounds with another program"
+)
 Warn = Callable[[str], None]
 Texts = str | Sequence[str] | None  # one for all, or one for each prompt; None is empty
 
@@ -50,11 +54,22 @@ class Views:
     cameras: Tensor | None  # [V, 16], what the UNet was told (unit distance); None in 2D mode
     prompt: str  # without the suffix
     seed: int | None  # None when a generator was given
+    cutout: Tensor | None = None  # [V, 4, Hp, Wp] in [0, 1]: straight colours and alpha, of models that tell both apart
 
     @property
     def images(self) -> list["PIL.Image.Image"]:
         """The views as PIL images."""
         return [to_image(view) for view in self.tensor]
+
+    @property
+    def cutouts(self) -> list["PIL.Image.Image"]:
+        """The views without their backgrounds, as RGBA images.
+
+        Raises: ArgumentError for views of a model that can't tell.
+        """
+        if self.cutout is None:
+            raise ArgumentError(f"cutouts: {NO_MATTING}")
+        return [to_image(view) for view in self.cutout]
 
     def sheet(self, n_columns: int = 4) -> "PIL.Image.Image":
         """All views in one image, row by row; empty places are white."""
@@ -127,6 +142,11 @@ class MVDreamPipeline:
     def suffix(self) -> str:
         """What ended the captions that the model was trained on."""
         return "" if self.config.foreign else SUFFIX
+
+    @property
+    def tells_things_apart(self) -> bool:
+        """Whether views come with what stands before their backgrounds (`Views.cutout`)."""
+        return self.config.vae.decoder_matting is not None and needed(self.vae, "vae").has_decoder
 
     @property
     def scheduler_settings(self) -> dict[str, Any]:
@@ -217,9 +237,12 @@ class MVDreamPipeline:
                 latents = scheduler_sample(
                     model_fn, noise, scheduler, n_steps, guidance_scale, callback, generator=draws
                 )
-            images = self.decode(latents).cpu()
-        scenes = images.reshape(len(prompts), n_views, *images.shape[1:])
-        views = [Views(scenes[b], poses, text, seeds[b] if seeds else None) for b, text in enumerate(prompts)]
+            images, cutout = (None if x is None else x.cpu() for x in self._decoded(latents))
+        views = [
+            Views(images[rows], poses, text, seeds[b] if seeds else None, None if cutout is None else cutout[rows])
+            for b, text in enumerate(prompts)
+            for rows in [slice(b * n_views, (b + 1) * n_views)]
+        ]
         return views[0] if isinstance(prompt, str) else views
 
     def guidance(self, scale: float | None = None, uncond_mode: Mode | None = None) -> tuple[float, Mode]:
@@ -313,6 +336,10 @@ class MVDreamPipeline:
 
         Raises: DivergedError if a number isn't finite, ArgumentError for another shape.
         """
+        return self._decoded(latents)[0]
+
+    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`decode`, and the same as straight colours and alpha, [n, 4, Hp, Wp], where the model tells them apart."""
         latents, channels = array("decode", "latents", latents, "numbers [n, C, h, w]"), self.config.unet.in_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ArgumentError(
@@ -322,9 +349,12 @@ class MVDreamPipeline:
         if not latents.isfinite().all():
             raise DivergedError("sampling left the finite numbers; try --dtype float32 or a lower guidance scale")
         vae = needed(self.vae, "vae")
-        starts = range(0, max(len(latents), 1), DECODE_BATCH)
-        images = [vae.decode(latents[i : i + DECODE_BATCH].float()) for i in starts]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1).contiguous()
+        batches = [latents[i : i + DECODE_BATCH].float() for i in range(0, max(len(latents), 1), DECODE_BATCH)]
+        mattes = [vae.matte(batch) for batch in batches]
+        images = [vae.decode(x) if matte is None else matte.image for x, matte in zip(batches, mattes, strict=True)]
+        apart = [torch.cat([matte.foreground / 2 + 0.5, matte.alpha], dim=1) for matte in mattes if matte is not None]
+        cutouts = torch.cat(apart).clamp(0, 1).contiguous() if apart else None
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1).contiguous(), cutouts
 
     def describe(self) -> str:
         """Name, size, device and dtype, for a first line of output."""

@@ -20,8 +20,8 @@ def _check(args: Flags) -> None:
     cli.check_at_least(args, 0, "warmup", "sheet_minutes", "checkpoint_minutes")
     if args.decoder_only and (args.stage != "vae" or args.init is None):
         raise ArgumentError("--decoder-only must come with --stage vae and --init: there is no trained encoder to keep")
-    if args.stage == "cleaner" and not args.resume and args.init is None:
-        raise ArgumentError("--stage cleaner must come with --init: it is a whole model whose samples are cleaned")
+    if args.stage in ("cleaner", "matting") and not args.resume and args.init is None:
+        raise ArgumentError(f"--stage {args.stage} must come with --init: it is a part of a whole model's decoder")
     if not 0 <= args.decay <= args.steps:
         raise ArgumentError(f"--decay must be from 0 to --steps, got {args.decay}")
     cli.check_from_to(args, 0, 1, "multi_view_share", "wide_share", "caption_dropout")

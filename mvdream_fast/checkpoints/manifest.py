@@ -124,7 +124,8 @@ def _check_vae(vae: VAEConfig) -> None:
     )
     detail, most = vae.detail_channels, vae.latent_channels - 1 if one_level and wide else 0
     _require(detail <= most, "detail_channels", detail, f"from 0 to {most} beside this decoder_width")
-    for channels in (*vae.block_out_channels, *(width for width in (wide, vae.decoder_cleaner) if width)):
+    widths = (wide, vae.decoder_cleaner, vae.decoder_matting)
+    for channels in (*vae.block_out_channels, *(width for width in widths if width)):
         divides = channels % vae.norm_num_groups == 0
         _require(divides, "norm_num_groups", vae.norm_num_groups, f"a divisor of {channels} channels")
 

@@ -245,6 +245,16 @@ class ImageSource:
         cameras = _cameras(self.shards, groups) if multi_view else None
         return Batch(images, cameras, ranks.part(captions), v, encoded=False)
 
+    def scenes(self, stream: Stream, n_scenes: int, n_views: int) -> tuple[Batch, Tensor]:
+        """A multi-view batch, and what it shows as straight RGBA, uint8 [n, 4, s, s]."""
+        groups, v = _groups(self.shards, stream, n_scenes, n_views, True)
+        colors = [background(draw_background(stream), stream) for _ in groups]
+        captions = _captions(self.shards, groups, None, stream)
+        views = [self.shards.views(i)[which] for i, which in groups]
+        images = torch.cat([on_background(rgba, color) for rgba, color in zip(views, colors, strict=True)])
+        rgba = torch.from_numpy(np.concatenate(views)).movedim(-1, 1)
+        return Batch(images, _cameras(self.shards, groups), captions, v, encoded=False), rgba
+
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single images for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
         picks = _pick(len(self.shards), n, stream)

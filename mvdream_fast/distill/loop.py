@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,7 +186,23 @@ def prompt_endings(config: SDSConfig) -> list[str]:
     return [side + config.suffix for side in ([f", {words}" for words in VIEW_WORDS] if tells_sides else [""])]
 
 
-Drawn = dict[tuple[object, ...], tuple[Tensor, Cameras]]  # sampled views and their cameras, by what they are drawn with
+class Sampled(NamedTuple):
+    """V views as the model draws them: images [V, 3, Hp, Wp] in [0, 1], their cameras, and, of a model that tells
+    things from backgrounds, straight colours and opacity, [V, 4, Hp, Wp] in [0, 1]."""
+
+    images: Tensor
+    cameras: Cameras
+    cutouts: Tensor | None = None
+
+    def fitted(self, silhouettes: bool) -> tuple[Tensor, Cameras, Tensor | None]:
+        """What a guidance fits: images, cameras and silhouettes [V, 1, Hp, Wp], where these are known and wanted; the
+        images are then straight colours, which mean nothing outside."""
+        if self.cutouts is None or not silhouettes:
+            return self.images, self.cameras, None
+        return self.cutouts[:, :3], self.cameras, self.cutouts[:, 3:]
+
+
+Drawn = dict[tuple[object, ...], Sampled]  # by what they are drawn with
 
 
 def new_guidance(
@@ -200,22 +216,26 @@ def new_guidance(
     """
     check_learning(config)
     drawn, known = {} if drawn is None else drawn, config.sampled
+    outlined = any(known.lambda_silhouette[1:3])
     if config.method == "reconstruct":
-        images, cameras = _sampled(pipeline, prompt, config, seed, config.cameras.n_views, drawn)
-        return Reconstruction(images, cameras, known.lambda_silhouette)
+        views = _sampled(pipeline, prompt, config, seed, config.cameras.n_views, drawn)
+        images, cameras, there = views.fitted(outlined)
+        return Reconstruction(images, cameras, known.lambda_silhouette, there)
     guidance = _distillation(pipeline, prompt, config, seed)
     if not known.beside:
         return guidance
-    images, cameras = _sampled(pipeline, prompt, config, seed, known.sampled_views, drawn)
+    views = _sampled(pipeline, prompt, config, seed, known.sampled_views, drawn)
+    images, cameras, there = views.fitted(outlined)
     groups = torch.arange(len(images)).view(config.cameras.n_views, -1).T  # each of them all around
     around = [Cameras(cameras.c2w[group], cameras.fovy[group]) for group in groups]
-    return Anchored(guidance, images[groups], around, known.lambda_sampled, known.lambda_silhouette)
+    there = None if there is None else there[groups]
+    return Anchored(guidance, images[groups], around, known.lambda_sampled, known.lambda_silhouette, there)
 
 
 def _sampled(
     pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, n_views: int, drawn: Drawn
-) -> tuple[Tensor, Cameras]:
-    """Views [n_views, 3, Hp, Wp] in [0, 1] as the model draws them, evenly around, and their cameras."""
+) -> Sampled:
+    """n_views as the model draws them, evenly around."""
     how, cameras = config.sampled, dataclasses.replace(config.cameras, n_views=n_views)
     key = how.sampled_steps, how.sampled_scale, how.sampled_uncond, config.negative_prompt, cameras
     if key not in drawn:
@@ -223,7 +243,7 @@ def _sampled(
             prompt, n_views, n_steps=how.sampled_steps, guidance_scale=how.sampled_scale,
             negative_prompt=config.negative_prompt, seed=seed, warn=_silent, uncond_mode=how.sampled_uncond,
         )  # fmt: skip
-        drawn[key] = views.tensor, middle_cameras(cameras)
+        drawn[key] = Sampled(views.tensor, middle_cameras(cameras), views.cutout)
     return drawn[key]
 
 

@@ -18,11 +18,17 @@ CLOSE, FAR = 0.05, 0.12
 
 
 class Reconstruction(Stateless):
-    """Images [V, 3, Hp, Wp] in [0, 1], seen from their own cameras at every step."""
+    """Images [V, 3, Hp, Wp] in [0, 1], seen from their own cameras at every step.
 
-    def __init__(self, images: Tensor, cameras: Cameras, silhouette_weight: Ramp = NOTHING):
+    Args: silhouettes: [V, 1, Hp, Wp] in [0, 1], where they are known; else they are guessed (`shown`).
+    """
+
+    def __init__(
+        self, images: Tensor, cameras: Cameras, silhouette_weight: Ramp = NOTHING, silhouettes: Tensor | None = None
+    ):
         self.images, self.cameras, self.silhouette_weight = images, cameras, silhouette_weight
-        self.shown = shown(images) if any(silhouette_weight[1:3]) else None
+        guessed = shown(images) if silhouettes is None and any(silhouette_weight[1:3]) else None
+        self.shown = guessed if silhouettes is None else silhouettes
 
     def known(self) -> tuple[Tensor, Tensor, Cameras]:
         """The images, their silhouettes [V, 1, Hp, Wp] and their cameras."""
@@ -52,14 +58,17 @@ class Anchored:
         images [G, V, 3, Hp, Wp] in [0, 1], cameras of each group.
         weight: of the known views' squared error, summed over a view's pixels, as `Reconstruction` has it; a ramp over
             the steps.
+        silhouettes: [G, V, 1, Hp, Wp] in [0, 1], where they are known; else they are guessed (`shown`).
     """
 
     def __init__(
-        self, free: Guidance, images: Tensor, cameras: list[Cameras], weight: Ramp, silhouette_weight: Ramp = NOTHING
-    ):
+        self, free: Guidance, images: Tensor, cameras: list[Cameras], weight: Ramp, silhouette_weight: Ramp = NOTHING,
+        silhouettes: Tensor | None = None,
+    ):  # fmt: skip
         self.free, self.images, self.cameras, self.weight = free, images, cameras, weight
         self.silhouette_weight = silhouette_weight
-        self.shown = torch.stack([*map(shown, images)]) if any(silhouette_weight[1:3]) else None
+        guess = silhouettes is None and any(silhouette_weight[1:3])
+        self.shown = torch.stack([*map(shown, images)]) if guess else silhouettes
         self._group = 0
 
     def known(self) -> tuple[Tensor, Tensor, Cameras]:

@@ -66,6 +66,7 @@ class VAEConfig(Checked):
     `decoder_width` widens a decoder of one level beyond its encoder, which alone is in the loop of score distillation.
     `detail_channels` of the `latent_channels`, the last ones, are a linear autoencoder of what the others leave.
     `decoder_cleaner` is the width of a network before the decoder that takes from sampled latents what no image has.
+    `decoder_matting` is the width of one behind it that tells things from their flat backgrounds (models/matting.py).
     """
 
     kind: Literal["kl", "pixels"] = "kl"
@@ -80,6 +81,7 @@ class VAEConfig(Checked):
     patch_size: int = 1
     decoder_width: int | None = None
     decoder_cleaner: int | None = None
+    decoder_matting: int | None = None
     detail_channels: int = 0
 
     @property

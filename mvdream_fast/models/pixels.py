@@ -56,5 +56,8 @@ class Pixels(nn.Module):
             )
         return F.pixel_shuffle(latents / self.config.scale_factor + self.config.shift_factor, self.config.patch_size)
 
+    def matte(self, latents: Tensor) -> None:
+        """Pixels say nothing of what is behind them."""
+
 
 Codec = VAE | Pixels  # what a model's images go through on their way to the UNet and back

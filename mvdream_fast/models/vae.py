@@ -13,6 +13,7 @@ from mvdream_fast.core.machine import in_format
 from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import VAEConfig
 from mvdream_fast.models.functional import group_norm
+from mvdream_fast.models.matting import Matte, Matting
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -54,6 +55,8 @@ class VAE(nn.Module):
             self._add_detail()
         if config.decoder_cleaner is not None:
             self.model.decoder.add_module("cleaner", _Cleaner(config.decoder_cleaner, config))
+        if config.decoder_matting is not None:
+            self.model.decoder.add_module("matting", Matting(config.decoder_matting, config))
         if not decoder:
             self.drop_decoder()
         _fuse_norms(self.model)
@@ -166,7 +169,7 @@ class VAE(nn.Module):
         return latents if cleaner is None else cleaner(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images, about [-1, 1] but not clamped, of scaled latents.
+        """Images, about [-1, 1] but not clamped, of scaled latents; before flat backgrounds where it has `matting`.
 
         Args:
             latents: [B, latent_channels, h, w].
@@ -178,6 +181,21 @@ class VAE(nn.Module):
             ValueError: if the latents have another number of channels.
             RuntimeError: if the decoder was left out.
         """
+        matte = self.matte(latents)
+        return self.plain(latents) if matte is None else matte.image
+
+    def matte(self, latents: Tensor) -> Matte | None:
+        """What `decode` would show, thing and background apart; None of an autoencoder that can't tell them apart."""
+        if not self.has_decoder or self.config.decoder_matting is None:
+            return None
+        return self.apart(self.plain(latents), latents)
+
+    def apart(self, decoded: Tensor, latents: Tensor) -> Matte:
+        """The matte of images [B, 3, Hp, Wp] that `plain` has decoded from latents."""
+        return self.model.decoder.get_submodule("matting")(decoded, latents)
+
+    def plain(self, latents: Tensor) -> Tensor:
+        """`decode` without `matting`."""
         if not self.has_decoder:
             raise RuntimeError("VAE.decode: this VAE was loaded without its decoder; load the part 'vae' instead")
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:

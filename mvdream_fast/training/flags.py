@@ -22,9 +22,10 @@ class Flags:
     """folder of webdataset shards (*.tar)"""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """folder for checkpoints, log, sample sheets and the exported model"""
-    stage: Literal["vae", "unet", "cleaner", "evaluator"] = "unet"
+    stage: Literal["vae", "unet", "cleaner", "matting", "evaluator"] = "unet"
     """unet trains UNet and text tower on the autoencoder's latents; cleaner, with --init, what cleans the latents that
-    they sample before these are decoded; evaluator what `mvdream_fast.evaluate` judges by"""
+    they sample before these are decoded; matting, with --init, what tells a thing from its background in what is
+    decoded; evaluator what `mvdream_fast.evaluate` judges by"""
     config: str = "mini"
     """configuration of a new model: mini, sd21-4view, sd15-4view, pixels (single images, without an autoencoder)"""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
@@ -47,17 +48,17 @@ class Flags:
     steps: int = 20000
     """updates in all, those before a resume included"""
     batch_size: int | None = None
-    """scenes a step (unet, default 8; cleaner 4; evaluator 96) or images (vae, default 16)"""
+    """scenes a step (unet, default 8; cleaner and matting 4; evaluator 96) or images (vae, default 16)"""
     n_views: int = 4
     """orthogonal views of a scene"""
     lr: float | None = None
-    """learning rate (default 3e-4; vae and cleaner 1e-3, evaluator 2e-3)"""
+    """learning rate (default 3e-4; vae, cleaner and matting 1e-3, evaluator 2e-3)"""
     warmup: int | None = None
     """steps of linear warm-up (default 200; other stages 50)"""
     decay: int = 0
     """last updates of --steps over which the learning rate falls to zero (0: it stays; other stages always fall)"""
     ema: float | None = None
-    """decay of the weights' moving average (default 0.9995; vae and cleaner 0.995, evaluator 0.99)"""
+    """decay of the weights' moving average (default 0.9995; vae, cleaner and matting 0.995, evaluator 0.99)"""
     decoder_only: bool = False
     """--stage vae --init MODEL: train its decoder and leave the latents as they are"""
     multi_view_share: float = 0.7

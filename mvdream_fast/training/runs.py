@@ -31,13 +31,15 @@ from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import Tokenizer, build_subset_vocabulary
 from mvdream_fast.models.vae import VAE
-from mvdream_fast.training.cleaner import CHECKED, CleanerOptions, CleanerTrainer, with_cleaner
+from mvdream_fast.training.cleaner import CLEANER_WIDTH, CleanerTrainer
 from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
 from mvdream_fast.training.flags import Flags
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
+from mvdream_fast.training.matting import MATTING_WIDTH, MattingTrainer
 from mvdream_fast.training.prediction import pretrained, with_words
 from mvdream_fast.training.sharing import check_ranks, share_group
 from mvdream_fast.training.sources import mixed_source
+from mvdream_fast.training.touched import TouchedOptions, with_network
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.training.vae import (
     Linear,
@@ -53,7 +55,7 @@ N_FIT, N_CHECK = 512, 256  # images for the linear bound and the latent scale; h
 SHEET_PROMPTS = 8
 ADDED = re.compile(r"(^|\.)(camera_embed|camera_token|camera_vectors|norm_views|attn_views)\.")  # layers --set may add
 
-
+NETWORKS = {"cleaner": (CleanerTrainer, CLEANER_WIDTH), "matting": (MattingTrainer, MATTING_WIDTH)}
 FIXED = (
     "stage", "config", "settings", "init", "vae", "text", "vocabulary", "stand_ins", "decoder_only", "freeze_text",
     "seed",
@@ -87,7 +89,7 @@ def _settled(args: Flags) -> Flags:
 
 def _train(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
     if args.stage != "unet":
-        stage = {"vae": _train_vae, "cleaner": _train_cleaner, "evaluator": _train_evaluator}[args.stage]
+        stage = {"vae": _train_vae, "evaluator": _train_evaluator}.get(args.stage, _train_network)
         return stage(args, folder, shards, held_out)
     ranks = join()
     with watched(ranks, meeting_place()):
@@ -294,30 +296,29 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
     return code
 
 
-def _train_cleaner(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
-    """The network that cleans sampled latents, and nothing else of --init; a new one where there is none."""
+def _train_network(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
+    """The network of the decoder that the stage names, and nothing else of --init; a new one where there is none."""
+    part, kind, width = args.stage, *NETWORKS[args.stage]
     if args.init is None:
-        raise ArgumentError(f"--stage cleaner must come with --init, which the record of {folder} does not name")
-    model = with_cleaner(load_model(args.init, torch.float32), args.seed)
+        raise ArgumentError(f"--stage {part} must come with --init, which the record of {folder} does not name")
+    model = with_network(load_model(args.init, torch.float32), part, width, args.seed)
     unet, vae, text, tokenizer = model.whole()
     if not isinstance(vae, VAE):
-        raise ArgumentError(f"--stage cleaner needs a model with an autoencoder, got {model.config.name}")
+        raise ArgumentError(f"--stage {part} needs a model with an autoencoder, got {model.config.name}")
     device = _device(args)
     for module in (unet, vae, text):
         module.to(device)
     size = model.config.vae.image_size
-    options = CleanerOptions(steps=args.steps, n_views=args.n_views, seed=args.seed, **_given(args))
+    options = TouchedOptions(steps=args.steps, n_views=args.n_views, seed=args.seed, **_given(args))
     parts = Parts(model.config, unet, text, vae, tokenizer)
-    trainer = CleanerTrainer(parts, vae, ImageSource(shards.at(size)), options)
+    trainer = kind(parts, vae, ImageSource(shards.at(size)), options)
     check = _checked_images(shards, held_out, size).to(device)
 
     def report() -> dict[str, float]:
         with trainer.averaged():
-            touched, exact = trainer.pairs(trainer.draw(CHECKED))
-            rows = [vae.decode(x).detach().clamp(-1, 1) for x in (exact, touched)]
-            save_samples(folder, trainer.step, torch.stack(rows) / 2 + 0.5)
-            error = (vae.cleaned(touched) - exact).abs().mean().item()
-            return {"psnr_held_out": reconstruction(vae, check), "touched": error}
+            rows, errors = trainer.checked()
+            save_samples(folder, trainer.step, rows)
+            return {"psnr_held_out": reconstruction(vae, check), **errors}
 
     code = _run(trainer, folder, args, report)
     with trainer.averaged():

@@ -12,7 +12,7 @@ from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill import loop
 from mvdream_fast.distill.config import check_learning, replaced, restepped
-from mvdream_fast.distill.loop import new_guidance
+from mvdream_fast.distill.loop import Sampled, new_guidance
 from mvdream_fast.distill.recipes import guided_views
 from mvdream_fast.distill.systems import mini, mvdream_solid
 from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
@@ -134,7 +134,7 @@ def test_a_run_begins_as_their_hull(pipeline, monkeypatch, method):
 
     def draw_square(*args):
         drawn.append(args)
-        return square(4), middle_cameras(dataclasses.replace(config.cameras, n_views=4))
+        return Sampled(square(4), middle_cameras(dataclasses.replace(config.cameras, n_views=4)))
 
     monkeypatch.setattr(loop, "_sampled", draw_square)
     before = replaced(config, lr_geometry=1e-9, lr_encoding=1e-9, lr_mlp=1e-9)
@@ -151,7 +151,7 @@ def test_a_run_begins_as_their_hull(pipeline, monkeypatch, method):
 def test_where_they_show_nothing_a_run_begins_as_ever(pipeline, monkeypatch):
     grey = torch.full((4, 3, 16, 16), 0.5)
     cameras = middle_cameras(dataclasses.replace(HULL.cameras, n_views=4))
-    monkeypatch.setattr(loop, "_sampled", lambda *_: (grey, cameras))
+    monkeypatch.setattr(loop, "_sampled", lambda *_: Sampled(grey, cameras))
     still = replaced(HULL, lr_geometry=1e-9)
     mesh = TextTo3D(pipeline)("a red car", seed=1, config=still).mesh()
     np.testing.assert_allclose(np.linalg.norm(mesh.vertices, axis=1), 0.5, atol=0.03)

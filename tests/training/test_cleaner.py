@@ -9,22 +9,24 @@ from test_train import assert_same, data, flags, make_trainer, tiny, weights
 from mvdream_fast.checkpoints.open import load_model, save_model
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.data.batches import ImageSource, Shards
+from mvdream_fast.models.config import SamplingGuidance
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import main
-from mvdream_fast.training import cleaner as module
 from mvdream_fast.training import runs
-from mvdream_fast.training.cleaner import CHECKED, GUIDANCE, KEPT, NOISE, STRENGTHS, CleanerOptions, CleanerTrainer
+from mvdream_fast.training import touched as module
+from mvdream_fast.training.cleaner import KEPT, NOISE, CleanerTrainer
 from mvdream_fast.training.loop import Loop, LoopOptions
+from mvdream_fast.training.touched import CHECKED, GUIDANCE, TouchedOptions, with_network
 
 __all__ = ["data", "tiny"]  # fixtures
 
 
 def cleaner_trainer(data, **options) -> CleanerTrainer:
     shards = Shards(data)
-    model = runs.with_cleaner(runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0), seed=0)
+    model = with_network(runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0), "cleaner", 128, 0)
     parts = runs.Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
     return CleanerTrainer(
-        parts, model.vae, ImageSource(shards), CleanerOptions(**{"batch_size": 2, "steps": 8, "warmup": 1} | options)
+        parts, model.vae, ImageSource(shards), TouchedOptions(**{"batch_size": 2, "steps": 8, "warmup": 1} | options)
     )
 
 
@@ -35,8 +37,8 @@ def test_scenes_are_a_function_of_seed_and_place(data):
     assert a.cameras.shape == (8, 16)
     assert a.noise.shape == (8, 4, 4, 4)
     assert len(a.ids) == 1 + 2
-    assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
-    assert a[4:] == b[4:]
+    assert all(torch.equal(x, y) for x, y in zip(a[:5], b[:5], strict=True))
+    assert a[5:] == b[5:]
     for different in (other, cleaner_trainer(data, seed=1).draw(1), trainer.draw(CHECKED)):
         assert not torch.equal(a.noise, different.noise)
 
@@ -44,13 +46,13 @@ def test_scenes_are_a_function_of_seed_and_place(data):
 def test_all_strengths_come_and_guidance_stays_in_its_range(data):
     trainer = cleaner_trainer(data, batch_size=1)
     scenes = [trainer.draw(place) for place in range(30)]
-    assert {s.strength for s in scenes} == set(STRENGTHS)
+    assert {s.strength for s in scenes} == set(CleanerTrainer.strengths)
     scales = [s.guidance for s in scenes]
     assert GUIDANCE[0] <= min(scales) < 3
     assert 8 < max(scales) < GUIDANCE[1]
 
 
-@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("strength", CleanerTrainer.strengths)
 def test_a_perfect_denoiser_leaves_nothing_to_clean(data, strength, monkeypatch):
     """It knows the image and says the v of it, twice: so noise, timesteps and the order of the halves fit together."""
     trainer = cleaner_trainer(data)
@@ -81,6 +83,26 @@ def test_a_perfect_denoiser_leaves_nothing_to_clean(data, strength, monkeypatch)
     torch.testing.assert_close(touched, schedule.add_noise(exact, scenes.noise, 0), rtol=0, atol=2e-3)
 
 
+def test_a_model_that_draws_away_from_single_images_is_touched_so(data, monkeypatch):
+    """Without the prompt it is asked in 2D mode, as the pipeline asks it: no cameras, each view by itself."""
+    trainer, asked = cleaner_trainer(data), []
+    usual = replace(trainer.parts.config, guidance=SamplingGuidance(3.5, "2d"))
+    for p in trainer.parts.unet.parameters():  # of a new one many are zero
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    scenes = trainer.draw(1)
+    before = trainer.pairs(scenes)[0]
+    trainer.parts = replace(trainer.parts, config=usual)
+    plain = module.Denoiser
+
+    def counted(unet, text, n_views, guided=True):
+        asked.append((len(text.cond), n_views, guided))
+        return plain(unet, text, n_views, guided)
+
+    monkeypatch.setattr(module, "Denoiser", counted)
+    assert not torch.equal(trainer.pairs(scenes)[0], before)
+    assert asked == [(8, 1, False), (2, 4, False)]
+
+
 def test_the_unet_leaves_its_marks(data):
     trainer = cleaner_trainer(data)
     touched, exact = trainer.pairs(trainer.draw(1))
@@ -105,7 +127,7 @@ def test_noise_of_every_strength_but_on_some(data):
 
 
 def test_pairs_are_made_once_and_come_again(data, monkeypatch):
-    monkeypatch.setattr(module, "POOL", 2)
+    monkeypatch.setattr(CleanerTrainer, "pool_size", 2)
     trainer, asked = cleaner_trainer(data), []
     draw = trainer.draw
     trainer.ahead.draw = lambda place: asked.append(place) or draw(place)
@@ -126,7 +148,7 @@ def test_the_cleaner_alone_learns(data):
 
 
 def test_a_resumed_run_has_the_same_bytes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "POOL", 3)
+    monkeypatch.setattr(CleanerTrainer, "pool_size", 3)
     straight, first, second = (cleaner_trainer(data) for _ in range(3))
     losses = [straight.train_step()["loss"] for _ in range(8)]
     Loop(first, tmp_path, LoopOptions(steps=4)).run()
@@ -137,8 +159,8 @@ def test_a_resumed_run_has_the_same_bytes(data, tmp_path, monkeypatch):
 
 def test_an_autoencoder_without_a_cleaner_is_refused(data):
     parts = make_trainer(data).parts
-    with pytest.raises(ValueError, match="must have a cleaner"):
-        CleanerTrainer(parts, parts.vae, ImageSource(Shards(data)), CleanerOptions())
+    with pytest.raises(ValueError, match="must have a decoder_cleaner"):
+        CleanerTrainer(parts, parts.vae, ImageSource(Shards(data)), TouchedOptions())
 
 
 @pytest.fixture
