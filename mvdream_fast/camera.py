@@ -144,6 +144,15 @@ def normalize_camera(c2w: Tensor) -> Tensor:
     return torch.cat([torch.cat([c2w[:, :3, :3], unit], dim=2), c2w[:, 3:]], dim=1).reshape(-1, 16)
 
 
+def turned(c2w: Tensor, azimuth_deg: float) -> Tensor:
+    """Cameras [V, 16] moved around the upright axis, z, by an angle. Returns [V, 16]."""
+    angle = math.radians(azimuth_deg)
+    turn = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
+    turn[0, 0] = turn[1, 1] = math.cos(angle)
+    turn[1, 0], turn[0, 1] = math.sin(angle), -math.sin(angle)
+    return (turn @ c2w.reshape(-1, 4, 4)).reshape(-1, 16)
+
+
 def _length(x: Tensor, dim: int) -> Tensor:
     # Torch has no types for its norms.
     return x.norm(dim=dim, keepdim=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from mvdream_fast.camera import Cameras, get_camera, normalize_camera
+from mvdream_fast.camera import Cameras, get_camera, normalize_camera, turned
 from mvdream_fast.checkpoints.open import Model, load_model, needed
 from mvdream_fast.core.arguments import array, finite, is_a, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
@@ -21,7 +21,7 @@ from mvdream_fast.core.images import to_image
 from mvdream_fast.core.machine import choose_device, choose_dtype, encoder_dtype, memory_errors, repeated_shapes
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, apart, guided_call
+from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, apart, beside_known, guided_call
 from mvdream_fast.diffusion.sampler import (
     Callback,
     ModelFn,
@@ -244,6 +244,37 @@ class MVDreamPipeline:
             for rows in [slice(b * n_views, (b + 1) * n_views)]
         ]
         return views[0] if isinstance(prompt, str) else views
+
+    @torch.no_grad()
+    def between(
+        self, views: Views, n_steps: int = 50, guidance_scale: float | None = None, negative_prompt: str = "",
+        suffix: str = SUFFIX, *, seed: int = 0, warn: Warn | None = None, uncond_mode: Mode | None = None,
+    ) -> Views:  # fmt: skip
+        """As many more views of what `views` show, half-way between them around the upright axis.
+
+        They are sampled with the given views in sight: those get the noise of every step anew and are asked about, too.
+        The arguments are those of a call.
+
+        Raises: ArgumentError for views without cameras; else as a call.
+        """
+        if views.cameras is None:
+            raise ArgumentError("between: views must have cameras, got images of 2D mode; sample them in 3D mode")
+        n_views, (scale, uncond_mode) = len(views.tensor), self.guidance(guidance_scale, uncond_mode)
+        poses = torch.cat([views.cameras, turned(views.cameras, 180.0 / n_views)])
+        with memory_errors("take fewer views, or --dtype float16"), repeated_shapes(self.device):
+            text = self.encode_prompt(views.prompt, negative_prompt, suffix, warn)
+            exact = needed(self.vae, "vae").encode(to_device(views.tensor, self.device) * 2 - 1)
+            noise, held = (
+                to_device(Stream(seed, 0, name).normal(*exact.shape), self.device)
+                for name in ("sampling between", "sampling between/known")
+            )
+            both = self.denoiser(text, poses, 2 * n_views, scale, uncond_mode)
+            model_fn = beside_known(both, lambda t: self.schedule.add_noise(exact, held, t), n_views)
+            latents = ddim_sample(model_fn, noise, self.schedule, n_steps, scale)
+            images, cutout = (None if x is None else x.cpu() for x in self._decoded(latents))
+        if images is None:
+            raise AssertionError  # there are always images
+        return Views(images, poses[n_views:], views.prompt, seed, cutout)
 
     def guidance(self, scale: float | None = None, uncond_mode: Mode | None = None) -> tuple[float, Mode]:
         """Both as they are given, or as they suit the model. Raises ArgumentError for a scale that is not finite."""

@@ -157,7 +157,8 @@ class _Stages:
         if not isinstance(guidance, Anchored | Reconstruction):
             return new_representation(stage.representation, self.seed)
         try:
-            return begun(stage.representation, Hull(*guidance.known(), stage.representation.radius), self.seed)
+            hull = Hull(*guidance.known(), stage.representation.radius, guidance.between)
+            return begun(stage.representation, hull, self.seed)
         except DivergedError:
             return new_representation(stage.representation, self.seed)
 

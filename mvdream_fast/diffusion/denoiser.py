@@ -104,6 +104,22 @@ def apart(without: ModelFn, told: ModelFn, n_views: int) -> ModelFn:
     return both
 
 
+def beside_known(model: ModelFn, known: Callable[[Tensor], Tensor], n_new: int) -> ModelFn:
+    """A function for the samplers of n_new views alone, which the model sees together with known ones.
+
+    Args: model: of the latents of all, the known ones first; once or, where guided, twice. known: latents [n, C, h, w]
+        of the known ones with the noise of a timestep.
+    Source: Lugmayr et al. 2022, "RePaint", of images that are known in part.
+    """
+
+    def new(latents: Tensor, t: Tensor) -> Tensor:
+        all_views = torch.cat([known(t), latents[:n_new]])
+        answers = model(all_views.repeat(len(latents) // n_new, 1, 1, 1), t)
+        return answers.unflatten(0, (-1, len(all_views)))[:, -n_new:].flatten(0, 1)
+
+    return new
+
+
 def guided_call(graphs: bool = True) -> Captured:
     """The call of a UNet as CUDA graphs, whatever its prompts, cameras and steps."""
     return Captured("the guided UNet call", lambda *arguments: (ask(*arguments),), enabled=graphs)

@@ -29,7 +29,7 @@ RecipeName = Literal[
 # Settings that older runs on a disk lack; as they are by default they have no effect.
 NEWER = (
     "deviation_least", "sampled_views", "sampled_scale", "sampled_uncond", "sampled_steps", "lambda_sampled",
-    "sampled_hull", "lambda_silhouette",
+    "sampled_hull", "sampled_between", "lambda_silhouette",
 )  # fmt: skip
 VSD_ALONE = ("lora_rank", "lora_lr", "camera_dropout", "particles")  # settings that plain distillation has not
 Momentum = Annotated[float, Interval(ge=0, lt=1)]
@@ -248,6 +248,8 @@ def _check_sampled(config: SDSConfig) -> None:
             "sampled_hull must be false but for the shape tets with sampled views, got true for the shape "
             f"{config.representation.shape} with {n} of them; give sampled_views, or leave it out"
         )
+    if config.sampled.sampled_between and not config.sampled.sampled_hull:
+        raise ArgumentError("sampled_between must be false without sampled_hull, which those views carve, got true")
     if config.sampled.sampled_hull and config.guidance.particles > 1:
         raise ArgumentError(
             "particles must be 1 with sampled_hull, which all of them would begin as, got "

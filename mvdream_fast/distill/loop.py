@@ -25,7 +25,7 @@ from mvdream_fast.distill.config import SDSConfig, check_learning, completed, wr
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
-from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
+from mvdream_fast.guidance.reconstruction import Anchored, Outlines, Reconstruction, shown
 from mvdream_fast.guidance.repaint import Painter, Repaint
 from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
@@ -188,11 +188,13 @@ def prompt_endings(config: SDSConfig) -> list[str]:
 
 class Sampled(NamedTuple):
     """V views as the model draws them: images [V, 3, Hp, Wp] in [0, 1], their cameras, and, of a model that tells
-    things from backgrounds, straight colours and opacity, [V, 4, Hp, Wp] in [0, 1]."""
+    things from backgrounds, straight colours and opacity, [V, 4, Hp, Wp] in [0, 1]. between: silhouettes of as many
+    views half-way between them, and cameras of those."""
 
     images: Tensor
     cameras: Cameras
     cutouts: Tensor | None = None
+    between: Outlines | None = None
 
     def fitted(self, silhouettes: bool) -> tuple[Tensor, Cameras, Tensor | None]:
         """What a guidance fits: images, cameras and silhouettes [V, 1, Hp, Wp], where these are known and wanted; the
@@ -220,7 +222,7 @@ def new_guidance(
     if config.method == "reconstruct":
         views = _sampled(pipeline, prompt, config, seed, config.cameras.n_views, drawn)
         images, cameras, there = views.fitted(outlined)
-        return Reconstruction(images, cameras, known.lambda_silhouette, there)
+        return Reconstruction(images, cameras, known.lambda_silhouette, there, views.between)
     guidance = _distillation(pipeline, prompt, config, seed)
     if not known.beside:
         return guidance
@@ -229,7 +231,8 @@ def new_guidance(
     groups = torch.arange(len(images)).view(config.cameras.n_views, -1).T  # each of them all around
     around = [Cameras(cameras.c2w[group], cameras.fovy[group]) for group in groups]
     there = None if there is None else there[groups]
-    return Anchored(guidance, images[groups], around, known.lambda_sampled, known.lambda_silhouette, there)
+    weights = known.lambda_sampled, known.lambda_silhouette
+    return Anchored(guidance, images[groups], around, *weights, there, views.between)
 
 
 def _sampled(
@@ -237,13 +240,18 @@ def _sampled(
 ) -> Sampled:
     """n_views as the model draws them, evenly around."""
     how, cameras = config.sampled, dataclasses.replace(config.cameras, n_views=n_views)
-    key = how.sampled_steps, how.sampled_scale, how.sampled_uncond, config.negative_prompt, cameras
+    key = how.sampled_steps, how.sampled_scale, how.sampled_uncond, how.sampled_between, config.negative_prompt, cameras
     if key not in drawn:
-        views = pipeline(
-            prompt, n_views, n_steps=how.sampled_steps, guidance_scale=how.sampled_scale,
-            negative_prompt=config.negative_prompt, seed=seed, warn=_silent, uncond_mode=how.sampled_uncond,
-        )  # fmt: skip
-        drawn[key] = Sampled(views.tensor, middle_cameras(cameras), views.cutout)
+        settings: dict[str, Any] = {
+            "n_steps": how.sampled_steps, "guidance_scale": how.sampled_scale, "uncond_mode": how.sampled_uncond,
+            "negative_prompt": config.negative_prompt, "seed": seed, "warn": _silent,
+        }  # fmt: skip
+        views, between = pipeline(prompt, n_views, **settings), None
+        if how.sampled_between:
+            more = pipeline.between(views, **settings)
+            outlines = shown(more.tensor) if more.cutout is None else more.cutout[:, 3:]
+            between = outlines, middle_cameras(cameras, azimuth_start_deg=180.0 / n_views)
+        drawn[key] = Sampled(views.tensor, middle_cameras(cameras), views.cutout, between)
     return drawn[key]
 
 

@@ -99,7 +99,7 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
     representation = reshaped(config.representation, shape, config.steps / SDSConfig.steps)
     config = dataclasses.replace(config, representation=representation)
     if representation.shape != "tets" and config.sampled.sampled_hull:  # which only those begin with
-        config = replaced(config, sampled_hull=False)
+        config = replaced(config, sampled_hull=False, sampled_between=False)
     stages = config.stages
     own = [{name: x for name, x in overrides.items() if not config.later or has(stage, name)} for stage in stages]
     foreign = overrides.keys() - {name for settings in own for name in settings}
@@ -118,9 +118,15 @@ def sampled_as(config: SDSConfig, guidance: SamplingGuidance, given: Iterable[st
 
 def guided_views(config: SDSConfig) -> int:
     """Views that the models are asked about in a run, each with and without the prompt; a redrawn or sampled
-    view once for every step of its sampler. Stages that want the same sampled views have them together."""
+    view once for every step of its sampler, those half-way together with the ones that they are between. Stages that
+    want the same sampled views have them together."""
     known = {
-        (how.sampled_views, how.sampled_steps, how.sampled_scale, how.sampled_uncond)
+        (
+            how.sampled_views * (3 if how.sampled_between else 1),
+            how.sampled_steps,
+            how.sampled_scale,
+            how.sampled_uncond,
+        )
         for how in (stage.sampled for stage in config.stages)
     }
     return sum(map(_guided_views, config.stages)) + sum(views * steps for views, steps, *_ in known)

@@ -120,6 +120,7 @@ def mvdream_solid(size: str = "paper") -> SDSConfig:
     return replaced(
         restepped(mesh, SOLID_STEPS.get(size, mesh.steps)),
         recipe="mvdream-solid", sampled_views=4, sampled_steps=25 if small else 50, sampled_hull=True,
+        sampled_between=small,
         sampled_scale=usual.guidance.scale, sampled_uncond=usual.guidance.uncond_mode,
         lambda_sampled=constant(20 * pixels), lambda_silhouette=constant(20 * pixels),
         lambda_laplacian=constant(3e5 if size == "mini" else 1e5), lambda_normal_consistency=constant(0.0),

@@ -59,6 +59,7 @@ class SampledConfig(Checked):
     sampled_uncond: Literal["3d", "2d"] = "3d"  # how it asks without the prompt (SamplingGuidance.uncond_mode)
     sampled_steps: Annotated[int, Interval(ge=1, le=1000)] = 50  # of the sampler
     sampled_hull: bool = False  # a run begins as the solid that their silhouettes leave of space, in their colours
+    sampled_between: bool = False  # as many more are sampled half-way between them, which carve that solid, too
     lambda_sampled: WeightRamp = (0.0, 1.0, 1.0, 0.0)  # of their squared error, summed over a view
     lambda_silhouette: WeightRamp = (0.0, 0.0, 0.0, 0.0)  # of opacity's squared distance to their silhouettes, summed
 

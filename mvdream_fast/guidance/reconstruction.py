@@ -10,6 +10,7 @@ from mvdream_fast.core.ramp import Ramp, ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing, opacity_loss
 
+Outlines = tuple[Tensor, Cameras]  # silhouettes [V, 1, Hp, Wp] in [0, 1], and where they are seen from
 NOTHING: Ramp = (0.0, 0.0, 0.0, 0.0)
 CROSS = (((3, 1), (1, 0)), ((1, 3), (0, 1)))  # a pixel's neighbours above and below, and beside it
 EDGE = 0.8  # of the largest difference of a pixel and its neighbours, from which on a pixel is wholly of the thing
@@ -20,13 +21,17 @@ CLOSE, FAR = 0.05, 0.12
 class Reconstruction(Stateless):
     """Images [V, 3, Hp, Wp] in [0, 1], seen from their own cameras at every step.
 
-    Args: silhouettes: [V, 1, Hp, Wp] in [0, 1], where they are known; else they are guessed (`shown`).
+    Args:
+        silhouettes: [V, 1, Hp, Wp] in [0, 1], where they are known; else they are guessed (`shown`).
+        between: silhouettes and cameras of others, that only say where there is nothing.
     """
 
     def __init__(
-        self, images: Tensor, cameras: Cameras, silhouette_weight: Ramp = NOTHING, silhouettes: Tensor | None = None
-    ):
+        self, images: Tensor, cameras: Cameras, silhouette_weight: Ramp = NOTHING, silhouettes: Tensor | None = None,
+        between: Outlines | None = None,
+    ):  # fmt: skip
         self.images, self.cameras, self.silhouette_weight = images, cameras, silhouette_weight
+        self.between = between
         guessed = shown(images) if silhouettes is None and any(silhouette_weight[1:3]) else None
         self.shown = guessed if silhouettes is None else silhouettes
 
@@ -59,12 +64,14 @@ class Anchored:
         weight: of the known views' squared error, summed over a view's pixels, as `Reconstruction` has it; a ramp over
             the steps.
         silhouettes: [G, V, 1, Hp, Wp] in [0, 1], where they are known; else they are guessed (`shown`).
+        between: silhouettes and cameras of others, that only say where there is nothing.
     """
 
     def __init__(
         self, free: Guidance, images: Tensor, cameras: list[Cameras], weight: Ramp, silhouette_weight: Ramp = NOTHING,
-        silhouettes: Tensor | None = None,
+        silhouettes: Tensor | None = None, between: Outlines | None = None,
     ):  # fmt: skip
+        self.between = between
         self.free, self.images, self.cameras, self.weight = free, images, cameras, weight
         self.silhouette_weight = silhouette_weight
         guess = silhouettes is None and any(silhouette_weight[1:3])

@@ -57,9 +57,9 @@ def test_models_of_single_images_have_no_views_to_be_solid_by():
 
 @pytest.mark.parametrize("size", ["mini", "fast"])
 def test_it_asks_about_fewer_views_than_mvdream(size):
-    """Each step about four, and the sampled ones once for every step of the sampler."""
+    """Each step about four, and the sampled ones once for every step of the sampler: four, then these and four more."""
     config = mvdream_solid(size)
-    assert guided_views(config) == 4 * config.steps + 4 * 25 < guided_views(SDS_PRESETS[size])
+    assert guided_views(config) == 4 * config.steps + (4 + 8) * 25 < guided_views(SDS_PRESETS[size])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_first_views_are_guided_as_those_that_are_fitted(flags, guidance, tm
 
 
 def test_stages_have_their_sampled_views_together():
-    stage = replaced(mvdream_solid("fast"), sampled_hull=False)
+    stage = replaced(mvdream_solid("fast"), sampled_hull=False, sampled_between=False)
     two = joined([replaced(stage, shape="volume"), stage])
     assert guided_views(two) == 2 * guided_views(stage) - 4 * 25
 

@@ -52,10 +52,11 @@ def test_nothing_is_lost_of_what_all_views_see():
 
 
 def test_it_is_where_the_cameras_say():
-    """A view that sees only its left half: the thing is on that view's left."""
+    """A view that sees only its left half, and its opposite its right one: the thing is on the first one's left."""
     images, silhouettes, cameras = views_of_a_ball(4, elevation=0.0)
     silhouettes = silhouettes.clone()
     silhouettes[0, :, :, SIZE // 2 :] = 0
+    silhouettes[2, :, :, : SIZE // 2] = 0
     vertices = torch.from_numpy(Hull(images, silhouettes, cameras).mesh(64).vertices)
     right = cameras.c2w[0, :3, 0]
     assert (vertices @ right).max() < 0.05
@@ -69,6 +70,49 @@ def test_its_colours_are_those_of_the_views():
     assert mesh.colors[clear][red, 0].min() > 0.8
     assert mesh.colors[clear][~red, 2].min() > 0.8
     assert mesh.colors[:, 1].max() == 0
+
+
+def views_of_a_leg(shift: int):
+    """Four level views of a ball on a stick, which half of them have so many pixels farther to the right."""
+    images, silhouettes, cameras = views_of_a_ball(4, 0.3, elevation=0.0)
+    silhouettes = silhouettes.clone()
+    for k, by in enumerate((0, 0, shift, shift)):
+        silhouettes[k, 0, SIZE // 2 : SIZE - 8, SIZE // 2 + by - 1 : SIZE // 2 + by + 1] = 1
+    return Hull(images, silhouettes, cameras)
+
+
+@pytest.mark.parametrize(("shift", "there"), [(0, True), (2, True), (5, True), (9, False)])
+def test_what_is_thin_stays_where_views_disagree_by_few_pixels(shift, there):
+    hull = views_of_a_leg(shift)
+    lowest = hull.mesh(64).vertices[:, 2].min()
+    assert (lowest < -0.7) == there
+    assert (lowest > -0.55) != there  # the widened ball explains the top of it
+    plain = hull.occupancy(torch.tensor([[0.0, 0.0, -0.5]]))
+    assert (plain > 0.9) == (shift == 0)  # two pixels do not overlap
+
+
+def test_each_view_sees_something_where_it_shows_the_thing():
+    hull = views_of_a_leg(2)
+    axis = torch.linspace(-1, 1, 65)
+    points = torch.cartesian_prod(axis, axis, axis)
+    inside = hull._inside(points)
+    before = inside.min(0).values
+    after = hull.explained(points, inside, before)
+    assert (after >= before).all()
+    added = after > before
+    assert 0 < added.float().mean() < 0.001
+    assert (points[added, 2] < -0.2).all()  # the ball, on which all agree, is as it was
+    for occupancy, lost in ((before, True), (after, False)):
+        unseen = (hull.silhouettes > 0.5) & ~hull._sees(points[occupancy > 0.4])
+        assert unseen.any(1).flatten(1).any(1).any() == lost
+
+
+def test_where_views_agree_nothing_is_added():
+    hull = Hull(*views_of_a_ball(8))
+    axis = torch.linspace(-1, 1, 65)
+    points = torch.cartesian_prod(axis, axis, axis)
+    inside = hull._inside(points)
+    assert torch.equal(hull.explained(points, inside, inside.min(0).values), inside.min(0).values)
 
 
 def test_a_view_that_shows_nothing_is_passed_over():
