@@ -81,7 +81,7 @@ def views_of_a_leg(shift: int):
     return Hull(images, silhouettes, cameras)
 
 
-@pytest.mark.parametrize(("shift", "there"), [(0, True), (2, True), (5, True), (9, False)])
+@pytest.mark.parametrize(("shift", "there"), [(0, True), (2, True), (3, True), (9, False)])
 def test_what_is_thin_stays_where_views_disagree_by_few_pixels(shift, there):
     hull = views_of_a_leg(shift)
     lowest = hull.mesh(64).vertices[:, 2].min()

@@ -18,7 +18,7 @@ from mvdream_fast.scene.raster import clip_matrices
 
 LEVEL = 0.4  # of a silhouette, from which on a pixel is of the thing: under a half, or what is thin goes
 SHOWN = 0.5  # of a silhouette, from which on a pixel must be explained
-MISSED = (1, 2, 3, 5)  # pixels by which the other views' silhouettes are widened for that, one after the other
+MISSED = (1, 2, 3)  # pixels by which the other views' silhouettes are widened for that, one after the other
 LEAST = 64  # triangles of a hull that is a thing and no speck
 FACING = 4  # the power of how frontally a view sees a place, by which it counts for its colour
 SELDOM = 1e-4  # what a view counts that sees a place from behind, where no other sees it either
