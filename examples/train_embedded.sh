@@ -1,6 +1,6 @@
 #!/bin/sh
 # The embedded model and its evaluator from nothing: assets -> renders -> autoencoder -> diffusion model -> what cleans
-# its samples -> evaluator.
+# its samples, and what tells things from backgrounds in them -> evaluator.
 # Every stage can be stopped with Ctrl-C and goes on when the script is run again.
 #   examples/train_embedded.sh ASSETS WORK
 # ASSETS holds what there is of these (docs/embedded_model.md says of each what it is and how it may be used):
@@ -87,7 +87,12 @@ $PYTHON -m mvdream_fast.train --data "$WORK/shards" -o "$WORK/unet" ${INIT:+--in
 # shellcheck disable=SC2046
 $PYTHON -m mvdream_fast.train --data "$WORK/shards" -o "$WORK/cleaner" --stage cleaner --init "$WORK/unet/model" \
     --steps 7000 --threads 1 --seed 0 $(resume "$WORK/cleaner")
-$PYTHON -m mvdream_fast.convert "$WORK/cleaner/model" "$WORK/model" --dtype fp16 --overwrite
+
+# What tells things from their backgrounds in what is decoded: 0.3 s of one core a step, 0.7 s for the first 512.
+# shellcheck disable=SC2046
+$PYTHON -m mvdream_fast.train --data "$WORK/shards" -o "$WORK/matting" --stage matting --init "$WORK/cleaner/model" \
+    --steps 6000 --lr 2e-3 --threads 1 --seed 0 $(resume "$WORK/matting")
+$PYTHON -m mvdream_fast.convert "$WORK/matting/model" "$WORK/model" --dtype fp16 --overwrite
 
 # The prior of single pictures for the recipes that are told no camera: no autoencoder, the first layers of the text
 # tower, words for the side a thing is seen from. 1 s of one core a step.

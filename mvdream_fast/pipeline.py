@@ -237,12 +237,7 @@ class MVDreamPipeline:
                 latents = scheduler_sample(
                     model_fn, noise, scheduler, n_steps, guidance_scale, callback, generator=draws
                 )
-            images, cutout = (None if x is None else x.cpu() for x in self._decoded(latents))
-        views = [
-            Views(images[rows], poses, text, seeds[b] if seeds else None, None if cutout is None else cutout[rows])
-            for b, text in enumerate(prompts)
-            for rows in [slice(b * n_views, (b + 1) * n_views)]
-        ]
+            views = self._views(latents, poses, prompts, seeds)
         return views[0] if isinstance(prompt, str) else views
 
     @torch.no_grad()
@@ -271,10 +266,7 @@ class MVDreamPipeline:
             both = self.denoiser(text, poses, 2 * n_views, scale, uncond_mode)
             model_fn = beside_known(both, lambda t: self.schedule.add_noise(exact, held, t), n_views)
             latents = ddim_sample(model_fn, noise, self.schedule, n_steps, scale)
-            images, cutout = (None if x is None else x.cpu() for x in self._decoded(latents))
-        if images is None:
-            raise AssertionError  # there are always images
-        return Views(images, poses[n_views:], views.prompt, seed, cutout)
+            return self._views(latents, poses[n_views:], [views.prompt], [seed])[0]
 
     def guidance(self, scale: float | None = None, uncond_mode: Mode | None = None) -> tuple[float, Mode]:
         """Both as they are given, or as they suit the model. Raises ArgumentError for a scale that is not finite."""
@@ -368,6 +360,16 @@ class MVDreamPipeline:
         Raises: DivergedError if a number isn't finite, ArgumentError for another shape.
         """
         return self._decoded(latents)[0]
+
+    def _views(
+        self, latents: Tensor, poses: Tensor | None, prompts: Sequence[str], seeds: list[int] | None
+    ) -> list[Views]:
+        """Of each prompt, from the latents of all, prompts slowest; on the CPU."""
+        images, cutouts = self._decoded(latents)
+        n_views = len(images) // len(prompts)
+        apart = [None] * len(prompts) if cutouts is None else cutouts.cpu().split(n_views)
+        scenes = zip(images.cpu().split(n_views), prompts, seeds or [None] * len(prompts), apart, strict=True)
+        return [Views(own, poses, prompt, seed, cutout) for own, prompt, seed, cutout in scenes]
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """`decode`, and the same as straight colours and alpha, [n, 4, Hp, Wp], where the model tells them apart."""

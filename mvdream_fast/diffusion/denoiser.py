@@ -115,7 +115,8 @@ def beside_known(model: ModelFn, known: Callable[[Tensor], Tensor], n_new: int) 
     def new(latents: Tensor, t: Tensor) -> Tensor:
         all_views = torch.cat([known(t), latents[:n_new]])
         answers = model(all_views.repeat(len(latents) // n_new, 1, 1, 1), t)
-        return answers.unflatten(0, (-1, len(all_views)))[:, -n_new:].flatten(0, 1)
+        of_new = answers.view(-1, *all_views.shape)[:, -n_new:]
+        return of_new.reshape(-1, *latents.shape[1:])
 
     return new
 

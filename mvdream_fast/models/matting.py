@@ -3,6 +3,7 @@
 It is a part of an autoencoder's decoder (`decoder_matting` in vae.py); training/matting.py teaches it.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Matting(nn.Module):
                 f"VAE: decoder_matting must be null but for a down-sampling of 4, 8, 16, ..., got {config.downsampling}"
             )
         widths = [width << level for level in range(n_levels)]
-        groups, pairs = config.norm_num_groups, [*zip(widths, widths[1:], strict=False)]
+        groups, pairs = config.norm_num_groups, [*pairwise(widths)]
         self.conv_in = nn.Conv2d(6 * SQUARES**2, width, 3, padding=1)
         # One block where there are most places, two elsewhere.
         self.down = nn.ModuleList(_residuals(w, groups, 1 + (level > 0)) for level, w in enumerate(widths[:-1]))
