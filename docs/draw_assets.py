@@ -8,6 +8,7 @@
 import argparse
 from pathlib import Path
 
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from mvdream_fast.core.files import read_json
@@ -16,11 +17,13 @@ from mvdream_fast.evaluation.runs import orbit
 from mvdream_fast.scene.asset import Asset
 
 LABEL, GAP = 16, 8  # pixels: a line of text above a row, and between columns
+FINER = 3  # renders have so many pixels a side for one of the picture's: a colour may change within one
 
 
 def turn(folder: Path, size: int) -> Image.Image:
     """Four renders side by side."""
-    return sheet(Asset.load(folder / "asset.safetensors").render(orbit(4), size).rgb[None])
+    rgb = Asset.load(folder / "asset.safetensors").render(orbit(4), FINER * size).rgb
+    return sheet(F.avg_pool2d(rgb, FINER)[None])
 
 
 def main() -> None:
