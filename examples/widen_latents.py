@@ -1,11 +1,12 @@
 """A trained model with more latent channels, which hold what its autoencoder leaves: detail.
 
-    python examples/widen_latents.py MODEL SHARDS -o OUT [--channels 24]
+    python examples/widen_latents.py MODEL SHARDS -o OUT [--channels 40]
 
 The new channels are linear: the principal components of what the other channels don't tell of a cell's pixels.
 Everything is found in closed form, and what the model knows stays: its UNet says of the old channels what it
 said, and of the new ones what is best where nothing is known but their variance (a multiple of the noisy input, which
-depends on the time). `train --init OUT` teaches it the detail.
+depends on the time). `train --init OUT` teaches it the detail; what tells things from backgrounds (`train --stage
+matting`) was trained on another decoder's images, and wants to be trained again.
 """
 
 import argparse
@@ -119,9 +120,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("shards", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--channels", type=int, default=24)
+    parser.add_argument("--channels", type=int, default=40)
     args = parser.parse_args(argv)
     model = load_model(args.model, torch.float32)
+    if not isinstance(model.vae, VAE) or not model.config.unet.camera_places or model.config.vae.detail_channels:
+        parser.error(f"{args.model} must have an autoencoder without detail channels, and a UNet that knows cameras")
     source = ImageSource(Shards(args.shards).at(model.config.vae.image_size))
     fit, check = (source.images(Stream(0, i, "widen"), n) for i, n in enumerate((N_FIT, N_CHECK)))
     before = reconstruction(model.vae, check)

@@ -366,10 +366,14 @@ class MVDreamPipeline:
     ) -> list[Views]:
         """Of each prompt, from the latents of all, prompts slowest; on the CPU."""
         images, cutouts = self._decoded(latents)
+        images, cutouts = images.cpu(), None if cutouts is None else cutouts.cpu()
         n_views = len(images) // len(prompts)
-        apart = [None] * len(prompts) if cutouts is None else cutouts.cpu().split(n_views)
-        scenes = zip(images.cpu().split(n_views), prompts, seeds or [None] * len(prompts), apart, strict=True)
-        return [Views(own, poses, prompt, seed, cutout) for own, prompt, seed, cutout in scenes]
+        out: list[Views] = []
+        for b, prompt in enumerate(prompts):
+            rows = slice(b * n_views, (b + 1) * n_views)
+            cutout = None if cutouts is None else cutouts[rows]
+            out.append(Views(images[rows], poses, prompt, seeds[b] if seeds else None, cutout))
+        return out
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """`decode`, and the same as straight colours and alpha, [n, 4, Hp, Wp], where the model tells them apart."""

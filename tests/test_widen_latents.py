@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import widen_latents
-from reference.random_model import TINY, random_model
+from reference.random_model import TINY, TINY_PIXELS, random_model
 from test_batches import make_sample
 
 from mvdream_fast.checkpoints.open import load_model, save_model
@@ -64,6 +64,28 @@ def test_the_old_channels_stay_and_the_picture_gets_nearer(images):
         widen_latents.fit_detail(wide.vae, images)
         torch.testing.assert_close(wide.vae.encode(images)[:, :7], before)
     assert reconstruction(wide.vae, images) > reconstruction(model.vae, images) + 0.5
+
+
+def test_what_is_told_apart_stays_without_detail():
+    model = random_model(config=replace(BASE, vae=replace(BASE.vae, decoder_matting=8)))
+    wide = widen_latents.with_channels(model, N)
+    z = torch.randn(2, 7 + N, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in wide.vae.model.decoder.detail.parameters():  # which are random before they are fitted
+            parameter.zero_()
+        mine, other = wide.vae.matte(z), model.vae.matte(z[:, :7])
+    for name in mine._fields:
+        torch.testing.assert_close(getattr(mine, name), getattr(other, name), msg=name)
+
+
+@pytest.mark.parametrize("change", ["detail", "pixels"])
+def test_models_that_it_cannot_widen_are_refused(change, shards, images, tmp_path, capsys):
+    plain = random_model(config=TINY_PIXELS) if change == "pixels" else widen_latents.with_channels(narrow(images), N)
+    save_model(plain, tmp_path / "model")
+    with pytest.raises(SystemExit):
+        widen_latents.main([str(tmp_path / "model"), str(shards), "-o", str(tmp_path / "wide")])
+    assert "must have an autoencoder without detail channels, and a UNet that knows cameras" in capsys.readouterr().err
+    assert not (tmp_path / "wide").exists()
 
 
 @pytest.mark.parametrize("prediction", ["v", "eps"])
