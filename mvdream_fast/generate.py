@@ -24,7 +24,8 @@ from mvdream_fast.diffusion.schedule import ddim_timesteps
 from mvdream_fast.models.tokenizer import check_prompt
 
 if TYPE_CHECKING:
-    from mvdream_fast.pipeline import MVDreamPipeline, Views
+    from mvdream_fast.diffusion.views import Views
+    from mvdream_fast.pipeline import MVDreamPipeline
 
 PROGRESS_EVERY_S = 2.0  # seconds between the progress lines of a run without a terminal
 
@@ -85,7 +86,8 @@ class Flags:
 def main(flags: Flags) -> None:
     """Checks the flags, then draws the views and writes their folder."""
     prompt, seed = check_flags(flags), _seed(flags.seed)
-    from mvdream_fast.pipeline import NO_MATTING, MVDreamPipeline
+    from mvdream_fast.diffusion.views import NO_MATTING
+    from mvdream_fast.pipeline import MVDreamPipeline
 
     n_threads = cli.set_threads(flags.threads)
     pipe = MVDreamPipeline.from_pretrained(flags.model or "embedded", flags.device, flags.dtype, flags.graphs)

@@ -1,4 +1,4 @@
-"""From a sentence to views of the object: MVDreamPipeline, the text it is asked with, and the views it returns.
+"""From a sentence to views of the object: MVDreamPipeline, and the text it is asked with.
 
 The sampler, the cameras and the models live in their own modules; this one puts them in order.
 """
@@ -6,9 +6,8 @@ The sampler, the cameras and the models live in their own modules; this one puts
 import secrets
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from mvdream_fast.camera import Cameras, get_camera, normalize_camera, turned
 from mvdream_fast.checkpoints.open import Model, load_model, needed
 from mvdream_fast.core.arguments import array, finite, is_a, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
-from mvdream_fast.core.images import to_image
 from mvdream_fast.core.machine import choose_device, choose_dtype, encoder_dtype, memory_errors, repeated_shapes
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
@@ -31,56 +29,14 @@ from mvdream_fast.diffusion.sampler import (
     scheduler_sample,
 )
 from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
+from mvdream_fast.diffusion.views import Views
 from mvdream_fast.models.config import Mode, ModelConfig
 from mvdream_fast.models.tokenizer import Encoded, check_prompt
 
-if TYPE_CHECKING:
-    import PIL.Image
 SUFFIX = ", 3d asset"  # ended every caption of the multi-view training data
 DECODE_BATCH = 8  # images that the VAE decodes at a time
-NO_MATTING = (
-    "the model must have a decoder that tells a thing from its background (vae.decoder_matting), as the embedded one "
-    "has; remove the backgrounds with another program"
-)
 Warn = Callable[[str], None]
 Texts = str | Sequence[str] | None  # one for all, or one for each prompt; None is empty
-
-
-@dataclass(frozen=True)
-class Views:
-    """Views of one object, on the CPU."""
-
-    tensor: Tensor  # [V, 3, Hp, Wp] float32 in [0, 1]
-    cameras: Tensor | None  # [V, 16], what the UNet was told (unit distance); None in 2D mode
-    prompt: str  # without the suffix
-    seed: int | None  # None when a generator was given
-    cutout: Tensor | None = None  # [V, 4, Hp, Wp] in [0, 1]: straight colours and alpha, of models that tell both apart
-
-    @property
-    def images(self) -> list["PIL.Image.Image"]:
-        """The views as PIL images."""
-        return [to_image(view) for view in self.tensor]
-
-    @property
-    def cutouts(self) -> list["PIL.Image.Image"]:
-        """The views without their backgrounds, as RGBA images.
-
-        Raises: ArgumentError for views of a model that can't tell.
-        """
-        if self.cutout is None:
-            raise ArgumentError(f"cutouts: {NO_MATTING}")
-        return [to_image(view) for view in self.cutout]
-
-    def sheet(self, n_columns: int = 4) -> "PIL.Image.Image":
-        """All views in one image, row by row; empty places are white."""
-        from PIL import Image
-
-        n_views, _, height, width = self.tensor.shape
-        n_columns = min(whole("sheet", "n_columns", n_columns, "4 is the default"), n_views)
-        sheet = Image.new("RGB", (n_columns * width, -(-n_views // n_columns) * height), "white")
-        for i, image in enumerate(self.images):
-            sheet.paste(image, (i % n_columns * width, i // n_columns * height))
-        return sheet
 
 
 class MVDreamPipeline:

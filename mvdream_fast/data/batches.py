@@ -236,24 +236,25 @@ class ImageSource:
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """Multi-view: scenes of orthogonal views of an orbit. 2D: as many single views of as many orbits, no camera."""
+        return self._drawn(stream, n_scenes, n_views, multi_view, ranks)[0]
+
+    def scenes(self, stream: Stream, n_scenes: int, n_views: int) -> tuple[Batch, Tensor]:
+        """A multi-view batch, and what it shows as straight RGBA, uint8 [n, 4, s, s]."""
+        batch, views = self._drawn(stream, n_scenes, n_views, True, ALONE)
+        return batch, torch.from_numpy(np.concatenate(views)).movedim(-1, 1)
+
+    def _drawn(
+        self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks
+    ) -> tuple[Batch, list[np.ndarray]]:
+        """A batch, and the views of each of its groups as they are rendered."""
         groups, v = _groups(self.shards, stream, n_scenes, n_views, multi_view)
         colors = [background(draw_background(stream), stream) for _ in groups]
         captions = _captions(self.shards, groups, None if multi_view else self.side, stream)
         groups = ranks.part(groups)
-        views = (self.shards.views(i)[which] for i, which in groups)
+        views = [self.shards.views(i)[which] for i, which in groups]
         images = torch.cat([on_background(rgba, color) for rgba, color in zip(views, ranks.part(colors))])
         cameras = _cameras(self.shards, groups) if multi_view else None
-        return Batch(images, cameras, ranks.part(captions), v, encoded=False)
-
-    def scenes(self, stream: Stream, n_scenes: int, n_views: int) -> tuple[Batch, Tensor]:
-        """A multi-view batch, and what it shows as straight RGBA, uint8 [n, 4, s, s]."""
-        groups, v = _groups(self.shards, stream, n_scenes, n_views, True)
-        colors = [background(draw_background(stream), stream) for _ in groups]
-        captions = _captions(self.shards, groups, None, stream)
-        views = [self.shards.views(i)[which] for i, which in groups]
-        images = torch.cat([on_background(rgba, color) for rgba, color in zip(views, colors, strict=True)])
-        rgba = torch.from_numpy(np.concatenate(views)).movedim(-1, 1)
-        return Batch(images, _cameras(self.shards, groups), captions, v, encoded=False), rgba
+        return Batch(images, cameras, ranks.part(captions), v, encoded=False), views
 
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single images for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
