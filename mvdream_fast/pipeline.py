@@ -19,7 +19,7 @@ from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.machine import choose_device, choose_dtype, encoder_dtype, memory_errors, repeated_shapes
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, apart, beside_known, guided_call
+from mvdream_fast.diffusion.denoiser import TextCond, beside_known, guided_call, model_fn
 from mvdream_fast.diffusion.sampler import (
     Callback,
     ModelFn,
@@ -180,19 +180,17 @@ class MVDreamPipeline:
         n_views = n_views if poses is None else len(poses)
         seeds = None if generator is not None else [seed + b for b in range(len(prompts))]
         with memory_errors("take fewer views or prompts, or --dtype float16"), repeated_shapes(self.device):
-            model_fn = self.denoiser(
+            ask = self.denoiser(
                 self.encode_prompt(prompts, negative_prompt, suffix, warn), poses, n_views, guidance_scale, uncond_mode
             )
             noise = self._noise(len(prompts), n_views, seeds, generator)
             if scheduler is None:
                 stream, settings = Stream(seed, 0, "sampling eta"), (self.schedule, n_steps, guidance_scale)
-                latents = ddim_sample(model_fn, noise, *settings, convention, callback, eta=eta, stream=stream)
+                latents = ddim_sample(ask, noise, *settings, convention, callback, eta=eta, stream=stream)
             else:
                 check_scheduler(scheduler, self.schedule)
                 draws = generator or torch.Generator(self.device).manual_seed(seed)
-                latents = scheduler_sample(
-                    model_fn, noise, scheduler, n_steps, guidance_scale, callback, generator=draws
-                )
+                latents = scheduler_sample(ask, noise, scheduler, n_steps, guidance_scale, callback, generator=draws)
             views = self._views(latents, poses, prompts, seeds)
         return views[0] if isinstance(prompt, str) else views
 
@@ -220,8 +218,8 @@ class MVDreamPipeline:
                 for name in ("sampling between", "sampling between/known")
             )
             both = self.denoiser(text, poses, 2 * n_views, scale, uncond_mode)
-            model_fn = beside_known(both, lambda t: self.schedule.add_noise(exact, held, t), n_views)
-            latents = ddim_sample(model_fn, noise, self.schedule, n_steps, scale)
+            ask = beside_known(both, lambda t: self.schedule.add_noise(exact, held, t), n_views)
+            latents = ddim_sample(ask, noise, self.schedule, n_steps, scale)
             return self._views(latents, poses[n_views:], [views.prompt], [seed])[0]
 
     def guidance(self, scale: float | None = None, uncond_mode: Mode | None = None) -> tuple[float, Mode]:
@@ -289,25 +287,16 @@ class MVDreamPipeline:
     def denoiser(
         self, text: TextCond, camera: Tensor | None, n_views: int, guidance_scale: float, uncond_mode: Mode = "3d"
     ) -> ModelFn:
-        """The UNet as the samplers call it; the keys and values of the text are computed here, once.
+        """`model_fn` of its UNet.
 
-        Args:
-            camera: [V, 16] for the views of every prompt, or None for 2D mode, where the views are independent.
-            uncond_mode: "2d" asks without the prompt as in 2D mode, whatever the cameras.
+        Args: camera: [V, 16] for the views of every prompt, or None for 2D mode.
         Returns: a function of (latents [2*B*V, C, h, w], t), [uncond; cond]; of B*V latents for a guidance scale of 1.
         """
         unet, guided, text = needed(self.unet, "unet"), guidance_scale != 1, text.to(self.dtype)
-        if camera is None:
-            return Denoiser(unet, text.repeat(n_views), 1, guided, self._guided_call).for_sampler()
-        camera = to_device(array("denoiser", "camera", camera, "numbers [V, 16]"), self.device).repeat(
-            len(text.cond), 1
-        )
-        if guided and uncond_mode == "2d":
-            alone = TextCond(text.uncond, text.uncond).repeat(n_views)
-            without = Denoiser(unet, alone, 1, False, self._guided_call).for_sampler()
-            told = Denoiser(unet, text, n_views, False, self._guided_call).for_sampler(camera)
-            return apart(without, told, n_views)
-        return Denoiser(unet, text, n_views, guided, self._guided_call).for_sampler(camera)
+        if camera is not None:
+            camera = array("denoiser", "camera", camera, "numbers [V, 16]")
+            camera = to_device(camera, self.device).repeat(len(text.cond), 1)
+        return model_fn(unet, text, camera, n_views, guided, uncond_mode, self._guided_call)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.models.captured import Captured
+from mvdream_fast.models.config import Mode
 from mvdream_fast.models.deepfloyd import UNet
 from mvdream_fast.models.unet import TextContext
 
@@ -84,6 +85,25 @@ class Denoiser:
         Both halves are the same latents: given once, what comes before the first text attention is done once.
         """
         return lambda latents, t: self(latents[: len(latents) // self.n_prompts], t, camera)
+
+
+def model_fn(
+    unet: UNet, text: TextCond, camera: Tensor | None, n_views: int, guided: bool = True, uncond_mode: Mode = "3d",
+    captured: Captured | None = None,
+) -> ModelFn:  # fmt: skip
+    """The UNet as the samplers call it; the keys and values of the text are computed here, once.
+
+    Args: camera: [B*V, 16], or None for 2D mode, where the views are independent. uncond_mode: "2d" asks without the
+        prompt as in 2D mode, whatever the cameras. guided and captured as of a Denoiser.
+    """
+    if camera is None:
+        return Denoiser(unet, text.repeat(n_views), 1, guided, captured).for_sampler()
+    if guided and uncond_mode == "2d":
+        alone = TextCond(text.uncond, text.uncond).repeat(n_views)
+        without = Denoiser(unet, alone, 1, False, captured).for_sampler()
+        told = Denoiser(unet, text, n_views, False, captured).for_sampler(camera)
+        return apart(without, told, n_views)
+    return Denoiser(unet, text, n_views, guided, captured).for_sampler(camera)
 
 
 def apart(without: ModelFn, told: ModelFn, n_views: int) -> ModelFn:

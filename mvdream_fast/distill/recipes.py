@@ -121,15 +121,11 @@ def guided_views(config: SDSConfig) -> int:
     view once for every step of its sampler, those half-way together with the ones that they are between. Stages that
     want the same sampled views have them together."""
     known = {
-        (
-            how.sampled_views * (3 if how.sampled_between else 1),
-            how.sampled_steps,
-            how.sampled_scale,
-            how.sampled_uncond,
-        )
+        (how.sampled_views, how.sampled_between, how.sampled_steps, how.sampled_scale, how.sampled_uncond)
         for how in (stage.sampled for stage in config.stages)
     }
-    return sum(map(_guided_views, config.stages)) + sum(views * steps for views, steps, *_ in known)
+    sampled = sum(views * (3 if between else 1) * steps for views, between, steps, *_ in known)
+    return sum(map(_guided_views, config.stages)) + sampled
 
 
 def _guided_views(stage: SDSConfig) -> int:

@@ -6,6 +6,7 @@ matting.py's.
 """
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.batches import ImageSource
-from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, apart
+from mvdream_fast.diffusion.denoiser import TextCond, model_fn
 from mvdream_fast.diffusion.sampler import translate
 from mvdream_fast.diffusion.schedule import NoiseSchedule
 from mvdream_fast.models.vae import VAE
@@ -62,7 +63,7 @@ class Scenes(NamedTuple):
     guidance: float
 
 
-class TouchedTrainer(BaseTrainer, Generic[Pooled]):
+class TouchedTrainer(BaseTrainer, ABC, Generic[Pooled]):
     """One optimisation of a network of an autoencoder's decoder; the rest of the model is only read.
 
     Args: part: the network's name among the decoder's modules.
@@ -104,14 +105,10 @@ class TouchedTrainer(BaseTrainer, Generic[Pooled]):
     def pairs(self, scenes: Scenes) -> tuple[Tensor, Tensor]:
         """Latents [B*V, C, h, w] of the images as the UNet leaves them, and exact ones."""
         images, cameras, ids, noise = (to_device(x, self.device) for x in scenes[:4])
-        exact, states, n_views = self.vae.encode(images), self.parts.text(ids), self.options.n_views
-        text, unet = TextCond(states[1:], states[:1].expand(len(ids) - 1, -1, -1)), self.parts.unet
-        if self.parts.config.guidance.uncond_mode == "2d":
-            alone = TextCond(text.uncond, text.uncond).repeat(n_views)
-            without = Denoiser(unet, alone, 1, False).for_sampler()
-            denoise = apart(without, Denoiser(unet, text, n_views, False).for_sampler(cameras), n_views)
-        else:
-            denoise = Denoiser(unet, text, n_views).for_sampler(cameras)
+        exact, states = self.vae.encode(images), self.parts.text(ids)
+        text = TextCond(states[1:], states[:1].expand(len(ids) - 1, -1, -1))
+        uncond_mode = self.parts.config.guidance.uncond_mode
+        denoise = model_fn(self.parts.unet, text, cameras, self.options.n_views, uncond_mode=uncond_mode)
         settings = self.schedule, N_STEPS, scenes.guidance, scenes.strength
         return translate(denoise, exact, noise, *settings)[0], exact
 
@@ -122,9 +119,9 @@ class TouchedTrainer(BaseTrainer, Generic[Pooled]):
             self.pool[place] = self.prepared(self.ahead(place))
         return self.pool[place]
 
+    @abstractmethod
     def prepared(self, scenes: Scenes) -> Pooled:
         """What is kept of scenes."""
-        raise NotImplementedError
 
 
 def with_network(model: Model, part: str, width: int, seed: int) -> Model:

@@ -104,3 +104,10 @@ def test_another_shape_begins_as_it_always_does(given):
 
 def test_a_few_shot_fit_at_paper_is_as_it_was():
     assert resolve_config("paper", method="reconstruct").representation == RECIPES["mvdream"].at("paper").representation
+
+
+def test_stages_with_as_many_calls_for_other_views_have_them_each():
+    """Twelve views, and four with four between them, are asked about as often, but are not the same."""
+    twelve = replaced(mvdream_solid("fast"), sampled_views=12, sampled_between=False)
+    four = mvdream_solid("fast")
+    assert guided_views(joined([twelve, four])) == guided_views(twelve) + guided_views(four)

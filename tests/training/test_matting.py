@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_batches import make_sample
-from test_train import assert_same, flags, make_trainer, tiny, weights
+from test_train import flags, make_trainer, tiny
 
 from mvdream_fast.checkpoints.open import load_model, save_model
 from mvdream_fast.core.rng import Stream
@@ -14,7 +14,6 @@ from mvdream_fast.data.shards import write_shard
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import main
 from mvdream_fast.training import runs
-from mvdream_fast.training.loop import Loop, LoopOptions
 from mvdream_fast.training.matting import COLORS, OPACITY, SQUARED, MattingTrainer
 from mvdream_fast.training.touched import CHECKED, TouchedOptions, with_network
 
@@ -90,16 +89,6 @@ def test_a_perfect_matte_has_no_error_and_others_what_they_are_off(data, monkeyp
     torch.testing.assert_close(off.loss, wanted)
 
 
-def test_pairs_are_made_once_and_come_again(data, monkeypatch):
-    monkeypatch.setattr(MattingTrainer, "pool_size", 2)
-    trainer, asked = matting_trainer(data), []
-    draw = trainer.draw
-    trainer.ahead.draw = lambda place: asked.append(place) or draw(place)
-    for _ in range(5):
-        trainer.train_step()
-    assert asked == [0, 1]
-
-
 def test_the_matting_alone_learns(data, monkeypatch):
     monkeypatch.setattr(MattingTrainer, "pool_size", 4)
     trainer = matting_trainer(data, lr=3e-3, steps=60)
@@ -109,16 +98,6 @@ def test_the_matting_alone_learns(data, monkeypatch):
     assert sum(r["loss"] for r in records[-4:]) < 0.6 * sum(r["loss"] for r in records[:4])
     changed = {name for name, x in trainer.vae.state_dict().items() if not torch.equal(x, before[name])}
     assert changed == {name for name in before if ".decoder.matting." in name}
-
-
-def test_a_resumed_run_has_the_same_bytes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(MattingTrainer, "pool_size", 3)
-    straight, first, second = (matting_trainer(data) for _ in range(3))
-    losses = [straight.train_step()["loss"] for _ in range(8)]
-    Loop(first, tmp_path, LoopOptions(steps=4)).run()
-    Loop(second, tmp_path, LoopOptions(steps=8)).resume()
-    assert [second.train_step()["loss"] for _ in range(4)] == losses[4:]
-    assert_same(weights(straight), weights(second))
 
 
 def test_checked_scenes_are_others_and_are_shown_in_four_rows(data):

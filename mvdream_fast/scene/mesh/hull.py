@@ -79,7 +79,7 @@ class Hull:
             wanted = self._seen(_widened(left.float(), 1), self.cameras, points)[:, :, 0].minimum(inside[:n_views])
             at = (wanted > LEVEL).any(0).nonzero()[:, 0]
             if not len(at):
-                continue
+                break  # the next ones would find none either
             near, most = self._inside(points[at], pixels), solid[at]
             for view in range(n_views):
                 others = torch.cat([near[:view], near[view + 1 :], wanted[view, at][None]])
