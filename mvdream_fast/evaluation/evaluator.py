@@ -40,8 +40,8 @@ N_SILENT = 3  # the vocabulary's first rows, which are no words: padding, start 
 class EvaluatorConfig(Checked):
     """Sizes. The image is cut into 4 x 4 patches first; each entry of `channels` is a level of half the resolution."""
 
-    image_size: int = 32  # generated views of 64 pixels hold no more detail than that
-    channels: tuple[int, ...] = (48, 112, 224)
+    image_size: int = 64  # of the embedded model's views; where a thing's front is seen in little, it is at that size
+    channels: tuple[int, ...] = (32, 64, 128, 224)
     blocks: int = 2  # of a level
     features: int = 128  # width of what both heads read, and of the Frechet distance
     embedding: int = 128

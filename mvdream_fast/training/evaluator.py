@@ -87,7 +87,8 @@ class EvaluatorSource:
         true = torch.tensor([[text in self.true[i] for text in plain] for i in picks])
         own = torch.eye(n_scenes, len(captions), dtype=torch.bool)
         fronts = torch.tensor([self.has_front(self.siblings[i][0]) for i in picks])
-        return EvaluatorBatch(images / 2 + 0.5, azimuths, fronts, captions, true & ~own)
+        images, azimuths = mirrored(images / 2 + 0.5, azimuths, stream.uniform(n_scenes) < 0.5)
+        return EvaluatorBatch(images, azimuths, fronts, captions, true & ~own)
 
     def _has_front(self, i: int) -> bool:
         if self.shards.records[i].meta.get("has_front") is False:  # its source says so
@@ -99,6 +100,16 @@ class EvaluatorSource:
         """Another orbit of the same asset, if there is one."""
         others = [j for j in self.siblings[i] if j != i] or [i]
         return others[int(u * len(others))]
+
+
+def mirrored(images: Tensor, azimuth_deg: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Scenes [B, V, 3, Hp, Wp] and their azimuths [B, V], those of `which`, bool [B], as in a mirror.
+
+    What is seen there from an azimuth a is the mirrored object from -a, an object as good as the first: twice as many
+    of them, for the head that has to tell sides of objects that it never saw.
+    """
+    flipped = torch.where(which[:, None, None, None, None], images.flip(-1), images)
+    return flipped, torch.where(which[:, None], -azimuth_deg, azimuth_deg) % 360
 
 
 def backgrounds(stream: Stream, n: int) -> Tensor:

@@ -376,8 +376,7 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
     vocabulary = _vocabulary(args, folder, shards.captions())
     torch.manual_seed(args.seed)
     config = EvaluatorConfig(vocabulary_size=len(vocabulary))
-    # What models draw, or near it.
-    shards, held_out = (_near(split, 2 * config.image_size) for split in (shards, held_out))
+    shards, held_out = (_near(split, config.image_size) for split in (shards, held_out))
     device = _device(args)
     evaluator = Evaluator(config, vocabulary).to(device)
     fit = ImageSource(shards).images(Stream(args.seed, 0, "evaluator/fit"), N_FIT)

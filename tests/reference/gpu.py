@@ -81,6 +81,9 @@ class GPU(TorchDispatchMode):
 
     def __enter__(self):
         GPU.current = self
+        # Else backward runs in a thread of the device's, which drops this mode some time after backward has returned:
+        # a process that has ended by then aborts.
+        self._undo.enter_context(torch.autograd.set_multithreading_enabled(False))
         for patch in _patches(self.extension):
             self._undo.enter_context(patch)
         return super().__enter__()
