@@ -12,6 +12,11 @@ WeightRamp = tuple[float, Weight, Weight, float]
 ShareRamp = tuple[float, Share, Share, float]
 
 
+def is_ever_on(schedule: Ramp) -> bool:
+    """Whether a linear ramp is other than zero at any step."""
+    return any(schedule[1:3])
+
+
 def ramp(schedule: Ramp, step: int) -> float:
     """The value of a linear ramp at `step`, constant outside it."""
     start, first, last, end = schedule

@@ -19,6 +19,7 @@ from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
 from mvdream_fast.core.machine import memory_errors, repeated_shapes
+from mvdream_fast.core.ramp import is_ever_on
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.config import SDSConfig, check_learning, completed, written
@@ -218,7 +219,7 @@ def new_guidance(
     """
     check_learning(config)
     drawn, known = {} if drawn is None else drawn, config.sampled
-    outlined = any(known.lambda_silhouette[1:3])
+    outlined = is_ever_on(known.lambda_silhouette)
     if config.method == "reconstruct":
         views = _sampled(pipeline, prompt, config, seed, config.cameras.n_views, drawn)
         images, cameras, there = views.fitted(outlined)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mvdream_fast.camera_sampling import CameraSampling
-from mvdream_fast.core.ramp import WeightRamp
+from mvdream_fast.core.ramp import WeightRamp, is_ever_on
 from mvdream_fast.distill.config import SDSConfig, joined, replaced, restepped, settings_of, shared_out
 from mvdream_fast.guidance.config import GuidanceConfig
 from mvdream_fast.models.config import MINI, SD21
@@ -68,7 +68,7 @@ def repaint(config: SDSConfig, share: float = 0.3, opaque: float = 300.0) -> SDS
     *before, stage = config.stages
     first, last = (1 - share) * stage.steps, stage.steps
     own = settings_of(stage).get("lambda_opaque")  # None: a mesh is opaque
-    losses = {} if own is None or any(own[1:3]) else {"lambda_opaque": (first, 0.0, opaque, (first + last) / 2)}
+    losses = {} if own is None or is_ever_on(own) else {"lambda_opaque": (first, 0.0, opaque, (first + last) / 2)}
     return joined([*before, replaced(stage, repaint_from=1 - share, **losses)])
 
 
@@ -123,7 +123,7 @@ def mvdream_solid(size: str = "paper") -> SDSConfig:
         sampled_between=small,
         sampled_scale=usual.guidance.scale, sampled_uncond=usual.guidance.uncond_mode,
         lambda_sampled=constant(20 * pixels), lambda_silhouette=constant(20 * pixels),
-        lambda_laplacian=constant(3e5 if size == "mini" else 1e5), lambda_normal_consistency=constant(0.0),
+        lambda_normal_consistency=constant(1e5),
         lr_encoding=0.002, lr_mlp=0.002, lr_geometry=0.005, lr_decay=0.1,
         **({"volume": "coarse", "render_size": (SMALL_REFINED["mini"],)} if small else {}),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mvdream_fast.camera import Cameras
 from mvdream_fast.core.border import off_border
-from mvdream_fast.core.ramp import Ramp, ramp
+from mvdream_fast.core.ramp import Ramp, is_ever_on, ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing, opacity_loss
 
@@ -32,8 +32,7 @@ class Reconstruction(Stateless):
     ):  # fmt: skip
         self.images, self.cameras, self.silhouette_weight = images, cameras, silhouette_weight
         self.between = between
-        guessed = shown(images) if silhouettes is None and any(silhouette_weight[1:3]) else None
-        self.shown = guessed if silhouettes is None else silhouettes
+        self.shown = _needed(silhouettes, images, silhouette_weight)
 
     def known(self) -> tuple[Tensor, Tensor, Cameras]:
         """The images, their silhouettes [V, 1, Hp, Wp] and their cameras."""
@@ -74,8 +73,7 @@ class Anchored:
         self.between = between
         self.free, self.images, self.cameras, self.weight = free, images, cameras, weight
         self.silhouette_weight = silhouette_weight
-        guess = silhouettes is None and any(silhouette_weight[1:3])
-        self.shown = torch.stack([*map(shown, images)]) if guess else silhouettes
+        self.shown = _needed(silhouettes, images, silhouette_weight)
         self._group = 0
 
     def known(self) -> tuple[Tensor, Tensor, Cameras]:
@@ -119,6 +117,14 @@ class Anchored:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The other guidance's."""
         self.free.restore(tensors)
+
+
+def _needed(silhouettes: Tensor | None, images: Tensor, weight: Ramp) -> Tensor | None:
+    """The silhouettes [..., 1, Hp, Wp] of images [..., 3, Hp, Wp]: as they are known, or guessed where a loss of this
+    weight needs them."""
+    if silhouettes is not None or not is_ever_on(weight):
+        return silhouettes
+    return shown(images.flatten(0, -4)).view(*images.shape[:-3], 1, *images.shape[-2:])
 
 
 def squared_error(rgb: Tensor, images: Tensor, shown: Tensor | None = None) -> Tensor:

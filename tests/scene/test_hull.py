@@ -7,7 +7,7 @@ import torch
 from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.scene.kinds import begun
-from mvdream_fast.scene.mesh.hull import Hull
+from mvdream_fast.scene.mesh.hull import Hull, _closed
 from mvdream_fast.scene.tets.config import TetsConfig
 
 SIZE, FOVY, DISTANCE = 64, 40.0, 3.0
@@ -113,6 +113,44 @@ def test_where_views_agree_nothing_is_added():
     points = torch.cartesian_prod(axis, axis, axis)
     inside = hull._inside(points)
     assert torch.equal(hull.explained(points, inside, inside.min(0).values), inside.min(0).values)
+
+
+def views_of_a_ball_and_a_stick(gap: int):
+    """Four level views of a ball, and of a stick so many pixels under it."""
+    images, silhouettes, cameras = views_of_a_ball(4, 0.3, elevation=0.0)
+    silhouettes = silhouettes.clone()
+    below = int(silhouettes[0, 0].any(1).nonzero().max()) + 1 + gap
+    silhouettes[:, 0, below : SIZE - 4, SIZE // 2 - 2 : SIZE // 2 + 2] = 1
+    return Hull(images, silhouettes, cameras), below - gap
+
+
+@pytest.mark.parametrize(("gap", "is_joined"), [(0, True), (2, True), (4, True), (6, False), (9, False)])
+def test_a_gap_that_no_view_shows_clearly_is_closed(gap, is_joined):
+    hull, row = views_of_a_ball_and_a_stick(gap)
+    mesh = hull.mesh(64)
+    below, middle = (DISTANCE * np.tan(np.radians(FOVY) / 2) * (1 - 2 * y / SIZE) for y in (row + gap, row + gap / 2))
+    assert mesh.vertices[:, 2].min() < below - 0.2  # the stick is there
+    assert (np.abs(mesh.vertices[:, 2] - middle) < 0.04).any() == is_joined
+
+
+def test_closing_fills_gaps_and_leaves_the_rest():
+    grid = torch.zeros(20, 20, 20)
+    grid[4:8, 5:15, 5:15], grid[12:16, 5:15, 5:15] = 1, 0.75  # four cells between them
+    assert torch.equal(_closed(grid, 1), grid)
+    closed = _closed(grid, 2)
+    assert (closed[8:12, 5:15, 5:15] == 0.75).all()
+    closed[8:12, 5:15, 5:15] = 0
+    assert torch.equal(closed, grid)
+    edge = torch.zeros(9, 9, 9)
+    edge[:, 3, 3] = 1
+    assert torch.equal(_closed(edge, 3), edge)  # up to the border nothing is taken away, and nothing is added
+
+
+def test_specks_that_stand_alone_are_dropped():
+    images, silhouettes, cameras = views_of_a_ball(4, 0.5, elevation=0.0)
+    silhouettes = silhouettes.clone()
+    silhouettes[:, 0, 4:6, SIZE // 2 - 1 : SIZE // 2 + 1] = 1
+    assert Hull(images, silhouettes, cameras).mesh(64).vertices[:, 2].max() < 0.7
 
 
 def test_a_view_that_shows_nothing_is_passed_over():

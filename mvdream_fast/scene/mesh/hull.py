@@ -1,7 +1,8 @@
 """The solid that views of a thing leave of space: their visual hull, as a mesh in the views' colours.
 
 Sampled views don't agree to the pixel, and what is thin, such as legs, is lost where two of them put it in different
-places. So what a view shows and no solid explains is added where the other views miss it by least.
+places. So what a view shows and no solid explains is added where the other views miss it by least, and gaps that no
+view shows clearly are closed.
 Source: Laurentini, The visual hull concept for silhouette-based image understanding (1994).
 """
 
@@ -19,6 +20,9 @@ from mvdream_fast.scene.raster import clip_matrices
 LEVEL = 0.4  # of a silhouette, from which on a pixel is of the thing: under a half, or what is thin goes
 SHOWN = 0.5  # of a silhouette, from which on a pixel must be explained
 MISSED = (1, 2, 3)  # pixels by which the other views' silhouettes are widened for that, one after the other
+GAP = 3 / 32  # of the radius: what stands as near to each other may be one thing
+CLEARLY = 2  # pixels from a silhouette, from which on a view shows that there is nothing
+LEAST_PART = 0.02  # of all triangles: a smaller part that stands alone is what two views don't agree on
 LEAST = 64  # triangles of a hull that is a thing and no speck
 FACING = 4  # the power of how frontally a view sees a place, by which it counts for its colour
 SELDOM = 1e-4  # what a view counts that sees a place from behind, where no other sees it either
@@ -55,11 +59,12 @@ class Hull:
         points = torch.cartesian_prod(axis, axis, axis)
         inside = self._inside(points)
         for missing in range(len(self.images)):
-            grid = self.explained(points, inside, self._solid(inside, missing))
+            grid = self.explained(points, inside, self._solid(inside, missing)).view((resolution + 1,) * 3)
+            grid = self.joined(points, grid, missing)
             try:
                 mesh = extract_mesh(
                     self.occupancy, torch.zeros_like, radius=self.radius, threshold=LEVEL,
-                    grid=grid.view((resolution + 1,) * 3).numpy(),
+                    grid=grid.numpy(), min_part=LEAST_PART,
                 )  # fmt: skip
             except DivergedError:
                 continue
@@ -86,6 +91,13 @@ class Hull:
                 most = torch.maximum(most, others.min(0).values)
             solid = solid.index_put((at,), most)
         return solid
+
+    def joined(self, points: Tensor, grid: Tensor, missing: int = 0) -> Tensor:
+        """Occupancies of a grid [n, n, n] of points [n^3, 3], and its narrow gaps closed where no view shows clearly
+        that there is nothing, but the `missing` that say least."""
+        closed = _closed(grid, round(GAP * (len(grid) - 1) / 2))
+        maybe = self._solid(self._inside(points, CLEARLY), missing)
+        return grid.maximum(closed.minimum(maybe.view_as(grid)))
 
     def _sees(self, points: Tensor) -> Tensor:
         """Which pixels have one of the points [P, 3] within a pixel of their middle, bool [V, 1, Hp, Wp]."""
@@ -142,6 +154,16 @@ class Hull:
         height, width = self.images.shape[2:]
         matrices = clip_matrices(cameras, (height, width), 3**0.5 * self.radius).to(points)
         return points @ matrices[:, :, :3].transpose(1, 2) + matrices[:, None, :, 3]
+
+
+def _closed(grid: Tensor, cells: int) -> Tensor:
+    """What is left of a grid [n, n, n] that is widened by so many cells and narrowed again: gaps of up to twice as many
+    cells are filled, and nothing else changes but what is hollow there."""
+    size, x = 2 * cells + 1, F.pad(grid[None, None], (2 * cells,) * 6)
+    for sign in (1, -1):
+        for kernel in ((size, 1, 1), (1, size, 1), (1, 1, size)):
+            x = sign * F.max_pool3d(sign * x, kernel, 1)
+    return x[0, 0]
 
 
 def _widened(maps: Tensor, pixels: int) -> Tensor:
