@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from mvdream_fast.core import reads
+from mvdream_fast.core.pinned import to_device
+from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource
 from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.touched import CHECKED, Scenes, TouchedOptions, TouchedTrainer
 from mvdream_fast.training.unet import Parts
 
 CLEANER_WIDTH = 128  # channels of a new one
+NOISE = 0.3  # the largest deviation of plain noise, which differs from cell to cell
+SHIFT = 0.7  # that of noise which a whole image shares, over the former
+KEPT = 8  # every so manieth exact latents get no noise
 
 
 class CleanerTrainer(TouchedTrainer[tuple[Tensor, Tensor]]):
@@ -27,6 +32,15 @@ class CleanerTrainer(TouchedTrainer[tuple[Tensor, Tensor]]):
     def prepared(self, scenes: Scenes) -> tuple[Tensor, Tensor]:
         """See `pairs`."""
         return self.pairs(scenes)
+
+    def noisy(self, exact: Tensor) -> Tensor:
+        """Exact latents [n, C, h, w] with noise of a random strength on each, part of it the same in all cells; every
+        KEPT-th stays as it is."""
+        stream, (n, channels, height, width) = Stream(self.options.seed, self.step, "cleaner/noise"), exact.shape
+        strength = stream.uniform(n, 1, 1, 1, high=NOISE)
+        strength[::KEPT] = 0
+        noise = stream.normal(n, channels, height, width) + SHIFT * stream.normal(n, channels, 1, 1)
+        return exact + to_device(strength * noise, self.device)
 
     def train_step(self) -> dict[str, float]:
         """One update; raises DivergedError before a weight is touched."""

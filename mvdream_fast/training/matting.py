@@ -1,8 +1,7 @@
 """Training of what tells things from the backgrounds of decoded images: the autoencoder's `matting`, and nothing else.
 
-Renders know their opacity and their colours without a background. It sees them decoded, from latents that the model's
-own UNet has touched (touched.py), and from exact ones with plain noise on them: cells that don't agree, as sampled ones
-often don't.
+Renders know their opacity and their colours without a background. It sees them decoded, from exact latents and from
+latents that the model's own UNet has touched (touched.py).
 """
 
 from typing import NamedTuple
@@ -25,13 +24,11 @@ SURE = 1e-4  # no opacity is taken for surer, so that no error is infinite
 
 
 class Seen(NamedTuple):
-    """n images that are decoded, [n, 3, Hp, Wp] in half precision, from latents [n, C, h, w]; exact latents of the
-    same; and what they should be: images [n, 3, Hp, Wp] in [-1, 1] of things in straight colours and opacity, rgba
-    [n, 4, Hp, Wp] uint8."""
+    """n images that are decoded, [n, 3, Hp, Wp] in half precision, from latents [n, C, h, w]; and what they should be:
+    images [n, 3, Hp, Wp] in [-1, 1] of things in straight colours and opacity, rgba [n, 4, Hp, Wp] uint8."""
 
     decoded: Tensor
     latents: Tensor
-    exact: Tensor
     images: Tensor
     rgba: Tensor
 
@@ -62,21 +59,18 @@ class MattingTrainer(TouchedTrainer[Seen]):
 
     @torch.no_grad()
     def prepared(self, scenes: Scenes) -> Seen:
-        """Touched latents, what they decode to, and exact ones."""
-        touched, exact = self.pairs(scenes)
-        return Seen(self.vae.plain(touched).half(), touched.half(), exact.half(), scenes.images.half(), scenes.rgba)
+        """Each image twice: touched, then exact."""
+        latents = torch.cat(self.pairs(scenes))
+        decoded = self.vae.plain(latents).half()
+        return Seen(decoded, latents.half(), scenes.images.half(), scenes.rgba)
 
-    def errors(self, seen: Seen, noisy: bool = True) -> tuple[Errors, Matte]:
-        """What is wrong with the mattes of images, touched ones and then exact ones, with noise on these or without it;
-        and the mattes."""
+    def errors(self, seen: Seen) -> tuple[Errors, Matte]:
+        """What is wrong with the mattes of decoded images, and the mattes."""
         dtype = next(self.vae.parameters()).dtype
-        decoded, touched, exact, images = (to_device(x, self.device).to(dtype) for x in seen[:4])
+        decoded, latents, images = (to_device(x, self.device).to(dtype) for x in seen[:3])
         rgba = to_device(seen.rgba, self.device).to(dtype) / 255
         images, rgba = (torch.cat([x, x]) for x in (images, rgba))
-        with torch.no_grad():
-            others = self.noisy(exact) if noisy else exact
-            decoded = torch.cat([decoded, self.vae.plain(others)])
-        matte = self.vae.apart(decoded, torch.cat([touched, others]))
+        matte = self.vae.apart(decoded, latents)
         wanted, colors = rgba[:, 3:], rgba[:, :3] * 2 - 1
         error = matte.image - images
         return Errors(
@@ -98,7 +92,7 @@ class MattingTrainer(TouchedTrainer[Seen]):
         """Rows of images in [0, 1] that are not trained on: touched, as they are decoded, then as they are told apart,
         then their opacity, then as they should be; and the errors of touched and exact ones together."""
         seen = self.prepared(self.draw(CHECKED))
-        errors, matte = self.errors(seen, noisy=False)
+        errors, matte = self.errors(seen)
         n = len(seen.images)
         rows = (seen.decoded[:n], matte.image[:n], matte.alpha[:n].expand(-1, 3, -1, -1) * 2 - 1, seen.images)
         told = {name: x.item() for name, x in errors._asdict().items()}

@@ -28,9 +28,6 @@ from mvdream_fast.training.update import BaseTrainer
 
 N_STEPS = 5  # of a whole sampling, in steps of 200 of SD's schedule; the last ones are taken
 GUIDANCE = (1.0, 10.0)  # scales are drawn between these
-NOISE = 0.3  # the largest deviation of plain noise, which differs from cell to cell
-SHIFT = 0.7  # that of noise which a whole image shares, over the former
-KEPT = 8  # every so manieth exact latents get no noise
 CHECKED = -1  # the place of scenes that are looked at, and not trained on
 Pooled = TypeVar("Pooled")
 
@@ -114,15 +111,6 @@ class TouchedTrainer(BaseTrainer, ABC, Generic[Pooled]):
         denoise = model_fn(self.parts.unet, text, cameras, self.options.n_views, uncond_mode=uncond_mode)
         settings = self.schedule, N_STEPS, scenes.guidance, scenes.strength
         return translate(denoise, exact, noise, *settings)[0], exact
-
-    def noisy(self, exact: Tensor) -> Tensor:
-        """Exact latents [n, C, h, w] with noise of a random strength on each, part of it the same in all cells; every
-        KEPT-th stays as it is."""
-        stream, (n, channels, height, width) = Stream(self.options.seed, self.step, f"{self.part}/noise"), exact.shape
-        strength = stream.uniform(n, 1, 1, 1, high=NOISE)
-        strength[::KEPT] = 0
-        noise = stream.normal(n, channels, height, width) + SHIFT * stream.normal(n, channels, 1, 1)
-        return exact + to_device(strength * noise, self.device)
 
     def pooled(self) -> Pooled:
         """What the coming update learns from."""

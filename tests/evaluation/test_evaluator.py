@@ -22,6 +22,7 @@ from mvdream_fast.evaluation.evaluator import (
 from mvdream_fast.evaluation.judging import read_prompts
 from mvdream_fast.evaluation.reference import Reference
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
+from mvdream_fast.training import evaluator as module
 from mvdream_fast.training import loop
 from mvdream_fast.training.evaluator import (
     PATCH,
@@ -32,6 +33,7 @@ from mvdream_fast.training.evaluator import (
     azimuth_loss,
     backgrounds,
     contrastive,
+    mirrored,
 )
 from mvdream_fast.training.vae import Linear
 
@@ -48,10 +50,10 @@ def small(seed: int = 0) -> Evaluator:
 def render(i: int, orbit: int, split: str = "train", size: int = 16) -> Sample:
     """make_sample's orbit of asset i with what the evaluator reads besides.
 
-    Odd orbits are painted blue; even assets have a front: the views from 0 to 180 degrees are bluer.
+    Odd orbits are painted blue; even assets have a front: the views of the half turn before it are bluer.
     """
     sample = make_sample(20 * i + orbit, size, split)
-    sample.views[:8, ..., 2] = 0 if i % 2 else 255
+    sample.views[[*range(4), *range(12, 16)], ..., 2] = 0 if i % 2 else 255
     azimuth = [22.5 * k + 5.625 for k in range(16)]
     color = "blue" if orbit % 2 else "red"
     sample.meta.update(
@@ -233,6 +235,26 @@ def test_softened_pictures_stay_pictures(shards):
     torch.testing.assert_close(degradation._patched(images, 3 * PATCH**2), images, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="patches of 8"):
         Degradation(dataclasses.replace(linear, patch=4), 16)
+
+
+def test_in_a_mirror_left_is_right():
+    images, azimuths = Stream(0, 0, "x").uniform(2, 3, 3, 4, 6), torch.tensor([[0.0, 30.0, 200.0]] * 2)
+    flipped, turned = mirrored(images, azimuths, torch.tensor([True, False]))
+    assert torch.equal(flipped[0], images[0].flip(-1))
+    assert torch.equal(flipped[1], images[1])
+    assert turned.tolist() == [[0, 330, 160], [0, 30, 200]]
+
+
+def test_a_batch_has_half_of_its_scenes_from_a_mirror(shards, monkeypatch):
+    """Beside that it is the batch of the same stream without one."""
+    source, seen = EvaluatorSource(shards), []
+    plain = module.mirrored
+    monkeypatch.setattr(module, "mirrored", lambda *given: seen.append(given) or plain(*given))
+    batch = source.batch(Stream(0, 1, "x"), 40, 2, 5)
+    ((images, azimuths, which),) = seen
+    assert 0.25 < which.float().mean() < 0.75
+    assert torch.equal(batch.images, plain(images, azimuths, which)[0])
+    assert torch.equal(batch.azimuth_deg, plain(images, azimuths, which)[1])
 
 
 def test_backgrounds_are_mostly_grey():

@@ -14,8 +14,8 @@ from mvdream_fast.models.config import SamplingGuidance
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import main
 from mvdream_fast.training import runs
-from mvdream_fast.training.cleaner import CleanerTrainer
-from mvdream_fast.training.touched import CHECKED, GUIDANCE, KEPT, NOISE, TouchedOptions, with_network
+from mvdream_fast.training.cleaner import KEPT, NOISE, CleanerTrainer
+from mvdream_fast.training.touched import CHECKED, GUIDANCE, TouchedOptions, with_network
 
 __all__ = ["data", "tiny"]  # fixtures
 
