@@ -116,14 +116,15 @@ def mvdream_solid(size: str = "paper") -> SDSConfig:
     mesh, small = mvdream_mesh(size).stages[1], size in SOLID_STEPS
     numbers = 1.0 if small else 1 / LATENTS_SHARE
     pixels = 1.0 if small else numbers * (MINI.vae.image_size / mesh.render_size[-1]) ** 2
-    usual = MINI if small else SD21
+    usual, steps = MINI if small else SD21, SOLID_STEPS.get(size, mesh.steps)
+    smooth = (0.0, 1e5, 1e4, SMOOTHED * steps)  # first what a hull has of spikes and steps goes, then corners come back
     return replaced(
-        restepped(mesh, SOLID_STEPS.get(size, mesh.steps)),
+        restepped(mesh, steps),
         recipe="mvdream-solid", sampled_views=4, sampled_steps=25 if small else 50, sampled_hull=True,
         sampled_between=small,
         sampled_scale=usual.guidance.scale, sampled_uncond=usual.guidance.uncond_mode,
         lambda_sampled=constant(20 * pixels), lambda_silhouette=constant(20 * pixels),
-        lambda_normal_consistency=constant(1e5),
+        lambda_normal_consistency=smooth,
         lr_encoding=0.002, lr_mlp=0.002, lr_geometry=0.005, lr_decay=0.1,
         **({"volume": "coarse", "render_size": (SMALL_REFINED["mini"],)} if small else {}),
     )  # fmt: skip
@@ -136,6 +137,7 @@ def few_shot(size: str) -> SDSConfig:
     return replaced(like, recipe="mvdream", method="reconstruct", sampled_views=0, n_views=n_views)
 
 
+SMOOTHED = 0.6  # of mvdream-solid's steps
 SOLID_STEPS = {"mini": 300, "fast": 100}
 SHARP_STEPS = {"mini": 706, "fast": 343}
 

@@ -5,7 +5,8 @@ import torch
 from reference.random_model import random_model
 
 from mvdream_fast.core.images import png_bytes
-from mvdream_fast.distill.config import check_learning, joined, replaced
+from mvdream_fast.core.ramp import is_ever_on, ramp
+from mvdream_fast.distill.config import check_learning, joined, replaced, restepped, settings_of
 from mvdream_fast.distill.recipes import OF_MVDREAM, RECIPES, guided_views, resolve_config, usual_recipe
 from mvdream_fast.distill.request import resolve
 from mvdream_fast.distill.systems import SDS_PRESETS, mvdream_solid
@@ -60,6 +61,15 @@ def test_it_asks_about_fewer_views_than_mvdream(size):
     """Each step about four, and the sampled ones once for every step of the sampler: four, then these and four more."""
     config = mvdream_solid(size)
     assert guided_views(config) == 4 * config.steps + (4 + 8) * 25 < guided_views(SDS_PRESETS[size])
+
+
+@pytest.mark.parametrize(("size", "steps"), [("paper", 5000), ("mini", 300), ("fast", 100), ("fast", 40)])
+def test_its_surface_is_smoothed_first_and_corners_come_back(size, steps):
+    config = restepped(mvdream_solid(size), steps)
+    assert config.steps == steps
+    weight = settings_of(config)["lambda_normal_consistency"]
+    assert [ramp(weight, round(share * steps)) for share in (0, 0.3, 0.6, 1)] == pytest.approx([1e5, 5.5e4, 1e4, 1e4])
+    assert not is_ever_on(settings_of(config)["lambda_laplacian"])
 
 
 @pytest.mark.parametrize(
