@@ -20,7 +20,7 @@ from mvdream_fast.scene.raster import clip_matrices
 LEVEL = 0.4  # of a silhouette, from which on a pixel is of the thing: under a half, or what is thin goes
 SHOWN = 0.5  # of a silhouette, from which on a pixel must be explained
 MISSED = (1, 2, 3)  # pixels by which the other views' silhouettes are widened for that, one after the other
-GAP = 3 / 32  # of the radius: what stands as near to each other may be one thing
+GAP = 3 / 32  # of the radius: half of the widest gap between what may be one thing
 CLEARLY = 2  # pixels from a silhouette, from which on a view shows that there is nothing
 LEAST_PART = 0.02  # of all triangles: a smaller part that stands alone is what two views don't agree on
 LEAST = 64  # triangles of a hull that is a thing and no speck
