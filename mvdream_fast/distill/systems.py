@@ -117,7 +117,8 @@ def mvdream_solid(size: str = "paper") -> SDSConfig:
     numbers = 1.0 if small else 1 / LATENTS_SHARE
     pixels = 1.0 if small else numbers * (MINI.vae.image_size / mesh.render_size[-1]) ** 2
     usual, steps = MINI if small else SD21, SOLID_STEPS.get(size, mesh.steps)
-    smooth = (0.0, 1e5, 1e4, SMOOTHED * steps)  # first what a hull has of spikes and steps goes, then corners come back
+    # First what a hull has of spikes and steps goes, then corners come back, and in many steps spikes would, too.
+    smooth = (0.0, 1e5, 1e4 if size == "fast" else 5e4, SMOOTHED * steps)
     return replaced(
         restepped(mesh, steps),
         recipe="mvdream-solid", sampled_views=4, sampled_steps=25 if small else 50, sampled_hull=True,

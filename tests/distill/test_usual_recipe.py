@@ -63,12 +63,15 @@ def test_it_asks_about_fewer_views_than_mvdream(size):
     assert guided_views(config) == 4 * config.steps + (4 + 8) * 25 < guided_views(SDS_PRESETS[size])
 
 
-@pytest.mark.parametrize(("size", "steps"), [("paper", 5000), ("mini", 300), ("fast", 100), ("fast", 40)])
-def test_its_surface_is_smoothed_first_and_corners_come_back(size, steps):
+@pytest.mark.parametrize(
+    ("size", "steps", "last"), [("paper", 5000, 5e4), ("mini", 300, 5e4), ("fast", 100, 1e4), ("fast", 40, 1e4)]
+)
+def test_its_surface_is_smoothed_first_and_corners_come_back(size, steps, last):
     config = restepped(mvdream_solid(size), steps)
     assert config.steps == steps
     weight = settings_of(config)["lambda_normal_consistency"]
-    assert [ramp(weight, round(share * steps)) for share in (0, 0.3, 0.6, 1)] == pytest.approx([1e5, 5.5e4, 1e4, 1e4])
+    weights = [ramp(weight, round(share * steps)) for share in (0, 0.3, 0.6, 1)]
+    assert weights == pytest.approx([1e5, (1e5 + last) / 2, last, last])
     assert not is_ever_on(settings_of(config)["lambda_laplacian"])
 
 
