@@ -11,7 +11,7 @@ from mvdream_fast.camera import get_camera
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
-from mvdream_fast.training.runs import new_model
+from mvdream_fast.training.initial_model import new_model
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 from mvdream_fast.tuning.dreambooth import DreamBoothOptions, DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource

@@ -27,7 +27,8 @@ from mvdream_fast.checkpoints.open import load_model, open_source
 from mvdream_fast.core.cli import set_threads
 from mvdream_fast.core.images import GREY, to_image
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import ImageSource, Shards, on_background
+from mvdream_fast.data.backgrounds import on_background
+from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.judging import read_prompts

@@ -86,14 +86,14 @@ def main(flags: Flags) -> None:
     """Checks everything, puts the prompts into the queue and tends the workers. Exits with the code of `Flags`."""
     check_flags(flags)
     from mvdream_fast.core.run_folder import Interrupt
-    from mvdream_fast.distill import request
+    from mvdream_fast.distill import settings_file
     from mvdream_fast.jobs.job import State
     from mvdream_fast.jobs.plan import read_jobs
     from mvdream_fast.jobs.setup import sayer
     from mvdream_fast.jobs.watch import Watch, failures
 
     say = sayer(flags.quiet)
-    file = request.read_settings(flags.config) if flags.config else None
+    file = settings_file.read_settings(flags.config) if flags.config else None
     asked = {name: value for name, value in cli.given(flags).items() if name not in HOW}
     jobs = read_jobs(flags.prompts, asked, file, flags.retries)
     setup, crew = _crew(flags, jobs, say)

@@ -129,9 +129,9 @@ def models(flags: Flags) -> dict[str, list[str]]:
 def plan(flags: Flags) -> list[Job]:
     """Every run, prompt by prompt, checked as `sds` checks it. Raises ArgumentError, InputFileError."""
     from mvdream_fast.core.run_folder import slugify
-    from mvdream_fast.distill import request
+    from mvdream_fast.distill import request, settings_file
 
-    file = request.read_settings(flags.config) if flags.config else None
+    file = settings_file.read_settings(flags.config) if flags.config else None
     named, root, jobs = models(flags), Path(flags.output or ""), []
     for prompt in prompts(flags):
         for recipe in flags.recipes:

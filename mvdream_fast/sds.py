@@ -18,6 +18,7 @@ from mvdream_fast.distill.config import RecipeName
 if TYPE_CHECKING:
     from mvdream_fast.core.run_folder import Interrupt
     from mvdream_fast.distill.request import Request
+    from mvdream_fast.distill.sampled import Sampler
     from mvdream_fast.distill.viewer import Viewer
     from mvdream_fast.jobs.asset import Device
     from mvdream_fast.pipeline import MVDreamPipeline
@@ -213,10 +214,10 @@ def asked(flags: Flags) -> dict[str, Any]:
 
 def plan(flags: Flags) -> list["Request"]:
     """The runs that are asked for, every one checked. Raises ArgumentError, InputFileError."""
-    from mvdream_fast.distill import request
+    from mvdream_fast.distill import request, settings_file
 
     given = asked(flags)
-    file = request.read_settings(flags.config) if flags.config else None
+    file = settings_file.read_settings(flags.config) if flags.config else None
     if flags.prompts_file is not None:
         return request.read_prompts(flags.prompts_file, given, file)
     return [request.resolve(given, file)]
@@ -253,16 +254,18 @@ def place(flags: Flags) -> "Device":
 
 def make(pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, start: float) -> None:
     """One run, in its folder. Exits with 130 or 143 when a signal stopped it."""
+    from mvdream_fast.distill.sampled import Sampler
     from mvdream_fast.jobs.asset import sample_views
 
     say(first_line(pipeline, request))
+    sampler = Sampler(pipeline)
     if flags.quiet:
         print(folder, flush=True)
     with run_folder.Interrupt() as interrupt:
         if not (folder / "views.png").exists():
-            sample_views(pipeline, request, folder)
+            sample_views(sampler, request, folder)
             say(f"first views after {time.perf_counter() - start:.1f} s: {folder / 'views.png'}")
-        code = optimise(pipeline, request, folder, flags, say, interrupt)
+        code = optimise(sampler, request, folder, flags, say, interrupt)
     if code:
         print(f"sds: stopped; go on with --resume {folder}", file=sys.stderr)
         sys.exit(code)
@@ -305,7 +308,7 @@ def first_line(pipeline: "MVDreamPipeline", request: "Request") -> str:
 
 
 def optimise(
-    pipeline: "MVDreamPipeline", request: "Request", folder: Path, flags: Flags, say: Say, interrupt: "Interrupt"
+    sampler: "Sampler", request: "Request", folder: Path, flags: Flags, say: Say, interrupt: "Interrupt"
 ) -> int:
     """Runs the loop and leaves everything in `folder`. Returns 0, or 130 / 143 when a signal stopped it."""
     from mvdream_fast.jobs import asset
@@ -314,7 +317,7 @@ def optimise(
     refine = partial(place(flags).load, request, 1)
     try:
         way = asset.Way(keep, refine, say, flags.preview_every, flags.checkpoint_every, viewer)
-        return 0 if asset.optimise(pipeline, request, folder, way, interrupt) else interrupt.exit_code
+        return 0 if asset.optimise(sampler, request, folder, way, interrupt) else interrupt.exit_code
     finally:
         if viewer is not None:
             viewer.close()

@@ -15,8 +15,9 @@ from mvdream_fast.core import run_folder
 from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.distill.config import SETTINGS, SDSConfig, check_stages, typed, written
-from mvdream_fast.distill.loop import Drawn, Loop, Progress, new_guidance
+from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, sampled_as, usual_recipe
+from mvdream_fast.distill.sampled import Sampler
 from mvdream_fast.distill.state import GrownAsset, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
@@ -34,18 +35,20 @@ class TextTo3D:
 
     def __init__(
         self, pipeline: MVDreamPipeline | None, keep: bool = True, guidance: Guidance | None = None,
-        refine: Callable[[], MVDreamPipeline] | None = None,
+        refine: Callable[[], MVDreamPipeline] | None = None, sampler: Sampler | None = None,
     ):  # fmt: skip
         """keep: False frees what a run does not need: the text tower and the VAE's decoder once its last stage has
         begun, the whole model where later stages ask another; the pipeline makes one asset then and no more views.
         guidance: replaces the one that each stage would make. refine: loads the model of later stages where a recipe
-        has another one for them; by default the package's own."""
+        has another one for them; by default the package's own. sampler: the pipeline's, with views that it has sampled
+        before; runs that fit the same ones don't sample them again."""
         if isinstance(pipeline, (str, Path)) or (pipeline is None and guidance is None):
             raise ArgumentError(
                 f"TextTo3D: pipeline must be an MVDreamPipeline, got {pipeline!r}; "
                 "MVDreamPipeline.from_pretrained makes one of a path or a name"
             )
         self.pipeline, self.keep, self.guidance, self.refine = pipeline, keep, guidance, refine
+        self.sampler = sampler
 
     def __call__(
         self,
@@ -131,7 +134,7 @@ class _Stages:
     def __init__(self, maker: TextTo3D, config: SDSConfig, prompt: str, seed: int, first: Representation | None):
         self.maker, self.config, self.prompt, self.seed, self.first = maker, config, prompt, seed, first
         self.recipe, self.pipeline, self.of_refine = RECIPES[config.recipe], maker.pipeline, False
-        self.drawn: Drawn = {}  # by the model at work
+        self.sampler = maker.sampler  # of the model at work
 
     def __call__(self, number: int, made: Representation | None) -> RunState:
         """The stage of this index, with what the one before has made, or to be restored."""
@@ -165,7 +168,8 @@ class _Stages:
     def _guidance(self, number: int, stage: SDSConfig) -> Guidance:
         prior, pipeline = self.recipe.prior_of(number), self._pipeline(number)
         prior.check(self.config.recipe, stage.mode, pipeline.config.name, pipeline.config)
-        guidance = new_guidance(pipeline, self.prompt, stage, self.seed, self.drawn)
+        self.sampler = self.sampler or Sampler(pipeline)
+        guidance = new_guidance(pipeline, self.prompt, stage, self.seed, self.sampler)
         if not self.maker.keep and number == len(self.config.later):
             _release(pipeline, stage)
         return guidance
@@ -181,7 +185,7 @@ class _Stages:
             pipeline.drop()
         device, dtype, graphs, name = pipeline.device, pipeline.dtype, pipeline.graphs, self.recipe.refine.embedded
         load = self.maker.refine or (lambda: MVDreamPipeline.from_pretrained(name, device, dtype, graphs))
-        self.pipeline, self.of_refine, self.drawn = load(), True, {}
+        self.pipeline, self.of_refine, self.sampler = load(), True, None
         return self.pipeline
 
 

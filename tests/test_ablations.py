@@ -17,6 +17,7 @@ from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.training import runs
+from mvdream_fast.training.initial_model import new_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -54,7 +55,7 @@ def flags(tmp_path, ablations):
     data.mkdir()
     write_shard(data / "train-00000.tar", [make_sample(30 * i) for i in range(6)])
     write_shard(data / "held_out-00000.tar", [make_sample(30 * i, split="held_out") for i in range(2)])
-    model = runs.new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
+    model = new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
     save_model(model, tmp_path / "base")
     return ["--data", str(data), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out"), "--steps", "1",
             "--steps-2d", "1", "--batch-size", "2", "--threads", "1", "--prompts", "a thing0",

@@ -231,10 +231,10 @@ def test_one_bad_line_stops_all_runs_before_the_first(tiny_model, capsys):
 def test_a_run_that_fails_does_not_stop_the_next_ones(tiny_model, capsys, monkeypatch):
     plain = sds.optimise
 
-    def optimise(pipeline, request, *rest):
+    def optimise(sampler, request, *rest):
         if request.seed == 1:
             raise DivergedError("it left the finite numbers")
-        return plain(pipeline, request, *rest)
+        return plain(sampler, request, *rest)
 
     monkeypatch.setattr(sds, "optimise", optimise)
     Path("prompts.jsonl").write_text('{"prompt": "a red car", "seed": 1}\n"a green chair"\n')

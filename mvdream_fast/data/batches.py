@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mvdream_fast.camera import normalize_camera
 from mvdream_fast.core.errors import ArgumentError, InputFileError
-from mvdream_fast.core.images import GREY
 from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
+from mvdream_fast.data.backgrounds import BACKGROUND_SHARES, background, draw_background, on_background
 from mvdream_fast.data.captions import clean
 from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_views, shrunk
 
@@ -31,11 +31,9 @@ DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
 HELD_OUT, PICTURES = "held_out", "pictures"  # splits beside "train"
 PICTURE_SHARE = 0.25  # of a 2D batch, where there are pictures
-ON_GREY, ON_WHITE, ON_COLOR = range(3)
 FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
 SIDE_SHARE = 0.5
 Side = Callable[[Tensor], list[str]]
-BACKGROUND_SHARES = (0.8, 0.1, 0.1)  # mostly one, so that little capacity goes into guessing it
 
 
 @dataclass(frozen=True)
@@ -194,26 +192,6 @@ def _checked(meta: dict) -> dict:
     caption, *variants = map(clean, words)
     poses = {"c2w": np.asarray(meta["c2w"], np.float32)} if "fovy" in meta else {}  # lists take eight times the memory
     return {**meta, **poses, "key": str(meta["key"]), "caption": caption, "variants": variants}
-
-
-def on_background(views: np.ndarray, color: Tensor) -> Tensor:
-    """Straight-alpha RGBA [n, s, s, 4] uint8 over a colour [3] or [n, 3] in [0, 1]: [n, 3, s, s] in [-1, 1]."""
-    rgba = torch.from_numpy(np.ascontiguousarray(views)).permute(0, 3, 1, 2).float() / 255
-    alpha = rgba[:, 3:]
-    return (rgba[:, :3] * alpha + color.expand(len(rgba), 3)[:, :, None, None] * (1 - alpha)) * 2 - 1
-
-
-def background(kind: int, stream: Stream) -> Tensor:
-    """A flat colour [3] in [0, 1] of a kind."""
-    if kind == ON_COLOR:
-        return stream.uniform(3)
-    return torch.full((3,), {ON_GREY: GREY, ON_WHITE: 1.0}[kind])
-
-
-def draw_background(stream: Stream) -> int:
-    """A kind of background, by BACKGROUND_SHARES."""
-    u = stream.uniform(1).item()
-    return ON_GREY if u < BACKGROUND_SHARES[ON_GREY] else ON_WHITE if u < 1 - BACKGROUND_SHARES[ON_COLOR] else ON_COLOR
 
 
 def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:

@@ -4,17 +4,15 @@ guidance of a stage.
 What a step does is state.py's; TextTo3D (text_to_3d.py) is the way in.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from mvdream_fast.camera import Cameras, middle_cameras
+from mvdream_fast.camera import Cameras
 from mvdream_fast.checkpoints.open import needed
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError, OutOfMemoryError
@@ -23,10 +21,11 @@ from mvdream_fast.core.ramp import is_ever_on
 from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.config import SDSConfig, check_learning, completed, written
+from mvdream_fast.distill.sampled import Sampler, silent
 from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
-from mvdream_fast.guidance.reconstruction import Anchored, Outlines, Reconstruction, shown
+from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
 from mvdream_fast.guidance.repaint import Painter, Repaint
 from mvdream_fast.guidance.sds import SDS, ScoreDistillation, SingleViewSDS
 from mvdream_fast.guidance.vsd import VSD, Learner, VariationalScore
@@ -136,10 +135,10 @@ class Loop:
             state.halve()  # outside of the handler: the error's traceback holds the step's tensors
         raise AssertionError
 
-    def _latest(self) -> tuple[int, dict[str, "Tensor"], dict[str, Any]] | None:
+    def _latest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         return run_folder.load_latest(self.checkpoints) if self.checkpoints is not None else None
 
-    def _resume(self, config: SDSConfig, seed: int) -> tuple[int, dict[str, "Tensor"] | None]:
+    def _resume(self, config: SDSConfig, seed: int) -> tuple[int, dict[str, torch.Tensor] | None]:
         """How many of the run's steps are done, and the state of the stage at work."""
         saved = self._latest()
         if saved is None:
@@ -187,47 +186,26 @@ def prompt_endings(config: SDSConfig) -> list[str]:
     return [side + config.suffix for side in ([f", {words}" for words in VIEW_WORDS] if tells_sides else [""])]
 
 
-class Sampled(NamedTuple):
-    """V views as the model draws them: images [V, 3, Hp, Wp] in [0, 1], their cameras, and, of a model that tells
-    things from backgrounds, straight colours and opacity, [V, 4, Hp, Wp] in [0, 1]. between: silhouettes of as many
-    views half-way between them, and cameras of those."""
-
-    images: Tensor
-    cameras: Cameras
-    cutouts: Tensor | None = None
-    between: Outlines | None = None
-
-    def fitted(self, silhouettes: bool) -> tuple[Tensor, Cameras, Tensor | None]:
-        """What a guidance fits: images, cameras and silhouettes [V, 1, Hp, Wp], where these are known and wanted; the
-        images are then straight colours, which mean nothing outside."""
-        if self.cutouts is None or not silhouettes:
-            return self.images, self.cameras, None
-        return self.cutouts[:, :3], self.cameras, self.cutouts[:, 3:]
-
-
-Drawn = dict[tuple[object, ...], Sampled]  # by what they are drawn with
-
-
 def new_guidance(
-    pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, drawn: Drawn | None = None
+    pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, sampler: Sampler | None = None
 ) -> Guidance:
     """The one place where the kind of guidance is chosen: score distillation from many views or one, plain or
     variational, which may end with repainting and have views beside it that are sampled once and fitted; or, with the
     method "reconstruct", such views alone.
 
-    drawn: views that the run has sampled already, by the same model; those of this stage are added.
+    sampler: of the same model, with views that the run has sampled already; those of this stage are added.
     """
     check_learning(config)
-    drawn, known = {} if drawn is None else drawn, config.sampled
+    sampler, known = sampler or Sampler(pipeline), config.sampled
     outlined = is_ever_on(known.lambda_silhouette)
     if config.method == "reconstruct":
-        views = _sampled(pipeline, prompt, config, seed, config.cameras.n_views, drawn)
+        views = sampler.sampled(prompt, config, seed)
         images, cameras, there = views.fitted(outlined)
         return Reconstruction(images, cameras, known.lambda_silhouette, there, views.between)
     guidance = _distillation(pipeline, prompt, config, seed)
     if not known.beside:
         return guidance
-    views = _sampled(pipeline, prompt, config, seed, known.sampled_views, drawn)
+    views = sampler.sampled(prompt, config, seed)
     images, cameras, there = views.fitted(outlined)
     groups = torch.arange(len(images)).view(config.cameras.n_views, -1).T  # each of them all around
     around = [Cameras(cameras.c2w[group], cameras.fovy[group]) for group in groups]
@@ -236,35 +214,11 @@ def new_guidance(
     return Anchored(guidance, images[groups], around, *weights, there, views.between)
 
 
-def _sampled(
-    pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int, n_views: int, drawn: Drawn
-) -> Sampled:
-    """n_views as the model draws them, evenly around."""
-    how, cameras = config.sampled, dataclasses.replace(config.cameras, n_views=n_views)
-    key = how.sampled_steps, how.sampled_scale, how.sampled_uncond, how.sampled_between, config.negative_prompt, cameras
-    if key not in drawn:
-        settings: dict[str, Any] = {
-            "n_steps": how.sampled_steps, "guidance_scale": how.sampled_scale, "uncond_mode": how.sampled_uncond,
-            "negative_prompt": config.negative_prompt, "seed": seed, "warn": _silent,
-        }  # fmt: skip
-        views, between = pipeline(prompt, n_views, **settings), None
-        if how.sampled_between:
-            more = pipeline.between(views, **settings)
-            outlines = shown(more.tensor) if more.cutout is None else more.cutout[:, 3:]
-            between = outlines, middle_cameras(cameras, azimuth_start_deg=180.0 / n_views)
-        drawn[key] = Sampled(views.tensor, middle_cameras(cameras), views.cutout, between)
-    return drawn[key]
-
-
-def _silent(_: str) -> None:
-    """The command has named unknown words once."""
-
-
 def _distillation(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, seed: int) -> Guidance:
     """Score distillation, and where the run ends with it, repainting."""
     endings = prompt_endings(config)
     prompts = [prompt] * len(endings)
-    text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=_silent).to(pipeline.dtype)
+    text = pipeline.encode_prompt(prompts, config.negative_prompt, endings, warn=silent).to(pipeline.dtype)
     model = pipeline.model
     own, sides = (None, text) if config.guidance.tells_sides(config.mode) else (text, None)
     unet, vae = needed(model.unet, "unet"), needed(model.vae, "vae")
@@ -276,7 +230,7 @@ def _distillation(pipeline: "MVDreamPipeline", prompt: str, config: SDSConfig, s
         if not isinstance(unet, MultiViewUNet):
             raise ModelError(f"VSD trains a copy of the UNet, and that of {pipeline.config.name} takes no LoRA; "
                              "name one of Stable Diffusion's or MVDream's models")  # fmt: skip
-        plain = pipeline.encode_prompt(prompt, config.negative_prompt, config.suffix, warn=_silent).to(pipeline.dtype)
+        plain = pipeline.encode_prompt(prompt, config.negative_prompt, config.suffix, warn=silent).to(pipeline.dtype)
         multi_view = config.mode == "3d"
         knows_cameras = multi_view and unet.config.camera_in != "none"
         parts, graphs = (unet, vae, pipeline.schedule, own, config.guidance), pipeline.graphs

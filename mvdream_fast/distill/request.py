@@ -4,22 +4,20 @@ prompts over all. No torch here: a wrong setting is refused before anything is l
 
 import dataclasses
 import secrets
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mvdream_fast.checkpoints.places import EMBEDDED, draws_single_images, stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
-from mvdream_fast.core.files import lines, parse_json, read_text
-from mvdream_fast.core.schema import Checked, checked, is_object
+from mvdream_fast.core.files import lines, read_text
+from mvdream_fast.core.schema import checked, is_object
 from mvdream_fast.distill.config import (
     MVDREAM,
     SETTINGS,
     VSD_ALONE,
     ExportConfig,
-    RecipeName,
     SDSConfig,
     check_learning,
     check_stages,
@@ -31,6 +29,7 @@ from mvdream_fast.distill.config import (
     written,
 )
 from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, sampled_as, shaded, usual_recipe
+from mvdream_fast.distill.settings_file import MAX_FILE, checked_settings, read_line, read_object, tables
 from mvdream_fast.models.config import SamplingGuidance
 from mvdream_fast.models.tokenizer import check_prompt
 
@@ -39,36 +38,6 @@ if TYPE_CHECKING:
 
 RENAMED = {"lr": "lr_encoding", "guidance": "kind"}  # flags whose field has another name
 VSD_SCALE = 7.5  # ProlificDreamer's, where SDS needs more
-MAX_FILE = 8 << 20
-
-
-@dataclass(frozen=True)
-class SettingsFile(Checked):
-    """What `--config` reads: any of its keys; a run's config.json also says how it was made."""
-
-    kind: Literal["sds"] = "sds"
-    prompt: str = ""
-    seed: int | str = 0
-    model: str = ""
-    refine_model: str = ""
-    recipe: RecipeName = "mvdream"
-    preset: Literal["auto", "paper", "mini", "fast"] = "auto"
-    sds: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    version: Any = None
-    machine: Any = None
-    resumed: Any = None
-
-
-@dataclass(frozen=True)
-class Line(Checked):
-    """What a line of `--prompts-file` may set; the bounds are SDSConfig's."""
-
-    prompt: str
-    seed: int | str = 0
-    negative_prompt: str = ""
-    steps: int = 1
-    guidance_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +96,7 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     method = {name: flags[name] for name in ("method",) if name in flags}  # which the recipe's own losses depend on
     usual = _as_guided(resolve_config(preset, recipe=recipe, **method), model)
     config = _with_flags(_with_file(usual, file.get("sds", {})), flags)
-    modes = "mode" in flags or any("mode" in table for table in _tables(file))
+    modes = "mode" in flags or any("mode" in table for table in tables(file))
     asked = [model, *[refine if known.refine else model] * len(config.later)]
     config = joined(_with_mode(stage, name, modes) for stage, name in zip(config.stages, asked, strict=True))
     check_config(config, flag_names(flags))
@@ -161,12 +130,6 @@ def open_model(request: Request, stage: int = 0) -> "Source":
     return source
 
 
-def _tables(file: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tables `sds` of a file: one, or one for each stage."""
-    found = file.get("sds", {})
-    return (found or [{}]) if isinstance(found, list) else [found]
-
-
 def _as_guided(config: SDSConfig, model: str | None) -> SDSConfig:
     """The recipe's views sampled as the model's own config.json says, where it does."""
     stored = stored_config(model).get("guidance") if model else None
@@ -188,7 +151,7 @@ def _with_file(config: SDSConfig, found: dict[str, Any] | list[dict[str, Any]]) 
 
 def _recipe(preset: str, flags: dict[str, Any], file: dict[str, Any], model: str | None) -> str:
     """The recipe's name: the flag's, the file's, or the usual one; settings of a file that names none are mvdream's."""
-    asked, of_file = flags.get("recipe"), _tables(file)[0].get("recipe", file.get("recipe"))
+    asked, of_file = flags.get("recipe"), tables(file)[0].get("recipe", file.get("recipe"))
     if None not in (asked, of_file) and asked != of_file:
         raise ArgumentError(f"--recipe {asked} contradicts the file of --config, which is for {of_file}; name one")
     if asked or of_file or file.get("sds"):
@@ -198,7 +161,7 @@ def _recipe(preset: str, flags: dict[str, Any], file: dict[str, Any], model: str
 
 def _preset(asked: str, file: dict[str, Any], model: str | None) -> tuple[str, str]:
     """The preset's name and the reason for it."""
-    of_file = _tables(file)[0].get("preset", file.get("preset", "auto"))
+    of_file = tables(file)[0].get("preset", file.get("preset", "auto"))
     if "auto" not in (asked, of_file) and asked != of_file:
         raise ArgumentError(f"--preset {asked} contradicts the file of --config, which is for {of_file}; name one")
     for preset, why in ((asked, "as asked"), (of_file, "as in the file of --config")):
@@ -309,56 +272,10 @@ def check_export(export: ExportConfig, names: Mapping[str, str] | None = None) -
     checked(ExportConfig, dataclasses.asdict(export), "", ArgumentError, names)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """A settings file: TOML, or JSON such as a run's config.json. Tables `sds` and `export` hold fields of SDSConfig
-    and ExportConfig, any number of them; beside them stand prompt, seed, model and preset. Several tables `sds` are
-    one for each stage.
-
-    Raises:
-        InputFileError: a file that cannot be read, is no TOML or JSON, or has a key or a value that cannot be.
-    """
-    return _settings(_parse(path, read_text(path, limit=MAX_FILE)), str(path))
-
-
-def _settings(data: dict[str, Any], source: str) -> dict[str, Any]:
-    export = data.get("export")
-    if is_object(export) and export.get("faces", 0) is None:  # as older runs wrote that there is no limit
-        data = data | {"export": export | {"faces": 0}}
-    file = _given(checked(SettingsFile, data, source, InputFileError), data)
-    if isinstance(file.get("sds"), list):
-        file["sds"] = [_typed(table, source, f"sds[{i}].") for i, table in enumerate(file["sds"])]
-    elif "sds" in file:
-        file["sds"] = _typed(file["sds"], source, "sds.")
-    return file
-
-
-def _typed(table: dict[str, Any], source: str, prefix: str) -> dict[str, Any]:
-    return typed(table, source, InputFileError, {name: prefix + name for name in SETTINGS})
-
-
-def _given(whole: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a checked dataclass that `data` sets."""
-    values = {name: getattr(whole, name) for name in data}
-    return {name: _given(v, data[name]) if dataclasses.is_dataclass(v) else v for name, v in values.items()}
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    if path.suffix.lower() == ".toml":
-        try:
-            data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputFileError(f"{path} is not TOML: {error}") from error
-    else:
-        data = parse_json(text, str(path))
-    if not isinstance(data, dict):
-        raise InputFileError(f"{path} must hold an object, got a {type(data).__name__}")
-    return data
-
-
 def read_run(folder: Path) -> Request:
     """The request of a run folder, from its config.json. Raises InputFileError."""
     path = folder / "config.json"
-    return run_of(_parse(path, read_text(path, limit=MAX_FILE)), str(path))
+    return run_of(read_object(path), str(path))
 
 
 def run_of(data: dict[str, Any], source: str) -> Request:
@@ -366,12 +283,12 @@ def run_of(data: dict[str, Any], source: str) -> Request:
 
     Raises: InputFileError, which begins with `source`.
     """
-    file = _settings(data, source)
+    file = checked_settings(data, source)
     if "sds" in file:
         file["sds"] = completed(file["sds"])
     missing = [key for key in ("kind", "prompt", "seed", "model", "sds") if key not in file]
-    stages = [replaced(SDSConfig(), **table) for table in _tables(file)]
-    whole = all(set(table) == set(settings_of(stage)) for table, stage in zip(_tables(file), stages, strict=True))
+    stages = [replaced(SDSConfig(), **table) for table in tables(file)]
+    whole = all(set(table) == set(settings_of(stage)) for table, stage in zip(tables(file), stages, strict=True))
     if missing or not whole or not stages:
         raise InputFileError(
             f"{source} is not the configuration of an sds run: {', '.join(missing) or 'sds'} incomplete"
@@ -419,12 +336,3 @@ def read_prompts(path: Path, flags: dict[str, Any], file: dict[str, Any] | None)
     if not requests:
         raise InputFileError(f'{path} holds no prompt; a line is {{"prompt": "a red chair", "seed": 1}}')
     return requests
-
-
-def read_line(text: str) -> dict[str, Any]:
-    """What a line of a file of prompts sets, by name. Raises ArgumentError."""
-    data = parse_json(text, "it", ArgumentError)
-    data = {"prompt": data} if isinstance(data, str) else data
-    if not isinstance(data, dict) or "prompt" not in data:
-        raise ArgumentError(f"it must be a string or an object with a prompt, got {text.strip():.300}")
-    return _given(checked(Line, data, "", ArgumentError), data)

@@ -118,7 +118,7 @@ def mvdream_solid(size: str = "paper") -> SDSConfig:
     pixels = 1.0 if small else numbers * (MINI.vae.image_size / mesh.render_size[-1]) ** 2
     usual, steps = MINI if small else SD21, SOLID_STEPS.get(size, mesh.steps)
     # First what a hull has of spikes and steps goes, then corners come back, and in many steps spikes would, too.
-    smooth = (0.0, 1e5, 1e4 if size == "fast" else 5e4, SMOOTHED * steps)
+    smooth = (0.0, 1e5, 1e4 if size == "fast" else 5e4, SMOOTHING_SHARE * steps)
     return replaced(
         restepped(mesh, steps),
         recipe="mvdream-solid", sampled_views=4, sampled_steps=25 if small else 50, sampled_hull=True,
@@ -138,7 +138,7 @@ def few_shot(size: str) -> SDSConfig:
     return replaced(like, recipe="mvdream", method="reconstruct", sampled_views=0, n_views=n_views)
 
 
-SMOOTHED = 0.6  # of mvdream-solid's steps
+SMOOTHING_SHARE = 0.6  # of mvdream-solid's steps
 SOLID_STEPS = {"mini": 300, "fast": 100}
 SHARP_STEPS = {"mini": 706, "fast": 343}
 

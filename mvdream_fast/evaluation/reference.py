@@ -20,7 +20,8 @@ from mvdream_fast.core.errors import InputFileError, ModelError
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import Record, Shards, on_background
+from mvdream_fast.data.backgrounds import on_background
+from mvdream_fast.data.batches import Record, Shards
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.classifier import Classifier
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator

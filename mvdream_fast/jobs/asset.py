@@ -18,6 +18,7 @@ from mvdream_fast.distill.loop import Progress
 from mvdream_fast.distill.progress import Watcher
 from mvdream_fast.distill.report import write_report
 from mvdream_fast.distill.request import Request, open_model
+from mvdream_fast.distill.sampled import Sampler
 from mvdream_fast.distill.state import GrownAsset
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.mesh.animation import has_video
@@ -91,27 +92,19 @@ class Way:
     watch: Callable[[Progress], None] = lambda _: None
 
 
-def sample_views(pipeline: MVDreamPipeline, request: Request, folder: Path) -> None:
-    """views.png: four views as the model draws them, so that a bad prompt is seen before the long part; as strongly
-    guided as those that the run fits, if it fits any."""
-    how = request.config.sampled
-    views = pipeline(
-        request.prompt, seed=request.seed, n_steps=25, guidance_scale=how.sampled_scale, uncond_mode=how.sampled_uncond,
-        negative_prompt=request.config.negative_prompt, suffix=pipeline.suffix, mode=request.config.mode,
-        warn=lambda _: None,
-    )  # fmt: skip
+def sample_views(sampler: Sampler, request: Request, folder: Path) -> None:
+    """views.png: four views as the model draws them, so that a bad prompt is seen before the long part."""
+    views = sampler.first_views(request.prompt, request.config, request.seed)
     atomic_write(folder / "views.png", png_bytes(views.sheet()))
 
 
-def optimise(
-    pipeline: MVDreamPipeline, request: Request, folder: Path, way: Way, interrupt: run_folder.Interrupt
-) -> bool:
+def optimise(sampler: Sampler, request: Request, folder: Path, way: Way, interrupt: run_folder.Interrupt) -> bool:
     """Runs the loop, from what `folder` holds on, and leaves everything there. False where it was interrupted: then it
     has saved. Raises DivergedError."""
     about = read_json(folder / "config.json")
     watcher = Watcher(folder, request.config, way.preview_every, way.say, way.viewer)
     try:
-        asset = TextTo3D(pipeline, keep=way.keep, refine=way.refine)(
+        asset = TextTo3D(sampler.pipeline, keep=way.keep, refine=way.refine, sampler=sampler)(
             request.prompt, seed=request.seed, config=request.config, callback=partial(_told, (watcher, way.watch)),
             checkpoints=folder / "ckpt", checkpoint_every=way.checkpoint_every, interrupt=interrupt,
         )  # fmt: skip

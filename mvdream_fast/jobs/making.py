@@ -17,6 +17,7 @@ from mvdream_fast.core.machine import memory_errors
 from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.distill.loop import Progress
 from mvdream_fast.distill.request import Request, run_of
+from mvdream_fast.distill.sampled import Sampler
 from mvdream_fast.jobs.asset import Device, Way, optimise, sample_views
 from mvdream_fast.jobs.child import as_flag, run_child
 from mvdream_fast.jobs.plan import OF_JOB
@@ -59,11 +60,11 @@ class Maker:
         config = request.config
         total, done = config.ends[-1], run_folder.latest_step(task.folder / "ckpt")
         task.report(done, total, "loading the model")
-        pipeline = self._model(request)
+        sampler = Sampler(self._model(request))
         self.device.write_record(request, task.folder, ["--config", "config.json"])
         if not (task.folder / "views.png").exists():
             task.report(done, total, "first views")
-            sample_views(pipeline, request, task.folder)
+            sample_views(sampler, request, task.folder)
             task.save()
 
         def watch(progress: Progress) -> None:
@@ -76,7 +77,7 @@ class Maker:
         refine = partial(self._model, request, 1)
         way = Way(True, refine, silent, checkpoint_every=self.checkpoint_every, watch=watch)
         with memory_errors("take fewer workers, or a smaller --preset"):
-            return {} if optimise(pipeline, request, task.folder, way, task.stop) else None
+            return {} if optimise(sampler, request, task.folder, way, task.stop) else None
 
     def views(self, task: Task) -> dict[str, Any] | None:
         """views.png: four views of the prompt."""

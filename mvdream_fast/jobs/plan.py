@@ -9,8 +9,9 @@ from typing import Any
 from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.core.files import lines, parse_json, read_text
 from mvdream_fast.core.schema import Checked, checked, is_object
-from mvdream_fast.distill import request
-from mvdream_fast.distill.request import MAX_FILE, Request
+from mvdream_fast.distill import request, settings_file
+from mvdream_fast.distill.request import Request
+from mvdream_fast.distill.settings_file import MAX_FILE
 from mvdream_fast.jobs.job import Job
 from mvdream_fast.jobs.store import absolute
 from mvdream_fast.models.tokenizer import check_prompt
@@ -67,7 +68,7 @@ def _of_line(text: str, root: Path, flags: dict[str, Any], file: dict[str, Any] 
     about = {key: value for key, value in data.items() if key in SUBJECT} if is_object(data) else {}
     if about:
         text = json.dumps({key: value for key, value in data.items() if key not in SUBJECT})
-    wanted = request.resolve({**flags, **request.read_line(text)}, file)
+    wanted = request.resolve({**flags, **settings_file.read_line(text)}, file)
     if not about:
         return [sds_job(wanted, retries)]
     tuning = _tuning(checked(Subject, about, "", ArgumentError), wanted, root, retries)

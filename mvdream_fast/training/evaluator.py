@@ -15,7 +15,8 @@ from torch import Tensor
 from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
-from mvdream_fast.data.batches import SUFFIX, Shards, on_background, view_group
+from mvdream_fast.data.backgrounds import on_background
+from mvdream_fast.data.batches import SUFFIX, Shards, view_group
 from mvdream_fast.evaluation.evaluator import Evaluator
 from mvdream_fast.evaluation.measures import opposite_difference
 from mvdream_fast.evaluation.reference import HAS_FRONT, Orbit

@@ -17,7 +17,8 @@ from mvdream_fast.checkpoints.open import Model, load_model, open_source, write_
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.images import GREY
-from mvdream_fast.data.batches import Source, on_background
+from mvdream_fast.data.backgrounds import on_background
+from mvdream_fast.data.batches import Source
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.lora import add_adapters, merged_state
 from mvdream_fast.models.tokenizer import SPECIAL_ROWS

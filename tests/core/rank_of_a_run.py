@@ -13,6 +13,7 @@ from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.models.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.training import runs
+from mvdream_fast.training.initial_model import new_model
 from mvdream_fast.training.loop import Loop, LoopOptions
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
 
@@ -32,7 +33,7 @@ OPTIONS = TrainOptions(batch_size=4, n_views=2, warmup=2, lr=1e-3)
 
 
 def small_model(shards: Shards):
-    return runs.new_model("small", build_subset_vocabulary(shards.captions()), seed=0)
+    return new_model("small", build_subset_vocabulary(shards.captions()), seed=0)
 
 
 def make_trainer(data: Path, ranks=processes.ALONE, shard: bool = False, saving: bool = False) -> Trainer:

@@ -12,7 +12,7 @@ from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.core.processes import Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data import batches
-from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, on_background, view_group
+from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, view_group
 from mvdream_fast.data.shards import Sample, _add, encode_views, write_shard
 from mvdream_fast.rendering.orbits import PRESETS, orbit
 
@@ -109,21 +109,6 @@ def test_a_batch_is_a_function_of_its_key(folder):
     assert one.captions == two.captions
     other = ImageSource(Shards(folder)).batch(Stream(5, 8, "x"), 2, 4, True)
     assert one.captions != other.captions or not torch.equal(one.images, other.images)
-
-
-def test_backgrounds_show_through_alpha():
-    views = np.zeros((1, 1, 3, 4), np.uint8)
-    views[0, 0, :, 0], views[0, 0, :, 3] = 255, (0, 255, 51)  # red: absent, opaque, one fifth
-    out = on_background(views, torch.tensor([0.0, 0.5, 1.0]))[0, :, 0]
-    assert torch.allclose(
-        out.T, torch.tensor([[-1, 0, 1], [1, -1, -1], [0.2 * 2 - 1, 0.4 * 2 - 1, 0.8 * 2 - 1]]), atol=1e-6
-    )
-
-
-def test_the_share_of_each_background():
-    kinds = [batches.draw_background(Stream(0, i, "b")) for i in range(2000)]
-    shares = [kinds.count(k) / 2000 for k in (batches.ON_GREY, batches.ON_WHITE, batches.ON_COLOR)]
-    assert np.allclose(shares, batches.BACKGROUND_SHARES, atol=0.03)
 
 
 def test_views_must_divide_the_orbit():

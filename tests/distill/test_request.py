@@ -14,7 +14,7 @@ from reference.random_model import TINY, random_model
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, UserError
 from mvdream_fast.distill import config as distill_config
-from mvdream_fast.distill import request
+from mvdream_fast.distill import request, settings_file
 from mvdream_fast.distill.config import NEWER, ExportConfig, SDSConfig, replaced
 from mvdream_fast.distill.recipes import RECIPES, resolve_config, sampled_as, shaded
 from mvdream_fast.distill.systems import SDS_PRESETS
@@ -36,7 +36,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
         'prompt = "a red car"\nseed = 5\npreset = "mini"\n'
         "[sds]\nguidance_scale = 9.0\nrescale = 0.2\n[export]\nfaces = 900\ntexture = 64\n",
     )
-    file = request.read_settings(path)
+    file = settings_file.read_settings(path)
     wanted = request.resolve({"guidance_scale": 3.0, "texture": 128}, file)
     assert (wanted.prompt, wanted.seed, wanted.model) == ("a red car", 5, "embedded")
     assert (wanted.config.guidance.guidance_scale, wanted.config.guidance.rescale) == (3.0, 0.2)
@@ -84,7 +84,7 @@ def test_null_in_an_older_record_is_no_limit(tmp_path):
     wanted["export"]["faces"] = None
     path = written(tmp_path, wanted, "config.json")
     assert request.read_run(tmp_path).export.faces == 0
-    assert request.resolve({}, request.read_settings(path)).export.faces == 0
+    assert request.resolve({}, settings_file.read_settings(path)).export.faces == 0
 
 
 @pytest.mark.parametrize("preset", sorted(SDS_PRESETS))
@@ -92,7 +92,7 @@ def test_null_in_an_older_record_is_no_limit(tmp_path):
 def test_what_a_run_leaves_can_be_passed_back(tmp_path, preset, extra):
     first = request.resolve({**CHAIR, "seed": "3", "preset": preset, **extra})
     path = written(tmp_path, {**first.to_dict(), "version": "0", "machine": {"cores": 2}}, "config.json")
-    again = request.resolve({}, request.read_settings(path))
+    again = request.resolve({}, settings_file.read_settings(path))
     assert dataclasses.replace(again, why="") == dataclasses.replace(first, why="")
     assert dataclasses.replace(request.read_run(tmp_path), why="") == dataclasses.replace(first, why="")
 
@@ -141,15 +141,15 @@ def test_shading_begins_in_the_middle_of_any_run():
 )
 def test_a_file_that_is_no_settings_is_refused(tmp_path, name, content, message):
     with pytest.raises(InputFileError, match=message):
-        request.read_settings(written(tmp_path, content, name))
+        settings_file.read_settings(written(tmp_path, content, name))
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputFileError, match="No such file"):
-        request.read_settings(tmp_path / "nowhere.toml")
+        settings_file.read_settings(tmp_path / "nowhere.toml")
     (tmp_path / "b.toml").write_bytes(b"\xe9")
     with pytest.raises(InputFileError, match="cannot read"):
-        request.read_settings(tmp_path / "b.toml")
+        settings_file.read_settings(tmp_path / "b.toml")
     written(tmp_path, {"kind": "sds", "prompt": "x", "sds": {"steps": 3}}, "config.json")
     with pytest.raises(InputFileError, match="incomplete"):
         request.read_run(tmp_path)
@@ -298,10 +298,10 @@ def test_files_of_other_encodings_and_line_rules(tmp_path, encoding):
     for name, content in (("RUN.TOML", 'prompt = "ein grüner Stuhl"\r\nseed = 3\r\n'),
                           ("run.json", '{"prompt": "ein grüner Stuhl",\r\n "seed": 3}')):  # fmt: skip
         (tmp_path / name).write_bytes(content.encode(encoding))
-        assert request.read_settings(tmp_path / name) == {"prompt": "ein grüner Stuhl", "seed": 3}
+        assert settings_file.read_settings(tmp_path / name) == {"prompt": "ein grüner Stuhl", "seed": 3}
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(InputFileError, match=f"{name}: line 1 is not UTF-8"):
-            request.read_settings(tmp_path / name)
+            settings_file.read_settings(tmp_path / name)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029"])
@@ -345,7 +345,7 @@ NAMES = [f.name for f in dataclasses.fields(SDSConfig)]
 FILES = st.fixed_dictionaries(
     {},
     optional={
-        **{f.name: VALUES for f in dataclasses.fields(request.SettingsFile) if f.name != "sds"},
+        **{f.name: VALUES for f in dataclasses.fields(settings_file.SettingsFile) if f.name != "sds"},
         "sds": st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=4), VALUES, max_size=3),
     },
 )
@@ -355,7 +355,7 @@ def fuzz(path, content):
     """Any file is either refused with one of our errors or becomes a run that can be used."""
     path.write_text(json.dumps(content))
     try:
-        wanted = request.resolve(CHAIR, request.read_settings(path))
+        wanted = request.resolve(CHAIR, settings_file.read_settings(path))
     except UserError:
         return
     request.check_config(wanted.config)
@@ -385,14 +385,14 @@ def test_a_recipe_brings_its_settings_and_its_model(tmp_path):
     assert (changed.recipe, {stage.mode for stage in changed.stages}) == ("prolificdreamer", {"3d"})
     assert [stage.steps for stage in changed.stages] == [40, 10, 10]
     assert changed.guidance.max_step == pytest.approx((8, 0.98, 0.5, 8.0016))
-    file = request.read_settings(written(tmp_path, 'recipe = "dreamfusion-if"\n[sds]\nsteps = 60\n'))
+    file = settings_file.read_settings(written(tmp_path, 'recipe = "dreamfusion-if"\n[sds]\nsteps = 60\n'))
     assert request.resolve(CHAIR, file).config == resolve_config("mini", recipe="dreamfusion-if", steps=60)
-    again = request.read_settings(written(tmp_path, run.to_dict(), "config.json"))
+    again = settings_file.read_settings(written(tmp_path, run.to_dict(), "config.json"))
     assert dataclasses.replace(request.resolve({}, again), why="") == dataclasses.replace(run, why="")
     with pytest.raises(ArgumentError, match="--recipe mvdream contradicts the file of --config, which is for dream"):
         request.resolve({**CHAIR, "recipe": "mvdream"}, file)
     with pytest.raises(InputFileError, match="recipe must be 'mvdream', .* got 'magic'"):
-        request.read_settings(written(tmp_path, 'recipe = "magic"'))
+        settings_file.read_settings(written(tmp_path, 'recipe = "magic"'))
 
 
 def test_a_run_that_goes_on_keeps_its_recipe():

@@ -10,10 +10,10 @@ from reference.random_model import random_model
 from mvdream_fast.camera import middle_cameras
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.distill import loop
 from mvdream_fast.distill.config import check_learning, replaced, restepped
-from mvdream_fast.distill.loop import Sampled, new_guidance
+from mvdream_fast.distill.loop import new_guidance
 from mvdream_fast.distill.recipes import guided_views
+from mvdream_fast.distill.sampled import Sampled, Sampler
 from mvdream_fast.distill.systems import mini, mvdream_solid
 from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
 from mvdream_fast.guidance.sds import SDS
@@ -72,19 +72,41 @@ def test_their_weight_is_a_ramp(pipeline, step, weight):
     assert t == 7
 
 
-def test_stages_that_want_the_same_views_have_them_drawn_once(pipeline, monkeypatch):
-    drawn, calls, call = {}, [], MVDreamPipeline.__call__
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """What pipelines are asked for."""
+    found, call = [], MVDreamPipeline.__call__
 
     def counted(self, *args, **kwargs):
-        calls.append(args)
+        found.append(args)
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(MVDreamPipeline, "__call__", counted)
-    first, second = (new_guidance(pipeline, "a red car", BESIDE, 5, drawn) for _ in range(2))
+    return found
+
+
+@pytest.mark.parametrize(("n_views", "n_calls"), [(4, 1), (8, 2)])
+def test_a_run_fits_the_first_views_where_it_fits_four(pipeline, calls, tmp_path, n_views, n_calls):
+    sampler = Sampler(pipeline)
+    config = replaced(BESIDE, sampled_views=n_views, steps=1)
+    shown = sampler.first_views("a red car", config, 5)
+    asset = TextTo3D(pipeline, sampler=sampler)("a red car", seed=5, config=config)
+    assert len(calls) == n_calls
+    assert torch.equal(sampler.sampled("a red car", config, 5).images, draw(pipeline, n_views).tensor)
+    assert torch.equal(shown.tensor, sampler.sampled("a red car", config, 5).images) == (n_views == 4)
+    again = TextTo3D(pipeline)("a red car", seed=5, config=config)
+    assert all(torch.equal(x, again.state()[name]) for name, x in asset.state().items())
+    for prompt, seed in (("a green car", 5), ("a red car", 6)):
+        assert not torch.equal(sampler.sampled(prompt, config, seed).images, shown.tensor)
+
+
+def test_stages_that_want_the_same_views_have_them_drawn_once(pipeline, calls):
+    sampler = Sampler(pipeline)
+    first, second = (new_guidance(pipeline, "a red car", BESIDE, 5, sampler) for _ in range(2))
     assert len(calls) == 1
     assert torch.equal(first.images, second.images)
     for n, change in enumerate(({"sampled_scale": 4.0}, {"sampled_uncond": "2d"}), start=2):
-        other = new_guidance(pipeline, "a red car", replaced(BESIDE, **change), 5, drawn)
+        other = new_guidance(pipeline, "a red car", replaced(BESIDE, **change), 5, sampler)
         assert len(calls) == n
         assert not torch.equal(first.images, other.images)
 
@@ -136,7 +158,7 @@ def test_a_run_begins_as_their_hull(pipeline, monkeypatch, method):
         drawn.append(args)
         return Sampled(square(4), middle_cameras(dataclasses.replace(config.cameras, n_views=4)))
 
-    monkeypatch.setattr(loop, "_sampled", draw_square)
+    monkeypatch.setattr(Sampler, "sampled", draw_square)
     before = replaced(config, lr_geometry=1e-9, lr_encoding=1e-9, lr_mlp=1e-9)
     asset = TextTo3D(pipeline)("a red car", seed=1, config=before)
     assert len(drawn) == 1
@@ -151,7 +173,7 @@ def test_a_run_begins_as_their_hull(pipeline, monkeypatch, method):
 def test_where_they_show_nothing_a_run_begins_as_ever(pipeline, monkeypatch):
     grey = torch.full((4, 3, 16, 16), 0.5)
     cameras = middle_cameras(dataclasses.replace(HULL.cameras, n_views=4))
-    monkeypatch.setattr(loop, "_sampled", lambda *_: Sampled(grey, cameras))
+    monkeypatch.setattr(Sampler, "sampled", lambda *_: Sampled(grey, cameras))
     still = replaced(HULL, lr_geometry=1e-9)
     mesh = TextTo3D(pipeline)("a red car", seed=1, config=still).mesh()
     np.testing.assert_allclose(np.linalg.norm(mesh.vertices, axis=1), 0.5, atol=0.03)

@@ -13,7 +13,7 @@ from reference.studio import Painter, Studio, same
 
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
-from mvdream_fast.distill import request, run_memory
+from mvdream_fast.distill import request, run_memory, settings_file
 from mvdream_fast.distill.config import joined, replaced, restepped, settings_of, shared_out, written
 from mvdream_fast.distill.progress import Watcher
 from mvdream_fast.distill.recipes import RECIPES, guided_views, resolve_config
@@ -212,7 +212,7 @@ def test_a_table_for_each_stage_and_what_a_run_writes_of_itself(tmp_path):
         'prompt = "a cup"\nrecipe = "magic3d-if-sd"\nrefine_model = "mine"\n'
         "[[sds]]\nsteps = 40\n[[sds]]\nguidance_scale = 9.0\ntets_resolution = 32\n"
     )
-    run = request.resolve({}, request.read_settings(path))
+    run = request.resolve({}, settings_file.read_settings(path))
     first, second = run.config.stages
     assert (first.steps, first.shading_from, second.steps) == (40, 8, 200)
     assert (first.guidance.guidance_scale, second.guidance.guidance_scale) == (20, 9)
@@ -223,15 +223,15 @@ def test_a_table_for_each_stage_and_what_a_run_writes_of_itself(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record))
     again = request.read_run(tmp_path)
     assert (again.config, again.refine_model) == (run.config, "mine")
-    assert request.resolve({}, request.read_settings(tmp_path / "config.json")).config == run.config
+    assert request.resolve({}, settings_file.read_settings(tmp_path / "config.json")).config == run.config
     assert request.differences(run, {"steps": 240, "refine_model": "mine", "lr": 0.01}) == {}
     assert request.differences(run, {"steps": 40}) == {"steps": (40, 240)}
     (tmp_path / "bad.json").write_text('{"sds": [{}, {"stepz": 3}]}')
     with pytest.raises(InputFileError, match=r"unknown key\(s\) stepz"):
-        request.read_settings(tmp_path / "bad.json")
+        settings_file.read_settings(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text('{"sds": [{}, {"steps": "3"}]}')
     with pytest.raises(InputFileError, match=r"sds\[1\].steps must be an integer, got '3'"):
-        request.read_settings(tmp_path / "bad.json")
+        settings_file.read_settings(tmp_path / "bad.json")
 
 
 def test_each_stage_is_checked_for_its_memory_with_its_own_model(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from mvdream_fast.core.ramp import is_ever_on, ramp
 from mvdream_fast.distill.config import check_learning, joined, replaced, restepped, settings_of
 from mvdream_fast.distill.recipes import OF_MVDREAM, RECIPES, guided_views, resolve_config, usual_recipe
 from mvdream_fast.distill.request import resolve
+from mvdream_fast.distill.sampled import Sampler
 from mvdream_fast.distill.systems import SDS_PRESETS, mvdream_solid
 from mvdream_fast.jobs.asset import sample_views
 from mvdream_fast.models.config import SamplingGuidance
@@ -81,7 +82,7 @@ def test_its_surface_is_smoothed_first_and_corners_come_back(size, steps, last):
 def test_the_first_views_are_guided_as_those_that_are_fitted(flags, guidance, tmp_path):
     pipeline = MVDreamPipeline(random_model(), "cpu", torch.float32)
     run = resolve({"prompt": "a red chair", "preset": "fast", "seed": 2, **flags})
-    sample_views(pipeline, run, tmp_path)
+    sample_views(Sampler(pipeline), run, tmp_path)
     settings = {"guidance_scale": guidance.scale, "uncond_mode": guidance.uncond_mode, "negative_prompt": ""}
     drawn = pipeline("a red chair", seed=2, n_steps=25, warn=lambda _: None, **settings)
     assert (tmp_path / "views.png").read_bytes() == png_bytes(drawn.sheet())

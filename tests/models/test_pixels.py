@@ -10,7 +10,7 @@ from mvdream_fast.checkpoints.open import load_model, save_model
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.models.config import PIXELS, VAEConfig
 from mvdream_fast.models.pixels import Pixels
-from mvdream_fast.training.runs import new_model
+from mvdream_fast.training.initial_model import new_model
 
 
 def config(patch: int, **settings) -> VAEConfig:

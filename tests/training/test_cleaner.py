@@ -15,6 +15,7 @@ from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import main
 from mvdream_fast.training import runs
 from mvdream_fast.training.cleaner import KEPT, NOISE, CleanerTrainer
+from mvdream_fast.training.initial_model import new_model
 from mvdream_fast.training.touched import CHECKED, GUIDANCE, TouchedOptions, with_network
 
 __all__ = ["data", "tiny"]  # fixtures
@@ -22,7 +23,7 @@ __all__ = ["data", "tiny"]  # fixtures
 
 def cleaner_trainer(data, **options) -> CleanerTrainer:
     shards = Shards(data)
-    model = with_network(runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0), "cleaner", 128, 0)
+    model = with_network(new_model("mini", build_subset_vocabulary(shards.captions()), seed=0), "cleaner", 128, 0)
     parts = runs.Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
     return CleanerTrainer(
         parts, model.vae, ImageSource(shards), TouchedOptions(**{"batch_size": 2, "steps": 8, "warmup": 1} | options)
@@ -145,7 +146,7 @@ def test_an_autoencoder_without_a_cleaner_is_refused(data):
 
 @pytest.fixture
 def model(data, tmp_path):
-    whole = runs.new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
+    whole = new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0)
     save_model(whole, tmp_path / "first")
     return tmp_path / "first"
 
@@ -173,6 +174,6 @@ def test_a_run_adds_a_cleaner_and_leaves_all_else(data, model, tmp_path):
 
 
 def test_models_without_an_autoencoder_are_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "load_model", lambda *_: runs.new_model("pixels", build_subset_vocabulary([]), seed=0))
+    monkeypatch.setattr(runs, "load_model", lambda *_: new_model("pixels", build_subset_vocabulary([]), seed=0))
     with pytest.raises(ArgumentError, match="--stage cleaner needs a model with an autoencoder, got pixels"):
         main(flags(data, tmp_path, stage="cleaner", init="pixels"))

@@ -14,6 +14,7 @@ from mvdream_fast.data.shards import write_shard
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import main
 from mvdream_fast.training import runs
+from mvdream_fast.training.initial_model import new_model
 from mvdream_fast.training.matting import COLORS, OPACITY, SQUARED, MattingTrainer
 from mvdream_fast.training.touched import CHECKED, TouchedOptions, with_network
 
@@ -34,7 +35,7 @@ def data(tmp_path_factory):
 
 def matting_trainer(data, **options) -> MattingTrainer:
     shards = Shards(data)
-    model = with_network(runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0), "matting", 16, 0)
+    model = with_network(new_model("mini", build_subset_vocabulary(shards.captions()), seed=0), "matting", 16, 0)
     parts = runs.Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
     options = TouchedOptions(**{"batch_size": 2, "steps": 8, "warmup": 1} | options)
     return MattingTrainer(parts, model.vae, ImageSource(shards), options)
@@ -117,7 +118,7 @@ def test_an_autoencoder_without_one_is_refused(data):
 
 
 def test_a_run_adds_it_and_leaves_all_else(data, tmp_path):
-    save_model(runs.new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0), tmp_path / "first")
+    save_model(new_model("mini", build_subset_vocabulary(Shards(data).captions()), seed=0), tmp_path / "first")
     main(flags(data, tmp_path / "run", stage="matting", init=str(tmp_path / "first"), steps=3))
     before, after = load_model(tmp_path / "first"), load_model(tmp_path / "run" / "model")
     assert after.config == replace(before.config, vae=replace(before.config.vae, decoder_matting=32))

@@ -15,6 +15,7 @@ from mvdream_fast.models.config import ModelConfig, ScheduleConfig, TextConfig, 
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import Flags
 from mvdream_fast.training import runs
+from mvdream_fast.training.initial_model import new_model
 from mvdream_fast.training.learning_rate import rate
 from mvdream_fast.training.loop import Loop, LoopOptions
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions, spread_timesteps
@@ -62,7 +63,7 @@ def data(tmp_path_factory):
 
 def make_trainer(data, **options) -> Trainer:
     shards = Shards(data)
-    model = runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0)
+    model = new_model("mini", build_subset_vocabulary(shards.captions()), seed=0)
     parts = Parts(model.config, model.unet, model.text, model.vae, model.tokenizer)
     return Trainer(parts, ImageSource(shards), TrainOptions(**{"batch_size": 2, "warmup": 2, "lr": 1e-3} | options))
 
@@ -267,7 +268,7 @@ def test_graphs_are_made_unless_they_are_switched_off(stage, name, graphs, data,
             raise DivergedError("that will do")
 
     monkeypatch.setattr(runs, name, Noted)
-    monkeypatch.setattr(runs, "_begin", lambda *_: runs.new_model("mini", build_subset_vocabulary([]), seed=0))
+    monkeypatch.setattr(runs, "initial_model", lambda *_: new_model("mini", build_subset_vocabulary([]), seed=0))
     with pytest.raises(DivergedError):
         runs.run_stage(flags(data, tmp_path / "run", stage=stage, graphs=graphs))
     assert made[0]._descent.enabled == graphs
@@ -275,7 +276,7 @@ def test_graphs_are_made_unless_they_are_switched_off(stage, name, graphs, data,
 
 def vae_trainer(data, steps=4):
     shards = Shards(data)
-    vae = runs.new_model("mini", build_subset_vocabulary(shards.captions()), seed=0).vae
+    vae = new_model("mini", build_subset_vocabulary(shards.captions()), seed=0).vae
     return VAETrainer(TINY, vae, ImageSource(shards), VAEOptions(steps=steps, batch_size=4, warmup=1))
 
 

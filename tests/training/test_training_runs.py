@@ -23,6 +23,7 @@ from mvdream_fast.models.config import with_settings
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import Flags, main
 from mvdream_fast.training import runs
+from mvdream_fast.training.initial_model import adjusted, initial_model, new_model
 
 __all__ = ["data", "tiny"]  # fixtures
 
@@ -91,7 +92,7 @@ def test_training_goes_on_from_published_files(data, tmp_path, kind, capsys):
 def test_a_2d_model_gets_cameras_and_views(where, mixing):
     """As the paper starts from Stable Diffusion: what it could stays, to the bit; layers that are added learn."""
     rows = build_subset_vocabulary(["a red chair"])
-    old = runs.new_model("mini", rows, seed=0, settings=("unet.camera_in=none",))
+    old = new_model("mini", rows, seed=0, settings=("unet.camera_in=none",))
     g = torch.Generator().manual_seed(1)
     for parameter in old.unet.parameters():  # none of the layers that close a branch may be zero
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=g)
@@ -102,7 +103,7 @@ def test_a_2d_model_gets_cameras_and_views(where, mixing):
         alone, together = old.unet(latents, t, both), old.unet(latents, t, context, n_views=2)
     assert not torch.allclose(alone, together, atol=1e-3)
     settings = (f"unet.camera_in={where}", f"unet.view_mixing={mixing}")
-    new = runs.adjusted(old, settings, seed=0)
+    new = adjusted(old, settings, seed=0)
     assert new.config.unet == with_settings(new.config, settings).unet
     with torch.no_grad():
         torch.testing.assert_close(new.unet(latents, t, both), alone, rtol=0, atol=0)
@@ -193,7 +194,7 @@ def test_nothing_stands_in_for_a_word_before_a_comma(vae_model, data, tmp_path):
     words = tmp_path / "stand_ins.txt"
     words.write_text("box red\n")
     args = flags(data, tmp_path / "out", vae=str(vae_model), stand_ins=words)
-    assert runs._begin(args, tmp_path, ["a red box, old"]).tokenizer.stand_ins == {}
+    assert initial_model(args, tmp_path, ["a red box, old"]).tokenizer.stand_ins == {}
 
 
 @pytest.mark.parametrize(("size", "near"), [(8, 8), (16, 16), (24, 24), (32, 16)])

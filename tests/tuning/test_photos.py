@@ -10,7 +10,7 @@ from PIL import Image
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.data.batches import on_background
+from mvdream_fast.data.backgrounds import on_background
 from mvdream_fast.tuning import photos as module
 from mvdream_fast.tuning.photos import MAX_PHOTOS, PhotoSource, draw, list_photos, load_photo
 
