@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -70,7 +70,9 @@ class Source(Protocol):
     """Where a trainer's batches come from."""
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
-        """The batch that the stream's key stands for, or this process' share of it: nothing else is read or decoded."""
+        """The batch that the stream's key stands for, or this process' share of it: nothing else is read or decoded.
+
+        Scenes come in random order, whatever they are, as a trainer deals rising noise levels to them in turn."""
         ...
 
 
@@ -336,16 +338,32 @@ class WithPictures:
         self.renders, self.pictures = renders, pictures
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
-        """As ImageSource.batch; of the 2D ones each process gets as many pictures."""
+        """As ImageSource.batch; pictures stand anywhere among the renders."""
         total = n_scenes * n_views
-        n = int(PICTURE_SHARE * total / ranks.world) * ranks.world
+        n = int(PICTURE_SHARE * total)
         if multi_view or not n:
             return self.renders.batch(stream, n_scenes, n_views, multi_view, ranks)
-        one, two = (
-            self.renders.batch(stream, total - n, 1, False, ranks),
-            self.pictures.batch(stream, n, 1, False, ranks),
-        )
-        return replace(one, images=torch.cat([one.images, two.images]), captions=one.captions + two.captions)
+        order = stream.permutation(total).tolist()  # the renders' places in the batch, then the pictures'
+        own = ranks.part(list(range(total)))
+        seeds, found = stream.integers(0, 2**31, 2).tolist(), dict[int, tuple[Tensor, str]]()
+        for source, seed, places in zip((self.renders, self.pictures), seeds, (order[:-n], order[-n:]), strict=True):
+            rows = [row for row, place in enumerate(places) if place in own]
+            if rows:
+                part = source.batch(Stream(seed, 0, "part of a batch"), len(places), 1, False, _Rows(rows))
+                found |= zip((places[row] for row in rows), zip(part.images, part.captions, strict=True), strict=True)
+        images, captions = zip(*(found[place] for place in own), strict=True)
+        return Batch(torch.stack(images), None, list(captions), 1, encoded=part.encoded)
+
+
+class _Rows(Ranks):
+    """A process whose share of a batch is these rows of it."""
+
+    def __init__(self, rows: list[int]):
+        super().__init__()
+        self._rows = rows
+
+    def part(self, rows: Any) -> Any:
+        return [rows[i] for i in self._rows]
 
 
 def _groups(
@@ -390,7 +408,7 @@ def _epoch(seed: int, number: int, total: int) -> Tensor:
 
 
 def _pick(total: int, n: int, stream: Stream) -> list[int]:
-    """n indices below total, without repeats while there are enough."""
+    """n indices below total in random order, without repeats where they are at most half of them."""
     if isinstance(stream, Turns):
         return stream.turn(total, n)
     if n <= total // 2:

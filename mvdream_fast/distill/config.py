@@ -114,6 +114,11 @@ class SDSConfig(Checked):
         past = step / self.steps - self.lr_decay_from
         return self.lr_decay ** (past / (1 - self.lr_decay_from)) if past > 0 else 1.0
 
+    @property
+    def n_fitted(self) -> int:
+        """Sampled views that the stage fits, in place of distillation or beside it."""
+        return self.cameras.n_views if self.method == "reconstruct" else self.sampled.sampled_views
+
     def n_rays(self) -> int:
         """Rays of a step in the largest phase."""
         known = int(self.sampled.beside)  # a group of sampled views beside those that are distilled from

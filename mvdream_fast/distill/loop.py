@@ -22,7 +22,7 @@ from mvdream_fast.diffusion.denoiser import TextCond
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.config import SDSConfig, check_learning, completed, written
 from mvdream_fast.distill.sampled import Sampler, silent
-from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState
+from mvdream_fast.distill.state import MAX_SKIPPED, GrownAsset, Record, RunState, is_skipping
 from mvdream_fast.guidance.base import Guidance
 from mvdream_fast.guidance.prompts import VIEW_WORDS
 from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction
@@ -100,7 +100,9 @@ class Loop:
                 break
             self._report(state, self._attempt(state, step, lambda step=step: state.step(step)))
             if (state.before + step + 1) % self.checkpoint_every == 0:
-                self._save(state, step + 1, about)
+                self._report(state, state.settle())
+                if not state.skipped:  # what a recovery goes back to must be good
+                    self._save(state, step + 1, about)
         else:
             step = config.steps
         self._report(state, state.settle())
@@ -162,11 +164,12 @@ class Loop:
             )
         saved = self._latest()
         happened = f"{MAX_SKIPPED} steps gave numbers that are not finite"
-        if saved is None or saved[0] <= state.before:  # which is of the stage before
+        if saved is None or saved[0] <= state.before or is_skipping(saved[1]):  # of the stage before, or stopped in it
             state.restart(happened)
             return
         state.restore(saved[1])
-        state.restarts, state.event = 1, f"{happened}: back to the values of step {saved[0]}"
+        state.skipped, state.empty, state.restarts = 0, 0, 1
+        state.event = f"{happened}: back to the values of step {saved[0]}"
 
     def _save(self, state: RunState, step: int, about: dict[str, Any]) -> None:
         if self.checkpoints is None:

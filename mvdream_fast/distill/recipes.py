@@ -63,11 +63,13 @@ def usual_recipe(preset: str, given: Iterable[str] = (), multi_view: bool = True
 
 def shaded(config: SDSConfig) -> SDSConfig:
     """The shading variant of a recipe: a point light in the second half of each stage; where it has the weight,
-    orientation loss."""
+    orientation loss. Stages that are lit already stay as they are."""
     return joined(_shaded(stage) for stage in config.stages)
 
 
 def _shaded(stage: SDSConfig) -> SDSConfig:
+    if stage.shading:
+        return stage
     half = stage.steps // 2
     losses = {"lambda_orient": (0.0, 10.0, 1000.0, float(half))} if "lambda_orient" in settings_of(stage) else {}
     return replaced(stage, shading=True, shading_from=half, **losses)
@@ -87,6 +89,11 @@ def resolve_config(base: str | SDSConfig, **overrides: Any) -> SDSConfig:
                 raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {found!r}")
         config = RECIPES[recipe].at(base)
         if overrides.get("method") == "reconstruct" and base in SOLID_STEPS and not config.later:
+            if recipe != MVDREAM:
+                raise ArgumentError(
+                    f"method must be sds with the recipe {recipe}, got 'reconstruct', which is a method of {MVDREAM}; "
+                    "leave the recipe out"
+                )
             config = few_shot(base)
     else:
         config = base
@@ -113,7 +120,7 @@ def sampled_as(config: SDSConfig, guidance: SamplingGuidance, given: Iterable[st
     """A recipe whose views are sampled as its model is best guided, but for the settings that were given."""
     wanted = {"sampled_scale": guidance.scale, "sampled_uncond": guidance.uncond_mode}
     wanted = {name: value for name, value in wanted.items() if name not in given}
-    return joined(replaced(stage, **wanted) if stage.sampled.sampled_views else stage for stage in config.stages)
+    return joined(replaced(stage, **wanted) if stage.n_fitted else stage for stage in config.stages)
 
 
 def guided_views(config: SDSConfig) -> int:
@@ -121,11 +128,11 @@ def guided_views(config: SDSConfig) -> int:
     view once for every step of its sampler, those half-way together with the ones that they are between. Stages that
     want the same sampled views have them together."""
     known = {
-        (how.sampled_views, how.sampled_between, how.sampled_steps, how.sampled_scale, how.sampled_uncond)
-        for how in (stage.sampled for stage in config.stages)
+        (stage.n_fitted, how.sampled_between, how.sampled_steps, how.sampled_scale, how.sampled_uncond)
+        for stage, how in ((stage, stage.sampled) for stage in config.stages)
     }
     sampled = sum(views * (3 if between else 1) * steps for views, between, steps, *_ in known)
-    return sum(map(_guided_views, config.stages)) + sampled
+    return sum(_guided_views(stage) for stage in config.stages if stage.method == "sds") + sampled
 
 
 def _guided_views(stage: SDSConfig) -> int:

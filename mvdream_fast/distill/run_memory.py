@@ -58,10 +58,11 @@ def estimate(
     for name in OF_EACH_PARTICLE & renderer.keys():
         renderer[name] *= config.guidance.particles
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}
-    if model is not None and config.method == "sds":
-        images = max(config.n_groups) * config.cameras.n_views
-        level = 4 * images * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
-        parts["the UNet"] = (4 if config.guidance.perp_neg else 2) * level * UNET_FACTOR  # prompts in one batch
+    images = _distilled(config) // _prompts(config)
+    if model is not None:
+        level = 4 * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]  # of an image
+        parts["the UNet"] = max(_distilled(config), _sampled(config)) * level * UNET_FACTOR
+    if model is not None and images:
         side = model.vae.image_size // model.vae.patch_size
         maps = images * side**2 * (model.vae.block_out_channels or (0,))[0] * VAE_FACTOR
         parts["the VAE's encoder"] = encoder_bytes * maps
@@ -70,7 +71,7 @@ def estimate(
             learned = adapter_weights(model.unet, config.guidance.lora_rank)
             if config.mode == "2d" or model.unet.camera_in == "none":
                 learned += pose_weights(model.unet)
-            parts[LEARNER] = 16 * learned + encoder_bytes * level // 4 * LEARNER_FACTOR
+            parts[LEARNER] = 16 * learned + encoder_bytes * images * level // 4 * LEARNER_FACTOR
             # one more call in the graphs of the guidance, and one there and back of its own for a number of groups
             kernels += (len({*config.render_size}) + 3 * len({*config.n_groups})) * UNET_KERNELS
         if config.repaint.repaints:  # in float32; the decoder, without a graph, takes less than the encoder's part
@@ -80,6 +81,21 @@ def estimate(
         if graphs:
             parts[memory.GRAPHS] = kernels * memory.KERNEL_BYTES
     return parts
+
+
+def _prompts(config: SDSConfig) -> int:
+    """Of each image, in one batch of distillation."""
+    return 4 if config.guidance.perp_neg else 2
+
+
+def _distilled(config: SDSConfig) -> int:
+    """Images that the model is asked about at once in a step, each with all prompts."""
+    return max(config.n_groups) * config.cameras.n_views * _prompts(config) if config.method == "sds" else 0
+
+
+def _sampled(config: SDSConfig) -> int:
+    """The same where a stage begins with sampled views, with those between them in one call."""
+    return 2 * config.n_fitted * (2 if config.sampled.sampled_between else 1)
 
 
 def adapter_weights(unet: UNetConfig, rank: int) -> int:
@@ -117,4 +133,6 @@ def advice(parts: Parts, config: SDSConfig) -> str:
     flag = FLAGS[first]
     if first in ("the renderer's samples", "the renderer's images"):
         flag = f"--render-size {max(8, max(config.render_size) // 2)}"
+    elif first == "the UNet" and config.sampled.beside and _sampled(config) > _distilled(config):
+        flag = "fewer sampled_views in --config"
     return memory.advice(parts, f"try {flag}")

@@ -48,14 +48,14 @@ class Sampler:
     def first_views(self, prompt: str, config: SDSConfig, seed: int) -> Views:
         """Four views, so that a bad prompt is seen before the long part: those that the run fits, or, where it fits
         none or more of them, others, as strongly guided."""
-        if n_fitted(config) == N_SHOWN and config.mode == "3d":
+        if config.n_fitted == N_SHOWN and config.mode == "3d":
             return self._drawn(prompt, config, seed)
         settings: dict[str, Any] = {**_settings(config, seed), "n_steps": SHOWN_STEPS}
         return self.pipeline(prompt, N_SHOWN, suffix=self.pipeline.suffix, mode=config.mode, **settings)
 
     def sampled(self, prompt: str, config: SDSConfig, seed: int) -> Sampled:
         """What a stage fits, in place of distillation or beside it, evenly around."""
-        cameras = dataclasses.replace(config.cameras, n_views=n_fitted(config))
+        cameras = dataclasses.replace(config.cameras, n_views=config.n_fitted)
         views, between = self._drawn(prompt, config, seed), None
         if config.sampled.sampled_between:
             outlines = self._outlines(prompt, config, seed)
@@ -65,7 +65,7 @@ class Sampler:
     def _drawn(self, prompt: str, config: SDSConfig, seed: int) -> Views:
         key = _key(prompt, config, seed)
         if key not in self._views:
-            self._views[key] = self.pipeline(prompt, n_fitted(config), **_settings(config, seed))
+            self._views[key] = self.pipeline(prompt, config.n_fitted, **_settings(config, seed))
         return self._views[key]
 
     def _outlines(self, prompt: str, config: SDSConfig, seed: int) -> Tensor:
@@ -77,17 +77,12 @@ class Sampler:
         return self._between[key]
 
 
-def n_fitted(config: SDSConfig) -> int:
-    """How many sampled views a stage fits."""
-    return config.cameras.n_views if config.method == "reconstruct" else config.sampled.sampled_views
-
-
 def silent(_: str) -> None:
     """Says nothing of unknown words: the command has named them once."""
 
 
 def _key(prompt: str, config: SDSConfig, seed: int) -> tuple[object, ...]:
-    return prompt, n_fitted(config), *_settings(config, seed).values()
+    return prompt, config.n_fitted, *_settings(config, seed).values()
 
 
 def _settings(config: SDSConfig, seed: int) -> dict[str, Any]:

@@ -146,7 +146,9 @@ class RunState:
     def rehearse(self) -> None:
         """The work of a step at the last resolution, the largest, without an update: so that a run whose resolution
         grows finds out at its start whether it will have the memory. Changes nothing."""
+        kept = self.guidance.state()  # a resumed run may be about to go on from an answer
         self._gradients(self.config.asked(self.config.steps - 1), Clock())
+        self.guidance.restore(kept)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, step: int, clock: "Clock") -> tuple[Tensor, int, Rendered | None, Tensor]:
@@ -224,7 +226,7 @@ class RunState:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{i}.{key}"] = value
         tensors |= {f"guidance.{name}": value for name, value in self.guidance.state().items()}
-        tensors["counters"] = torch.tensor([self.skipped, self.empty, self.restarts])
+        tensors["counters"] = torch.tensor([self.skipped, self.empty, self.restarts, self.halved])
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -240,7 +242,15 @@ class RunState:
                 raise ModelError(f"the checkpoint is of another configuration: {name} has shape {list(value.shape)}")
             self.optimizer.state[parameter][key] = value.to(parameter).clone()
         self.guidance.restore(_under("guidance.", tensors))
-        self.skipped, self.empty, self.restarts = reads.read(tensors["counters"])
+        self.skipped, self.empty, self.restarts, *halved = reads.read(tensors["counters"])
+        if any(halved) and not self.halved:  # which runs of older versions don't say
+            self.halved = True
+            self.representation.save_memory(self.config.n_rays())
+
+
+def is_skipping(tensors: dict[str, Tensor]) -> bool:
+    """Whether a `state` is of a run whose last step gave numbers that are not finite."""
+    return reads.read(tensors["counters"])[0] > 0
 
 
 def _representation(config: SDSConfig, seed: int, given: Representation | None) -> Representation:

@@ -13,10 +13,12 @@ from mvdream_fast.core.rng import Stream
 FLAT_COLORS = {"grey": GREY, "white": 1.0}
 
 
-def new_background(kind: Literal["learned", "grey", "white"], augment_prob: float) -> nn.Module:
-    """The background that a configuration names."""
+def new_background(
+    kind: Literal["learned", "grey", "white"], augment_prob: float, stream: Stream | None = None
+) -> nn.Module:
+    """The background that a configuration names; a learned one draws its weights from the stream."""
     if kind == "learned":
-        return EnvironmentMap(augment_prob=augment_prob)
+        return EnvironmentMap(augment_prob=augment_prob, stream=stream)
     level = FLAT_COLORS[kind]
     return FixedBackground((level, level, level))
 
@@ -49,11 +51,11 @@ class EnvironmentMap(nn.Module):
     then get a gradient of zero rather than none, so that their optimiser takes the same steps either way.
     """
 
-    def __init__(self, width: int = 16, augment_prob: float = 0.5):
+    def __init__(self, width: int = 16, augment_prob: float = 0.5, stream: Stream | None = None):
         super().__init__()
         self.augment_prob = augment_prob
-        sizes = [9, width, width, 3]
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes))
+        sizes, stream = [9, width, width, 3], stream or Stream(0, 0, "background")
+        self.layers = nn.ModuleList(_linear(a, b, stream) for a, b in pairwise(sizes))
 
     def forward(self, rays_d: torch.Tensor, stream: Stream | None = None, training: bool = False) -> torch.Tensor:
         """rays_d [R, 3] unit vectors -> [R, 3] in [0, 1]. A stream is needed only in training."""
@@ -67,6 +69,15 @@ class EnvironmentMap(nn.Module):
             raise ValueError("EnvironmentMap: stream must be a Stream in training, got None; pass rng.Stream(...)")
         draw = stream.uniform(4)  # on the CPU, where the first number can be looked at without waiting
         return color * 0 + to_device(draw[1:], color.device) if float(draw[0]) < self.augment_prob else color
+
+
+def _linear(n_in: int, n_out: int, stream: Stream) -> nn.Linear:
+    """A layer without bias whose weights are those that torch would begin with, but from the stream: torch's own
+    generator is the caller's."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=False)
+    most = n_in**-0.5
+    layer.weight.data.copy_(stream.uniform(n_out, n_in, low=-most, high=most))
+    return layer
 
 
 class FixedBackground(nn.Module):

@@ -161,7 +161,11 @@ def _square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
     if fit == "auto":
         transparent = sum(image.getchannel("A").histogram()[:128])
         fit = "pad" if transparent >= CUT_OUT_SHARE * image.width * image.height else "crop"
-    scale = size / (min if fit == "crop" else max)(image.size)
+    if fit == "crop":  # first, as a long strip that is enlarged as a whole takes gigabytes
+        side = min(image.size)
+        left, top = ((whole - side) / 2 for whole in image.size)
+        return image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    scale = size / max(image.size)
     shape = [max(1, round(side * scale)) for side in image.size]
     image = image.resize(shape, Image.Resampling.LANCZOS)  # Pillow weighs colours by their alpha
     left, top = ((size - side) // 2 for side in image.size)
@@ -176,9 +180,11 @@ def _to_rgba(image: Image.Image) -> Image.Image:
         import numpy as np
         from PIL import Image
 
-        exif = image.getexif()
+        exif, clear = image.getexif(), image.info.get("transparency")
         levels = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray((levels // 257).clip(0, 255).astype(np.uint8))
+        grey = (levels // 257).clip(0, 255).astype(np.uint8)
+        is_clear = levels == clear if isinstance(clear, int) else np.zeros_like(levels, bool)
+        image = Image.fromarray(np.dstack([grey, np.where(is_clear, 0, 255).astype(np.uint8)]), "LA")
         image.info["exif"] = exif.tobytes()
     return image.convert("RGBA")
 

@@ -13,7 +13,7 @@ from mvdream_fast.core.errors import OutOfMemoryError
 from mvdream_fast.distill import run_memory
 from mvdream_fast.distill.config import replaced
 from mvdream_fast.distill.recipes import shaded
-from mvdream_fast.distill.systems import SDS_PRESETS
+from mvdream_fast.distill.systems import SDS_PRESETS, mvdream_solid
 from mvdream_fast.models import lora
 from mvdream_fast.models.config import MINI, SD21
 from mvdream_fast.models.unet import MultiViewUNet
@@ -39,9 +39,23 @@ def test_what_grows_the_run_grows_the_estimate():
     assert four_prompts["the UNet"] == 2 * run_memory.estimate(SD21, PAPER)["the UNet"]
     beside = run_memory.estimate(MINI, replaced(SMALL, sampled_views=8))["the renderer's samples"]
     assert beside > 1.4 * run_memory.estimate(MINI, SMALL)["the renderer's samples"]
-    reconstruction = run_memory.estimate(SD21, replaced(PAPER, method="reconstruct"))
-    assert "the UNet" not in reconstruction
+    reconstruction = run_memory.estimate(SD21, replaced(PAPER, method="reconstruct", n_views=16))
+    assert "the VAE's encoder" not in reconstruction
+    assert reconstruction["the UNet"] == 2 * run_memory.estimate(SD21, PAPER)["the UNet"]  # of 2 groups of 4 views
     assert total(SD21, shaded(PAPER)) > base
+
+
+def test_views_that_are_sampled_first_count_with_those_between():
+    solid = mvdream_solid("paper")
+    asked = [
+        run_memory.estimate(SD21, replaced(solid, sampled_views=n, sampled_between=between))["the UNet"]
+        for n, between in ((4, False), (64, False), (64, True))
+    ]
+    assert asked[1:] == [16 * asked[0], 32 * asked[0]]
+    many = replaced(solid, sampled_views=64, sampled_between=True)
+    parts = dict.fromkeys(run_memory.FLAGS, 0) | {"the UNet": asked[2]}
+    assert "try fewer sampled_views in --config" in run_memory.advice(parts, many)
+    assert "try --n-views 4" in run_memory.advice(parts, solid)
 
 
 def test_a_gpu_marches_all_rays_at_once_and_has_an_encoder_of_16_bits():

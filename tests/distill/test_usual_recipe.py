@@ -4,10 +4,19 @@ import pytest
 import torch
 from reference.random_model import random_model
 
+from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.images import png_bytes
 from mvdream_fast.core.ramp import is_ever_on, ramp
 from mvdream_fast.distill.config import check_learning, joined, replaced, restepped, settings_of
-from mvdream_fast.distill.recipes import OF_MVDREAM, RECIPES, guided_views, resolve_config, usual_recipe
+from mvdream_fast.distill.recipes import (
+    OF_MVDREAM,
+    RECIPES,
+    guided_views,
+    resolve_config,
+    sampled_as,
+    shaded,
+    usual_recipe,
+)
 from mvdream_fast.distill.request import resolve
 from mvdream_fast.distill.sampled import Sampler
 from mvdream_fast.distill.systems import SDS_PRESETS, mvdream_solid
@@ -125,3 +134,31 @@ def test_stages_with_as_many_calls_for_other_views_have_them_each():
     twelve = replaced(mvdream_solid("fast"), sampled_views=12, sampled_between=False)
     four = mvdream_solid("fast")
     assert guided_views(joined([twelve, four])) == guided_views(twelve) + guided_views(four)
+
+
+def test_a_few_shot_fit_is_sampled_as_its_model_is_guided():
+    guidance = SamplingGuidance(5.0, "3d")
+    for config in (resolve_config("mini", method="reconstruct"), mvdream_solid("mini")):
+        how = sampled_as(config, guidance).sampled
+        assert (how.sampled_scale, how.sampled_uncond) == (5.0, "3d")
+        assert sampled_as(config, guidance, {"sampled_scale"}).sampled.sampled_scale == config.sampled.sampled_scale
+
+
+def test_a_few_shot_fit_asks_about_its_views_alone():
+    config = resolve_config("mini", method="reconstruct", sampled_steps=10, sampled_between=False)
+    assert guided_views(config) == 4 * 10
+    assert guided_views(replaced(config, sampled_between=True)) == (4 + 8) * 10
+
+
+@pytest.mark.parametrize("recipe", [SOLID, "mvdream-sharp"])
+def test_reconstruct_is_a_method_of_mvdream(recipe):
+    with pytest.raises(ArgumentError, match=f"method must be sds with the recipe {recipe}, got 'reconstruct'"):
+        resolve_config("mini", recipe=recipe, method="reconstruct")
+
+
+@pytest.mark.parametrize("recipe", ["dreamfusion-if", "magic3d-if-sd"])
+def test_what_is_lit_already_is_not_lit_later(recipe):
+    lit = resolve_config("paper", recipe=recipe)
+    assert [stage.shading_from for stage in shaded(lit).stages] == [stage.shading_from for stage in lit.stages]
+    dark = resolve_config("paper")
+    assert (shaded(dark).shading, shaded(dark).shading_from) == (True, dark.steps // 2)

@@ -11,7 +11,8 @@ from mvdream_fast.distill.recipes import RECIPES, resolve_config, shaded
 from mvdream_fast.distill.systems import SDS_PRESETS, mini, repaint
 from mvdream_fast.pipeline import MVDreamPipeline
 from mvdream_fast.scene.asset import Asset
-from mvdream_fast.scene.shapes import SHAPES, class_for
+from mvdream_fast.scene.kinds import new_representation
+from mvdream_fast.scene.shapes import SHAPES, changed, class_for
 from mvdream_fast.scene.tets.tets import Tets
 from mvdream_fast.text_to_3d import TextTo3D
 
@@ -31,6 +32,19 @@ def test_a_recipe_takes_any_shape(preset, recipe, shape):
     assert replaced(SDSConfig(), **typed(settings, "f", InputFileError)) == config
     shorter = resolve_config(config, steps=config.steps // 2)
     assert type(shorter.representation) is SHAPES[shape]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_fresh_representation_is_its_seed_alone(shape):
+    config = changed(replaced(mini(), shape=shape).representation, background="learned")
+    before = torch.get_rng_state()
+    first, second, other = (new_representation(config, seed).state() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)  # torch's own generator is the caller's
+    learned = [name for name in first if "background" in name]
+    assert learned
+    for name, values in first.items():
+        assert torch.equal(values, second[name]), name
+        assert name not in learned or not torch.equal(values, other[name])
 
 
 @pytest.mark.parametrize("shape", ["tets", "textured-mesh"])

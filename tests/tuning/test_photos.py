@@ -193,6 +193,33 @@ def test_other_modes(tmp_path):
     assert near(load_photo(tmp_path / "table.png", 8)[4, 4, :3], RED)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_grey_that_stands_for_nothing_is_transparent(tmp_path, dtype):
+    level = np.zeros((32, 32), dtype)
+    level[:16] = np.iinfo(dtype).max // 4 * 3
+    Image.fromarray(level).save(tmp_path / "cut.png", transparency=0)
+    photo = load_photo(tmp_path / "cut.png", 32)
+    assert (photo[:15, :, 3] == 255).all()
+    assert (photo[17:, :, 3] == 0).all()
+    assert near(photo[4, 4, :3], (191, 191, 191), 2)
+
+
+def test_a_long_strip_is_cropped_before_it_is_enlarged(tmp_path, monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def noted(self, size, *args, **kwargs):
+        sizes.append(size)
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    strip = np.zeros((4, 3001, 3), np.uint8)
+    strip[:, 1490:1510] = (200, 100, 50)
+    Image.fromarray(strip).save(tmp_path / "strip.png")
+    photo = load_photo(tmp_path / "strip.png", 64)
+    assert {*sizes} == {(64, 64)}
+    assert (photo == [200, 100, 50, 255]).all()
+
+
 def png_of(width: int, height: int) -> bytes:
     """A PNG that promises any size and holds hardly anything."""
 

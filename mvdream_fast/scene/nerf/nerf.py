@@ -41,7 +41,7 @@ class Nerf(Renderer):
         super().__init__(
             volume,
             OccupancyGrid(radius=volume.config.radius),
-            new_background(config.background, config.background_aug_prob),
+            new_background(config.background, config.background_aug_prob, stream),
             n_samples_per_ray=config.samples_per_ray,
             normals=normals,
             max_samples=config.max_samples,

@@ -48,7 +48,7 @@ class ColoredMesh(nn.Module):
         super().__init__()
         self.volume = Volume(config.volume_config(), stream)
         self.volume.density_weights.requires_grad_(False)
-        self.background = new_background(config.background, config.background_aug_prob)
+        self.background = new_background(config.background, config.background_aug_prob, stream)
 
     def body(self) -> Body:
         """The mesh that is drawn, with a graph to what of it is optimised."""
