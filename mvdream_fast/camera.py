@@ -139,8 +139,9 @@ def normalize_camera(c2w: Tensor) -> Tensor:
     if c2w.ndim < 2 or tuple(c2w.shape[1:]) not in ((4, 4), (16,)):
         raise ValueError(f"normalize_camera: c2w must be [V, 4, 4] or [V, 16], got {list(c2w.shape)}; one pose a view")
     c2w = c2w.reshape(-1, 4, 4)
-    position = c2w[:, :3, 3:]  # [V, 3, 1]
-    unit = position / (_length(position, 1) + 1e-8)
+    wide = torch.promote_types(c2w.dtype, torch.float32)  # 1e-8 is 0 in float16
+    position = c2w[:, :3, 3:].to(wide)  # [V, 3, 1]
+    unit = (position / (_length(position, 1) + 1e-8)).to(c2w.dtype)
     return torch.cat([torch.cat([c2w[:, :3, :3], unit], dim=2), c2w[:, 3:]], dim=1).reshape(-1, 16)
 
 

@@ -112,9 +112,20 @@ def test_normalize_moves_to_the_unit_sphere_and_leaves_its_argument_alone(shape)
     assert torch.equal(c2w, before), "the result must not share memory with the argument"
 
 
-def test_normalize_keeps_a_camera_at_the_origin():
-    c2w = torch.eye(4)[None]
-    assert torch.equal(normalize_camera(c2w), c2w.reshape(1, 16))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_normalize_keeps_a_camera_at_the_origin(dtype):
+    c2w = torch.eye(4, dtype=dtype)[None]
+    out = normalize_camera(c2w)
+    assert torch.equal(out, c2w.reshape(1, 16))
+    assert out.dtype == dtype
+
+
+def test_normalize_a_camera_whose_distance_is_none_of_its_dtype():
+    c2w = torch.eye(4, dtype=torch.float16)[None]
+    c2w[0, :3, 3] = 50_000.0  # 86603 from the origin; float16 ends at 65504
+    torch.testing.assert_close(
+        normalize_camera(c2w)[0, [3, 7, 11]].float(), torch.full((3,), 3**-0.5), rtol=1e-3, atol=0
+    )
 
 
 def test_rays_worked_by_hand():

@@ -4,6 +4,7 @@ Two families share it: the packed-sample ops, with a backend of the extension fo
 C++ on a CPU and Triton on a GPU. No maths here.
 """
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -58,6 +59,29 @@ def check_shaped(
     check_float(op, name, x, dtypes)
 
 
+def number(op: str, name: str, value: Any, remedy: str) -> float:
+    """A number of any library as one of Python's; not "4", and no list of one."""
+    if not isinstance(value, (str, bytes)):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}; {remedy}")
+
+
+def count(op: str, name: str, value: Any, remedy: str) -> int:
+    """A whole number of any library, as `number`; not 4.0."""
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: {name} must be a whole number, got {type(value).__name__}; {remedy}") from None
+
+
+def check_probability(op: str, name: str, value: Any, remedy: str = "pass a probability") -> None:
+    """A number in [0, 1]."""
+    require(0 <= number(op, name, value, remedy) <= 1, op, name, "in [0, 1]", value, remedy)
+
+
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """Every tensor on the device of the first."""
     (first, like), *rest = [(name, x) for name, x in tensors.items() if x is not None]
@@ -109,25 +133,66 @@ def vmap_error(op: str) -> RuntimeError:
     return RuntimeError(f"{op}: arguments must be plain tensors, got a vmapped one; put the extra axis into the batch")
 
 
+def as_constant(op: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    """run(*arguments) of an op without derivatives, outside of all transforms of torch.func, which see a constant.
+
+    arguments: tensors, lists and tuples of them, and whatever holds none. Raises: RuntimeError under vmap.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return run(*arguments)
+    if is_batched(*(x for x in arguments if isinstance(x, Tensor))):
+        raise vmap_error(op)
+    with torch._C._DisableFuncTorch():
+        return run(*map(unwrapped, arguments))
+
+
+def unwrapped(x: Any) -> Any:
+    """What the transforms of torch.func have wrapped, of a tensor or of each in a list or tuple."""
+    if isinstance(x, (list, tuple)):
+        return [unwrapped(each) for each in x]
+    while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
+
+
 def is_watched() -> bool:
     """Whether a transform of torch.func or a forward-mode derivative looks on, which only plain torch can answer."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def runs_natively(*tensors: Tensor | None, devices: tuple[str, ...] = ("cpu",)) -> bool:
-    """Whether the extension may read and replace these: plain float32 tensors on such devices that nothing watches."""
+def runs_natively(
+    *tensors: Tensor | None,
+    devices: tuple[str, ...] = ("cpu",),
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> bool:
+    """Whether the extension may read and replace these: plain tensors of such dtypes on such devices that nothing
+    watches."""
     if is_watched():
         return False
-    plain = (torch.float32, torch.strided)
     return all(
-        x is None or (_is_plain(x) and x.device.type in devices and (x.dtype, x.layout) == plain and not x.is_neg())
+        x is None or (_is_plain(x) and x.device.type in devices and x.dtype in dtypes and _has_its_numbers(x))
         for x in tensors
     )
+
+
+def _has_its_numbers(x: Tensor) -> bool:
+    """Whether what lies at its address, by its strides, is what it holds, and not the negative of it."""
+    return x.layout == torch.strided and not x.is_neg()
+
+
+def plain32(x: Tensor) -> Tensor:
+    """Contiguous float32 numbers of a tensor, for the extension to read where there is no derivative."""
+    return x.detach().resolve_neg().float().contiguous()
 
 
 def _is_plain(x: Tensor) -> bool:
     plain = type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     return plain and not is_legacy_batchedtensor(x)  # of torch.autograd.grad(is_grads_batched=True)
+
+
+def is_mapped(x: Tensor | None) -> bool:
+    """Whether a tensor stands for a batch of its like, as cotangents do: by is_grads_batched or by torch.func."""
+    return x is not None and (is_legacy_batchedtensor(x) or is_functorch_wrapped_tensor(x))
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -146,13 +211,17 @@ def vjp(
     """Gradients of `function` with a graph of their own, for the second derivatives of an op; None where unwanted.
 
     Zeros for what no output with a cotangent depends on. In full precision under autocast, too, as the op itself is.
+    With a graph of the gradients where one is recorded: for batched cotangents it need not be.
     """
-    wanted = [x for x in inputs if x.requires_grad]
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    keep = torch.is_grad_enabled()
+    with torch.autocast(inputs[0].device.type, enabled=False), torch.enable_grad():
+        # As inputs of their own: where one was made of another, the way between them is not the op's.
+        inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]
+        wanted = [x for x in inputs if x.requires_grad]
         outputs = zip(function(*inputs), cotangents, strict=True)
         pairs = [(y, d) for y, d in outputs if d is not None and y.requires_grad]
         if pairs:
-            options = {"create_graph": True, "materialize_grads": True}
+            options = {"create_graph": keep, "materialize_grads": True}
             gradients = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [d for _, d in pairs], **options))
         else:  # torch.autograd.grad refuses to start from nothing
             gradients = map(torch.zeros_like, wanted)

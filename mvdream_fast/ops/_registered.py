@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvdream_fast.ops._edges import vjp
+from mvdream_fast.ops._edges import is_mapped, vjp
 
 
 class Differentiable(torch.autograd.Function):
@@ -35,13 +35,15 @@ def differentiable(
     run: the arguments -> a tensor, or several. The first n_outputs are the op's; the others are there for the backward.
     pull: (cotangents, kept, wanted, *arguments) -> the arguments' gradients in their order, those that have none at
         the end left out. kept: the results of `run` whose numbers are in `keeps`; wanted: a bool for each argument.
-    twice: `run` in plain torch, for second derivatives; without it there are first ones only.
+    twice: `run` in plain torch, for second derivatives, and for cotangents that stand for a batch of them
+        (is_grads_batched, torch.func.vmap); without it there are first ones only.
     """
 
     def gradients_of(ctx, *cotangents):
         arguments, kept = _saved(ctx)
-        if twice is not None and torch.is_grad_enabled():  # second derivatives are asked for
+        if twice is not None and (torch.is_grad_enabled() or any(map(is_mapped, cotangents))):
             return _pull_twice(twice, arguments, cotangents)
+        cotangents = [d if d is None else d.resolve_neg() for d in cotangents]  # a kernel reads what lies there
         gradients = pull(cotangents, kept, ctx.needs_input_grad, *arguments)
         missing = len(arguments) - len(gradients)
         return (*gradients, *[None] * missing) if missing else tuple(gradients)
@@ -156,7 +158,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 def _pull_twice(twice: Callable, arguments: Sequence[Any], cotangents: Sequence[Tensor | None]) -> tuple:
-    """Gradients with a graph of their own, of the op in plain torch."""
+    """Gradients of the op in plain torch, with a graph of their own where one is recorded."""
     tensors = [x for x in arguments if isinstance(x, Tensor)]
 
     def run(*tensors):

@@ -231,7 +231,7 @@ def _fake(x, weight, bias, n_groups, eps, emb, silu):
 
 
 _GroupNormSiLU = differentiable(_forward_kernels, _backward_kernels, keeps=(1, 2))
-_OnCpu = differentiable(_forward_and_statistics, _backward_cpu, keeps=(1, 2), twice=_cpu)  # of what is `_is_native`
+_OnCpu = differentiable(_forward_and_statistics, _backward_cpu, keeps=(1, 2), twice=group_norm_silu_ref)
 register(
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, SymInt n_groups, float eps, Tensor? emb, bool silu)"
     " -> (Tensor, Tensor, Tensor)",

@@ -5,9 +5,11 @@ exact, so that every backend finds the same samples to the bit. Evaluating the f
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 
 import torch
 
@@ -15,10 +17,16 @@ from mvdream_fast.core.reads import read
 from mvdream_fast.ops._edges import (
     BACKENDS,
     address,
+    as_constant,
+    check_probability,
     check_same_device,
     check_shaped,
+    check_tensors,
+    count,
     is_recorded,
     load_native,
+    number,
+    plain32,
     queue_of,
     require,
     runs_natively,
@@ -136,8 +144,7 @@ def march_rays(
     given = (rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, jitter, near, far, max_samples)
     if torch.compiler.is_compiling():
         return _registered(*given)
-    box, shape = check_march("march_rays", *given)
-    return _march(rays_o, rays_d, box, occupancy_bits, shape, step_size, jitter, near, far, max_samples)
+    return as_constant("march_rays", _checked, *given)
 
 
 @torch.no_grad()
@@ -168,7 +175,7 @@ def march_rays_ref(
 
 def check_samples(op: str, samples: Samples, **rays: torch.Tensor) -> None:
     """What the extension reads by packed_info lies in the samples; `rays` are [R, 3] of as many as were marched."""
-    require(isinstance(samples, Samples), op, "samples", "Samples", type(samples).__name__, "march first", TypeError)
+    _check_kind(op, samples)
     check_shaped(op, "t_starts", samples.t_starts, (None,))
     check_shaped(op, "t_ends", samples.t_ends, (len(samples.t_starts),))
     check_same_device(op, t_starts=samples.t_starts, t_ends=samples.t_ends, packed_info=samples.packed_info, **rays)
@@ -176,6 +183,10 @@ def check_samples(op: str, samples: Samples, **rays: torch.Tensor) -> None:
         check_packing(op, len(samples.t_starts), None, samples.packed_info, None)
     for name, ray in rays.items():
         check_shaped(op, name, ray, (samples.n_rays, 3))
+
+
+def _check_kind(op: str, samples: object) -> None:
+    require(isinstance(samples, Samples), op, "samples", "Samples", type(samples).__name__, "march first", TypeError)
 
 
 def prune_samples(
@@ -188,14 +199,21 @@ def prune_samples(
     Returns: Samples, the subset in its order. Raises: ValueError, TypeError, RuntimeError for unfitting arguments.
     Source: nerfacc 0.5.3, visibility from density.
     """
+    _check_kind("prune_samples", samples)
+    packed = (samples.t_starts, samples.t_ends, samples.packed_info)
     if torch.compiler.is_compiling():
-        packed = (samples.t_starts, samples.t_ends, samples.packed_info)
         return Samples(*torch.ops.mvdream_fast.prune_samples(*packed, sigmas, alpha_thre, early_stop_eps))
-    check_samples("prune_samples", samples)
-    check_shaped("prune_samples", "sigmas", sigmas, (samples.n_samples,))
-    check_same_device("prune_samples", sigmas=sigmas, t_starts=samples.t_starts)
-    for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
-        require(0 <= value <= 1, "prune_samples", name, "in [0, 1]", value, "pass a probability")
+    thresholds = (alpha_thre, early_stop_eps)
+    return as_constant("prune_samples", _checked_prune, *packed, samples._is_ours, sigmas, *thresholds)
+
+
+def _checked_prune(t_starts, t_ends, packed_info, is_ours, sigmas, alpha_thre, early_stop_eps) -> Samples:
+    op, samples = "prune_samples", Samples(t_starts, t_ends, packed_info)
+    check_samples(op, ours(samples) if is_ours else samples)
+    check_shaped(op, "sigmas", sigmas, (samples.n_samples,))
+    check_same_device(op, sigmas=sigmas, t_starts=samples.t_starts)
+    check_probability(op, "alpha_thre", alpha_thre)
+    check_probability(op, "early_stop_eps", early_stop_eps)
     return _prune(samples, sigmas, alpha_thre, early_stop_eps)
 
 
@@ -230,6 +248,12 @@ def pack_bits(occupied: torch.Tensor) -> torch.Tensor:
     return (padded.reshape(-1, 8) << shifts).sum(-1, dtype=torch.uint8)
 
 
+def _checked(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples) -> Samples:
+    march = (rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples)
+    box, shape = check_march("march_rays", *march)
+    return _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
+
+
 def _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples) -> Samples:
     native = load_native("march_rays", rays_o)
     args, _alive = march_args("march_rays", rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
@@ -244,9 +268,9 @@ def _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_s
 
 def march_args(op, rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples=None):
     """The arguments of a march for the extension, and the tensors that must live as long as they are used."""
-    per_ray = [_plain(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in (jitter, near, far)]
+    per_ray = [plain32(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in (jitter, near, far)]
     near, far = (0.0 if isinstance(x, torch.Tensor) and x.ndim else float(x) for x in (near, far))
-    tensors = [_plain(rays_o), _plain(rays_d), *per_ray, bits.contiguous()]
+    tensors = [plain32(rays_o), plain32(rays_d), *per_ray, bits.contiguous()]
     args = load_native(op, rays_o).MarchArgs(
         *map(address, tensors[:5]),
         *(near, far, rays_o.shape[0], tensors[5].data_ptr(), shape, box, step_size),
@@ -257,7 +281,7 @@ def march_args(op, rays_o, rays_d, box, bits, shape, step_size, jitter, near, fa
 
 def _prune(samples, sigmas, alpha_thre, early_stop_eps) -> Samples:
     native = load_native("prune_samples", sigmas)
-    sigmas, t_starts, t_ends = (_plain(x) for x in (sigmas, samples.t_starts, samples.t_ends))
+    sigmas, t_starts, t_ends = (plain32(x) for x in (sigmas, samples.t_starts, samples.t_ends))
     packed_info = samples.packed_info.contiguous()
     packed = native.Packed(*map(address, (t_starts, t_ends, packed_info)), samples.n_rays, queue_of(sigmas))
     keep = torch.empty(samples.n_samples, dtype=torch.uint8, device=sigmas.device)
@@ -278,10 +302,6 @@ def _positions(samples, rays_o, rays_d) -> torch.Tensor:
     return positions
 
 
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().float().contiguous()
-
-
 def _empty_samples(op: str, counts: torch.Tensor, n_samples: int) -> Samples:
     """Room for the samples that rays have, counts [R], n_samples in all."""
     few = n_samples <= _MOST_SAMPLES
@@ -291,7 +311,10 @@ def _empty_samples(op: str, counts: torch.Tensor, n_samples: int) -> Samples:
 
 
 def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples) -> Samples:
-    """The march by its registered form, for graphs: numbers and tensors apart, and nothing checked beforehand."""
+    """The march by its registered form, for graphs: numbers and tensors apart, and nothing else checked beforehand."""
+    foreign = {"jitter": jitter} if jitter is not None else {}
+    foreign |= {name: x for name, x in (("near", near), ("far", far)) if not isinstance(x, Real)}
+    check_tensors("march_rays", **foreign)
     shared = [0.0 if isinstance(x, torch.Tensor) else float(x) for x in (near, far)]
     per_ray = [x if isinstance(x, torch.Tensor) else None for x in (jitter, near, far)]
     grid = ([float(x) for x in aabb], list(_triple(resolution)), step_size)
@@ -300,9 +323,7 @@ def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near,
 
 def _op(rays_o, rays_d, bits, aabb, resolution, step_size, jitter, nears, fars, near, far, max_samples):
     near, far = (shared if each is None else each for shared, each in ((near, nears), (far, fars)))
-    march = (rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples)
-    box, shape = check_march("march_rays", *march)
-    samples = _march(rays_o, rays_d, box, bits, shape, step_size, jitter, near, far, max_samples)
+    samples = _checked(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples)
     return samples.t_starts, samples.t_ends, samples.packed_info
 
 
@@ -317,9 +338,7 @@ register(
 
 
 def _prune_op(t_starts, t_ends, packed_info, sigmas, alpha_thre, early_stop_eps):
-    samples = Samples(t_starts, t_ends, packed_info)
-    check_samples("prune_samples", samples)
-    kept = _prune(samples, sigmas, alpha_thre, early_stop_eps)
+    kept = _checked_prune(t_starts, t_ends, packed_info, False, sigmas, alpha_thre, early_stop_eps)
     return kept.t_starts, kept.t_ends, kept.packed_info
 
 
@@ -386,32 +405,47 @@ def _per_ray(value: float | torch.Tensor, rays_o: torch.Tensor) -> torch.Tensor:
 
 
 def _triple(resolution: int | Sequence[int]) -> tuple[int, ...]:
-    """A number of cells a side, or three of them, as three."""
-    return (resolution,) * 3 if isinstance(resolution, int) else tuple(int(n) for n in resolution)
+    """A number of cells a side, or three of them, as three; whole numbers of any library."""
+    if isinstance(resolution, int):
+        return (resolution,) * 3
+    if getattr(resolution, "ndim", 1) == 0:
+        return (operator.index(resolution),) * 3  # pyright: ignore[reportArgumentType] # NumPy's, a tensor's
+    return tuple(n if isinstance(n, int) else operator.index(n) for n in resolution)
 
 
 def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples=None):
     """The box as six floats and the resolution as three; raises what `march_rays` says."""
     check_shaped(op, "rays_o", rays_o, (None, 3))
     check_shaped(op, "rays_d", rays_d, tuple(rays_o.shape))
-    box = [float(x) for x in torch.as_tensor(aabb, dtype=torch.float32).tolist()]
+    try:
+        box = [float(x) for x in torch.as_tensor(aabb, dtype=torch.float32).tolist()]
+    except (TypeError, ValueError):
+        box = []
     ordered = len(box) == 6 and all(math.isfinite(x) for x in box) and all(box[i] < box[i + 3] for i in range(3))
-    require(ordered, op, "aabb", "six finite numbers, minimum below maximum", box, "pass (x0, y0, z0, x1, y1, z1)")
-    shape = _triple(resolution)
-    require(len(shape) == 3 and min(shape) > 0, op, "resolution", "positive", resolution, "pass cells a side")
+    require(
+        ordered, op, "aabb", "six finite numbers, minimum below maximum", box or aabb, "pass (x0, y0, z0, x1, y1, z1)"
+    )
+    try:
+        shape = _triple(resolution)
+    except (TypeError, ValueError, RuntimeError):
+        shape = ()
+    fits = len(shape) == 3 and min(shape) > 0
+    require(fits, op, "resolution", "one or three positive whole numbers", resolution, "pass cells a side")
+    check_tensors(op, occupancy_bits=bits)
     n_bytes = (math.prod(shape) + 7) // 8
     require(bits.dtype == torch.uint8, op, "occupancy_bits", "uint8", bits.dtype, "use pack_bits", TypeError)
     fits = tuple(bits.shape) == (n_bytes,)
     require(fits, op, "occupancy_bits", f"of shape [{n_bytes}]", list(bits.shape), "one bit a cell, see pack_bits")
-    positive = math.isfinite(step_size) and step_size > 0
+    step = number(op, "step_size", step_size, "pass a length in scene units")
+    positive = math.isfinite(step) and step > 0
     require(positive, op, "step_size", "positive and finite", step_size, "pass a length in scene units")
-    bounds = (("jitter", jitter), ("near", near), ("far", far))
-    per_ray = {name: value for name, value in bounds if isinstance(value, torch.Tensor)}
-    for name, value in per_ray.items():
-        if not (name != "jitter" and value.ndim == 0):
+    tensors = {} if jitter is None else {"jitter": jitter}
+    tensors |= {name: value for name, value in (("near", near), ("far", far)) if not isinstance(value, Real)}
+    for name, value in tensors.items():
+        if name == "jitter" or not isinstance(value, torch.Tensor) or value.ndim > 0:
             check_shaped(op, name, value, (rays_o.shape[0],))
-    check_same_device(op, rays_o=rays_o, rays_d=rays_d, occupancy_bits=bits, **per_ray)
-    few = max_samples is None or max_samples >= 0
+    check_same_device(op, rays_o=rays_o, rays_d=rays_d, occupancy_bits=bits, **tensors)
+    few = max_samples is None or count(op, "max_samples", max_samples, "leave it out for no limit") >= 0
     require(few, op, "max_samples", "None or at least 0", max_samples, "leave it out for no limit")
     if not isinstance(near, torch.Tensor) or near.ndim == 0:
         raise_for(op, 0 if math.isfinite(float(near)) else 1)

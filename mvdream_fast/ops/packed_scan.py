@@ -2,7 +2,18 @@
 
 import torch
 
-from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, queue_of
+from mvdream_fast.ops._edges import (
+    BACKENDS,
+    WIDE_FLOATS,
+    address,
+    check_same_device,
+    check_shaped,
+    is_batched,
+    load_native,
+    queue_of,
+    runs_natively,
+    vmap_error,
+)
 from mvdream_fast.ops._packing import check_packing, rows_of
 from mvdream_fast.ops._registered import differentiable, register
 
@@ -14,7 +25,8 @@ def packed_scan(
 
     Differentiable, twice through the plain-torch reference; the gradient of a product is right for factors of zero,
     too. packed_info: [R, 2] int64, start and count of each ray, ray after ray without gaps; on CUDA that is not looked
-    at, which would cost a synchronisation: of another packing the values come as they come.
+    at, which would cost a synchronisation: of another packing the values come as they come. float32 and float64 run
+    natively; what torch.func looks on, or is a negative view, through the reference.
 
     Returns: [S]. Raises: ValueError, TypeError, RuntimeError for unfitting arguments.
     """
@@ -22,6 +34,8 @@ def packed_scan(
         return torch.ops.mvdream_fast.packed_scan(values, packed_info, product, exclusive)
     check_shaped("packed_scan", "values", values, (None,))
     check_same_device("packed_scan", values=values, packed_info=packed_info)
+    if is_batched(values, packed_info):
+        raise vmap_error("packed_scan")
     packed_info = check_packing("packed_scan", values.shape[0], None, packed_info, None, bounded=True)
     return checked_scan(values, packed_info, product, exclusive)
 
@@ -30,6 +44,8 @@ def checked_scan(values, packed_info, product=False, exclusive=False) -> torch.T
     """`packed_scan` of arguments that have been checked."""
     if torch.compiler.is_compiling():
         return torch.ops.mvdream_fast.packed_scan(values, packed_info, product, exclusive)
+    if not runs_natively(values, devices=BACKENDS, dtypes=WIDE_FLOATS):
+        return packed_scan_ref(values, packed_info, product, exclusive)
     return _PackedScan.apply(values, packed_info, product, exclusive)
 
 

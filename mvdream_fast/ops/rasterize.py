@@ -18,6 +18,7 @@ from mvdream_fast.ops._edges import (
     is_batched,
     load_native,
     new_result,
+    plain32,
     queue_of,
     require,
     runs_natively,
@@ -87,7 +88,7 @@ def fragments(pos: Tensor, tri: Tensor, resolution: tuple[int, int]) -> Iterator
     height, width = _check(pos, tri, resolution)
     fits = pos.ndim == 2 and pos.dtype == torch.float32 and not pos.is_cuda
     require(fits, "fragments", "pos", "[V, 4] float32 on a CPU", f"{list(pos.shape)} {pos.dtype}", "convert it")
-    pos, tri = pos.detach().contiguous(), tri.contiguous()
+    pos, tri = plain32(pos), tri.contiguous()
     native, queue = load_native("fragments"), queue_of(pos)
     meshes, counts = meshes_of(pos[None], tri, height, width), torch.empty(len(tri), dtype=torch.int64)
     _refuse("fragments", native.fragment_counts(meshes, address(counts), queue), len(pos))

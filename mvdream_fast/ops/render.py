@@ -9,11 +9,17 @@ import torch
 from mvdream_fast.ops._edges import (
     address,
     aligned,
+    check_probability,
     check_same_device,
     check_shaped,
+    check_tensors,
+    is_batched,
+    is_watched,
     load_native,
+    plain32,
     require,
     thread_count,
+    vmap_error,
 )
 from mvdream_fast.ops.composite import composite_ref, composite_samples
 from mvdream_fast.ops.field import HashGridField, native_of
@@ -70,13 +76,16 @@ def render(
 
     Returns: RenderedImage. Raises: what the three ops raise.
     """
+    if is_batched(*(x for x in (rays_o, rays_d, background, near, far) if isinstance(x, torch.Tensor))):
+        raise vmap_error("render")
     box, shape = check_march("render", rays_o, rays_d, aabb, occupancy_bits, resolution, step_size, None, near, far)
     if background is not None:
+        check_tensors("render", background=background)
         check_shaped("render", "background", background, (3,) if background.ndim == 1 else (rays_o.shape[0], 3))
         check_same_device("render", rays_o=rays_o, background=background)
-    for name, value in (("alpha_thre", alpha_thre), ("early_stop_eps", early_stop_eps)):
-        require(0 <= value <= 1, "render", name, "in [0, 1]", value, "pass a probability")
-    run = _render_cuda if rays_o.is_cuda else _render_cpu
+    check_probability("render", "alpha_thre", alpha_thre)
+    check_probability("render", "early_stop_eps", early_stop_eps)
+    run = _render_by_ops if is_watched() else _render_cuda if rays_o.is_cuda else _render_cpu
     return run(
         *(rays_o, rays_d, field, box, occupancy_bits, shape, step_size, background, near, far),
         *(alpha_thre, early_stop_eps),
@@ -134,9 +143,16 @@ def _render_cuda(
     raise_for("render", load_native("render", rays_o).march_status(march))
     if known is not None:
         return _render_fused(rays_o, known, march, background, *thresholds)
+    grid = (rays_o, rays_d, field, box, bits, shape, step_size, background, near, far)
+    return _render_by_ops(*grid, *thresholds)
+
+
+def _render_by_ops(
+    rays_o, rays_d, field, box, bits, shape, step_size, background, near, far, alpha_thre, early_stop_eps
+) -> RenderedImage:
     grid, bounds = (box, bits, shape, step_size), (near, far)
     ops = (march_rays, Samples.positions, composite_samples)
-    return _in_blocks(*ops, rays_o, rays_d, field, grid, bounds, background, *thresholds)
+    return _in_blocks(*ops, rays_o, rays_d, field, grid, bounds, background, alpha_thre, early_stop_eps)
 
 
 def fusable(field: Field) -> HashGridField | None:
@@ -152,8 +168,10 @@ def fusable(field: Field) -> HashGridField | None:
 def _render_fused(rays_o, field, march, background, alpha_thre, early_stop_eps) -> RenderedImage:
     native = load_native("render", rays_o)
     check_same_device("render", rays_o=rays_o, table=field.table)
-    parameters = [aligned(x.detach()) for x in (field.table, *field.density_weights, *field.feature_weights)]
-    behind = None if background is None else background.detach().float().contiguous()
+    parameters = [
+        aligned(x.detach().resolve_neg()) for x in (field.table, *field.density_weights, *field.feature_weights)
+    ]
+    behind = None if background is None else plain32(background)
     stride = 3 if behind is not None and behind.ndim == 2 else 0
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     outputs = rgb, opacity, depth = _empty(rays_o)
@@ -170,7 +188,11 @@ def _empty(rays_o: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def _evaluate(field: Field, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the field says of these positions, checked: the extension reads as many numbers as there are positions."""
-    sigmas, rgb = field(positions)
+    found = field(positions)
+    is_pair = isinstance(found, (tuple, list)) and len(found) == 2
+    got = type(found).__name__
+    require(is_pair, "render", "sigmas and rgb of the field", "a pair", got, "return both", TypeError)
+    sigmas, rgb = found
     check_shaped("render", "sigmas of the field", sigmas, (len(positions),))
     check_shaped("render", "rgb of the field", rgb, (len(positions), 3))
     check_same_device("render", **{"rays_o": positions, "sigmas of the field": sigmas, "rgb of the field": rgb})
@@ -194,7 +216,7 @@ def _render_cpu(
     raise_for("render", native.march_status(march))
     depths = optical_depth(1 - alpha_thre), optical_depth(early_stop_eps)
     outputs = rgb, opacity, depth = _empty(rays_o)
-    behind = None if background is None else background.detach().float().contiguous()
+    behind = None if background is None else plain32(background)
     n_samples = 0
     for i in range(0, n_rays, _RAYS_PER_CHUNK):
         part = slice(i, min(i + _RAYS_PER_CHUNK, n_rays))
@@ -224,7 +246,7 @@ def _rounds(native, args, n_rays: int, field: Field, least: float, most: float) 
         positions = slots.new_empty(n, 3)
         native.render_positions(args, gathering, positions.data_ptr())
         if n:
-            sigmas, rgb = (x.float().contiguous() for x in _evaluate(field, positions))
+            sigmas, rgb = (plain32(x) for x in _evaluate(field, positions))
             native.render_composite(gathering, sigmas.data_ptr(), rgb.data_ptr(), least, most, n_threads)
         n_samples += n
         live = live[cursor[live] >= 0]

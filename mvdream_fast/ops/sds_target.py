@@ -105,7 +105,7 @@ def sds_target_ref(
     """sds_target in plain torch, at least in float32; any device."""
     wide = torch.promote_types(z.dtype, torch.float32)
     n_images = z.shape[0]
-    abar = alphas_cumprod_t.detach().to(wide).expand(n_images)[:, None, None, None]
+    abar = alphas_cumprod_t.detach().to(wide).reshape(-1).expand(n_images)[:, None, None, None]
     x, x_t, cond, uncond = (a.detach().to(wide) for a in (z, z_t, noise_pred_cond, noise_pred_uncond))
     mixed = uncond + guidance_scale * (cond - uncond)
     if noise is not None and mode == "sds":  # which needs it
@@ -121,7 +121,7 @@ def sds_target_ref(
             target = x0_mixed * (rescale * factor + (1 - rescale))
         step = x - target
     if grad_clip is not None:
-        limit = grad_clip.detach().to(wide)
+        limit = grad_clip.detach().to(wide).reshape(())
         step = step.clamp(-limit, limit)
         target = x - step
     return SDSTarget(target.to(z.dtype), (step / max(n_images, 1)).to(z.dtype))

@@ -11,10 +11,14 @@ import torch
 from mvdream_fast.core.reads import read
 from mvdream_fast.ops._edges import (
     address,
+    as_constant,
     check_same_device,
     check_shaped,
     check_tensors,
+    count,
     load_native,
+    number,
+    plain32,
     queue_of,
     require,
 )
@@ -65,11 +69,17 @@ def traverse_grids(
     Raises: ValueError for shapes, for a NaN, infinite or zero ray, a NaN bound or step, an empty box; TypeError.
     Source: the conventions of nerfacc 0.5.3.
     """
-    _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, rays_mask)
+    rules = (step_size, cone_angle, max_samples)
+    return as_constant("traverse_grids", _traverse, rays_o, rays_d, binaries, aabbs, near, far, *rules, rays_mask)
+
+
+def _traverse(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, max_samples, rays_mask) -> Traversed:
+    _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, max_samples, rays_mask)
     n_rays, native = rays_o.shape[0], load_native("traverse_grids", rays_o)
     # [R] bool, and [n_grids, x, y, z]: one byte each
-    tensors = [_plain(rays_o), _plain(rays_d), rays_mask, _plain(near), _plain(far), binaries, _plain(aabbs)]
-    tensors = [x if x is None else x.contiguous() for x in tensors]
+    rays_o, rays_d, near, far, aabbs = map(plain32, (rays_o, rays_d, near, far, aabbs))
+    rays_mask = None if rays_mask is None else rays_mask.contiguous()
+    tensors = [rays_o, rays_d, rays_mask, near, far, binaries.contiguous(), aabbs]
     counts = torch.empty(2, n_rays, dtype=torch.int64, device=rays_o.device)  # of edges and of samples
     status, t_last = counts.new_zeros(1, dtype=torch.int32), counts.new_empty(n_rays, dtype=torch.float32)
     rules = (n_rays, binaries.shape[0], tuple(binaries.shape[1:]), step_size, cone_angle)
@@ -87,10 +97,6 @@ def traverse_grids(
     return Traversed(edges, is_left, is_right, edge_info, mids, sample_info, t_last)
 
 
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().float()
-
-
 def _raise_for(status: int) -> None:
     op = "traverse_grids"
     boxes = "finite, minimum below maximum"
@@ -98,23 +104,28 @@ def _raise_for(status: int) -> None:
     raise_for(op, status)
 
 
-def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, rays_mask) -> None:
+def _check(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle, max_samples, rays_mask) -> None:
     check_tensors("traverse_grids", rays_o=rays_o, rays_d=rays_d, binaries=binaries, aabbs=aabbs, near=near, far=far)
     op, n_rays = "traverse_grids", rays_o.shape[0] if rays_o.ndim else 0
     check_shaped(op, "rays_o", rays_o, (None, 3))
     check_shaped(op, "rays_d", rays_d, (n_rays, 3))
     check_shaped(op, "near", near, (n_rays,))
     check_shaped(op, "far", far, (n_rays,))
+    require(binaries.dtype == torch.bool, op, "binaries", "bool", binaries.dtype, "compare with something", TypeError)
     require(binaries.ndim == 4, op, "binaries", "[n_grids, x, y, z]", list(binaries.shape), "add the axis of the grids")
     check_shaped(op, "aabbs", aabbs, (binaries.shape[0], 6))
     check_same_device(op, rays_o=rays_o, rays_d=rays_d, binaries=binaries, aabbs=aabbs, near=near, far=far)
     few = 0 < binaries.shape[0] <= MAX_GRIDS and binaries.numel() > 0
     require(few, op, "binaries", f"1 to {MAX_GRIDS} grids of at least a cell", list(binaries.shape), "use fewer levels")
-    require(not math.isnan(step_size), op, "step_size", "a number", "NaN", "pass 0 for one interval per cell")
-    require(cone_angle >= 0, op, "cone_angle", "at least 0", cone_angle, "pass the growth of the step per distance")
+    step = number(op, "step_size", step_size, "pass 0 for one interval per cell")
+    require(not math.isnan(step), op, "step_size", "a number", "NaN", "pass 0 for one interval per cell")
+    cone = number(op, "cone_angle", cone_angle, "pass the growth of the step per distance")
+    require(cone >= 0, op, "cone_angle", "at least 0", cone_angle, "pass the growth of the step per distance")
+    few = max_samples is None or count(op, "max_samples", max_samples, "leave it out for no limit") >= 0
+    require(few, op, "max_samples", "None or at least 0", max_samples, "leave it out for no limit")
     if rays_mask is not None:
-        is_bool = isinstance(rays_mask, torch.Tensor) and rays_mask.dtype == torch.bool
-        got = getattr(rays_mask, "dtype", type(rays_mask).__name__)
+        check_tensors(op, rays_mask=rays_mask)
+        is_bool, got = rays_mask.dtype == torch.bool, rays_mask.dtype
         require(is_bool, op, "rays_mask", "a bool tensor", got, "compare it with something", TypeError)
         fits = tuple(rays_mask.shape) == (n_rays,)
         require(fits, op, "rays_mask", f"of shape [{n_rays}]", list(rays_mask.shape), "one value a ray")

@@ -2,7 +2,19 @@
 
 import torch
 
-from mvdream_fast.ops._edges import address, check_same_device, check_shaped, load_native, queue_of, require
+from mvdream_fast.ops._edges import (
+    address,
+    as_constant,
+    check_probability,
+    check_same_device,
+    check_shaped,
+    check_tensors,
+    load_native,
+    number,
+    plain32,
+    queue_of,
+    require,
+)
 from mvdream_fast.ops._registered import register
 from mvdream_fast.ops.march_rays import pack_bits
 
@@ -29,7 +41,7 @@ def update_occupancy(
     """
     if torch.compiler.is_compiling():
         return torch.ops.mvdream_fast.update_occupancy(ema, values, cells, decay, threshold)
-    return _checked(ema, values, cells, decay, threshold)
+    return as_constant("update_occupancy", _checked, ema, values, cells, decay, threshold)
 
 
 def run_update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,9 +53,12 @@ def run_update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torc
 def _checked(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
     op = "update_occupancy"
     check_shaped(op, "ema", ema, (None,))
+    if cells is not None:
+        check_tensors(op, cells=cells)
     check_shaped(op, "values", values, (ema.shape[0],) if cells is None else tuple(cells.shape))
     check_same_device(op, ema=ema, values=values, cells=cells)
-    require(0 <= decay <= 1, op, "decay", "in [0, 1]", decay, "pass a fraction")
+    check_probability(op, "decay", decay, "pass a fraction")
+    number(op, "threshold", threshold, "pass a density times step")
     if cells is not None:
         require(cells.dtype == torch.int64, op, "cells", "int64", cells.dtype, "convert with .long()", TypeError)
         within = cells.numel() == 0 or (int(cells.min()) >= 0 and int(cells.max()) < ema.shape[0])
@@ -70,7 +85,7 @@ def update_occupancy_ref(ema, values, cells=None, decay=0.95, threshold=0.01) ->
 
 def _update(ema, values, cells, decay, threshold) -> tuple[torch.Tensor, torch.Tensor]:
     native = load_native("update_occupancy", ema)
-    ema, values = ema.detach().contiguous(), values.detach().float().contiguous()
+    ema, values = plain32(ema), plain32(values)
     cells = cells if cells is None else cells.contiguous()
     new, bits = torch.empty_like(ema), ema.new_empty((ema.shape[0] + 7) // 8, dtype=torch.uint8)
     native.update_occupancy(

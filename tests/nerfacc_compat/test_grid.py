@@ -114,7 +114,7 @@ def test_cell_by_cell_and_the_limit():
         ({"rays_mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"rays_mask must be of shape \[4\], got \[3\]"),
         ({"rays_mask": torch.ones(4, 1, dtype=torch.bool)}, ValueError, r"rays_mask must be of shape \[4\]"),
         ({"rays_mask": torch.ones(4)}, TypeError, "rays_mask must be a bool tensor, got torch.float32"),
-        ({"rays_mask": [True] * 4}, TypeError, "rays_mask must be a bool tensor, got list"),
+        ({"rays_mask": [True] * 4}, TypeError, "rays_mask must be a tensor, got list; pass a tensor"),
         ({"far_planes": torch.tensor([9, 9, math.nan, 9])}, ValueError, "far_planes must be a number, got NaN"),
         ({"near_planes": torch.tensor([0, math.nan, 0, 0])}, ValueError, "near_planes must be finite, got NaN"),
         ({"rays_o": torch.full((4, 3), math.nan)}, ValueError, "rays_o must be finite"),

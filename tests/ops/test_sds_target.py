@@ -48,6 +48,15 @@ def test_worked_by_hand():
     assert target.flatten().tolist() == pytest.approx([0.0, 1.5], abs=1e-6)
 
 
+@pytest.mark.parametrize("function", [sds_target, sds_target_ref])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1, 1), (1,) * 5])
+def test_one_element_is_one_of_any_shape(function, shape):
+    *tensors, abar = draw()
+    wanted = function(*tensors, abar, 7.5, mode="sds", grad_clip=torch.tensor(0.5))
+    got = function(*tensors, abar.reshape(shape), 7.5, mode="sds", grad_clip=torch.full(shape, 0.5))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
 BY_WEIGHTING = {"sds": 0.75, "uniform": 1.0, "fantasia3d": 0.375}  # abar = 1/4: 1 - abar, 1, sqrt(abar) (1 - abar)
 
 
