@@ -113,12 +113,22 @@ def _is_over_time(attn: object) -> bool:
 
     Nothing that a processor is given tells: neither shapes nor the layer, which doesn't know where it hangs. So the
     modules that are alive are looked through, once for all layers of a network.
+
+    Raises: RuntimeError where that may miss some, as the collector doesn't list what it has frozen.
     """
     if attn not in _OVER_TIME:
-        modules = [x for x in gc.get_objects() if _is_module(x)]
+        listed = [x for x in gc.get_objects() if _is_module(x)]
+        networks = [m for m in listed if hasattr(type(m), "set_attn_processor")]
+        known = {id(m): m for network in networks for m in network.modules()}
+        if gc.get_freeze_count() and id(attn) not in known:
+            raise RuntimeError(
+                "CrossViewAttnProcessor: attn must be part of a network that gc lists, got one of before gc.freeze(); "
+                "call the network once before that, or after gc.unfreeze()"
+            )
+        modules = [*listed, *known.values()]
         roots = [m for m in modules if TEMPORAL & {kind.__name__ for kind in type(m).__mro__}]
         inside = {id(layer) for root in roots for layer in root.modules()}
-        ours = [m for m in modules if isinstance(vars(m).get("processor"), CrossViewAttnProcessor)]
+        ours = [m for m in known.values() if isinstance(vars(m).get("processor"), CrossViewAttnProcessor)]
         _OVER_TIME.update({layer: id(layer) in inside for layer in (*ours, attn)})
     return _OVER_TIME[attn]
 

@@ -3,7 +3,6 @@
 The sampler, the cameras and the models live in their own modules; this one puts them in order.
 """
 
-import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mvdream_fast.camera import Cameras, get_camera, normalize_camera, turned
+from mvdream_fast.camera import Cameras
 from mvdream_fast.checkpoints.open import Model, load_model, needed
 from mvdream_fast.core.arguments import array, finite, is_a, texts, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
@@ -20,17 +19,19 @@ from mvdream_fast.core.machine import choose_device, choose_dtype, encoder_dtype
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import TextCond, beside_known, guided_call, model_fn
+from mvdream_fast.diffusion.request import check_call, n_steps_and_seed, poses_of
 from mvdream_fast.diffusion.sampler import (
     Callback,
     ModelFn,
+    check_eta,
     check_scheduler,
     ddim_sample,
     diffusers_settings,
     scheduler_sample,
 )
 from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule
-from mvdream_fast.diffusion.views import Views
-from mvdream_fast.models.config import Mode, ModelConfig
+from mvdream_fast.diffusion.views import Views, half_way
+from mvdream_fast.models.config import Mode
 from mvdream_fast.models.tokenizer import Encoded, check_prompt
 
 SUFFIX = ", 3d asset"  # ended every caption of the multi-view training data
@@ -106,7 +107,10 @@ class MVDreamPipeline:
 
     @property
     def scheduler_settings(self) -> dict[str, Any]:
-        """Keyword arguments for a diffusers scheduler that fits this model (`scheduler=`)."""
+        """Keyword arguments for a diffusers scheduler that fits this model (`scheduler=`).
+
+        DDIM and DDPM need `clip_sample=False` besides: they clip latents otherwise, and are refused.
+        """
         return diffusers_settings(self.config.schedule)
 
     @overload
@@ -148,12 +152,15 @@ class MVDreamPipeline:
 
         Args:
             seed: None draws one, which the Views name.
-            generator: draws the noise instead of `seed`.
-            scheduler: a diffusers scheduler that samples in place of DDIM; see `scheduler_settings`.
+            generator: draws all noise instead of `seed`.
+            scheduler: a diffusers scheduler that samples in place of DDIM; see `scheduler_settings`. One that adds
+                noise gives each prompt its own, too.
             callback: called after each step with (steps done, steps in all, latents [B*V, C, h, w]).
             camera: other poses, Cameras or an array [V, 4, 4] or [V, 16]; then n_views and the angles don't count.
             mode: "2d" leaves the cameras out: independent images, as the 2D half of the training data. None is "3d",
                 but for a model that draws only single images.
+            eta: how much of each step's noise is drawn anew: 0 is DDIM, 1 has DDPM's variance. Of a `scheduler` that
+                knows it.
             warn: called with a sentence for words that the model won't see; by default a Python warning.
             uncond_mode: how guidance asks without the prompt: "3d" with the cameras, as MVDream does; "2d" without them
                 and each view by itself, so that views are led to their cameras and to each other, too. None is what
@@ -169,47 +176,55 @@ class MVDreamPipeline:
         """
         prompts = texts("pipeline", "prompt", prompt, 'describe an object, for example "a brown bulldog"')
         mode = self.config.modes[0] if mode is None else mode
-        _check(mode, uncond_mode, self.config, camera, generator, callback)
+        check_call(mode, self.config, camera, generator, callback)
         n_views = whole("pipeline", "n_views", n_views, "4 is what the models were trained with")
-        n_steps = whole("pipeline", "n_steps", n_steps, "50 is the default")
+        n_steps, seed = n_steps_and_seed(n_steps, seed)
         guidance_scale, uncond_mode = self.guidance(guidance_scale, uncond_mode)
-        eta = finite("pipeline", "eta", eta, "0 is DDIM, 1 has DDPM's variance")
-        seed = secrets.randbelow(2**31) if seed is None else whole("pipeline", "seed", seed, "0 is the default", 0)
+        eta = check_eta("pipeline", eta)
+        if scheduler is not None:
+            check_scheduler(scheduler, self.schedule, eta)
         angles_deg = (elevation_deg, azimuth_start_deg, azimuth_span_deg)
-        poses = None if mode == "2d" else _poses(camera, n_views, angles_deg)  # [V, 16]
+        poses = None if mode == "2d" else poses_of(camera, n_views, angles_deg)  # [V, 16]
         n_views = n_views if poses is None else len(poses)
         seeds = None if generator is not None else [seed + b for b in range(len(prompts))]
         with memory_errors("take fewer views or prompts, or --dtype float16"), repeated_shapes(self.device):
             ask = self.denoiser(
                 self.encode_prompt(prompts, negative_prompt, suffix, warn), poses, n_views, guidance_scale, uncond_mode
             )
-            noise = self._noise(len(prompts), n_views, seeds, generator)
+            noise, fresh = (
+                self._draws(purpose, len(prompts), n_views, seeds, generator)
+                for purpose in ("sampling", "sampling eta")
+            )
             if scheduler is None:
-                stream, settings = Stream(seed, 0, "sampling eta"), (self.schedule, n_steps, guidance_scale)
-                latents = ddim_sample(ask, noise, *settings, convention, callback, eta=eta, stream=stream)
+                settings = (self.schedule, n_steps, guidance_scale, convention, callback)
+                latents = ddim_sample(ask, noise(), *settings, eta=eta, fresh=fresh)
             else:
-                check_scheduler(scheduler, self.schedule)
-                draws = generator or torch.Generator(self.device).manual_seed(seed)
-                latents = scheduler_sample(ask, noise, scheduler, n_steps, guidance_scale, callback, generator=draws)
+                of_prompts = [torch.Generator(self.device).manual_seed(s) for s in seeds or ()]
+                own = [one for one in of_prompts for _ in range(n_views)]  # an image's, whatever else is in the batch
+                settings = (scheduler, n_steps, guidance_scale, callback)
+                latents = scheduler_sample(ask, noise(), *settings, generator=generator or own, eta=eta)
             views = self._views(latents, poses, prompts, seeds)
         return views[0] if isinstance(prompt, str) else views
 
     @torch.no_grad()
     def between(
         self, views: Views, n_steps: int = 50, guidance_scale: float | None = None, negative_prompt: str = "",
-        suffix: str = SUFFIX, *, seed: int = 0, warn: Warn | None = None, uncond_mode: Mode | None = None,
+        suffix: str = SUFFIX, *, seed: int | None = 0, warn: Warn | None = None, uncond_mode: Mode | None = None,
     ) -> Views:  # fmt: skip
-        """As many more views of what `views` show, half-way between them around the upright axis.
+        """As many more views of what `views` show, half-way between them around the upright axis (`half_way`).
 
         They are sampled with the given views in sight: those get the noise of every step anew and are asked about, too.
         The arguments are those of a call.
 
-        Raises: ArgumentError for views without cameras; else as a call.
+        Raises: ArgumentError for views without cameras, or at steps of several sizes; else as a call.
         """
+        if not is_a(views, Views):
+            raise ArgumentError(f"between: views must be Views, got {type(views).__name__}; a call returns them")
         if views.cameras is None:
             raise ArgumentError("between: views must have cameras, got images of 2D mode; sample them in 3D mode")
+        n_steps, seed = n_steps_and_seed(n_steps, seed)
         n_views, (scale, uncond_mode) = len(views.tensor), self.guidance(guidance_scale, uncond_mode)
-        poses = torch.cat([views.cameras, turned(views.cameras, 180.0 / n_views)])
+        poses = torch.cat([views.cameras, half_way(views.cameras)])
         with memory_errors("take fewer views, or --dtype float16"), repeated_shapes(self.device):
             text = self.encode_prompt(views.prompt, negative_prompt, suffix, warn)
             exact = needed(self.vae, "vae").encode(to_device(views.tensor, self.device) * 2 - 1)
@@ -223,8 +238,11 @@ class MVDreamPipeline:
             return self._views(latents, poses[n_views:], [views.prompt], [seed])[0]
 
     def guidance(self, scale: float | None = None, uncond_mode: Mode | None = None) -> tuple[float, Mode]:
-        """Both as they are given, or as they suit the model. Raises ArgumentError for a scale that is not finite."""
+        """Both as they are given, or as they suit the model. Raises ArgumentError for a scale that is not finite, or
+        another mode."""
         usual = self.config.guidance
+        if uncond_mode not in (None, "3d", "2d"):
+            raise ArgumentError(f"pipeline: uncond_mode must be 3d or 2d, got {uncond_mode!r}; 3d is MVDream's")
         scale = usual.scale if scale is None else scale
         scale = finite("pipeline", "guidance_scale", scale, f"{usual.scale} is the default")
         return scale, usual.uncond_mode if uncond_mode is None else uncond_mode
@@ -343,16 +361,16 @@ class MVDreamPipeline:
         n_parameters = sum(p.numel() for p in needed(self.unet, "unet").parameters())
         return f"{self.config.name} ({n_parameters / 1e6:.1f} M) on {self.device} in {str(self.dtype)[6:]}"
 
-    def _noise(
-        self, n_prompts: int, n_views: int, seeds: list[int] | None, generator: torch.Generator | None
-    ) -> Tensor:
-        """Standard normal latents [B*V, C, h, w], float32 whatever the UNet's dtype; one stream a prompt."""
+    def _draws(
+        self, purpose: str, n_prompts: int, n_views: int, seeds: list[int] | None, generator: torch.Generator | None
+    ) -> Callable[[], Tensor]:
+        """What draws standard normal latents [B*V, C, h, w], float32 whatever the UNet's dtype; one stream a prompt."""
         size = (self.config.unet.in_channels, self.config.latent_size, self.config.latent_size)
         if generator is not None:
-            noise = torch.randn(n_prompts * n_views, *size, generator=generator, device=generator.device)
-            return to_device(noise, self.device)
-        noise = [Stream(seed, 0, "sampling").normal(n_views, *size) for seed in seeds or ()]
-        return to_device(torch.cat(noise), self.device)
+            shape, device = (n_prompts * n_views, *size), generator.device
+            return lambda: to_device(torch.randn(shape, generator=generator, device=device), self.device)
+        streams = [Stream(seed, 0, purpose) for seed in seeds or ()]
+        return lambda: to_device(torch.cat([stream.normal(n_views, *size) for stream in streams]), self.device)
 
 
 def split_suffix(prompt: str, suffix: str = SUFFIX) -> tuple[str, str]:
@@ -361,45 +379,6 @@ def split_suffix(prompt: str, suffix: str = SUFFIX) -> tuple[str, str]:
     if n and prompt.lower().endswith(suffix.strip().lower()):
         return prompt[:-n], prompt[-n:]
     return prompt, suffix
-
-
-def _poses(camera: Cameras | Tensor | None, n_views: int, angles_deg: tuple[float, float, float]) -> Tensor:
-    """What the UNet is told of the cameras, [V, 16] on the CPU."""
-    try:
-        if camera is None:
-            elevation_deg, azimuth_start_deg, azimuth_span_deg = angles_deg
-            return get_camera(n_views, elevation_deg, azimuth_start_deg, azimuth_span_deg)
-        poses = normalize_camera(camera.c2w if isinstance(camera, Cameras) else camera).float().cpu()
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
-    if not len(poses):
-        raise ArgumentError(
-            "pipeline: camera must hold at least 1 pose, got none; leave it out for 4 around the object"
-        )
-    if not poses.isfinite().all():
-        raise ArgumentError("pipeline: camera must hold finite numbers, got one that is not; check the poses")
-    return poses
-
-
-def _check(
-    mode: str, uncond_mode: str | None, config: ModelConfig, camera: object, generator: object, callback: object
-) -> None:
-    if mode not in ("3d", "2d"):
-        raise ArgumentError(f"pipeline: mode must be 3d or 2d, got {mode!r}; 3d gives views of one object")
-    if uncond_mode not in (None, "3d", "2d"):
-        raise ArgumentError(f"pipeline: uncond_mode must be 3d or 2d, got {uncond_mode!r}; 3d is MVDream's")
-    if mode not in config.modes:
-        raise ArgumentError(f"pipeline: mode must be 2d, got 3d; {config.name} draws single images, without cameras")
-    if mode == "2d" and camera is not None:
-        raise ArgumentError("pipeline: camera must be None in 2d mode, got poses; leave them out or take 3d")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ArgumentError(
-            f"pipeline: generator must be one torch.Generator, got {type(generator).__name__}; or give a seed"
-        )
-    if callback is not None and not callable(callback):
-        raise ArgumentError(
-            f"pipeline: callback must be a function (done, total, latents), got {type(callback).__name__}"
-        )
 
 
 def _complaints(encoded: Encoded, room: int) -> list[str]:

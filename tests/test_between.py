@@ -9,6 +9,7 @@ from mvdream_fast.camera import get_camera, orbit_cameras, turned
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import beside_known
+from mvdream_fast.diffusion.views import half_way
 from mvdream_fast.distill.config import check_learning, replaced
 from mvdream_fast.distill.loop import new_guidance
 from mvdream_fast.distill.recipes import guided_views
@@ -92,6 +93,60 @@ def test_without_guidance_it_asks_once(pipe):
 def test_images_without_cameras_are_refused(pipe):
     with pytest.raises(ArgumentError, match="between: views must have cameras, got images of 2D mode"):
         pipe.between(pipe("a red car", 2, mode="2d", **FEW))
+
+
+@pytest.mark.parametrize(
+    ("n", "span", "wanted"),
+    [(4, 360.0, [45, 135, 225, 315]), (4, 90.0, [11.25, 33.75, 56.25, 78.75]), (3, -90.0, [-15, -45, -75]),
+     (2, 360.0, [90, 270]), (2, -360.0, [90, 270]), (1, 360.0, [180]), (5, -360.0, [-36, -108, -180, -252, -324])],
+)  # fmt: skip
+@pytest.mark.parametrize("elevation", [15.0, 90.0])
+def test_half_the_step_of_the_given_cameras(n, span, wanted, elevation):
+    found = half_way(get_camera(n, elevation, 20.0, span))
+    expected = torch.cat([get_camera(1, elevation, 20.0 + azimuth) for azimuth in wanted])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if span == 360:  # to the bit
+        assert torch.equal(found, turned(get_camera(n, elevation, 20.0), 180 / n))
+
+
+def test_views_of_a_part_of_the_way_have_no_copies_among_those_between(pipe):
+    views = pipe("a red car", 4, azimuth_span_deg=90.0, **FEW)
+    found = pipe.between(views, **FEW)
+    torch.testing.assert_close(found.cameras, get_camera(4, 15.0, 11.25, 90.0), rtol=0, atol=1e-5)
+    apart = torch.cdist(views.cameras, found.cameras)
+    assert apart.min() > 0.1
+
+
+@pytest.mark.parametrize("span", [0.0, None])
+def test_cameras_at_unequal_steps_are_refused(pipe, span):
+    cameras = get_camera(3, 15.0, 0.0, 0.0) if span == 0 else torch.cat([get_camera(2), get_camera(1, 15.0, 220.0)])
+    views = pipe("a red car", camera=cameras, **FEW)
+    with pytest.raises(ArgumentError, match=r"between: views must have equal steps of azimuth .*, got steps of"):
+        pipe.between(views, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"uncond_mode": "foo"}, "uncond_mode must be 3d or 2d, got 'foo'"),
+        ({"n_steps": 2.0}, "n_steps must be a whole number, got 2.0"),
+        ({"n_steps": 0}, "n_steps must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": "1"}, "seed must be a whole number, got '1'"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
+        ({"views": torch.zeros(2, 3, 16, 16)}, "between: views must be Views, got Tensor; a call returns them"),
+    ],
+)
+def test_wrong_arguments(pipe, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        pipe.between(**{"views": pipe("a red car", 2, **FEW), **FEW, **arguments})
+
+
+def test_a_seed_that_is_not_given_is_drawn_and_named(pipe):
+    views = pipe("a red car", 2, **FEW)
+    found = pipe.between(views, seed=None, **FEW)
+    assert isinstance(found.seed, int)
+    assert torch.equal(found.tensor, pipe.between(views, seed=found.seed, **FEW).tensor)
 
 
 @pytest.mark.parametrize("matted", [False, True])

@@ -1,6 +1,7 @@
 """CrossViewAttnProcessor in a real diffusers UNet, against a processor that regroups views around diffusers' own."""
 
 import copy
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,31 @@ def test_layers_over_time_do_not_mix_pixels(kind):
     net.set_attn_processor(CrossViewAttnProcessor(4))
     torch.testing.assert_close(net(*call).sample, expected, atol=1e-5, rtol=1e-5)
     assert (expected - untouched).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["3d", "motion"])
+@torch.no_grad()
+def test_layers_over_time_that_the_collector_has_frozen(kind):
+    """gc.get_objects() lists none of them: a network that isn't known yet is refused, a known one goes on, and so does
+    one that is made afterwards."""
+    net, call, _ = video_unet(kind)
+    net.set_attn_processor(CrossViewAttnProcessor(4))
+    expected = net(*call).sample
+    frozen, _, _ = video_unet(kind)
+    frozen.set_attn_processor(CrossViewAttnProcessor(4))
+    gc.freeze()
+    try:
+        assert torch.equal(net(*call).sample, expected)
+        with pytest.raises(
+            RuntimeError, match="attn must be part of a network that gc lists, got one of before gc.freeze"
+        ):
+            frozen(*call)
+        fresh, _, _ = video_unet(kind)
+        fresh.set_attn_processor(CrossViewAttnProcessor(4))
+        assert torch.equal(fresh(*call).sample, expected)
+    finally:
+        gc.unfreeze()
+    assert torch.equal(frozen(*call).sample, expected)
 
 
 def test_a_text_mask_is_obeyed(unet):

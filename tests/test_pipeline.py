@@ -12,6 +12,7 @@ from mvdream_fast.camera import get_camera, orbit_cameras
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, DivergedError
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.diffusion.sampler import ddim_sample, scheduler_sample
 from mvdream_fast.models.config import SamplingGuidance
 from mvdream_fast.pipeline import SUFFIX, MVDreamPipeline, TextCond, split_suffix
 
@@ -223,6 +224,9 @@ def test_diffusers_ddim_gives_the_same_views(pipe):
     close(pipe(PROMPT, n_steps=10).tensor, theirs, atol=1e-4)
     with pytest.raises(ArgumentError, match="prediction_type must be v_prediction"):
         pipe(PROMPT, scheduler=diffusers.DDIMScheduler(), n_steps=10)
+    with pytest.raises(ArgumentError, match="clip_sample must be False for this model, got True; construct it with"):
+        pipe(PROMPT, scheduler=diffusers.DDIMScheduler(**pipe.scheduler_settings), n_steps=10)
+    assert "clip_sample=False" in type(pipe).scheduler_settings.__doc__
 
 
 def test_step_conventions(pipe):
@@ -247,6 +251,41 @@ def test_eta_adds_reproducible_noise(pipe):
     one, two = (pipe(PROMPT, eta=1.0, **FEW).tensor for _ in range(2))
     assert torch.equal(one, two)
     assert (one - pipe(PROMPT, **FEW).tensor).abs().max() > 0.01
+    drawn = [pipe(PROMPT, eta=1.0, generator=torch.Generator().manual_seed(s), **FEW).tensor for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert (drawn[0] - drawn[2]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_eta_draws_from_the_seed_s_own_stream(pipe):
+    """As before there was one for each prompt: a call of one prompt has kept its bytes."""
+    text, camera = pipe.encode_prompt(PROMPT), get_camera(2, 15)
+    start, stream = Stream(3, 0, "sampling").normal(2, 4, 8, 8), Stream(3, 0, "sampling eta")
+    ask = pipe.denoiser(text, camera, 2, 7.5)
+    latents = ddim_sample(ask, start, pipe.schedule, 4, 7.5, eta=0.7, fresh=lambda: stream.normal(2, 4, 8, 8))
+    assert torch.equal(pipe(PROMPT, 2, seed=3, eta=0.7, **FEW).tensor, pipe.decode(latents))
+
+
+@pytest.mark.parametrize("how", ["eta", "EulerAncestralDiscreteScheduler", "DDPMScheduler", "DDIMScheduler"])
+def test_each_prompt_of_a_batch_has_its_own_fresh_noise(pipe, how):
+    options = {"eta": 1.0} if how in ("eta", "DDIMScheduler") else {}
+    if how != "eta":
+        clips = {"clip_sample": False} if how.startswith("DD") else {}
+        options["scheduler"] = getattr(diffusers, how)(**pipe.scheduler_settings, **clips)
+    prompts = [PROMPT, "a brown bulldog", "a red car"]
+    together = pipe(prompts, 2, seed=5, **options, **FEW)
+    for i, prompt in enumerate(prompts):
+        close(together[i].tensor, pipe(prompt, 2, seed=5 + i, **options, **FEW).tensor, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_ancestral_scheduler_draws_as_from_one_generator(pipe):
+    """A call of one prompt has kept its bytes: latents of 16 numbers or more are drawn alike one by one and at once."""
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(**pipe.scheduler_settings)
+    ask = pipe.denoiser(pipe.encode_prompt(PROMPT), get_camera(3, 15), 3, 7.5)
+    start, generator = Stream(2, 0, "sampling").normal(3, 4, 8, 8), torch.Generator().manual_seed(2)
+    latents = scheduler_sample(ask, start, scheduler, 4, 7.5, generator=generator)
+    assert torch.equal(pipe(PROMPT, 3, seed=2, scheduler=scheduler, **FEW).tensor, pipe.decode(latents))
 
 
 def test_words_that_others_stand_in_for_are_named_first():
@@ -364,6 +403,15 @@ def test_text_cond_shapes(pipe):
         ({"n_steps": None}, "n_steps must be a whole number, got None"),
         ({"guidance_scale": "7.5"}, "guidance_scale must be a number, got '7.5'"),
         ({"eta": "x"}, "eta must be a number, got 'x'"),
+        ({"eta": 1.5}, "pipeline: eta must be from 0 to 1, got 1.5; 0 is DDIM, 1 has DDPM's variance"),
+        ({"eta": -1}, "pipeline: eta must be from 0 to 1, got -1"),
+        ({"eta": float("nan")}, "pipeline: eta must be from 0 to 1, got nan"),
+        ({"scheduler": "ddim"}, "scheduler: it must be a diffusers scheduler with .*, got 'ddim'"),
+        ({"scheduler": diffusers.DDIMScheduler}, "scheduler: it must be a diffusers scheduler"),
+        (
+            {"scheduler": diffusers.EDMEulerScheduler(prediction_type="v_prediction")},
+            "with alphas_cumprod, got EDMEuler",
+        ),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"generator": [torch.Generator()]}, "generator must be one torch.Generator, got list; or give a seed"),

@@ -6,15 +6,15 @@ the unconditional half first, as `Denoiser` answers; with a guidance scale of 1 
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvdream_fast.core import reads
+from mvdream_fast.core.arguments import finite, is_a
 from mvdream_fast.core.errors import ArgumentError
-from mvdream_fast.core.rng import Stream
 from mvdream_fast.core.schema import is_tuple
 from mvdream_fast.diffusion.denoiser import ModelFn
 from mvdream_fast.diffusion.schedule import Convention, NoiseSchedule, skipped
@@ -22,6 +22,9 @@ from mvdream_fast.models.config import ScheduleConfig
 
 _PREDICTION = {"eps": "epsilon", "v": "v_prediction"}  # diffusers' words
 _OPTIONAL = ("trained_betas", "rescale_betas_zero_snr", "timestep_spacing", "steps_offset")  # of ScheduleConfig, too
+# What is asked of a scheduler of diffusers; alphas_cumprod, because one without it counts noise in another way.
+_PARTS = ("config", "set_timesteps", "scale_model_input", "step", "alphas_cumprod")
+Generators = torch.Generator | list[torch.Generator]
 Callback = Callable[[int, int, Tensor], None]  # steps done, steps in all, latents [n, C, h, w]
 
 
@@ -36,7 +39,7 @@ def ddim_sample(
     callback: Callback | None = None,
     *,
     eta: float = 0.0,
-    stream: Stream | None = None,
+    fresh: Callable[[], Tensor] | None = None,
     skip: int = 0,
 ) -> Tensor:
     """Denoises `noise` [n, C, h, w] with DDIM; nothing is clipped, but by the
@@ -45,15 +48,18 @@ def ddim_sample(
     `skip` leaves out as many of the first timesteps, for image to image: `noise` is then the latents of an image as
     `schedule.add_noise` makes them at the timestep that comes next.
 
-    "ldm" visits another number of timesteps than `n_steps` where it doesn't divide 1000 (30 gives 31). `eta` > 0 adds
-    fresh noise from `stream` at every step, the last included, as upstream does (1 is DDPM's variance).
+    "ldm" visits another number of timesteps than `n_steps` where it doesn't divide 1000 (30 gives 31). `eta` > 0, up to
+    1, adds what `fresh` draws, noise [n, C, h, w], at every step, the last included, as upstream does (1 is DDPM's
+    variance).
 
     Returns: latents, shape and dtype of `noise`.
-    Raises: ArgumentError for a number of steps that leaves the schedule; ValueError for eta > 0 without a stream.
+    Raises: ArgumentError for a number of steps that leaves the schedule, or an eta beyond 0 and 1; ValueError for
+        eta > 0 without `fresh`.
     Source: Song et al., "Denoising diffusion implicit models", eq. 12 and 16.
     """
-    if eta and stream is None:
-        raise ValueError(f"ddim_sample: stream must be given for eta > 0, got eta {eta}; pass a rng.Stream")
+    eta = check_eta("ddim_sample", eta)
+    if eta and fresh is None:
+        raise ValueError(f"ddim_sample: fresh must be given for eta > 0, got eta {eta}; pass what draws noise")
     timesteps = schedule.timesteps(n_steps, convention)
     abar = reads.read(schedule.alphas_cumprod.double())
     following = _following(schedule, timesteps, n_steps, convention)
@@ -66,9 +72,10 @@ def ddim_sample(
         sigma = eta * ((1 - abar_prev) / (1 - abar[t]) * (1 - abar[t] / abar_prev)) ** 0.5
         x0, noise_pred = schedule.to_x0(latents, out, times[i]), schedule.to_noise(latents, out, times[i])
         x0 = _thresholded(x0, schedule.config)
-        latents = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * noise_pred
-        if sigma and stream is not None:
-            latents = latents + sigma * stream.normal(*latents.shape, device=latents.device).to(latents.dtype)
+        # Rounded, what is left beside the fresh noise may be below zero at zero terminal SNR.
+        latents = abar_prev**0.5 * x0 + max(1 - abar_prev - sigma**2, 0.0) ** 0.5 * noise_pred
+        if sigma and fresh is not None:
+            latents = latents + sigma * fresh().to(latents)
         if callback:
             callback(i + 1, len(timesteps), latents)
     return latents
@@ -121,19 +128,24 @@ def scheduler_sample(
     guidance_scale: float,
     callback: Callback | None = None,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """Denoises `noise` [n, C, h, w] with any diffusers scheduler (a copy: the given one keeps its state).
 
     The scheduler's own settings count (betas, prediction type, spacing); take them from `diffusers_settings`.
-    `generator` feeds the schedulers that add noise.
+    `generator` feeds the schedulers that add noise: one for all images, or one for each, which may be the same.
 
     Returns: latents, shape and dtype of `noise`.
+    Raises: ArgumentError for an eta that the scheduler doesn't know, or one that goes from images to noise.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(n_steps, device=noise.device)
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    extra = _step_options(scheduler, generator, eta)
     latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
+    if len(timesteps) > 1 and timesteps[0] < timesteps[-1]:
+        kind = type(scheduler).__name__
+        raise ArgumentError(f"scheduler: it must go from noise to images, got {kind}; take one that isn't inverse")
     for i, t in enumerate(timesteps):
         out = guided(model_fn, scheduler.scale_model_input(latents, t), t, guidance_scale)
         latents = scheduler.step(out, t, latents, **extra).prev_sample.to(noise.dtype)
@@ -159,7 +171,7 @@ def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
 
     Any scheduler takes them, but for a model with zero terminal SNR or a threshold, which need one that knows
     `rescale_betas_zero_snr` or `thresholding`. Spacing and offset of the timesteps are among them where the model has
-    its own.
+    its own. DDIM and DDPM clip, so they need `clip_sample=False` besides, which the others don't know.
     """
     usual = ScheduleConfig()
     own = {name: getattr(config, name) for name in _OPTIONAL if getattr(config, name) != getattr(usual, name)}
@@ -176,18 +188,52 @@ def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
     }
 
 
-def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
+def check_eta(op: str, eta: float) -> float:
+    """The share of DDPM's variance that is noise anew, as a Python number. Raises ArgumentError."""
+    return finite(op, "eta", eta, "0 is DDIM, 1 has DDPM's variance", 0, 1)
+
+
+def check_scheduler(scheduler: Any, schedule: NoiseSchedule, eta: float = 0.0) -> None:
     """Refuses a diffusers scheduler that reads the model's output, or places its noise, in another way than `schedule`.
 
     Raises: ArgumentError.
     """
-    wanted = _PREDICTION[schedule.prediction]
-    given = scheduler.config.get("prediction_type", "epsilon")
+    config, table = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
+    lacking = [name for name in _PARTS if not hasattr(scheduler, name)]
+    if lacking or not is_a(config, Mapping) or table is None:
+        got = repr(scheduler) if isinstance(scheduler, (str, type)) else type(scheduler).__name__
+        wanted = f"a diffusers scheduler{' with ' if lacking else ''}{', '.join(lacking)}"
+        raise ArgumentError(
+            f"scheduler: it must be {wanted}, got {got}; construct a DPMSolverMultistepScheduler or "
+            "EulerDiscreteScheduler of diffusers_settings()"
+        )
+    wanted, given = _PREDICTION[schedule.prediction], config.get("prediction_type", "epsilon")
     if given != wanted:
         raise ArgumentError(f"scheduler: prediction_type must be {wanted} for this model, got {given}; construct it so")
-    table = getattr(scheduler, "alphas_cumprod", None)
-    if table is not None and not (
-        table.shape == schedule.alphas_cumprod.shape
-        and torch.allclose(table.cpu().float(), schedule.alphas_cumprod.cpu(), rtol=1e-3, atol=1e-5)
-    ):
+    clips = ("clip_sample", "thresholding") if schedule.config.threshold is None else ()
+    for name in (*clips, "use_flow_sigmas"):
+        if config.get(name):
+            raise ArgumentError(
+                f"scheduler: {name} must be False for this model, got {config[name]}; construct it with {name}=False"
+            )
+    own = schedule.alphas_cumprod.cpu()
+    if table.shape != own.shape or not torch.allclose(table.cpu().float(), own, rtol=1e-3, atol=1e-5):
         raise ArgumentError("scheduler: its betas must be the model's, got others; take them from diffusers_settings()")
+    more = [p.name for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
+    if len(more) != 3:
+        raise ArgumentError(
+            "scheduler: its step must ask for the model's output, timestep and latents alone, "
+            f"got {', '.join(more)} of {type(scheduler).__name__}; take another"
+        )
+    _step_options(scheduler, None, eta)
+
+
+def _step_options(scheduler: Any, generator: Generators | None, eta: float) -> dict[str, Any]:
+    """What the scheduler's step takes besides. Raises ArgumentError for an eta that it would pass over."""
+    known = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in known:
+        raise ArgumentError(
+            f"scheduler: eta must be 0 for a {type(scheduler).__name__}, which has no such setting, got {eta:g}; "
+            "take DDIMScheduler, or leave eta out"
+        )
+    return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from mvdream_fast.camera import turned
+from mvdream_fast.core import reads
 from mvdream_fast.core.arguments import whole
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.images import to_image
@@ -52,3 +55,30 @@ class Views:
         for i, image in enumerate(self.images):
             sheet.paste(image, (i % n_columns * width, i // n_columns * height))
         return sheet
+
+
+NEAR_DEG = 0.1  # by which steps may differ that count as equal: cameras are float32, and may have been rounded
+
+
+def half_way(cameras: Tensor) -> Tensor:
+    """Cameras [V, 16] turned around the upright axis by half the step from each to the next: half-way between them.
+
+    Where they don't go all round, the last one stands half a step beyond theirs. One camera's opposite is its own.
+
+    Returns: [V, 16].
+    Raises: ArgumentError for steps of several sizes, or none.
+    """
+    n_views = len(cameras)
+    right = cameras.detach().cpu().double().reshape(-1, 4, 4)[:, :2, 0]  # which is level, and told at the poles, too
+    azimuths_deg = torch.rad2deg(torch.atan2(right[:, 1], right[:, 0]))
+    # Of two opposite ones either way round is right: rounding must not choose.
+    steps: list[float] = reads.read(180 - (180 - azimuths_deg.diff() + NEAR_DEG).remainder(360) + NEAR_DEG) or [360.0]
+    low, high = min(steps), max(steps)
+    if high - low > NEAR_DEG or abs(low) <= NEAR_DEG:
+        raise ArgumentError(
+            f"between: views must have equal steps of azimuth between their cameras, got steps of {low:.1f} to "
+            f"{high:.1f} degrees; sample them without camera, or evenly around"
+        )
+    step = sum(steps) / len(steps)
+    whole_turn = abs(abs(step) * n_views - 360) <= NEAR_DEG * n_views
+    return turned(cameras, (180.0 if step > 0 else -180.0) / n_views if whole_turn else step / 2)

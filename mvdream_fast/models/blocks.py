@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mvdream_fast.models import functional as fn
 from mvdream_fast.models.config import UNetConfig
+from mvdream_fast.models.functional import images, tokens
+from mvdream_fast.models.plain import is_plain
 from mvdream_fast.ops import cross_view_attention
 from mvdream_fast.ops._torch_attention import torch_attention
 
@@ -56,9 +58,9 @@ class ResBlock(nn.Module):
         """x: [B*V, C, h, w]; emb: [B*V or more, C_out], this block's projection. Returns [B*V, C_out, h, w]."""
         h = fn.conv3x3(self.in_layers[2], fn.group_norm(self.in_layers[0], x))
         h = fn.conv3x3(self.out_layers[3], fn.group_norm(self.out_layers[0], h, emb[: len(x)]))
-        if isinstance(self.skip_connection, nn.Identity):
+        if is_plain(self.skip_connection, nn.Identity):
             return fn.add(h, x)
-        return images(fn.add_linear(tokens(h), self.skip_connection, tokens(x)), h)
+        return images(fn.add_linear(tokens(h), self.skip_connection, tokens(x), x), h)
 
 
 class Attention(nn.Module):
@@ -179,9 +181,9 @@ class MultiViewTransformer(nn.Module):
 
     def forward(self, x: Tensor, conditions: Conditions, keys_values: KeysValues | None = None) -> Tensor:
         """x: [B*V, C, h, w] -> the same for all prompts; keys_values: those prepared for it, or None."""
-        h = fn.linear(self.proj_in, tokens(fn.group_norm(self.norm, x, silu=False)))
+        h = fn.linear(self.proj_in, tokens(fn.group_norm(self.norm, x, silu=False)), x)
         h = self.transformer_blocks[0](h, conditions, keys_values)
-        return images(fn.add(fn.linear(self.proj_out, h), tokens(fn.widen(x, len(h)))), x)
+        return images(fn.add(fn.linear(self.proj_out, h, x), tokens(fn.widen(x, len(h)))), x)
 
 
 class Downsample(nn.Module):
@@ -206,16 +208,6 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, C, h, w] -> [n, C, 2h, 2w]."""
         return fn.upsample_conv(self.conv, x)
-
-
-def tokens(x: Tensor) -> Tensor:
-    """[B*V, C, h, w] -> [B*V, h*w, C], a view of channels-last memory."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def images(x: Tensor, like: Tensor) -> Tensor:
-    """[B*V, h*w, C] -> [B*V, C, h, w] with the height and width of `like`, a channels-last view."""
-    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mvdream_fast.core.files import lines
+from mvdream_fast.models.plain import hooked_everywhere, is_hooked, is_patched
 
 MOST = 16  # kinds of call that are remembered; more are dynamic shapes
 _captures = 0  # under way, in all threads: autograd's have to know, others lose nothing
 _INTERNAL = frozenset(nn.Module().__dict__)
-_PLAIN = (bool, int, float, str)
+_PLAIN = frozenset((bool, int, float, str))
 _TENSORS = (nn.Parameter, Tensor, nn.Buffer)
 _KNOWN = ("mvdream_fast.", "diffusers.", "transformers.", "peft.")  # whose modules are switched by their attributes
 
@@ -271,15 +272,24 @@ def _kind(arguments: Sequence[Argument], device: torch.device) -> Hashable:
     """What tells calls apart that need graphs of their own."""
     told = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else _named(x) for x in arguments)
     on = torch.is_autocast_enabled(device.type)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     settings = (
         torch.get_autocast_dtype(device.type) if on else None,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
+        matmul.allow_tf32,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
+        torch.backends.cuda.preferred_blas_library(),
+        cudnn.enabled,
+        cudnn.allow_tf32,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
@@ -306,6 +316,8 @@ def _state(arguments: Sequence[Argument]) -> list[Hashable]:
 
     Not the numbers of the weights. Raises: _Opaque.
     """
+    if hooked_everywhere():
+        raise _Opaque("a hook is on all modules")
     found: list[Hashable] = []
     for x in arguments:
         if isinstance(x, nn.Module):
@@ -316,15 +328,16 @@ def _state(arguments: Sequence[Argument]) -> list[Hashable]:
 def _describe(module: nn.Module, found: list[Hashable]) -> None:
     """Appends a module's state. In one go, as every call comes by here: a millisecond for a full-size UNet."""
     kind, held = type(module), module.__dict__
-    if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
+    if is_hooked(module):
         raise _Opaque(f"a hook is on a {kind.__name__}")
+    if is_patched(module):
+        raise _Opaque(f"a {kind.__name__} has a forward of its own")
+    if not kind.__module__.startswith(("torch.nn.", *_KNOWN)):
+        raise _Opaque(f"what a {kind.__name__} does may be switched unseen")
     found += kind, held["training"]
-    home = kind.__module__
-    if not home.startswith("torch.nn.") or "forward" in held:  # torch's own layers have nothing to switch
-        if not home.startswith(_KNOWN):
-            raise _Opaque(f"what a {kind.__name__} does may be switched unseen")
-        for name in held.keys() - _INTERNAL:
-            found += _setting(name, held[name])
+    for name in held.keys() - _INTERNAL if len(held) > len(_INTERNAL) else ():
+        value = held[name]
+        found += (name, value) if type(value) in _PLAIN else _setting(name, value)
     for tensors in (held["_parameters"], held["_buffers"]):
         for x in tensors.values():
             if x is not None:

@@ -1,15 +1,14 @@
 """Layers of the UNet as functions of its modules: plain torch under autograd, without it a leaner way to do the same.
 
-A module that is not exactly the torch class (a LoRA wrapper, for one) is called as it is. No weights live here: packed
-weights are the parameters' own storage, so they cannot go stale.
+A module that is not plain (plain.py), as a LoRA wrapper, or a layer with a hook or a forward of its own, is called as
+it is. No weights live here: packed weights are the parameters' own storage, so they cannot go stale.
 """
-
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvdream_fast.models.plain import hooked_everywhere, is_plain, is_untouched
 from mvdream_fast.ops import geglu, group_norm_silu, winograd_conv3x3, winograd_pays
 
 # Hidden rows of a feed-forward that are alive at a time. The next stage then finds them in the cache, and the
@@ -30,20 +29,36 @@ def group_norm(norm: nn.Module, x: Tensor, emb: Tensor | None = None, silu: bool
     """silu(norm(x + emb)) of a GroupNorm, [B*V, C, h, w] with emb [B*V, C]; statistics in float32."""
     if not isinstance(norm, nn.GroupNorm):
         raise TypeError(f"group_norm: norm must be a GroupNorm, got {type(norm).__name__}; leave norms unwrapped")
+    if is_untouched(norm) and not hooked_everywhere():
+        return fused_group_norm(norm, x, emb, silu)
+    y = norm(x if emb is None else x + emb[:, :, None, None])
+    return F.silu(y) if silu else y
+
+
+def fused_group_norm(norm: nn.GroupNorm, x: Tensor, emb: Tensor | None = None, silu: bool = True) -> Tensor:
+    """`group_norm` by the norm's weights, whatever is on it: for those whose own forward it is."""
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, emb, silu)
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """A Linear, or a 1x1 convolution applied to tokens: [..., C] -> [..., C_out]."""
-    if isinstance(module, nn.Conv2d):
+def linear(module: nn.Module, x: Tensor, like: Tensor | None = None) -> Tensor:
+    """A Linear, or a 1x1 convolution applied to tokens: [..., C] -> [..., C_out].
+
+    like: [B*V, ?, h, w], the image whose pixels the tokens are, for a convolution that has to be called.
+    """
+    if is_plain(module, nn.Conv2d):
         return F.linear(x, module.weight.flatten(1), module.bias)
-    return module(x)
+    if type(module) is nn.Linear or like is None or not _convolves(module):
+        return _called(module, x)
+    return tokens(_called(module, images(x, like)))
 
 
-def add_linear(h: Tensor, module: nn.Module, x: Tensor) -> Tensor:
-    """h + module(x); without autograd h [..., C_out] is overwritten, so it must be the caller's own and contiguous."""
-    if not (lean(x) and (type(module) is nn.Linear or type(module) is nn.Conv2d)):
-        return h + linear(module, x)
+def add_linear(h: Tensor, module: nn.Module, x: Tensor, like: Tensor | None = None) -> Tensor:
+    """h + module(x); without autograd h [..., C_out] is overwritten, so it must be the caller's own and contiguous.
+
+    like: as of `linear`.
+    """
+    if not (lean(x) and (is_plain(module, nn.Linear) or is_plain(module, nn.Conv2d))):
+        return h + linear(module, x, like)
     rows = h.view(-1, h.shape[-1])
     if module.bias is not None:
         rows.add_(module.bias)
@@ -59,6 +74,16 @@ def add(h: Tensor, x: Tensor) -> Tensor:
 def widen(x: Tensor, batch: int) -> Tensor:
     """x repeated along dim 0 until it has `batch` rows; itself where it has them already."""
     return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[B*V, C, h, w] -> [B*V, h*w, C], a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def images(x: Tensor, like: Tensor) -> Tensor:
+    """[B*V, h*w, C] -> [B*V, C, h, w] with the height and width of `like`, a channels-last view."""
+    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 def packed(tensors: list[Tensor]) -> Tensor:
@@ -84,7 +109,7 @@ def packed(tensors: list[Tensor]) -> Tensor:
 
 def linears(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """Several Linears of one input as one GEMM: [..., C] -> one [..., C_i] for each, views of one tensor."""
-    plain = [m for m in modules if type(m) is nn.Linear]
+    plain = [m for m in modules if is_plain(m, nn.Linear)]
     if len(plain) < len(modules):
         return tuple(m(x) for m in modules)
     bias = None if plain[0].bias is None else packed([m.bias for m in plain])
@@ -94,6 +119,8 @@ def linears(modules: list[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 
 def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
     """A 3x3 convolution of stride 1 and padding 1: [B*V, C, h, w] -> [B*V, C_out, h, w], channels last."""
+    if not is_plain(module, nn.Conv2d, 3):
+        return _called(module, x)
     if _by_winograd(module, x):
         return winograd_conv3x3(x, module.weight, module.bias)
     if not _by_gemm(module, x):
@@ -112,7 +139,9 @@ def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
     """
     wide = F.interpolate(x, scale_factor=2.0, mode="nearest")
     n_rows = x.shape[0] * x.shape[2] * x.shape[3]
-    if not _by_gemm(module, x) or 4 * n_rows < module.out_channels or _by_winograd(module, wide):
+    if not is_plain(module, nn.Conv2d, 3) or not _by_gemm(module, x):
+        return conv3x3(module, wide)
+    if 4 * n_rows < module.out_channels or _by_winograd(module, wide):
         return conv3x3(module, wide)
     batch, _, height, width = x.shape
     padded, weight = F.pad(_nhwc(x), (0, 0, 1, 1, 1, 1)), _nhwc(module.weight)
@@ -127,24 +156,36 @@ def upsample_conv(module: nn.Module, x: Tensor) -> Tensor:
 
 def feed_forward(h: Tensor, norm: nn.Module, proj: nn.Module, out: nn.Module) -> Tensor:
     """h + out(geglu(proj(norm(h)))) on [B*V, N, C]; on a CPU without autograd a block of rows at a time, into h."""
-    if not lean(h) or h.device.type != "cpu":  # a GPU has no cache to stay in, and every block is five launches
+    by_rows = lean(h) and h.device.type == "cpu"  # a GPU has no cache to stay in, and every block is five launches
+    # What is not plain need not take a row like any other, and is called once.
+    if not (by_rows and is_plain(norm, nn.LayerNorm) and is_plain(proj, nn.Linear) and is_plain(out, nn.Linear)):
         return h + out(geglu(proj(norm(h))))
     for rows in h.view(-1, h.shape[-1]).split(_FEED_FORWARD_ROWS):
         rows.copy_(add_linear(rows, out, geglu(proj(norm(rows)))))  # nothing to copy where it wrote in place
     return h
 
 
-def _by_gemm(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    return lean(x) and x.device.type == "cpu" and type(module) is nn.Conv2d and x.dtype == torch.float32
+def _called(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), the caller's own to overwrite: a hook or a wrapper may have kept what it returns."""
+    y = module(x)
+    if not lean(x) or is_plain(module, nn.Linear):
+        return y
+    return y.clone(memory_format=torch.channels_last if y.ndim == 4 else torch.contiguous_format)
 
 
-def _by_winograd(module: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+def _convolves(module: nn.Module) -> bool:
+    """Whether it takes images: a convolution, or a wrapper that shows the weight of one."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 4
+
+
+def _by_gemm(module: nn.Conv2d, x: Tensor) -> bool:
+    return lean(x) and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _by_winograd(module: nn.Conv2d, x: Tensor) -> bool:
     """Recorded by autograd or not; under autocast the dtypes differ, and in a compiled graph the op is not known."""
-    if (
-        type(module) is not nn.Conv2d
-        or torch.compiler.is_compiling()
-        or not winograd_pays(x, module.weight, module.bias)
-    ):
+    if torch.compiler.is_compiling() or not winograd_pays(x, module.weight, module.bias):
         return False
     return not torch.is_autocast_enabled("cpu")
 

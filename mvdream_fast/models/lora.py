@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvdream_fast.core.errors import ArgumentError, ModelError
 
-# Those of diffusers' DreamBooth script. The embedding's linear layers must stay plain: the UNet joins them.
+# Those of diffusers' DreamBooth script. The embedding's linear layers stay plain: so the UNet joins them into one.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NAME = "default"  # peft's, of the only adapter
 

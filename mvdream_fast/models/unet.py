@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,9 +25,10 @@ from mvdream_fast.models.blocks import (
     Upsample,
     zero,
 )
-from mvdream_fast.models.captured import is_capturing
 from mvdream_fast.models.config import UNetConfig
+from mvdream_fast.models.plain import is_plain
 from mvdream_fast.ops import MLP, camera_embedding, time_camera_embedding
+from mvdream_fast.ops.time_camera_embedding import sinusoid
 
 OP = "MultiViewUNet"
 Indexed = TypeVar("Indexed", ResBlock, MultiViewTransformer)
@@ -51,8 +53,10 @@ class MultiViewUNet(nn.Module):
     """Predicts the noise (or v) in latents of V views of each scene, views fastest in the batch.
 
     With `n_views=1` and no camera it is the plain 2D model. Without autograd it works in place on its own tensors and
-    keeps the weights of layers that read the same input in common storage. `gradient_checkpointing` trades time for
-    memory in training.
+    keeps the weights of layers that read the same input in common storage; a hook that keeps what it is given has to
+    copy it. Layers are called, or have their weights read where they are plain (plain.py), so that hooks on them and
+    forwards of their own count; those on what only holds layers (Attention, FeedForward, most Sequentials) don't.
+    `gradient_checkpointing` trades time for memory in training.
 
     Raises: ModelError for a configuration whose channels do not divide into groups and heads.
     Source: Shi et al. 2023, "MVDream", section 3; Rombach et al. 2022 for the 2D model.
@@ -63,7 +67,6 @@ class MultiViewUNet(nn.Module):
         _check_config(config)
         self.config = config
         self.gradient_checkpointing = False
-        self._camera_cache: tuple[_Snapshot, Tensor] | None = None
         emb = config.time_embed_dim
         self.time_embed = _mlp(config.model_channels, emb)
         if config.camera_places:
@@ -200,9 +203,9 @@ class MultiViewUNet(nn.Module):
         return [block for block in blocks if isinstance(block, TransformerBlock)]
 
     def _text_sources(self, context: Tensor) -> list[Tensor] | None:
-        """All that text keys and values depend on; None with an adapter around, which may be switched unseen."""
+        """All that text keys and values depend on; None where a layer isn't plain, and may be switched unseen."""
         projections = [m for block in self._text_blocks() for m in (block.attn2.to_k, block.attn2.to_v)]
-        plain = [m for m in projections if type(m) is nn.Linear]
+        plain = [m for m in projections if is_plain(m, nn.Linear)]
         return [context, *(m.weight for m in plain)] if len(plain) == len(projections) else None
 
     def holding(self, prepared: TextContext) -> tuple[KeysValues, ...]:
@@ -222,16 +225,14 @@ class MultiViewUNet(nn.Module):
         return layer(*args)
 
     def _camera_embedding(self, camera: Tensor | None) -> Tensor | None:
-        """[B*V, E]; kept for the next call with the same, unchanged camera tensor when nothing is differentiated or
-        recorded: a graph must work it out, as it is replayed with other cameras."""
+        """[B*V, E]. Not kept from call to call: it is a thousandth of one, and writes through `parameter.data`, as of
+        an average of weights, would be seen by nobody."""
         if camera is None or not self.config.camera_places:
             return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_capturing():
-            return camera_embedding(camera, _weights(self.camera_embed))
-        sources = [camera, *self.camera_embed.parameters()]
-        if self._camera_cache is None or not self._camera_cache[0].holds(sources):
-            self._camera_cache = _Snapshot(sources), camera_embedding(camera, _weights(self.camera_embed))
-        return self._camera_cache[1]
+        weights = _weights(self.camera_embed)
+        if weights is None:
+            return self.camera_embed(camera.to(self._dtype))
+        return camera_embedding(camera, weights)
 
     def _conditions(
         self, t: Tensor, batch: int, context: Tensor, camera: Tensor | None, n_views: int, n_prompts: int
@@ -251,18 +252,33 @@ class MultiViewUNet(nn.Module):
 
     def _embeddings(self, t: Tensor, batch: int, camera_emb: Tensor | None) -> Tensor:
         """What all ResBlocks add and the input's factors, side by side: [B*V, sum of widths], in one GEMM."""
-        layers = [block.emb_layers[1] for block in self._res_blocks]
-        layers += [self.skip_scale] if self.config.input_skip else []
-        projections = _plain("emb_layers and skip_scale", layers)
+        t, weights = t.expand(batch), _weights(self.time_embed)
+        plain = [_projection(block.emb_layers) for block in self._res_blocks]
+        plain += [self.skip_scale if is_plain(self.skip_scale, nn.Linear) else None] if self.config.input_skip else []
+        projections = [m for m in plain if m is not None]
+        if weights is None or len(projections) < len(plain):
+            return self._embeddings_by_layers(t, camera_emb)
         return time_camera_embedding(
-            t.expand(batch),
+            t,
             None,
-            _weights(self.time_embed),
+            weights,
             None,
             fn.packed([m.weight for m in projections]),
             fn.packed([m.bias for m in projections]),
             camera_embedding=camera_emb,
         )
+
+    def _embeddings_by_layers(self, t: Tensor, camera_emb: Tensor | None) -> Tensor:
+        """`_embeddings` where a layer has to be called; t [B*V]."""
+        emb = self.time_embed(sinusoid(t, self.config.model_channels, self._dtype))
+        emb = emb if camera_emb is None else emb + camera_emb.to(emb.dtype)
+        parts = [block.emb_layers(emb) for block in self._res_blocks]
+        parts += [self.skip_scale(F.silu(emb))] if self.config.input_skip else []
+        return torch.cat(parts, dim=-1)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.out[2].parameters()).dtype
 
     def _check(
         self, latents: Tensor, t: Tensor, context: Tensor, camera: Tensor | None, n_views: int, n_prompts: int
@@ -292,7 +308,7 @@ class MultiViewUNet(nn.Module):
         if camera is not None and camera.shape != (batch, config.camera_dim):
             wanted = f"[{batch}, {config.camera_dim}]"
             _refuse("camera", wanted, tuple(camera.shape), "one flattened camera per image, or None for 2D mode")
-        dtype = next(self.out[2].parameters()).dtype
+        dtype = self._dtype
         for name, x in (("latents", latents), ("context", context)):
             if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
                 _refuse(name, f"{dtype} as the weights", x.dtype, f"convert it with .to({dtype})", TypeError)
@@ -342,17 +358,22 @@ def fresh_camera_embedding(config: UNetConfig, seed: int = 0) -> nn.Sequential:
     return fresh
 
 
-def _plain(name: str, layers: list[nn.Module]) -> list[nn.Linear]:
-    """Layers whose weights are read, not called: what is wrapped around one would be passed over."""
-    plain = [m for m in layers if type(m) is nn.Linear]
-    if len(plain) < len(layers):
-        raise TypeError(f"{OP}: {name} must be torch.nn.Linear, got a wrapped one; leave them out of the adapter")
-    return plain
-
-
-def _weights(mlp: nn.Sequential) -> MLP:
-    first, last = _plain("time_embed and camera_embed", [mlp[0], mlp[2]])
+def _weights(mlp: nn.Sequential) -> MLP | None:
+    """Those of Linear - SiLU - Linear; None where it is more than that, and has to be called."""
+    if not is_plain(mlp, nn.Sequential) or len(mlp) != 3:
+        return None
+    first, between, last = mlp
+    if not (is_plain(first, nn.Linear) and is_plain(between, nn.SiLU) and is_plain(last, nn.Linear)):
+        return None
     return MLP(first.weight, first.bias, last.weight, last.bias)
+
+
+def _projection(layers: nn.Sequential) -> nn.Linear | None:
+    """The Linear of SiLU - Linear; None where it is more than that, and has to be called."""
+    if not is_plain(layers, nn.Sequential) or len(layers) != 2:
+        return None
+    first, last = layers
+    return last if is_plain(first, nn.SiLU) and is_plain(last, nn.Linear) else None
 
 
 class _Snapshot:

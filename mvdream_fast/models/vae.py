@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvdream_fast.core.machine import in_format
 from mvdream_fast.models.blocks import zero
 from mvdream_fast.models.config import VAEConfig
-from mvdream_fast.models.functional import group_norm
+from mvdream_fast.models.functional import fused_group_norm
 from mvdream_fast.models.matting import Matte, Matting
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -259,7 +259,7 @@ class _Norm(nn.GroupNorm):
         if not fuses(input):
             return super().forward(input)
         images = input if input.ndim == 4 else input[..., None]
-        return group_norm(self, images, silu=self.silu).reshape(input.shape)
+        return fused_group_norm(self, images, silu=self.silu).reshape(input.shape)
 
 
 class _SiLUOfNorm(nn.SiLU):

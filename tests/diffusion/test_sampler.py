@@ -69,7 +69,8 @@ def test_eta_equals_diffusers_with_the_same_noise(eta):
         out = guided(model_fn, expected, t, 2.0)
         expected = scheduler.step(out, t, expected, eta=eta, variance_noise=stream.normal(*SHAPE)).prev_sample
     schedule = NoiseSchedule.from_config(config("v"))
-    ours = ddim_sample(model_fn, noise(), schedule, 10, 2.0, eta=eta, stream=Stream(5, 0, "eta"))
+    again = Stream(5, 0, "eta")
+    ours = ddim_sample(model_fn, noise(), schedule, 10, 2.0, eta=eta, fresh=lambda: again.normal(*SHAPE))
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
     assert (ours - ddim_sample(model_fn, noise(), schedule, 10, 2.0)).abs().max() > 0.1
 
@@ -223,9 +224,24 @@ def test_no_images():
     assert out.shape == empty.shape
 
 
-def test_eta_needs_a_stream():
-    with pytest.raises(ValueError, match=r"stream must be given for eta > 0, got eta 0.5"):
-        ddim_sample(model_fn, noise(), NoiseSchedule.from_config(config()), 2, 3.0, eta=0.5)
+def test_eta_needs_noise_and_lies_between_ddim_and_ddpm():
+    schedule = NoiseSchedule.from_config(config())
+    with pytest.raises(ValueError, match=r"fresh must be given for eta > 0, got eta 0.5"):
+        ddim_sample(model_fn, noise(), schedule, 2, 3.0, eta=0.5)
+    for eta in (1.5, -0.1, float("nan"), float("inf")):
+        with pytest.raises(
+            ArgumentError, match=r"ddim_sample: eta must be from 0 to 1, got .*; 0 is DDIM, 1 has DDPM's"
+        ):
+            ddim_sample(model_fn, noise(), schedule, 2, 3.0, eta=eta, fresh=noise)
+
+
+@pytest.mark.parametrize("settings", [{"set_alpha_to_one": True}, {"timestep_spacing": "trailing"}], ids=str)
+@pytest.mark.parametrize("n_steps", [4, 10, 50])
+def test_all_noise_anew_is_real_at_zero_terminal_snr(settings, n_steps):
+    schedule = NoiseSchedule.from_config(ScheduleConfig(prediction="v", rescale_betas_zero_snr=True, **settings))
+    out = ddim_sample(model_fn, noise(), schedule, n_steps, 3.0, "diffusers", eta=1.0, fresh=noise)
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
 
 
 def test_steps_that_leave_the_schedule_are_refused():
@@ -282,4 +298,90 @@ def test_schedulers_of_another_kind_are_refused():
     with pytest.raises(ArgumentError, match="prediction_type must be v_prediction for this model, got epsilon"):
         check_scheduler(diffusers.DDIMScheduler(), schedule)
     with pytest.raises(ArgumentError, match="betas must be the model's"):
-        check_scheduler(diffusers.DDIMScheduler(prediction_type="v_prediction"), schedule)
+        check_scheduler(diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False), schedule)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_schedulers_that_would_change_the_latents_are_refused(prediction):
+    schedule = NoiseSchedule.from_config(config(prediction))
+    settings, clipping = diffusers_settings(schedule.config), r"clip_sample must be False for this model, got True"
+    for kind in (diffusers.DDIMScheduler, diffusers.DDPMScheduler):
+        with pytest.raises(ArgumentError, match=clipping + "; construct it with clip_sample=False"):
+            check_scheduler(kind(**settings), schedule)
+        check_scheduler(kind(**settings, clip_sample=False), schedule)
+        with pytest.raises(ArgumentError, match="thresholding must be False for this model, got True"):
+            check_scheduler(kind(**settings, clip_sample=False, thresholding=True), schedule)
+    with pytest.raises(ArgumentError, match="use_flow_sigmas must be False for this model, got True"):
+        check_scheduler(diffusers.UniPCMultistepScheduler(**settings, use_flow_sigmas=True), schedule)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "lacks", "got"),
+    [
+        ("ddim", "config, set_timesteps, scale_model_input, step, alphas_cumprod", "'ddim'"),
+        (diffusers.DDIMScheduler, "alphas_cumprod", "<class 'diffusers.*DDIMScheduler'>"),
+        (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "alphas_cumprod", "EDMEulerScheduler"),
+        (diffusers.EDMDPMSolverMultistepScheduler(prediction_type="v_prediction"), "alphas_cumprod", "EDMDPM"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "scale_model_input, alphas_cumprod", "FlowMatchEuler"),
+        (7, "config, .*", "int"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_what_is_no_scheduler_of_such_noise_is_refused(scheduler, lacks, got, prediction):
+    schedule = NoiseSchedule.from_config(config(prediction))
+    with pytest.raises(ArgumentError, match=f"scheduler: it must be a diffusers scheduler with {lacks}, got {got}"):
+        check_scheduler(scheduler, schedule)
+
+
+def test_schedulers_that_another_loop_drives_are_refused():
+    schedule = NoiseSchedule.from_config(config("v"))
+    settings = diffusers_settings(config("v")) | {"clip_sample": False}
+    inverse = diffusers.DDIMInverseScheduler(**settings)
+    with pytest.raises(ArgumentError, match="must go from noise to images, got DDIMInverseScheduler"):
+        scheduler_sample(model_fn, noise(), inverse, 4, 1.0)
+    told_more = diffusers.CogVideoXDPMScheduler(**settings, snr_shift_scale=1.0)
+    with pytest.raises(ArgumentError, match="its step must ask for .* alone, got .*timestep_back.* of CogVideoXDPM"):
+        check_scheduler(told_more, schedule)
+
+
+def test_eta_reaches_a_scheduler_or_is_refused():
+    schedule, settings = NoiseSchedule.from_config(config("v")), diffusers_settings(config("v"))
+    ddim = diffusers.DDIMScheduler(**settings, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    check_scheduler(ddim, schedule, 0.5)
+    drawn = torch.Generator().manual_seed(3)
+
+    def again() -> torch.Tensor:
+        return torch.randn(SHAPE, generator=drawn)
+
+    generator = torch.Generator().manual_seed(3)
+    theirs = scheduler_sample(model_fn, noise(), ddim, 10, 2.0, generator=generator, eta=0.5)
+    ours = ddim_sample(model_fn, noise(), schedule, 10, 2.0, "diffusers", eta=0.5, fresh=again)
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    euler = diffusers.EulerDiscreteScheduler(**settings)
+    check_scheduler(euler, schedule)
+    for refuse in (
+        lambda: check_scheduler(euler, schedule, 0.5),
+        lambda: scheduler_sample(model_fn, noise(), euler, 4, 2.0, eta=0.5),
+    ):
+        with pytest.raises(ArgumentError, match=r"eta must be 0 for a EulerDiscreteScheduler, .*, got 0.5"):
+            refuse()
+
+
+@pytest.mark.parametrize(
+    "name", ["EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DDPMScheduler"]
+)
+def test_a_generator_for_each_image(name):
+    """One that is given several times is drawn from once for each of its images, as if they were a batch alone."""
+    clips = {"clip_sample": False} if name == "DDPMScheduler" else {}
+    scheduler = getattr(diffusers, name)(**diffusers_settings(config("v")), **clips)
+    start = Stream(0, 0, "many").normal(6, 4, 4, 4)  # a multiple of 16 numbers each: what torch draws at a time
+
+    def run(latents: torch.Tensor, generators) -> torch.Tensor:
+        return scheduler_sample(lambda z, t: torch.tanh(z), latents, scheduler, 5, 1.0, generator=generators)
+
+    a, b = (torch.Generator().manual_seed(s) for s in (1, 2))
+    both = run(start, [a] * 3 + [b] * 3)
+    torch.testing.assert_close(both[3:], run(start[3:], [torch.Generator().manual_seed(2)] * 3))
+    torch.testing.assert_close(both[:3], run(start[:3], torch.Generator().manual_seed(1)))
+    assert len({tuple(x.flatten()[:3].tolist()) for x in both}) == 6

@@ -207,6 +207,98 @@ def test_what_a_graph_would_pass_over_runs_eagerly_which_is_said_once():
     assert graphs() == 0
 
 
+def test_neither_hooks_on_all_modules_nor_a_forward_of_its_own_are_passed_over():
+    seen, patched, x = [], NormAndConv(), torch.ones(2, 3)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        call = Captured("the work", scaled)
+        with said_once("a hook is on all modules"):
+            for _ in range(3):
+                call(layer(), x)
+    finally:
+        handle.remove()
+    assert len(seen) == 3
+    for module in (layer(), patched):
+        call, factor = Captured("the work", scaled), [2.0]
+        plain = module.forward
+        module.forward = lambda x, plain=plain, factor=factor: factor[0] * plain(x)
+        with said_once(f"a {type(module).__name__} has a forward of its own"):
+            for i in range(3):
+                factor[0] = float(i)
+                agree(call, module, x if module is not patched else torch.ones(1, 4, 5, 5))
+    assert graphs() == 0
+
+
+class NormAndConv(nn.Module):
+    """Torch's layers, whose settings may be switched."""
+
+    __module__ = "mvdream_fast.models.stand_in"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.drop, self.conv = nn.GroupNorm(2, 4), nn.Dropout(0.0), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.drop(self.norm(x)))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [("norm", "eps", 10.0), ("norm", "num_groups", 1), ("conv", "padding_mode", "circular"), ("conv", "stride", (2, 2)),
+     ("drop", "p", 1.0)],
+)  # fmt: skip
+def test_settings_of_torchs_own_layers_are_seen(name, setting, value):
+    call, module = Captured("it", scaled), NormAndConv()
+    x = torch.arange(100.0).reshape(1, 4, 5, 5).sin()
+    for _ in range(3):
+        before = agree(call, module, x)
+    setattr(getattr(module, name), setting, value)
+    if setting == "padding_mode":
+        module.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    for _ in range(3):
+        after = agree(call, module, x)
+    assert before.shape != after.shape or not torch.equal(before, after)
+    assert graphs() == 2
+
+
+SWITCHES = [
+    (torch.backends.cudnn, "enabled"), (torch.backends.cudnn, "deterministic"), (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "name"), SWITCHES, ids=[name for _, name in SWITCHES])
+def test_settings_of_torch_have_graphs_of_their_own(owner, name):
+    call, module, x = Captured("it", scaled), layer(), torch.ones(2, 3)
+    was = getattr(owner, name)
+    try:
+        for value in (was, not was):
+            setattr(owner, name, value)
+            for _ in range(3):
+                agree(call, module, x)
+    finally:
+        setattr(owner, name, was)
+    assert graphs() == 2
+
+
+def test_the_usual_dtype_has_a_graph_of_its_own():
+    def work(module, x):
+        return (module(x) + torch.zeros(2, 3),)
+
+    call, module, x = Captured("it", work), layer(), torch.ones(2, 3)
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            for _ in range(3):
+                assert agree(call, module, x).dtype == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert graphs() == 2
+
+
 @pytest.mark.parametrize("what", ["shapes or settings", "weights, layers or adapters"])
 def test_what_changes_at_every_call_is_never_captured_which_is_said_once(what):
     call, module = Captured("the work", scaled), layer()

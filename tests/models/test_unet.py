@@ -243,7 +243,7 @@ def test_nothing_given_is_written_to(small):
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["in place", "load", "assign", "optimiser", "dtype"])
 def test_caches_follow_the_weights(change):
-    """Text keys, camera part and packed projections: all filled, then every weight changes underneath."""
+    """Text keys and packed projections: all filled, then every weight changes underneath."""
     unet, other = randomised(SMALL), randomised(SMALL, seed=9)
     latents, t, context, camera = inputs(SMALL, 1, 2)
     prepared = unet.prepare_context(context)
@@ -372,17 +372,125 @@ def test_an_adapter_around_a_projection_is_used():
     torch.testing.assert_close(unet(*given, 2), expected(*given, 2), **EXACT)
 
 
+# One of each way in which weights are read, not called: joined, added to, by products or Winograd, in blocks of rows.
+READ = [
+    "time_embed.2", "camera_embed.0", "input_blocks.1.0.emb_layers.1", "skip_scale", "input_blocks.0.0",
+    "input_blocks.1.0.in_layers.0", "input_blocks.1.0.in_layers.2", "input_blocks.3.0.skip_connection",
+    "middle_block.1.norm", "middle_block.1.proj_in", "middle_block.1.proj_out",
+    "middle_block.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.attn1.to_out.0",
+    "middle_block.1.transformer_blocks.0.attn2.to_k", "middle_block.1.transformer_blocks.0.ff.net.2",
+    "middle_block.1.transformer_blocks.0.norm3", "output_blocks.1.2.conv", "out.0", "out.2",
+]  # fmt: skip
+
+
+def double_by_forward(layer: nn.Module):
+    """As some LoRA libraries do it."""
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+
+
+def double_by_hook(layer: nn.Module):
+    layer.register_forward_hook(lambda _layer, _given, out: 2 * out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("double", [double_by_forward, double_by_hook])
+@pytest.mark.parametrize("name", READ)
+def test_a_hook_or_a_forward_of_its_own_is_used(name, double, monkeypatch):
+    config = dataclasses.replace(SMALL, use_linear_in_transformer=False, input_skip=True)
+    unet, expected = randomised(config), randomised(config)
+    double(unet.get_submodule(name))
+    for p in expected.get_submodule(name).parameters():
+        p.mul_(2)
+    latents, t, context, camera = inputs(config, 1, 2, 16)
+    given = (latents, t, unet.prepare_context(context), camera, 2)
+    monkeypatch.setattr(fn, "_GEMM_WEIGHTS", 0)
+    wanted = expected(latents, t, context, camera, 2)
+    size = wanted.abs().max()
+    torch.testing.assert_close(unet(*given) / size, wanted / size, **EXACT)
+    with torch.enable_grad():
+        torch.testing.assert_close(unet(*given).detach() / size, wanted / size, **TOLERANCE)
+
+
+def test_hooks_see_the_same_numbers_with_autograd_and_without():
+    """Each layer with weights once, as images where it takes images; what a hook has kept is not overwritten."""
+    config = dataclasses.replace(SMALL, use_linear_in_transformer=False, input_skip=True)
+    unet, seen = randomised(config), {}
+    leaves = {name: m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.GroupNorm))}
+    for name, layer in leaves.items():
+        layer.register_forward_hook(lambda _layer, _given, out, name=name: seen.setdefault(name, []).append(out))
+    kept = []
+    for grad in (True, False):
+        seen.clear()
+        with torch.set_grad_enabled(grad):
+            unet(*inputs(config, 1, 2), 2)
+        assert seen.keys() == leaves.keys()
+        assert {len(outs) for outs in seen.values()} == {1}
+        kept.append({name: outs[0].detach().clone() for name, outs in seen.items()})
+    for name, layer in leaves.items():
+        assert kept[0][name].ndim == (3 if isinstance(layer, nn.Linear) and ".attn" in name else kept[1][name].ndim)
+        torch.testing.assert_close(kept[0][name], kept[1][name], **TOLERANCE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "said"), [("time_embed.2", "time_embed"), ("input_blocks.1.0.emb_layers.1", "emb_layers")]
+    "changed",
+    [{"padding_mode": "circular"}, {"groups": 2}, {"stride": 2}, {"dilation": 2, "padding": 2}, {"padding": 0}],
+    ids=str,
 )
-def test_an_adapter_around_a_layer_that_is_not_called_is_refused(name, said):
-    unet = randomised(SMALL)
+def test_another_convolution_is_called_as_it_is(changed, monkeypatch):
+    monkeypatch.setattr(fn, "_GEMM_WEIGHTS", 0)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 32, 3, **{"padding": 1, **changed}).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(fn.conv3x3(conv, x), conv(x))
+    assert torch.equal(fn.upsample_conv(conv, x), conv(F.interpolate(x, scale_factor=2.0)))
+    plain = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
+    plain.padding_mode = "circular"  # set afterwards
+    assert (fn.conv3x3(plain, x) - F.conv2d(x, plain.weight, plain.bias, padding=1)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_hook_on_all_modules_is_used(small):
+    given, seen = inputs(SMALL, 1, 2), []
+    expected = small(*given, 2)
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(layer))
+    try:
+        out = small(*given, 2)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(out, expected, **EXACT)
+    with_weights = [m for m in small.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm))]
+    assert not set(with_weights) - set(seen)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["time_embed.2", "camera_embed.0", "input_blocks.1.0.emb_layers.1"])
+def test_an_adapter_around_a_layer_of_the_embeddings_is_used(name):
+    unet, expected = randomised(SMALL), randomised(SMALL)
     parent, _, key = name.rpartition(".")
-    unet.get_submodule(parent)[int(key)] = nn.Sequential(unet.get_submodule(name))
-    with pytest.raises(
-        TypeError, match=f"MultiViewUNet: {parent.split('.')[-1]}.* must be torch.nn.Linear, got a wrapped one"
-    ):
-        unet(*inputs(SMALL, 1, 2), 2)
+    layer = unet.get_submodule(name)
+    unet.get_submodule(parent)[int(key)] = nn.Sequential(layer, nn.Dropout(0.0))
+    given = inputs(SMALL, 1, 2)
+    torch.testing.assert_close(unet(*given, 2), expected(*given, 2), **EXACT)
+    layer.weight.mul_(2)
+    expected.get_submodule(name).weight.mul_(2)
+    torch.testing.assert_close(unet(*given, 2), expected(*given, 2), **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("camera_in", ["time", "text"])
+def test_writes_that_no_version_counts_reach_the_camera_embedding(camera_in):
+    """As an average of weights is copied into a model: `parameter.data.copy_`."""
+    config = dataclasses.replace(SMALL, camera_in=camera_in)
+    unet, other = randomised(config), randomised(config, seed=9)
+    given = inputs(config, 1, 2)
+    before = unet(*given, 2)
+    for p, q in zip(unet.parameters(), other.parameters(), strict=True):
+        p.data.copy_(q.data)
+    expected = other(*given, 2)
+    assert (before - expected).abs().max() > 0.1
+    torch.testing.assert_close(unet(*given, 2), expected, **EXACT)
 
 
 @torch.no_grad()
