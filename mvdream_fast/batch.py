@@ -26,7 +26,8 @@ Say = Callable[[str], None]
 class Flags:
     """Makes an asset of every line of a file of prompts: OUT/assets/<prompt>-<id>/, as sds leaves its folder.
 
-    The same command again makes what is missing: finished assets stay, interrupted ones go on from their checkpoint.
+    The same command again makes what is missing: finished assets stay, others go on from their checkpoint, also those
+    that failed or were cancelled.
     Several such commands on the same OUT share the work. OUT/index.html shows all assets, OUT/progress.html what is at
     work. The exit code is that of the first prompt that failed in the end (1 where the reason has no code), else 0.
     """
@@ -87,7 +88,6 @@ def main(flags: Flags) -> None:
     check_flags(flags)
     from mvdream_fast.core.run_folder import Interrupt
     from mvdream_fast.distill import settings_file
-    from mvdream_fast.jobs.job import State
     from mvdream_fast.jobs.plan import read_jobs
     from mvdream_fast.jobs.setup import sayer
     from mvdream_fast.jobs.watch import Watch, failures
@@ -98,17 +98,13 @@ def main(flags: Flags) -> None:
     jobs = read_jobs(flags.prompts, asked, file, flags.retries)
     setup, crew = _crew(flags, jobs, say)
     queue = setup.queue()
-    queue.add(*jobs)
-    ids = {job.id for job in jobs}
-    for job, status in queue.jobs():
-        if job.id in ids and status.state == State.FAILED:
-            queue.retry(job.id, flags.retries)
+    queue.ask(*jobs)
     with Interrupt() as interrupt:
         Watch(queue, say, live=sys.stdout.isatty() and not flags.quiet).tend(crew, interrupt)
     if interrupt.requested is not None:
         print("batch: stopped; the same command goes on", file=sys.stderr)
         sys.exit(interrupt.exit_code)
-    if code := failures(queue, ids):
+    if code := failures(queue, {job.id for job in jobs}, "batch"):
         sys.exit(code)
 
 

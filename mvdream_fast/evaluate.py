@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro import conf
 
 from mvdream_fast.core import cli
-from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError
+from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +64,8 @@ class Flags:
     """Measures models (four views of fixed prompts) and finished runs (a turntable, fog, mesh), beside real renders.
 
     The judge is a small image-text model trained on the training renders alone: in-domain figures, no CLIP scores.
-    With the extra `evaluate`, an ImageNet classifier that never saw them is asked, too.
+    With the extra `evaluate`, an ImageNet classifier that never saw them is asked, too. A target that cannot be
+    measured stops no other: its reason is printed, and the exit code is that of the first.
     """
 
     targets: Annotated[tuple[cli.Place, ...], conf.Positional, conf.arg(metavar="MODEL|RUN")] = ()
@@ -103,28 +104,46 @@ def main(flags: Flags) -> None:
     say = (lambda _: None) if flags.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     if not flags.targets:
         say("no target was given: the embedded model")
-    from mvdream_fast.evaluation.judging import evaluate_run, load_judge, summary
-    from mvdream_fast.evaluation.runs import compared
+    from mvdream_fast.evaluation.judging import load_judge
 
     cli.set_threads(flags.threads)
     judge = load_judge(say, flags.evaluator, flags.prompts, flags.data)
+    report, code = measured(kinds, flags, judge, say)
+    if report["models"] or report["runs"]:
+        _print(report, judge)
+        if flags.json:
+            from mvdream_fast.core.files import atomic_write
+
+            atomic_write(flags.json, json.dumps(report, indent=2) + "\n")
+    if code:
+        sys.exit(code)
+
+
+def measured(kinds: dict[str, str], flags: Flags, judge: "Judge", say) -> tuple[dict[str, Any], int]:
+    """The figures of all targets, given with their kinds, and the exit code: that of the first that has none.
+
+    What it cost to measure the others is not lost: a target without figures is told on stderr, and is in `failed`.
+    """
+    from mvdream_fast.evaluation.judging import evaluate_run, summary
+    from mvdream_fast.evaluation.runs import compared
+
     report: dict[str, Any] = {"kind": "evaluation", "evaluator": judge.evaluator.about, "models": {}, "runs": []}
-    seen = []
+    report["failed"], seen, code = {}, [], 0
     for target, kind in kinds.items():
-        if kind == "model":
-            report["models"][target] = _evaluate_model(target, flags, judge, say)
-        else:
-            figures, features = evaluate_run(Path(target).expanduser(), judge)
-            report["runs"].append(figures)
-            seen.append(features)
+        try:
+            if kind == "model":
+                report["models"][target] = _evaluate_model(target, flags, judge, say)
+            else:
+                figures, features = evaluate_run(Path(target).expanduser(), judge)
+                report["runs"].append(figures)
+                seen.append(features)
+        except UserError as error:
+            print(f"evaluate: {target}: {error}", file=sys.stderr)
+            report["failed"][target], code = str(error), code or error.exit_code
     if report["runs"]:
         report["runs_mean"] = summary(report["runs"])
         report["runs_distances"] = {} if judge.reference.seen is None else compared(seen, judge.reference.seen)
-    _print(report, judge)
-    if flags.json:
-        from mvdream_fast.core.files import atomic_write
-
-        atomic_write(flags.json, json.dumps(report, indent=2) + "\n")
+    return report, code
 
 
 def check_flags(flags: Flags) -> None:
@@ -184,9 +203,14 @@ def _print(report: dict[str, Any], judge: "Judge") -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    real, n = judge.reference.scores, len(judge.reference.captions)
-    heads = (f"{n} held-out captions", f"{len(judge.prompts)} fixed prompts", "real renders")
+    real = judge.reference.scores
     for target, result in report["models"].items():
+        asked = result["options"]
+        heads = (
+            f"{_sampled(asked['n_captions'], len(judge.reference.captions))} held-out captions",
+            f"{_sampled(asked['n_prompts'], len(judge.prompts))} fixed prompts",
+            "real renders",
+        )
         columns = (result["held_out"], result["prompts"], _at_size(real, [result["held_out"]["size"]]))
         rows = [(label, [_number(x.get(key), form) for x in columns]) for key, label, form in MODEL_ROWS]
         console.print(_table(f"{target}: four views", ("measure", *heads), rows))
@@ -233,6 +257,11 @@ def _at_size(real: dict[str, float], sizes: list[int]) -> dict[str, float | None
     """What real renders score, their gradient at the size of other images; none where those differ in size."""
     size = sizes[0] if len(set(sizes)) == 1 else None
     return real | {"gradient": real.get(f"gradient_{size}")}
+
+
+def _sampled(most: int | None, n: int) -> str:
+    """How many of n were sampled, which are told apart from all n."""
+    return f"{n}" if most is None or most >= n else f"{most} of {n}"
 
 
 def _number(value: float | None, form: str) -> str:

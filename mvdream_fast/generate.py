@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mvdream_fast.diffusion.views import Views
     from mvdream_fast.pipeline import MVDreamPipeline
 
+IMAGE_FACTOR = 6  # decoded images, and the copies of them on their way into files
 PROGRESS_EVERY_S = 2.0  # seconds between the progress lines of a run without a terminal
 
 
@@ -46,7 +47,7 @@ class Flags:
     """Denoising steps, counted as upstream does (30 makes 31)."""
     guidance_scale: float | None = None
     """How closely to follow the prompt; 1 asks without guidance, at half of the cost. Default: what suits the model,
-    3.5 for the small ones, else 7.5."""
+    2.5 for the small ones, else 7.5."""
     uncond_mode: Literal["3d", "2d"] | None = None
     """How guidance asks without the prompt: 3d with the cameras, as MVDream does; 2d without them, each view by itself,
     so that views are led to their cameras and to each other, too. Default: 2d for the small models, else 3d."""
@@ -93,6 +94,7 @@ def main(flags: Flags) -> None:
     pipe = MVDreamPipeline.from_pretrained(flags.model or "embedded", flags.device, flags.dtype, flags.graphs)
     if flags.cutouts and not pipe.tells_things_apart:
         raise ArgumentError(f"--cutouts: {NO_MATTING}")
+    check_memory(flags.n_views, pipe)
     suffix = pipe.suffix if flags.suffix else ""
     _first_line(flags, pipe, n_threads, seed, pipe.unseen_words(prompt, flags.negative_prompt, suffix))
     with _progress(flags.quiet) as callback:
@@ -137,6 +139,21 @@ def check_flags(flags: Flags) -> str:
         raise ArgumentError(f"--seed must be random or from 0 to 2**63 - 1, got {flags.seed}")
     run_folder.check_new_folder(flags.output, flags.root)
     return prompt
+
+
+def check_memory(n_views: int, pipe: "MVDreamPipeline") -> None:
+    """Refuses more views than there is memory for: all are in one call of the UNet, with the prompt and without.
+
+    Raises: OutOfMemoryError.
+    """
+    from mvdream_fast.core import memory
+    from mvdream_fast.distill.run_memory import UNET_FACTOR
+
+    config = pipe.config
+    level = 4 * config.latent_size**2 * config.unet.model_channels * config.unet.channel_mult[0]
+    images = 4 * config.vae.image_size**2 * 3
+    need = n_views * (2 * level * UNET_FACTOR + IMAGE_FACTOR * images)
+    memory.check(f"drawing {n_views} views at once", need, str(pipe.device), "take a smaller --n-views")
 
 
 def _seed(seed: int | Literal["random"]) -> int:

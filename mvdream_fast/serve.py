@@ -1,5 +1,6 @@
 """`python -m mvdream_fast.serve`: a page on 127.0.0.1 to type prompts into, and to watch, turn and keep what comes."""
 
+import dataclasses
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,10 @@ def main(flags: Flags) -> None:
         from mvdream_fast.web.server import run
     except ImportError as error:
         raise ArgumentError("serve needs FastAPI and uvicorn: pip install 'mvdream_fast[serve]'") from error
+    from mvdream_fast.distill.request import absolute_model
     from mvdream_fast.web.board import Board
 
+    flags = dataclasses.replace(flags, model=absolute_model(flags.model))
     port = loopback.free_port(flags.port, "--port", flags.host)
     staff = hired(flags)
     board = Board(flags.output.absolute(), flags.model)

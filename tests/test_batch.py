@@ -14,6 +14,7 @@ from reference.batches import Killer, in_background, jobs_of, prompts, rows, wor
 from reference.painter import png, strip
 from reference.quick_jobs import QUICK_RUN, RUNNERS, command, digests, undisturbed, undone
 
+from mvdream_fast import batch
 from mvdream_fast.core.errors import UserError
 from mvdream_fast.core.images import png_bytes
 from mvdream_fast.core.run_folder import Interrupt
@@ -24,6 +25,7 @@ from mvdream_fast.jobs.plan import read_jobs
 from mvdream_fast.jobs.queue import Queue
 from mvdream_fast.jobs.setup import Setup, run_worker
 from mvdream_fast.jobs.store import open_store
+from mvdream_fast.jobs.watch import Watch
 from mvdream_fast.pipeline import MVDreamPipeline
 
 ASKED = {"preset": "mini", "render_size": 8, "mesh_resolution": 24}  # what QUICK_RUN says of a run
@@ -163,6 +165,36 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(asked, tmp_path,
     assert command(*asked(["a chair"])) == 7
     assert "holds something else than jobs" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_model_is_named_by_its_whole_path_and_the_package_s_by_its_name(tmp_path, tiny_model, monkeypatch):
+    """Whether it comes as a flag or in the file of --config; a folder of a name of the package's is another thing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()
+    (tmp_path / "m").symlink_to(tiny_model)
+    (tmp_path / "p.jsonl").write_text('"a chair"\n')
+    for flags, file, model in (
+        ({"model": "m"}, {}, str(tmp_path / "m")),
+        ({}, {"model": "m"}, str(tmp_path / "m")),
+        ({"model": "embedded"}, {}, "embedded"),
+    ):
+        (job,) = read_jobs(tmp_path / "p.jsonl", flags, file)
+        assert job.request["model"] == model
+
+
+def test_the_same_command_asks_again_for_what_was_cancelled(tmp_path, tiny_model, monkeypatch):
+    """And grants the retries that it asks for to what waits from an earlier one."""
+    (tmp_path / "p.jsonl").write_text('"a chair"\n"a car"\n')
+    line = [str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--model", tiny_model, *QUICK_RUN]
+    monkeypatch.setattr(batch, "_crew", lambda flags, *_: (Setup(str(tmp_path / "out")), None))
+    monkeypatch.setattr(Watch, "tend", lambda *_: None)
+    assert command(*line) == 0
+    queue = Queue(open_store(tmp_path / "out"))
+    chair, car = (job for job, _ in queue.jobs())
+    queue.cancel(chair.id)
+    assert command(*line, "--retries", "2") == 0
+    assert {str(status.state) for _, status in queue.jobs()} == {"queued"}
+    assert (queue.job(car.id).retries, len(queue.jobs())) == (2, 2)
 
 
 def test_subjects_are_tuned_before_what_needs_them(tmp_path):

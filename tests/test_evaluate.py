@@ -228,6 +228,63 @@ def test_damaged_views_are_named(place, tmp_path, capsys):
     assert "views.png cannot be read" in capsys.readouterr().err
 
 
+def test_a_target_without_figures_stops_no_other(place, tmp_path, capsys):
+    """What was measured is printed and written; the code is that of the first that failed."""
+    unfinished, damaged, report = tmp_path / "unfinished", tmp_path / "damaged", tmp_path / "report.json"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text('{"kind": "sds", "prompt": "a cat"}')
+    write_run(damaged, "a red car")
+    (damaged / "asset.safetensors").write_bytes(b"no tensors")
+    targets = (str(unfinished), "run", str(damaged), "nowhere")
+    assert command(*targets, *ARGUMENTS, "--quiet", "--json", str(report)) == 5
+    out, err = capsys.readouterr()
+    assert "a red car" in out
+    assert f"the run is not finished; go on with sds --resume {unfinished}" in err
+    assert len(err.splitlines()) == 3
+    found = json.loads(report.read_text())
+    assert [run["run"] for run in found["runs"]] == ["run"]
+    assert list(found["failed"]) == [str(unfinished), str(damaged), "nowhere"]
+    assert found["models"] == {}
+
+
+def test_without_any_figures_there_is_no_report(place, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"kind": "sds", "prompt": "a cat"}')
+    assert command(str(tmp_path), *ARGUMENTS, "--quiet", "--json", str(tmp_path / "report.json")) == 5
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_headings_say_what_was_sampled(judge, capsys):
+    """All unless --quick says less, however long the list is."""
+    figures = {"top1": 0.5, "size": 64}
+    long = replace(judge, prompts=[f"a thing{i}" for i in range(70)])
+    for flags, heads in (
+        (evaluate.Flags(), ("3 held-out captions", "70 fixed prompts")),
+        (evaluate.Flags(quick=True), ("3 held-out captions", "8 of 70 fixed prompts")),
+    ):
+        options = vars(evaluate.sampling(flags))
+        result = {"held_out": figures, "prompts": figures, "seconds": 1.0, "options": options}
+        evaluate._print({"models": {"m": result}, "runs": []}, long)
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(f" {head} " in out for head in heads), flags
+        assert (" 3 of" in out, " 70 of" in out) == (False, False)
+    assert SamplingOptions() == evaluate.sampling(evaluate.Flags())
+
+
+def test_all_prompts_of_a_long_list_are_sampled(judge, monkeypatch):
+    sampled = []
+
+    def views(_, texts, options, n_seeds, say):
+        sampled.append(len(texts))
+        return torch.rand(n_seeds, len(texts), 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(judging, "_sample", views)
+    long = replace(judge, prompts=[f"a thing{i} chair" for i in range(61)])
+    evaluate_model(None, long, SamplingOptions(seeds=1), print)
+    evaluate_model(None, long, SamplingOptions(seeds=1, n_captions=2, n_prompts=5), print)
+    assert sampled == [N_HELD_OUT, 61, 2, 5]
+
+
 def test_the_training_needs_a_held_out_split(place, tmp_path, capsys):
     write_shard(tmp_path / "train-00000.tar", [render(0, 0)])
     arguments = ["--data", str(tmp_path), "-o", str(tmp_path / "out"), "--stage", "evaluator"]

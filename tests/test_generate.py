@@ -12,7 +12,7 @@ from reference.random_model import random_model
 
 from mvdream_fast import generate
 from mvdream_fast.checkpoints.open import save_model
-from mvdream_fast.core import cli
+from mvdream_fast.core import cli, memory
 from mvdream_fast.pipeline import MVDreamPipeline
 
 ARGUMENTS = ["--steps", "2", "--device", "cpu", "--threads", "1", "--dtype", "float32"]
@@ -211,6 +211,15 @@ def test_a_model_that_cannot_be_read_is_exit_3_and_leaves_nothing(damage, model,
     assert err.startswith("generate: ")
     assert "Traceback" not in err
     assert everything() == before
+
+
+def test_more_views_than_there_is_memory_for_are_refused_before_they_are_drawn(model, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available", lambda device: (1 << 20, "free on this machine"))
+    assert command("x", "--model", model, "--n-views", "1024", "-o", "out") == 4
+    error = capsys.readouterr().err
+    assert "drawing 1024 views at once needs about" in error
+    assert "take a smaller --n-views" in error
+    assert not Path("out").exists()
 
 
 def test_a_full_disk_leaves_nothing(model, monkeypatch, capsys):

@@ -44,6 +44,21 @@ def test_flags_that_are_refused(flags, sentence):
     assert sentence in str(error.value)
 
 
+def test_a_model_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    """What is made of it goes on from another folder, too."""
+    from mvdream_fast.web import board, server
+
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    monkeypatch.setattr(serve, "hired", lambda flags: seen.append(flags.model))
+    monkeypatch.setattr(board, "Board", lambda folder, model: seen.append(model))
+    monkeypatch.setattr(server, "run", lambda *_: None)
+    for model in ("m", "embedded"):
+        serve.main(Flags(output=tmp_path / "out", model=model))
+    assert seen == [str(tmp_path / "m")] * 2 + ["embedded"] * 2
+
+
 def test_tokens():
     assert check_flags(Flags()) is None
     assert check_flags(Flags(host="localhost")) is None

@@ -5,6 +5,7 @@ A verb is thin: a dataclass of its flags and a function that takes it. The work 
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -30,6 +31,8 @@ Args = TypeVar("Args", bound="DataclassInstance")
 Given = Annotated[frozenset[str], conf.Fixed, conf.Suppress]  # the field `given` of a verb's flags: see `given`
 SPIN_COUNT = "5000"  # about 0.1 ms; 1,000 already costs a fifth of a small model's speed, libgomp's default is 300,000
 HINTS = {"threads": "; leave it out for one a core", "n_views": "; the models were trained with 4"}
+# More than these no machine has, or no list of what is to be done holds; libraries fail on it in ways of their own.
+MOST = {"threads": 4096, "workers": 4096, "n_views": 1024, "seeds": 1000, "parts": 100_000}
 
 EXIT_CODES = """exit codes: 0 done; 1 (benchmark) failed, or slower than the bound; 2 wrong arguments or prompt; 3 model
 missing, unreadable or of another configuration; 4 out of memory; 5 another input file missing or unreadable; 6
@@ -68,6 +71,8 @@ def run(
 
     argv = sys.argv[1:] if argv is None else argv
     share_cores()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # for names of folders that are no UTF-8
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that clean-up runs
     try:
         _check_words(argv)
@@ -82,6 +87,9 @@ def run(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(OutputError.exit_code)
+    except OSError as error:  # of a file or a folder that nobody has asked for by this way of saying it
+        where = "" if error.filename is None else f" {error.filename}"
+        fail(prog, f"cannot read or write{where}: {error.strerror or error}", OutputError.exit_code)
     except KeyboardInterrupt:
         fail(prog, "interrupted", 128 + signal.SIGINT)
 
@@ -158,11 +166,16 @@ def option(name: str) -> str:
 
 
 def check_at_least(flags: Any, least: float, *names: str) -> None:
-    """Refuses flags below `least`, or not finite; None is one that was left out. Raises ArgumentError."""
+    """Refuses flags below `least`, above what MOST has for them, or not finite; None is one that was left out.
+
+    Raises: ArgumentError.
+    """
     for name in names:
-        value = getattr(flags, name)
+        value, most = getattr(flags, name), MOST.get(name, math.inf)
         if value is not None and not least <= value < math.inf:
             raise ArgumentError(f"{option(name)} must be at least {least}, got {value}{HINTS.get(name, '')}")
+        if value is not None and value > most:
+            raise ArgumentError(f"{option(name)} must be at most {most}, got {value}{HINTS.get(name, '; take fewer')}")
 
 
 def check_from_to(flags: Any, low: float, high: float, *names: str) -> None:

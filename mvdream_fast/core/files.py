@@ -4,6 +4,7 @@ What is in a file is its reader's business. Writing is: temporary file, fsync, r
 """
 
 import codecs
+import contextlib
 import errno
 import json
 import os
@@ -92,12 +93,24 @@ def read_json(path: Path, error: type[UserError] = InputFileError, limit: int = 
     return parse_json(read_text(path, error, limit), str(path), error)
 
 
+def make_folder(folder: Path) -> Path:
+    """Makes a folder, with those above it, where there is none yet. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"the folder {folder} cannot be made: a file is in the way; name another place") from error
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+    return folder
+
+
 def atomic_write(path: Path | str, data: bytes | str) -> None:
     """Writes a file whole or not at all; `~` is the home folder.
 
     Raises: OutputError with the bytes needed; an older file stays as it was.
     """
-    data = data.encode() if isinstance(data, str) else data
+    # A folder's name that is no UTF-8 comes as surrogates, and goes as the bytes that it is.
+    data = data.encode(errors="surrogateescape") if isinstance(data, str) else data
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
@@ -115,7 +128,7 @@ def replace_file(path: Path, write: Callable[[Path], object], n_bytes: int) -> N
         temporary.replace(path)
         _sync(path.parent)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         if not _is_io_error(error):
             raise
         raise _kept(path, n_bytes, error) from error
@@ -146,14 +159,21 @@ def write_together(files: Mapping[Path, bytes]) -> None:
         _sync(first.parent)
     except OSError as error:
         for path in files:
-            new[path].unlink(missing_ok=True)
+            _remove(new[path])
             if path not in replaced:
-                path.unlink(missing_ok=True)
+                _remove(path)
             elif old[path].exists():
-                old[path].replace(path)
+                with contextlib.suppress(OSError):
+                    old[path].replace(path)
         raise _kept(first, sum(map(len, files.values())), error) from error
     for path in replaced:
-        old[path].unlink()
+        _remove(old[path])
+
+
+def _remove(path: Path) -> None:
+    """Deletes a file that is in the way, if it can be: what went wrong before is what there is to say."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _check_regular(path: Path) -> None:
@@ -187,4 +207,4 @@ def remove_stale(folder: Path) -> None:
     for path in folder.glob("*.tmp-*"):
         pid = path.name.rpartition("-")[2]
         if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
-            path.unlink(missing_ok=True)
+            _remove(path)

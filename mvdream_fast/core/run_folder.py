@@ -3,6 +3,7 @@
 Files appear whole or not at all (files.py). No model or loop lives here.
 """
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -15,7 +16,6 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,15 @@ from mvdream_fast._version import __version__
 from mvdream_fast.core import machine, sharded_checkpoint
 from mvdream_fast.core.arguments import user_path
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
-from mvdream_fast.core.files import atomic_write, read_json, read_lines, read_text, remove_stale, replace_file
+from mvdream_fast.core.files import (
+    atomic_write,
+    make_folder,
+    read_json,
+    read_lines,
+    read_text,
+    remove_stale,
+    replace_file,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +114,8 @@ def _point(link: Path, folder: Path) -> None:
         temporary.symlink_to(os.path.relpath(folder, link.parent))
         temporary.replace(link)
     except OSError:
-        temporary.unlink(missing_ok=True)  # a convenience: file systems without links still work
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a convenience: file systems without links still work
 
 
 def resolve_resume(resume: str, root: Path | str, output: Path | None = None) -> Path:
@@ -123,18 +132,19 @@ def resolve_resume(resume: str, root: Path | str, output: Path | None = None) ->
     return folder.resolve()
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a run folder for this process: a second command that would write there meanwhile is refused.
 
     A record lock (fcntl) on FOLDER/.lock: the system drops it with the process, however that ends, and workers that the
     process forks don't inherit it. A file system that knows no locks goes without.
-    Raises: OutputError, naming the process that holds the folder.
+    Raises: OutputError, naming the process that holds the folder, or why it cannot be written.
     """
     try:
-        file = open(folder / LOCK, "a+", encoding="ascii")  # noqa: SIM115 (closed below; "a": not emptied before it is ours)
+        # "a": not emptied before it is ours; without a buffer, which a full disk would keep from being closed.
+        file = open(folder / LOCK, "ab+", buffering=0)  # noqa: SIM115 (closed below)
     except OSError as error:
-        raise OutputError(f"the run folder {folder} cannot be written: {error.strerror}") from error
+        raise _unwritable(folder, error) from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,13 +152,23 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 raise OutputError(
-                    f"the run folder {folder} is in use by process {file.read().strip() or 'of another command'}; wait "
+                    f"the run folder {folder} is in use by process {_owner(file.read())}; wait "
                     "until it is done, or stop it first"
                 ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield
+
+
+def _owner(lock: bytes) -> str:
+    return lock.decode("ascii", "replace").strip() or "of another command"
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"the run folder {folder} cannot be written: {error.strerror}")
 
 
 def write_record(
@@ -212,8 +232,7 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    folder = user_path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(user_path(folder))
     remove_stale(folder)
     path = folder / f"{step:06d}.safetensors"
     header = {"meta": json.dumps({**meta, "step": step}, sort_keys=True)}
@@ -223,7 +242,8 @@ def save_checkpoint(
     atomic_write(folder / LATEST, path.name + "\n")
     for old in sorted(folder.glob("[0-9]*.safetensors"))[:-keep]:
         if old != path:
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                old.unlink()
     return path
 
 

@@ -68,7 +68,8 @@ def _finish(folder: Path, latest: str, step: int, meta: dict[str, Any], keep: in
         atomic_write(partial / META, json.dumps(about, sort_keys=True))
         partial.rename(path)
     except OSError as error:
-        raise OutputError(f"cannot write the checkpoint {path}: {error.strerror}; the one before is kept") from error
+        reason = error.strerror or error
+        raise OutputError(f"cannot write the checkpoint {path}: {reason}; the one before is kept") from error
     atomic_write(folder / latest, path.name + "\n")
     found = [p for p in folder.glob("[0-9]*.shards") if p != path and NAME.fullmatch(p.name)]
     for old in sorted(found, key=lambda p: p.stat().st_mtime_ns)[: len(found) + 1 - keep]:

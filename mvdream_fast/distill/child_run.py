@@ -14,13 +14,13 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ArgumentError, InputFileError
-from mvdream_fast.core.files import atomic_write, read_json
+from mvdream_fast.core.files import atomic_write, make_folder, read_json
 from mvdream_fast.core.schema import Checked, checked
-from mvdream_fast.distill.request import Request, read_run
+from mvdream_fast.distill.request import MODELS, Request, is_same_model, read_run
 
 RESULT = "result.json"
 
@@ -50,11 +50,17 @@ def check_same(folder: Path, request: Request) -> None:
         return
     run = read_run(folder)
     has, wants = (r.settings() for r in (run, request))
-    other = next((name for name, value in wants.items() if has.get(name) != value), None)
+    other = next((name for name, value in wants.items() if not _is_same(name, has.get(name), value)), None)
     if other is not None:
         raise ArgumentError(
             f"{folder} holds a run with {other} {has.get(other)}, but asked for is {wants[other]}; name another by -o"
         )
+
+
+def _is_same(name: str, has: Any, wanted: Any) -> bool:
+    if name in MODELS and isinstance(has, str):
+        return is_same_model(has, wanted)
+    return has == wanted
 
 
 def run(folder: Path, begin: list[str], how: list[str], quiet: bool, interrupt: run_folder.Interrupt) -> Result:
@@ -84,7 +90,7 @@ def run(folder: Path, begin: list[str], how: list[str], quiet: bool, interrupt: 
         peak_bytes=max(before.peak_bytes, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)),
         message=last if code else "",
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)  # which a refused run leaves out
+    make_folder(folder)  # which a refused run leaves out
     atomic_write(folder / RESULT, json.dumps(asdict(result), indent=2) + "\n")
     return result
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mvdream_fast.core import run_folder
-from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.files import atomic_write, make_folder
 from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.machine import resident_memory
 from mvdream_fast.core.progress import Pace
@@ -33,7 +33,7 @@ class Watcher:
         self.log = run_folder.JsonlLog(folder / "log.jsonl")
         self.preview_every = preview_every
         self.pace = Pace(1 if sys.stdout.isatty() else 10)
-        (folder / "preview").mkdir(exist_ok=True)
+        make_folder(folder / "preview")
 
     def __call__(self, progress: Progress) -> None:
         record, asset = progress.record, progress.asset

@@ -3,6 +3,7 @@ prompts over all. No torch here: a wrong setting is refused before anything is l
 """
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mvdream_fast.checkpoints.places import EMBEDDED, draws_single_images, stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.core.files import lines, read_text
+from mvdream_fast.core.ramp import is_ever_on
 from mvdream_fast.core.schema import checked, is_object
 from mvdream_fast.distill.config import (
     MVDREAM,
@@ -36,6 +38,7 @@ from mvdream_fast.models.tokenizer import check_prompt
 if TYPE_CHECKING:
     from mvdream_fast.checkpoints.open import Source
 
+MODELS = ("model", "refine_model")  # settings that name one
 RENAMED = {"lr": "lr_encoding", "guidance": "kind"}  # flags whose field has another name
 VSD_SCALE = 7.5  # ProlificDreamer's, where SDS needs more
 
@@ -87,7 +90,7 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     file = file or {}
     prompt = flags.get("prompt", file.get("prompt", ""))
     check_prompt(prompt)
-    model, refine = (flags.get(name, file.get(name)) for name in ("model", "refine_model"))
+    model, refine = (_asked_model(flags.get(name, file.get(name))) for name in MODELS)
     preset, why = _preset(flags.get("preset", "auto"), file, model)
     recipe = _recipe(preset, flags, file, model)
     known = RECIPES[recipe]
@@ -108,6 +111,26 @@ def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Reques
     seed = _seed(flags.get("seed", file.get("seed", 0)))
     refines = refine or (known.refine.embedded if known.refine else "")
     return Request(prompt, seed, model or known.prior.embedded, config, export, why, refines)
+
+
+def _asked_model(model: str | None) -> str | None:
+    return None if model is None else absolute_model(model)
+
+
+def absolute_model(model: str) -> str:
+    """A model as commands in other folders name it: what lies at a path by its whole path. A name stays as it is, of a
+    model of the package also where a folder is called so, and so does what is not there."""
+    if model in EMBEDDED:
+        return model
+    path = os.path.expanduser(model)
+    return str(Path(path).absolute()) if os.path.exists(path) else model
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two names are those of one model; records of older runs have them as they were typed."""
+    if one == other or {one, other} & {"", *EMBEDDED}:
+        return one == other
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def open_model(request: Request, stage: int = 0) -> "Source":
@@ -214,9 +237,11 @@ def flag_names(flags: Iterable[str]) -> dict[str, str]:
 def _seed(seed: str | int) -> int:
     if seed == "random":
         return secrets.randbelow(2**31)
-    if not str(seed).isascii() or not str(seed).isdigit() or int(seed) >= 2**63:
-        raise ArgumentError(f'--seed must be a number from 0 to 2**63 - 1 or "random", got {seed!r}')
-    return int(seed)
+    digits = str(seed).lstrip("0") or str(seed)[:1]
+    # The length first: Python makes no number of some thousand digits.
+    if not str(seed).isascii() or not str(seed).isdigit() or len(digits) > 19 or int(digits) >= 2**63:
+        raise ArgumentError(f'--seed must be a number from 0 to 2**63 - 1 or "random", got {seed!r:.60}')
+    return int(digits)
 
 
 def check_config(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
@@ -245,6 +270,12 @@ def _check_stage(config: SDSConfig, names: Mapping[str, str]) -> None:
         low, high = settings[name]
         if low > high:
             raise ArgumentError(f"{names.get(name, name)} must be low, then high, got {low} and {high}")
+    weight = settings.get("lambda_orient", (0.0, 0.0, 0.0, 0.0))
+    if is_ever_on(weight) and not config.shading:
+        raise ArgumentError(
+            f"lambda_orient must be 0 throughout without shading, which alone makes the normals that it is a loss of, "
+            f"got {tuple(weight)}; add --shading (with a weight of its own), or shading = true to the settings file"
+        )
     check_guidance(config)
     check_prompt(config.negative_prompt, allow_empty=True)
     check_prompt(config.suffix, allow_empty=True)
@@ -304,8 +335,8 @@ def differences(run: Request, flags: dict[str, Any]) -> dict[str, tuple[Any, Any
         has = settings[RENAMED.get(name, name)]
         if name == "seed":
             same = str(value) == str(has)
-        elif name in ("model", "refine_model"):
-            same = value == has or (has != "" and Path(value).resolve() == Path(has).resolve())
+        elif name in MODELS:
+            same = is_same_model(value, has)
         elif name in ("recipe", "preset", "shading"):
             same = value in ("auto", has)
         elif name == "view_words":  # which may have been left to the mode

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import read_lines
 from mvdream_fast.core.machine import in_format
+from mvdream_fast.evaluation.words import plain_words
 
 SIZE = 224  # pixels a side that it was trained on
 STRIDE = 32  # of its last level: sides must be multiples
@@ -133,7 +134,7 @@ def noun_classes() -> dict[str, tuple[int, ...]]:
 
 def classes_of(prompt: str) -> tuple[int, ...]:
     """The ImageNet classes of the longest noun of the table in a prompt, singular or plural; () where there is none."""
-    words, table = f" {prompt.lower().replace(',', ' ').strip()} ", noun_classes()
+    words, table = f" {plain_words(prompt)} ", noun_classes()
     known = [noun for noun in table if f" {noun} " in words or f" {noun}s " in words]
     return table[max(known, key=len)] if known else ()
 

@@ -20,7 +20,7 @@ from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.checkpoints.manifest import check_shapes
 from mvdream_fast.checkpoints.tensor_file import open_tensors
 from mvdream_fast.core.errors import ModelError
-from mvdream_fast.core.files import read_lines, replace_file
+from mvdream_fast.core.files import atomic_write, make_folder, read_lines, replace_file
 from mvdream_fast.core.machine import in_format
 from mvdream_fast.core.schema import Checked, checked
 from mvdream_fast.models.config import FORMAT_VERSION, TextConfig
@@ -190,6 +190,16 @@ class Evaluator(nn.Module):
         """Token ids [B, L] -> unit embeddings [B, E]."""
         return F.normalize(self.text(ids.to(self.device)), dim=-1)
 
+    def bags(self, texts: Sequence[str]) -> list[tuple[Sequence[int], Sequence[str]]]:
+        """What each sentence is made of: its word-pieces without their order, and the words that are not read.
+
+        Sentences of one bag say the same here. Those that differ in unknown words alone embed alike, too, but do not.
+        """
+        found = self.tokenizer.encode(list(texts))
+        pieces = (tuple(sorted(i for i in ids if i >= N_SILENT)) for ids in found.ids.tolist())
+        unread = (tuple(sorted({*unknown, *cut})) for unknown, cut in zip(found.unknown, found.cut))
+        return [*zip(pieces, unread)]
+
     def headings(self, features: Tensor) -> Heading:
         """Features [n, F] -> the azimuths that the images seem to be taken from."""
         shares = self.azimuth(features).softmax(-1)
@@ -214,9 +224,7 @@ def save_evaluator(evaluator: Evaluator, folder: Path) -> None:
     """
     from safetensors.torch import save
 
-    from mvdream_fast.core.files import atomic_write
-
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in evaluator.state_dict().items()}
     data = save(tensors, {"format": "pt"})
     replace_file(folder / WEIGHTS, lambda temporary: temporary.write_bytes(data), len(data))

@@ -7,6 +7,7 @@ runs.py. Flags and tables are the command's.
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from mvdream_fast.evaluation.classifier import MISSING, Classifier, is_installed
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.independent import distances, look, naming
 from mvdream_fast.evaluation.reference import ELEVATION_DEG, FOUR_DEG, PROMPTS, Reference, matching, measure
+from mvdream_fast.evaluation.words import plain_words
 from mvdream_fast.models.config import Mode
 from mvdream_fast.models.tokenizer import check_prompt
 from mvdream_fast.pipeline import MVDreamPipeline
@@ -53,21 +55,26 @@ class Judge:
     meanings: dict[str, str] = field(default_factory=dict)  # of prompts whose words the evaluator need not know
 
     def meaning(self, prompt: str) -> str:
-        """The words that views of a prompt are matched with."""
-        return self.meanings.get(prompt, prompt)
+        """The words that views of a prompt are matched with, however it is written."""
+        words = plain_words(prompt)
+        return self._meanings.get(words, words)
+
+    @cached_property
+    def _meanings(self) -> dict[str, str]:
+        return {plain_words(asked): plain_words(meant) for asked, meant in self.meanings.items()}
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a model is asked. `n_captions` and `n_prompts` cut what is sampled, not what it is told apart from. Without
-    guidance_scale or uncond_mode it is what suits the model."""
+    """How a model is asked. `n_captions` and `n_prompts` cut what is sampled, not what it is told apart from; None is
+    all. Without guidance_scale or uncond_mode it is what suits the model."""
 
     steps: int = 25
     guidance_scale: float | None = None
     uncond_mode: Mode | None = None
     seeds: int = 2  # for the held-out captions; the prompts are sampled once
-    n_captions: int = 40
-    n_prompts: int = 60
+    n_captions: int | None = None
+    n_prompts: int | None = None
 
 
 def read_prompts(path: Path | None = None) -> list[str]:
@@ -84,7 +91,8 @@ def read_meanings(path: Path | None = None) -> dict[str, str]:
     ]
     for text in (text for pair in pairs for text in pair):
         check_prompt(text)
-    if any(len(set(texts)) < max(2, len(rows)) for texts in ([a for a, _ in pairs], [b for _, b in pairs])):
+    words = [[plain_words(text) for text in texts] for texts in zip(*pairs)] or [[]]
+    if any(len(set(texts)) < max(2, len(rows)) for texts in words):
         raise InputFileError(f"{source} must hold at least two prompts, each once, and no two of one meaning")
     return dict(pairs)
 
@@ -161,7 +169,7 @@ def _views(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
     headings = evaluator.headings(features.flatten(0, 2))
     error = ev.angle_difference(headings.azimuth_deg.view(n_seeds, n, n_views), FOUR_DEG)
     fronts = torch.tensor([judge.reference.has_front(text) for text in texts[:n]])
-    scores = matching(evaluator.embed_features(features), evaluator.embed_text(texts))
+    scores = matching(evaluator.embed_features(features), evaluator.embed_text(texts), evaluator.bags(texts))
     if fronts.any():
         seen = error[:, fronts]
         scores |= {"azimuth_error_deg": float(seen.median()), "azimuth_within_45": float((seen <= 45).float().mean())}
@@ -215,7 +223,7 @@ def evaluate_run(folder: Path, judge: Judge) -> tuple[dict[str, Any], runs.Seen]
     path = folder / "asset.safetensors"
     if not path.exists():
         raise InputFileError(
-            f"{folder} has no asset.safetensors: the run is not finished; go on with --resume {folder}"
+            f"{folder} has no asset.safetensors: the run is not finished; go on with sds --resume {folder}"
         )
     prompt = str(about.get("prompt", ""))
     asset = Asset.load(path)
@@ -236,6 +244,8 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
     evaluator = judge.evaluator
     meant = judge.meaning(prompt)
     texts = list(dict.fromkeys([*map(judge.meaning, judge.prompts), meant]))
+    bags = dict(zip(texts, evaluator.bags(texts)))
+    texts = [text for text in texts if text == meant or bags[text] != bags[meant]]
     features = evaluator.features(rgb)
     similarity = evaluator.embed_features(features) @ evaluator.embed_text(texts).T
     hit = ev.top1(similarity[None], torch.tensor([texts.index(meant)]))

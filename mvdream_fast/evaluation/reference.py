@@ -6,7 +6,9 @@ The measures are measures.py's; models and runs are measured in judging.py.
 import json
 import math
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.classifier import Classifier
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator
 from mvdream_fast.evaluation.independent import RealSeen, look, naming, real_fog, real_gradients
+from mvdream_fast.evaluation.words import plain_words
 from mvdream_fast.rendering.furniture import furniture_noun
 
 TENSORS, NUMBERS, PROMPTS = "reference.safetensors", "reference.json", "prompts.txt"
@@ -54,9 +57,14 @@ class Reference:
 
     def has_front(self, prompt: str) -> bool:
         """Whether objects of this caption, or of the longest noun in it that was rendered, look different behind."""
-        words = f" {prompt.lower().strip()} "
-        known = [name for name in self.fronts if f" {name} " in words]
-        return bool(known) and self.fronts[max(known, key=len)] >= HAS_FRONT
+        words = f" {plain_words(prompt)} "
+        known = [name for name in self._fronts if f" {name} " in words]
+        return bool(known) and self._fronts[max(known, key=len)] >= HAS_FRONT
+
+    @cached_property
+    def _fronts(self) -> dict[str, float]:
+        """`fronts` by the form in which a prompt is looked up."""
+        return {plain_words(name): front for name, front in self.fronts.items()}
 
     def save(self, folder: Path) -> None:
         """Writes reference.safetensors and reference.json. Raises OutputError."""
@@ -145,7 +153,7 @@ def measure(evaluator: Evaluator, train: Shards, held_out: Shards, classifier: C
     for caption, group in zip(objects, _grouped(orbits, n_orbits)):
         fronts[caption] = sum(ev.opposite_difference(o.images, o.masks) for o in group) / len(group)
     scores = {
-        **matching(embeddings.transpose(0, 1), text),
+        **matching(embeddings.transpose(0, 1), text, evaluator.bags(list(objects))),
         "frechet": ev.frechet_distance(ev.moments(features[:, 0].flatten(0, 1)), rest),
         "frechet_other_objects": ev.frechet_distance(_others(evaluator, train, n), rest),
         "diversity": _diversity(evaluator, train),
@@ -182,11 +190,17 @@ def held_out_orbits(shards: Shards) -> dict[str, list[int]]:
     return {caption: picks[:n_orbits] for caption, picks in first.items()}
 
 
-def matching(embeddings: Tensor, text: Tensor) -> dict[str, float]:
-    """Retrieval by unit embeddings [S, n, E], S samples of each of the first n of m captions [m, E]."""
-    similarity = embeddings @ text.T  # [S, n, n]
+def matching(embeddings: Tensor, text: Tensor, bags: Sequence[Hashable]) -> dict[str, float]:
+    """Retrieval by unit embeddings [S, n, E], S samples of each of the first n of m captions [m, E].
+
+    bags: of the captions, as `Evaluator.bags` has them. Of those of one bag none is a rival of another: to the
+    evaluator they are one sentence, and the tie would be a miss.
+    """
+    similarity = embeddings @ text.T  # [S, n, m]
     truth = torch.arange(similarity.shape[1])
     own = similarity[:, truth, truth]
+    same = torch.tensor([[i != j and bag == bags[i] for j, bag in enumerate(bags)] for i in truth.tolist()])
+    similarity = similarity.masked_fill(same.to(similarity.device), -torch.inf)
     ranks = (similarity >= own[..., None]).sum(-1)
     hits = torch.stack([ev.top1(s, truth) for s in similarity])
     top5 = (ranks <= 5).float().mean()

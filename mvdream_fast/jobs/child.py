@@ -11,12 +11,12 @@ from functools import partial
 from tempfile import TemporaryFile
 from typing import Any
 
-from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutOfMemoryError, OutputError, UserError
+from mvdream_fast.core.errors import OutOfMemoryError, UserError
 from mvdream_fast.core.files import lines
 from mvdream_fast.jobs.worker import Task
 
 POLL_S = 0.2  # between two looks at it
-_ERRORS = {e.exit_code: e for e in (ArgumentError, ModelError, OutOfMemoryError, InputFileError, OutputError)}
+_ERRORS = {e.exit_code: e for e in UserError.__subclasses__() if "exit_code" in vars(e)}
 _SET_DEATH_SIGNAL = 1  # of prctl
 
 
@@ -30,7 +30,7 @@ def run_child(verb: str, arguments: Sequence[str], task: Task, tell: Callable[[]
     """Runs `python -m mvdream_fast.<verb>` until it ends. False where the job was stopped, and the process with it.
 
     Args: tell, called now and then, reports how far it is. Raises: the error that its exit code stands for, with the
-    last line of its errors.
+    last line of its errors. What kills a process without a word is most likely the system, for want of memory.
     """
     with TemporaryFile() as errors:  # not in the task's folder: that is the command's own, which asks for an empty one
         child = subprocess.Popen(
@@ -48,6 +48,8 @@ def run_child(verb: str, arguments: Sequence[str], task: Task, tell: Callable[[]
         told = _last_line(errors.read().decode(errors="replace")).removeprefix(f"{verb}: ")
     if task.stop.requested is not None:
         return False
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        raise OutOfMemoryError(f"{verb} was killed; out of memory, perhaps: take fewer workers, or a smaller model")
     if code:
         raise _ERRORS.get(code, UserError)(told or f"{verb} ended with the code {code}")
     return True

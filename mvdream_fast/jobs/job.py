@@ -44,8 +44,9 @@ class Job:
 
     @property
     def title(self) -> str:
-        """The prompt, or else the kind."""
-        return str(self.request.get("prompt") or self.kind)
+        """The prompt, the part of a rendering ("part 2/8"), or else the kind."""
+        shard = self.request.get("shard")
+        return str(self.request.get("prompt") or (f"part {shard}" if shard else self.kind))
 
     @property
     def name(self) -> str:

@@ -28,9 +28,7 @@ def render_parts(flags: dict[str, Any], out: Path, n: int, threads: int, ray: st
     """
     setup = Setup(str(out / QUEUE), f"{__name__}:runners", device="cpu", threads=threads)
     queue, jobs = setup.queue(), part_jobs(flags, out, n)
-    queue.add(*jobs)
-    for job in jobs:
-        queue.retry(job.id)
+    queue.ask(*jobs)
     say = partial(print, flush=True)
     crew = local.Workers(setup, [local.Slot("cpu")], say) if ray is None else on_ray.Cluster(setup, ray, None, say)
     with Interrupt() as interrupt:
@@ -38,7 +36,7 @@ def render_parts(flags: dict[str, Any], out: Path, n: int, threads: int, ray: st
     if interrupt.requested is not None:
         print("render: stopped; the same command goes on", file=sys.stderr)
         return interrupt.exit_code
-    return failures(queue, {job.id for job in jobs})
+    return failures(queue, {job.id for job in jobs}, KIND)
 
 
 def part_jobs(flags: dict[str, Any], out: Path, n: int) -> list[Job]:

@@ -13,7 +13,6 @@ from mvdream_fast.distill import request, settings_file
 from mvdream_fast.distill.request import Request
 from mvdream_fast.distill.settings_file import MAX_FILE
 from mvdream_fast.jobs.job import Job
-from mvdream_fast.jobs.store import absolute
 from mvdream_fast.models.tokenizer import check_prompt
 
 OF_JOB = "job:"  # begins the model of a request that another job tunes: "job:<id>"
@@ -49,8 +48,6 @@ def read_jobs(path: Path, flags: dict[str, Any], file: dict[str, Any] | None, re
         for a line that cannot be used, by its number.
     """
     jobs: dict[str, Job] = {}
-    models = {name: flags[name] for name in ("model", "refine_model") if name in flags}
-    flags = flags | {name: absolute(model) for name, model in models.items() if Path(model).exists()}
     for number, text in enumerate(lines(read_text(path, limit=MAX_FILE)), 1):
         if text.strip():
             try:

@@ -14,6 +14,7 @@ an event without one is read.
 
 import contextlib
 import json
+import re
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -48,6 +49,8 @@ MAX_LOST = (
 )
 FEW = 20  # events that are read one by one; of more, the kinds are listed first
 KINDS = ("claim", "done", "fail", "free", "cancel", "retry")
+# What a queue's folders hold; a system, an editor or a network filesystem may put other files beside them.
+NAMES = {"jobs": re.compile(r"[0-9a-f]{16}\.jsonl"), "events": re.compile(r"[0-9a-f]{16}\.[0-9]{1,9}")}
 
 
 class Lease:
@@ -115,15 +118,34 @@ class Queue:
         self._looked = -FRESH_S
 
     def add(self, *jobs: Job) -> list[str]:
-        """Puts jobs into the queue, in this order; those that it knows stay as they are. Returns the ids of all."""
+        """Puts jobs into the queue, in this order; those that it knows stay as they are, but for more retries. Returns
+        the ids of all."""
         self.look()
-        new = {job.id: job for job in jobs if job.id not in self._jobs}
+        known = self._jobs
+        new = {job.id: job for job in jobs if job.id not in known or job.retries > known[job.id].retries}
         if new:
             now = time.time()
-            name = f"jobs/{sha256(''.join(new).encode()).hexdigest()[:16]}.jsonl"
+            words = "".join(f"{i}+{job.retries}" if i in known else i for i, job in new.items())
+            name = f"jobs/{sha256(words.encode()).hexdigest()[:16]}.jsonl"
             self.store.create(name, write_jobs(replace(job, created=job.created or now) for job in new.values()))
             self.look()
         return [job.id for job in jobs]
+
+    def ask(self, *jobs: Job) -> None:
+        """Puts jobs into the queue, in this order, and makes again those that have failed or were cancelled. What waits
+        or runs may fail as often from now on as it was asked for, if that is more often than it still might."""
+        self.look()
+        new = []
+        for job in jobs:
+            known = self._jobs.get(job.id, job)
+            if job.id not in self._jobs:
+                new.append(job)
+            elif self._state(known) in (State.FAILED, State.CANCELLED):
+                self.retry(job.id, job.retries)
+            elif job.retries and self._state(known) != State.DONE:
+                # As a line of jobs/: an event would end the claim of whoever is at it.
+                new.append(replace(known, retries=job.retries + self._event(job.id).failures))
+        self.add(*new)
 
     def claim(self, worker: str, kinds: Collection[str] | None = None) -> Lease | None:
         """The next job that waits, or one whose worker has died where no other of its priority waits; None where there
@@ -189,15 +211,16 @@ class Queue:
 
     def look(self) -> None:
         """Learns what has happened since the last look: new jobs, the last event of each, and who may be taken."""
-        files = [name for name in self.store.names("jobs") if name not in self._files]
+        files = [name for name in self._names("jobs") if name not in self._files]
         for name, data in self.store.read_many([f"jobs/{name}" for name in files]).items():
             self._files.add(name.removeprefix("jobs/"))
             for job in read_jobs(data):
-                known = self._jobs.get(job.id)
-                if known is None or job.created < known.created:
-                    self._jobs[job.id] = job
+                known = self._jobs.get(job.id, job)
+                first = known if known.created <= job.created else job
+                more = max(known.retries, job.retries)
+                self._jobs[job.id] = first if first.retries == more else replace(first, retries=more)
         newest: dict[str, int] = {}
-        for name in self.store.names("events"):
+        for name in self._names("events"):
             job_id, _, number = name.partition(".")
             newest[job_id] = max(newest.get(job_id, 0), int(number))
         self._learn({job_id: n for job_id, n in newest.items() if n > self._number(job_id) or job_id in self._torn})
@@ -209,6 +232,9 @@ class Queue:
         for ready in self._ready.values():
             ready.reverse()
         self._at_work = max((j.priority for j in self._jobs.values() if self._kind(j.id) == "claim"), default=-inf)
+
+    def _names(self, folder: str) -> list[str]:
+        return [name for name in self.store.names(folder) if NAMES[folder].fullmatch(name)]
 
     def _learn(self, new: dict[str, int]) -> None:
         """What the last events are, of these numbers by job: from their kinds' names, or read where those are missing,
@@ -368,8 +394,9 @@ class Queue:
         seconds, progress = read_beat(beats.get(self._beat_name(job.id)))
         message = event.message
         if state == State.FAILED and event.event != "fail":
-            need = next(need for need in job.needs if self._is_hopeless(need))
-            message = f"what it needs was not made: {self._jobs[need].title}: {self._event(need).message}"
+            need = next(self._jobs[need] for need in job.needs if self._is_hopeless(need))
+            reason = "cancelled" if self._state(need) == State.CANCELLED else self._event(need.id).message
+            message = f"what it needs was not made: {need.title}: {reason or 'nor was what that needs'}"
         return Status(
             state, progress, event.worker, event.seconds + seconds, message, event.exit_code, event.attempt,
             event.result,

@@ -78,10 +78,11 @@ class Watch:
             self._line, self._told = line, time.monotonic()
 
 
-def failures(queue: Queue, ids: Collection[str]) -> int:
-    """Says on stderr which of these jobs were not made, and why. Returns the exit code of the first, 0 for none."""
+def failures(queue: Queue, ids: Collection[str], verb: str) -> int:
+    """Says on stderr, as the command `verb`, which of these jobs were not made, and why. Returns the exit code of the
+    first, 0 for none."""
     missing = [(j, s) for j, s in queue.jobs() if j.id in ids and s.state in (State.FAILED, State.CANCELLED)]
     for job, status in missing:
         reason = status.message if status.state == State.FAILED else "cancelled"
-        print(f"batch: {job.title!r}: {reason}", file=sys.stderr)
+        print(f"{verb}: {job.title!r}: {reason}", file=sys.stderr)
     return (missing[0][1].exit_code or UserError.exit_code) if missing else 0

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mvdream_fast.core.errors import OutputError
-from mvdream_fast.core.files import atomic_write
+from mvdream_fast.core.files import atomic_write, make_folder
 from mvdream_fast.jobs.job import Job
 from mvdream_fast.jobs.store import Store, lacks_space
 
@@ -90,7 +90,7 @@ class Workspace:
             send(self.store, self.folder, name, {})
         else:
             target = self.store.folder / name
-            target.parent.mkdir(exist_ok=True)
+            make_folder(target.parent)
             try:
                 self.folder.rename(target)
             except OSError as error:
@@ -155,7 +155,7 @@ def send(store: Store, folder: Path, name: str, known: dict[str, tuple[int, int]
 
 def fetch(store: Store, name: str, folder: Path) -> None:
     """Copies all files under a name of a store to a folder of this machine."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for entry in store.names(name):
         data = store.read(f"{name}/{entry}")
         if data is None:

@@ -27,7 +27,7 @@ MAX_URL = 16 << 10
 LARGE = {"/api/photos": MAX_PHOTO}
 OPEN = {"/style.css", "/icon.svg"}  # what the page that asks for the token is made of
 COOKIE = "mvdream_fast"
-WRONG_TOKEN_S = 1.0  # an answer to a wrong token takes so long
+WRONG_TOKEN_S = 1.0  # an answer to a wrong token, or to a wrong cookie, takes so long
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -45,6 +45,7 @@ class Guard:
 
     def __init__(self, app: App, token: str | None = None, sign_in: bytes = b""):
         self.app, self.token, self.sign_in = app, token, sign_in
+        self._turn = asyncio.Semaphore()  # of wrong words: many at once are guessed no faster than one after the other
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -60,7 +61,7 @@ class Guard:
         elif self.token is None or scope["path"] in OPEN or self._knows(headers):
             await self.app(scope, receive, _with_headers(send))
         else:
-            await self._ask_for_token(scope, receive, send)
+            await self._ask_for_token(scope, headers, receive, send)
 
     def _knows(self, headers: dict[str, list[str]]) -> bool:
         """Whether a request carries the token, or the cookie that was given for it."""
@@ -74,14 +75,29 @@ class Guard:
         """What the cookie holds: not the token, for other pages of this host may read it; the same after a restart."""
         return hmac.new((self.token or "").encode(), b"mvdream_fast serve", hashlib.sha256).hexdigest()
 
-    async def _ask_for_token(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _wait_its_turn(self, receive: Receive) -> None:
+        """What an answer to a wrong word takes. Nobody who knows the right one waits here; and who leaves frees the
+        place, of which a server has but so many."""
+
+        async def turn() -> None:
+            async with self._turn:
+                await asyncio.sleep(WRONG_TOKEN_S)
+
+        waits = {asyncio.ensure_future(turn()), asyncio.ensure_future(_leaves(receive))}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _ask_for_token(self, scope: Scope, headers: dict[str, list[str]], receive: Receive, send: Send) -> None:
         signs_in = scope["path"] == "/sign-in" and scope["method"] == "POST"
         if signs_in and self._is_token(_form(await _body(receive)).get("token", [""])[0]):
             cookie = f"{COOKIE}={self._ticket()}; Path=/; HttpOnly; SameSite=Strict"
             await _answer(send, 303, b"", {"location": "./", "set-cookie": cookie})
             return
-        if signs_in:
-            await asyncio.sleep(WRONG_TOKEN_S)
+        if signs_in or headers.get("authorization") or _cookies(headers):
+            await self._wait_its_turn(receive)
         if signs_in or scope["path"] == "/":
             page = self.sign_in.replace(b" hidden>", b">") if signs_in else self.sign_in  # where it says what is wrong
             await _answer(send, 401, page, {"content-type": "text/html; charset=utf-8"})
@@ -163,6 +179,15 @@ async def _body(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     return b"".join(parts)
+
+
+async def _leaves(receive: Receive) -> None:
+    """Until the client has closed the connection; what is left of its body is dropped."""
+    message = await receive()
+    while message.get("more_body", False):
+        message = await receive()
+    if message["type"] == "http.request":
+        await receive()
 
 
 async def _answer(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

@@ -3,6 +3,7 @@
 What was sent is never kept: no name, no place where it was taken, nothing but the pixels.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,8 +12,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from mvdream_fast.core.errors import ArgumentError, InputFileError
-from mvdream_fast.core.files import atomic_write, remove_stale
+from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError
+from mvdream_fast.core.files import atomic_write, make_folder, remove_stale
 from mvdream_fast.core.images import png_bytes
 from mvdream_fast.tuning.photos import MAX_PHOTOS, load_photo
 
@@ -31,7 +32,7 @@ class Uploads:
     def add(self, data: bytes) -> str:
         """Keeps a photo, and returns its name. Raises InputFileError for what is none, or too large."""
         with self._one_at_a_time:
-            self._photos.mkdir(parents=True, exist_ok=True)
+            make_folder(self._photos)
             remove_stale(self._photos)
             png = self._encoded(data)
             name = hashlib.sha256(png).hexdigest()[:16]
@@ -44,12 +45,13 @@ class Uploads:
 
         raw = self._photos / f"raw.tmp-{os.getpid()}"
         try:
-            raw.write_bytes(data)
+            _keep(raw, data)
             return png_bytes(Image.fromarray(load_photo(raw, SIZE)))
         except InputFileError as error:
             raise InputFileError(str(error).replace(str(raw), "this file")) from None
         finally:
-            raw.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                raw.unlink(missing_ok=True)
 
     def _forget_the_oldest(self) -> None:
         kept = sorted(self._photos.glob("*.png"), key=lambda path: path.stat().st_mtime)
@@ -84,7 +86,17 @@ class Uploads:
             raise ArgumentError("a photo is not there any more; choose the photos again")
         making = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        for number, path in enumerate(paths):
-            shutil.copyfile(path, making / f"{number:02d}.png")
-        making.replace(folder)
+        make_folder(making)
+        try:
+            for number, path in enumerate(paths):
+                shutil.copyfile(path, making / f"{number:02d}.png")
+            making.replace(folder)
+        except OSError as error:
+            raise OutputError(f"the photos cannot be kept in {folder}: {error.strerror}; make room") from error
+
+
+def _keep(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"the photo cannot be kept as {path}: {error.strerror}; make room") from error

@@ -1,15 +1,18 @@
 """What every verb's command line owes its user: help and refusals before torch is imported, and exit codes."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pytest
@@ -38,6 +41,8 @@ WRONG = [
     ["-a red chair"],
     ["--prompt", "-a red chair"],
     ["x", "--threads", "0"],
+    ["x", "--threads", "3000000000"],
+    ["x", "--n-views", "100000000"],
     ["x", "--seed", "-1"],
     ["x", "--seed", "dice"],
     ["x", "--dtype", "int8"],
@@ -230,6 +235,10 @@ def test_numbers_are_checked_under_the_flags_names():
             cli.check_at_least(Kinds(max_steps=value), 1, "max_steps")
         with pytest.raises(errors.ArgumentError, match=f"^--max-steps must be from 1 to 5, got {value}$"):
             cli.check_from_to(Kinds(max_steps=value), 1, 5, "max_steps")
+    with pytest.raises(errors.ArgumentError, match="^--threads must be at most 4096, got 4097; leave it out for one a"):
+        cli.check_at_least(SimpleNamespace(threads=4097), 1, "threads")
+    with pytest.raises(errors.ArgumentError, match="^--workers must be at most 4096, got 1000000; take fewer$"):
+        cli.check_at_least(SimpleNamespace(workers=10**6), 1, "workers")
     for value in (None, 1, 5):
         cli.check_at_least(Kinds(max_steps=value), 1, "max_steps")
         cli.check_from_to(Kinds(max_steps=value), 1, 5, "max_steps")
@@ -274,6 +283,8 @@ def run_with(error: BaseException) -> None:
         (errors.InputFileError("i"), 5),
         (errors.DivergedError("d"), 6),
         (errors.OutputError("f"), 7),
+        (OSError(errno.EROFS, "Read-only file system", "out"), 7),
+        (PermissionError("no"), 7),
         (KeyboardInterrupt(), 128 + signal.SIGINT),
     ],
 )
@@ -282,6 +293,37 @@ def test_exit_codes(error, code, capsys):
         run_with(error)
     assert stop.value.code == code
     assert capsys.readouterr().err.startswith("verb: ")
+
+
+def test_what_the_system_refuses_is_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        run_with(OSError(errno.ENOSPC, "No space left on device", "out/x"))
+    assert capsys.readouterr().err == "verb: cannot read or write out/x: No space left on device\n"
+
+
+def test_a_reader_that_has_gone_is_no_error_of_a_file(tmp_path):
+    """`evaluate | head`: no sentence, and the code of an output."""
+    code = "import test_cli; test_cli.run_with(BrokenPipeError())"
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=place)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_name_that_is_no_utf8_is_printed_as_it_is():
+    code = "import os, test_cli; test_cli.prints(os.fsdecode(b'caf\\xe9s'))"
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=place | {"PYTHONUTF8": "1"})
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9s\n")
+
+
+def prints(text: str) -> None:
+    """A verb that prints."""
+    cli.run(lambda _: print(text), Empty, prog="verb", argv=[])
+
+
+@dataclass(frozen=True)
+class Empty:
+    """A verb."""
 
 
 def test_a_programming_error_keeps_its_traceback():

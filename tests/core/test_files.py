@@ -2,6 +2,8 @@
 
 import ast
 import codecs
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from mvdream_fast.core import files
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, OutputError
+from mvdream_fast.core.files import atomic_write, make_folder, write_together
 
 PACKAGE = Path(files.__file__).parents[1]
 TEXT = "a grün chair\n椅子\n"
@@ -128,6 +131,49 @@ def test_every_text_file_of_the_package_goes_through_this_reader():
     for path in PACKAGE.rglob("*.py"):
         found = readers(path.read_text(encoding="utf-8"))
         assert found <= ELSEWHERE.get(path.relative_to(PACKAGE).as_posix(), set()), f"{path}: read it with core.files"
+
+
+def test_a_folder_is_made_or_it_is_said_why_not(tmp_path):
+    assert make_folder(tmp_path / "a" / "b") == make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "under"):
+        with pytest.raises(OutputError, match=f"the folder {place} cannot be made: a file is in the way; name another"):
+            make_folder(place)
+    with pytest.raises(OutputError, match="cannot be made: File name too long"):
+        make_folder(tmp_path / ("x" * 300))
+
+
+# Who makes folders in a way of its own, and says what a folder of its kind is for.
+MAKERS = {"core/files.py", "core/run_folder.py", "core/sharded_checkpoint.py", "jobs/store.py", "jobs/workspace.py"}
+
+
+@pytest.mark.parametrize("part", ["core", "evaluation", "jobs", "web", "distill"])
+def test_folders_are_made_by_who_says_why_one_cannot_be(part):
+    found = {
+        path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / part).glob("*.py") if ".mkdir(" in path.read_text()
+    }
+    assert found - MAKERS == set()
+
+
+def read_only(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_why_a_file_cannot_be_written_is_said_though_nothing_can_be_cleaned_up(tmp_path, monkeypatch):
+    """On a read-only file system to remove what is not there is an error of its own."""
+    for name in ("write_bytes", "unlink"):
+        monkeypatch.setattr(Path, name, read_only)
+    with pytest.raises(OutputError, match="cannot write .*e.json .*: Read-only file system"):
+        atomic_write(tmp_path / "e.json", "{}")
+    with pytest.raises(OutputError, match="cannot write .*e.json .*: Read-only file system"):
+        write_together({tmp_path / "e.json": b"1", tmp_path / "f.json": b"2"})
+
+
+def test_names_that_are_no_utf8_are_written_as_they_are(tmp_path):
+    """As a path on the command line comes."""
+    atomic_write(tmp_path / "cmd.txt", os.fsdecode(b"-o caf\xe9s") + " é")
+    assert (tmp_path / "cmd.txt").read_bytes() == b"-o caf\xe9s \xc3\xa9"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,11 @@
 """Run folders, atomic writes, checkpoints and signals."""
 
+import contextlib
 import datetime
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -160,6 +162,30 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     sentence = "the run folder .*/none cannot be written: No such file"
     with pytest.raises(OutputError, match=sentence), run_folder.locked(tmp_path / "none"):
         pass
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Within it no file may grow."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_folder_on_a_full_disk_is_named(tmp_path):
+    refused = pytest.raises(OutputError, match=f"the run folder {tmp_path} cannot be written: File too large")
+    with refused, full_disk(), run_folder.locked(tmp_path):
+        pytest.fail("it was locked")
+
+
+def test_the_folder_of_checkpoints_may_be_in_the_way(tmp_path):
+    (tmp_path / "ckpt").touch()
+    with pytest.raises(OutputError, match="the folder .*ckpt cannot be made: a file is in the way"):
+        run_folder.save_checkpoint(tmp_path / "ckpt", 1, {"x": torch.zeros(1)}, {})
 
 
 def test_the_record_says_what_was_done_where_and_what_changed(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from reference.random_model import TINY, random_model
 
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError, UserError
+from mvdream_fast.distill import child_run, request, settings_file
 from mvdream_fast.distill import config as distill_config
-from mvdream_fast.distill import request, settings_file
 from mvdream_fast.distill.config import NEWER, ExportConfig, SDSConfig, replaced
 from mvdream_fast.distill.recipes import RECIPES, resolve_config, sampled_as, shaded
 from mvdream_fast.distill.systems import SDS_PRESETS
@@ -57,7 +57,7 @@ def test_a_volume_has_a_usual_number_of_triangles_and_a_mesh_its_own(tmp_path):
 
 
 def test_views_are_sampled_as_the_model_says_unless_something_else_is_given(tmp_path):
-    guidance = SamplingGuidance(scale=2.5, uncond_mode="3d")
+    guidance = SamplingGuidance(scale=4.0, uncond_mode="3d")
     save_model(random_model(config=replace(TINY, guidance=guidance)), tmp_path / "model")
     asked = {**CHAIR, "model": str(tmp_path / "model"), "recipe": "mvdream-solid"}
 
@@ -66,15 +66,15 @@ def test_views_are_sampled_as_the_model_says_unless_something_else_is_given(tmp_
         return how.sampled_scale, how.sampled_uncond
 
     assert (
-        sampled({**CHAIR, "recipe": "mvdream-solid"}) == (MINI.guidance.scale, MINI.guidance.uncond_mode) == (3.5, "2d")
+        sampled({**CHAIR, "recipe": "mvdream-solid"}) == (MINI.guidance.scale, MINI.guidance.uncond_mode) == (2.5, "2d")
     )
-    assert sampled(asked) == (2.5, "3d")
+    assert sampled(asked) == (4.0, "3d")
     assert sampled({**asked, "sampled_scale": 5.0}) == (5.0, "3d")
-    assert sampled(asked, {"sds": {"recipe": "mvdream-solid", "sampled_uncond": "2d"}}) == (2.5, "2d")
+    assert sampled(asked, {"sds": {"recipe": "mvdream-solid", "sampled_uncond": "2d"}}) == (4.0, "2d")
     before = request.resolve({**CHAIR, "recipe": "mvdream-solid"}).to_dict()  # a run goes on as it was begun
-    assert sampled({}, before | {"model": asked["model"]}) == (3.5, "2d")
+    assert sampled({}, before | {"model": asked["model"]}) == (2.5, "2d")
     config = sampled_as(resolve_config("mini", recipe="mvdream-solid"), guidance)
-    assert (config.sampled.sampled_scale, config.sampled.sampled_uncond) == (2.5, "3d")
+    assert (config.sampled.sampled_scale, config.sampled.sampled_uncond) == (4.0, "3d")
     plain = resolve_config("mini", recipe="mvdream")  # which samples none
     assert sampled_as(plain, guidance) == plain
 
@@ -417,6 +417,90 @@ def test_mvdreams_own_model_is_missed_in_the_old_words():
     with pytest.raises(ModelError, match="^there is no model at .*nowhere"):
         request.open_model(request.resolve({**CHAIR, "model": "nowhere"}))
     assert request.open_model(request.resolve(CHAIR)).config.name == "mini"
+
+
+@pytest.fixture
+def two_folders(tmp_path, monkeypatch):
+    """here/m, a model; there/ with other things of the names m and embedded. The current folder is here/."""
+    for name in ("there/m", "there/embedded", "here/pixels"):
+        (tmp_path / name).mkdir(parents=True)
+    save_model(random_model(), tmp_path / "here" / "m")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+@pytest.mark.parametrize("way", ["flag", "file", "prompts"])
+def test_a_model_is_kept_by_its_whole_path(two_folders, monkeypatch, way):
+    """So that a run can be gone on with from any folder."""
+    (two_folders / "prompts.jsonl").write_text('"a chair"\n')
+    whole = str(two_folders / "here" / "m")
+    run = {
+        "flag": lambda: request.resolve({**CHAIR, "model": "m"}),
+        "file": lambda: request.resolve(CHAIR, settings_file.read_settings(written(two_folders, 'model = "m"'))),
+        "prompts": lambda: request.read_prompts(two_folders / "prompts.jsonl", {"model": "./m"}, None)[0],
+    }[way]()
+    assert run.to_dict()["model"] == whole
+    monkeypatch.chdir(two_folders / "there")
+    assert str(request.open_model(run).path) == whole
+    assert request.differences(run, {"model": "../here/m"}) == {}
+    assert request.differences(run, {"model": "m"}) == {"model": ("m", whole)}
+
+
+def test_names_of_the_package_s_models_and_what_is_not_there_stay(two_folders, monkeypatch):
+    for name in ("embedded", "pixels", "nowhere/model.pt", "job:0123"):
+        assert request.absolute_model(name) == name
+    refined = request.resolve({**CHAIR, "recipe": "magic3d-if-sd", "model": "pixels", "refine_model": "m"})
+    assert (refined.model, refined.refine_model) == ("pixels", str(two_folders / "here" / "m"))
+    monkeypatch.chdir(two_folders / "there")
+    run = request.resolve({**CHAIR, "model": "embedded"})
+    assert run.model == "embedded"
+    other = replace(run, model=str(two_folders / "there" / "embedded"))
+    assert request.differences(other, {"model": "embedded"}) == {"model": ("embedded", other.model)}
+
+
+def test_a_record_with_a_model_as_it_was_typed_goes_on(two_folders):
+    """As older versions wrote it."""
+    run = request.resolve({**CHAIR, "model": "m"})
+    old = request.run_of(run.to_dict() | {"model": "m"}, "config.json")
+    assert old.model == "m"
+    assert request.open_model(old).path.resolve() == two_folders / "here" / "m"
+    assert request.differences(old, {"model": "m"}) == {}
+    (two_folders / "run").mkdir()
+    (two_folders / "run" / "config.json").write_text(json.dumps(old.to_dict()))
+    child_run.check_same(two_folders / "run", run)
+    with pytest.raises(ArgumentError, match="holds a run with model m, but asked for is embedded"):
+        child_run.check_same(two_folders / "run", replace(run, model="embedded"))
+
+
+@pytest.mark.parametrize("seed", ["9" * 5000, "9" * 20, str(2**63), "", "-1", "1.0", "²", "٣"])
+def test_seeds_that_no_stream_takes(seed):
+    with pytest.raises(ArgumentError, match="--seed must be a number from 0 to 2.*63 - 1 or .random., got ") as refused:
+        request.resolve({**CHAIR, "seed": seed})
+    assert len(str(refused.value)) < 150
+
+
+def test_seeds_at_the_bounds():
+    for seed in (0, "0", "000", "0" * 5000 + "7", str(2**63 - 1)):
+        assert request.resolve({**CHAIR, "seed": seed}).seed == int(str(seed).lstrip("0") or 0)
+
+
+@pytest.mark.parametrize("recipe", ["mvdream", "mvdream-sharp", "magic3d-if-sd"])
+def test_a_weight_of_normals_needs_shading(tmp_path, recipe):
+    """Without light there are no normals, and the loss would be left out without a word."""
+    weight = "lambda_orient = [0, 1.0, 1.0, 1]"
+    stages = len(request.resolve({**CHAIR, "recipe": recipe}).config.stages)
+    unlit = "shading = false\n"
+    first = f'recipe = "{recipe}"\n' + "".join(
+        f"[[sds]]\nrecipe = '{recipe}'\n{unlit + weight if k == 0 else ''}\n" for k in range(stages)
+    )
+    file = settings_file.read_settings(written(tmp_path, first))
+    with pytest.raises(ArgumentError, match="lambda_orient must be 0 throughout without shading.*; add --shading .*"):
+        request.resolve(CHAIR, file)
+    request.resolve({**CHAIR, "shading": True}, file)
+    lit = settings_file.read_settings(written(tmp_path, first.replace("shading = false", "shading = true")))
+    assert request.resolve(CHAIR, lit).config.representation.lambda_orient == (0, 1, 1, 1)
+    off = settings_file.read_settings(written(tmp_path, first.replace("1.0, 1.0", "0, 0")))
+    request.resolve(CHAIR, off)
 
 
 @pytest.mark.parametrize("recipe", ["mvdream", "textmesh-if", "magic3d-if-sd"])

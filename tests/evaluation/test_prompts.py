@@ -67,3 +67,10 @@ def test_two_prompts_cannot_mean_the_same(tmp_path):
     path.write_text("a divan = a sofa\na settee = a sofa\n")
     with pytest.raises(InputFileError, match="no two of one meaning"):
         read_prompts(path)
+
+
+def test_two_prompts_cannot_be_the_same_but_for_how_they_are_written(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\nA cat.\n")
+    with pytest.raises(InputFileError, match="each once"):
+        read_prompts(path)

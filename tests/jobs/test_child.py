@@ -11,7 +11,15 @@ import pytest
 from reference import until as waiting
 
 from mvdream_fast.core import run_folder
-from mvdream_fast.core.errors import InputFileError, OutOfMemoryError, UserError
+from mvdream_fast.core.errors import (
+    ArgumentError,
+    DivergedError,
+    InputFileError,
+    ModelError,
+    OutOfMemoryError,
+    OutputError,
+    UserError,
+)
 from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.jobs import parts
 from mvdream_fast.jobs.asset import Device
@@ -23,6 +31,7 @@ from mvdream_fast.jobs.worker import Task
 RUNNERS = {"render": lambda task: parts.rendered(task, 1), "dreambooth": lambda task: Maker(Device("cpu")).tuned(task)}
 REQUESTS = {"render": {"source": "meshes", "shard": "1/2"}, "dreambooth": {"prompt": "a sks chair", "seed": 3}}
 until = functools.partial(waiting.until, seconds=120.0)
+KILLED = "{} was killed; out of memory, perhaps: take fewer workers, or a smaller model"
 kinds = pytest.mark.parametrize("kind", RUNNERS)
 
 
@@ -102,7 +111,9 @@ def test_a_process_is_asked_to_end_where_its_worker_has_an_error(python, tmp_pat
         ("echo first >&2; echo '{}: no photos' >&2; echo >&2; exit 5", InputFileError, "no photos"),
         ("echo '{}: 3 GB are missing' >&2; exit 4", OutOfMemoryError, "3 GB are missing"),
         ("exit 77", UserError, "{} ended with the code 77"),
-        ("kill -9 $$", UserError, "{} ended with the code -9"),
+        ("echo '{}: step 5' >&2; kill -9 $$", OutOfMemoryError, KILLED),
+        ("exit 137", OutOfMemoryError, KILLED),
+        ("kill -6 $$", UserError, "{} ended with the code -6"),
     ],
 )
 def test_what_a_process_says_last_is_why_its_job_failed(python, tmp_path, kind, script, error, told):
@@ -110,6 +121,15 @@ def test_what_a_process_says_last_is_why_its_job_failed(python, tmp_path, kind, 
     with pytest.raises(UserError) as raised:
         RUNNERS[kind](task(tmp_path, kind))
     assert (type(raised.value), str(raised.value)) == (error, told.format(kind))
+
+
+@pytest.mark.parametrize(
+    "error", [ArgumentError, ModelError, OutOfMemoryError, InputFileError, DivergedError, OutputError]
+)
+def test_every_documented_code_comes_back_as_its_error(python, tmp_path, error):
+    python(f"echo 'dreambooth: so it is' >&2; exit {error.exit_code}")
+    with pytest.raises(error, match="^so it is$"):
+        RUNNERS["dreambooth"](task(tmp_path, "dreambooth"))
 
 
 @kinds

@@ -12,6 +12,7 @@ from mvdream_fast.data.shards import list_shards, read_shard
 from mvdream_fast.jobs import parts
 from mvdream_fast.jobs.job import State
 from mvdream_fast.jobs.setup import Setup
+from mvdream_fast.jobs.watch import Watch, failures
 from mvdream_fast.jobs.worker import Task, work
 
 
@@ -54,6 +55,28 @@ def test_a_part_says_why_it_failed(tmp_path):
     ((_, status),) = queue.jobs()
     assert (status.state, status.exit_code) == (State.FAILED, 5)
     assert "is not a folder of meshes" in status.message
+
+
+def test_failures_are_told_as_the_command_s_own_with_their_part(tmp_path, capsys):
+    _, queue = queued(tmp_path / "out", {"source": "meshes"}, 3)
+    queue.claim("w").finish()
+    queue.claim("w").fail("no space", 7)
+    queue.claim("w").fail("no memory", 4)
+    ids = {job.id for job, _ in queue.jobs()}
+    assert failures(queue, ids, "render") == 7
+    assert capsys.readouterr().err == "render: 'part 2/3': no space\nrender: 'part 3/3': no memory\n"
+
+
+def test_the_same_command_makes_what_failed_or_was_cancelled(meshes, tmp_path, monkeypatch):
+    flags = {"source": str(meshes)}
+    _, queue = queued(tmp_path / "out", flags, 2)
+    queue.claim("w").fail("no space", 7)
+    for job, _ in queue.jobs():
+        queue.cancel(job.id)
+    seen = []
+    monkeypatch.setattr(Watch, "tend", lambda *_: seen.extend(status.state for _, status in queue.jobs()))
+    parts.render_parts(flags, tmp_path / "out", 2, 1, None)
+    assert seen == [State.QUEUED] * 2
 
 
 def test_a_worker_that_is_stopped_gives_its_part_back(meshes, tmp_path):

@@ -160,6 +160,63 @@ def test_failures_are_tried_again_as_often_as_asked(place):
     assert states(queue) == {"a chair": "failed"}
 
 
+@pytest.mark.parametrize("ended", ["waits", "failed", "cancelled", "runs"])
+def test_asking_again_grants_the_retries_that_are_asked_for(place, ended):
+    """Whatever became of the job since it was asked for with fewer, and without taking it from who is at it."""
+    queue = opened(place)
+    queue.ask(CHAIR, CAR)
+    lease = queue.claim("w")
+    if ended == "failed":
+        lease.fail("no space", 7)
+    elif ended == "cancelled":
+        queue.cancel(CHAIR.id)
+    elif ended == "waits":
+        lease.free()
+    again = opened(place)
+    again.ask(dataclasses.replace(CHAIR, retries=2), CAR)
+    again.ask(dataclasses.replace(CHAIR, retries=1), CAR)
+    assert states(again) == {"a chair": "running" if ended == "runs" else "queued", "a car": "queued"}
+    for left in (2, 1, 0):
+        lease = lease if ended == "runs" and left == 2 else opened(place).claim("w")
+        lease.fail("again")
+        assert states(opened(place))["a chair"] == ("queued" if left else "failed")
+
+
+def test_asking_again_leaves_what_is_done(place):
+    queue = opened(place)
+    queue.ask(CHAIR, CAR)
+    queue.claim("w").finish()
+    queue.cancel(CAR.id)
+    queue.ask(dataclasses.replace(CHAIR, retries=3), CAR)
+    assert states(queue) == {"a chair": "done", "a car": "queued"}
+    assert queue.job(CHAIR.id).retries == 0
+
+
+def test_asking_again_for_a_need_asks_for_what_needs_it(place):
+    queue, asset = opened(place), dataclasses.replace(CAR, needs=(CHAIR.id,))
+    queue.ask(CHAIR, asset)
+    queue.cancel(CHAIR.id)
+    assert queue.status(CAR.id).message == "what it needs was not made: a chair: cancelled"
+    queue.ask(CHAIR, asset)
+    assert states(queue) == {"a chair": "queued", "a car": "queued"}
+
+
+@pytest.mark.parametrize(
+    "stray", ["events/.DS_Store", "events/.nfs0000000000a1", "events/x.1", "events/{}.1.orig", "jobs/._x.jsonl",
+              "jobs/.DS_Store", "jobs/notes.txt", "kinds/.DS_Store", "beats/.DS_Store"],
+)  # fmt: skip
+def test_files_of_others_in_its_folders_are_none_of_its_own(place, stray):
+    """As a file browser, an editor or a network filesystem leaves them."""
+    queue = opened(place)
+    queue.add(CHAIR, CAR)
+    queue.claim("w").finish()
+    queue.store.write(stray.format(CHAIR.id), b"\0\5\x16\7\0\2")
+    other = opened(place)
+    assert states(other) == states(queue) == {"a chair": "done", "a car": "queued"}
+    other.claim("w").finish()
+    assert states(queue)["a car"] == "done"
+
+
 def test_a_job_that_is_cancelled_stops_and_can_be_asked_for_again(place):
     queue, other = opened(place), opened(place)
     queue.add(CHAIR, CAR)

@@ -1,5 +1,6 @@
 """The page's addresses over a real queue: what a person may ask, what is refused and how, and what is found again."""
 
+import errno
 import io
 import json
 import re
@@ -12,14 +13,14 @@ from PIL import Image
 from reference.painter import Painter, png, strip
 from starlette.testclient import TestClient
 
-from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.errors import ArgumentError, OutputError
 from mvdream_fast.core.schema import checked
 from mvdream_fast.distill.request import run_of
 from mvdream_fast.tuning.photos import list_photos
 from mvdream_fast.web import board as boards
 from mvdream_fast.web.app import make_app
 from mvdream_fast.web.board import Board
-from mvdream_fast.web.uploads import SIZE
+from mvdream_fast.web.uploads import SIZE, Uploads
 
 
 @pytest.fixture
@@ -353,3 +354,22 @@ def test_strip_is_what_it_says():
     image = np.asarray(Image.open(io.BytesIO(png(strip(3, 0.5)))))
     assert image.shape == (192, 256, 3)
     assert [tuple(image[32, x]) for x in (32, 96, 0, 63)] == [(214, 40, 30), (214, 40, 30), (128,) * 3, (128,) * 3]
+
+
+def test_photos_that_cannot_be_kept_are_one_sentence(tmp_path, monkeypatch):
+    image = png(strip(3, 0.5))
+    (tmp_path / "photos").touch()
+    with pytest.raises(OutputError, match="the folder .*photos cannot be made: a file is in the way"):
+        Uploads(tmp_path).add(image)
+    (tmp_path / "photos").unlink()
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = Uploads(tmp_path).add(image)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="the photo cannot be kept as .*: No space left on device; make room"):
+        Uploads(tmp_path).add(image)
+    (tmp_path / "sets").touch()
+    with pytest.raises(OutputError, match="the folder .* cannot be made: a file is in the way"):
+        Uploads(tmp_path).collect([name])

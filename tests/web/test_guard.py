@@ -174,6 +174,78 @@ def test_a_wrong_token_takes_its_time(monkeypatch):
     assert waited == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "waits"),
+    [
+        ("/api/state", {"authorization": "Bearer guess"}, True),
+        ("/api/state", {"authorization": "guess"}, True),
+        ("/", {"cookie": f"{guard.COOKIE}=guess"}, True),
+        ("/api/state", {"cookie": f"{guard.COOKIE}=guess"}, True),
+        ("/", {}, False),
+        ("/api/state", {}, False),
+        ("/", {"cookie": "another=word"}, False),
+        ("/api/state", {"authorization": f"Bearer {TOKEN}", "cookie": f"{guard.COOKIE}=guess"}, False),
+        ("/style.css", {"authorization": "Bearer guess"}, False),
+    ],
+)
+def test_a_wrong_word_takes_its_time_however_it_comes(path, headers, waits, monkeypatch):
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(guard, "WRONG_TOKEN_S", 1.0)
+    monkeypatch.setattr(guard.asyncio, "sleep", sleep)
+    client(TOKEN).get(path, headers=headers)
+    assert waited == [1.0] * waits
+
+
+async def ask(app, word: str, gone: asyncio.Event) -> int:
+    """The status of a request with this word, from a client that stays until it is `gone`."""
+    sent, messages = [], [{"type": "http.request", "body": b"", "more_body": True}, {"type": "http.request"}]
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        if messages:
+            return messages.pop(0)
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    headers = [(b"host", OWN.encode()), (b"authorization", f"Bearer {word}".encode())]
+    scope = {"type": "http", "method": "GET", "path": "/api/state", "query_string": b"", "headers": headers}
+    await app(scope, receive, send)
+    return sent[0]["status"]
+
+
+def test_many_guesses_at_once_are_answered_one_after_the_other(monkeypatch):
+    """Who knows the token is answered meanwhile, and a client that leaves waits no longer."""
+    asleep, most, wake = 0, 0, asyncio.Event()
+
+    async def sleep(_):
+        nonlocal asleep, most
+        asleep += 1
+        most = max(most, asleep)
+        await wake.wait()
+        asleep -= 1
+
+    async def all_of_them():
+        app, stays, leaves = Guard(echo, TOKEN, b"<form>"), asyncio.Event(), asyncio.Event()
+        guesses = [asyncio.create_task(ask(app, f"guess{i}", stays)) for i in range(5)]
+        left = asyncio.create_task(ask(app, "guess", leaves))
+        assert await ask(app, TOKEN, stays) == 200
+        leaves.set()
+        await left
+        assert not any(guess.done() for guess in guesses)
+        wake.set()
+        assert await asyncio.gather(*guesses) == [401] * 5
+
+    monkeypatch.setattr(guard.asyncio, "sleep", sleep)
+    asyncio.run(all_of_them())
+    assert most == 1
+
+
 def test_a_broken_cookie_or_form_is_a_wrong_one():
     page = client(TOKEN)
     for cookie in (b"=;\x00", b"mvdream_fast", b'mvdream_fast="', b"\xff=\xff"):
