@@ -47,7 +47,7 @@ class Flags:
     """Denoising steps, counted as upstream does (30 makes 31)."""
     guidance_scale: float | None = None
     """How closely to follow the prompt; 1 asks without guidance, at half of the cost. Default: what suits the model,
-    2.5 for the small ones, else 7.5."""
+    3.5 for the small ones, else 7.5."""
     uncond_mode: Literal["3d", "2d"] | None = None
     """How guidance asks without the prompt: 3d with the cameras, as MVDream does; 2d without them, each view by itself,
     so that views are led to their cameras and to each other, too. Default: 2d for the small models, else 3d."""

@@ -15,8 +15,8 @@ from test_train import TINY
 from mvdream_fast.checkpoints.open import load_model, save_model
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
+from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
-from mvdream_fast.training import runs
 from mvdream_fast.training.initial_model import new_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -32,7 +32,7 @@ def load(name):
 @pytest.fixture
 def ablations(monkeypatch):
     module = load("ablations")
-    monkeypatch.setitem(runs.NAMED, "mini", TINY)
+    monkeypatch.setitem(NAMED, "mini", TINY)
     monkeypatch.setattr(module, "VALIDATION_BATCH", 2)
     monkeypatch.setattr(module.evaluate, "main", judge)
     return module
@@ -78,7 +78,7 @@ def test_every_variant_on_one_table(ablations, flags, tmp_path):
     assert Image.open(out / "ablations.png").size == (4 * size, len(ablations.VARIANTS) * (size + 14))
     for name, variant in ablations.VARIANTS.items():
         config = load_model(out / name / "model", parts=()).config
-        assert config == runs.with_settings(load_model(tmp_path / "base", parts=()).config, variant.settings)
+        assert config == with_settings(load_model(tmp_path / "base", parts=()).config, variant.settings)
     assert not (out / "mvdream" / "latents.npy").exists()
 
 

@@ -60,8 +60,7 @@ def estimate(
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}
     images = _distilled(config) // _prompts(config)
     if model is not None:
-        level = 4 * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]  # of an image
-        parts["the UNet"] = max(_distilled(config), _sampled(config)) * level * UNET_FACTOR
+        parts["the UNet"] = max(_distilled(config), _sampled(config)) * _level(model) * UNET_FACTOR
     if model is not None and images:
         side = model.vae.image_size // model.vae.patch_size
         maps = images * side**2 * (model.vae.block_out_channels or (0,))[0] * VAE_FACTOR
@@ -71,7 +70,7 @@ def estimate(
             learned = adapter_weights(model.unet, config.guidance.lora_rank)
             if config.mode == "2d" or model.unet.camera_in == "none":
                 learned += pose_weights(model.unet)
-            parts[LEARNER] = 16 * learned + encoder_bytes * images * level // 4 * LEARNER_FACTOR
+            parts[LEARNER] = 16 * learned + encoder_bytes * images * _level(model) // 4 * LEARNER_FACTOR
             # one more call in the graphs of the guidance, and one there and back of its own for a number of groups
             kernels += (len({*config.render_size}) + 3 * len({*config.n_groups})) * UNET_KERNELS
         if config.repaint.repaints:  # in float32; the decoder, without a graph, takes less than the encoder's part
@@ -81,6 +80,11 @@ def estimate(
         if graphs:
             parts[memory.GRAPHS] = kernels * memory.KERNEL_BYTES
     return parts
+
+
+def _level(model: ModelConfig) -> int:
+    """Bytes of a feature map of the UNet's first level, of one image in float32."""
+    return 4 * model.latent_size**2 * model.unet.model_channels * model.unet.channel_mult[0]
 
 
 def _prompts(config: SDSConfig) -> int:

@@ -74,7 +74,7 @@ class EnvironmentMap(nn.Module):
 def _linear(n_in: int, n_out: int, stream: Stream) -> nn.Linear:
     """A layer without bias whose weights are those that torch would begin with, but from the stream: torch's own
     generator is the caller's."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=False)
+    layer = nn.Linear(n_in, n_out, bias=False, device="meta").to_empty(device="cpu")
     most = n_in**-0.5
     layer.weight.data.copy_(stream.uniform(n_out, n_in, low=-most, high=most))
     return layer

@@ -10,9 +10,8 @@ import torch
 from mvdream_fast import train
 from mvdream_fast.core import processes
 from mvdream_fast.data.batches import ImageSource, Shards
-from mvdream_fast.models.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from mvdream_fast.models.config import NAMED, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
-from mvdream_fast.training import runs
 from mvdream_fast.training.initial_model import new_model
 from mvdream_fast.training.loop import Loop, LoopOptions
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
@@ -28,7 +27,7 @@ SMALL = ModelConfig(
                     vocabulary="subset", vocabulary_size=64),
     schedule=ScheduleConfig(prediction="v"),
 )  # fmt: skip
-runs.NAMED["small"] = SMALL
+NAMED["small"] = SMALL
 OPTIONS = TrainOptions(batch_size=4, n_views=2, warmup=2, lr=1e-3)
 
 

@@ -66,13 +66,13 @@ def test_views_are_sampled_as_the_model_says_unless_something_else_is_given(tmp_
         return how.sampled_scale, how.sampled_uncond
 
     assert (
-        sampled({**CHAIR, "recipe": "mvdream-solid"}) == (MINI.guidance.scale, MINI.guidance.uncond_mode) == (2.5, "2d")
+        sampled({**CHAIR, "recipe": "mvdream-solid"}) == (MINI.guidance.scale, MINI.guidance.uncond_mode) == (3.5, "2d")
     )
     assert sampled(asked) == (4.0, "3d")
     assert sampled({**asked, "sampled_scale": 5.0}) == (5.0, "3d")
     assert sampled(asked, {"sds": {"recipe": "mvdream-solid", "sampled_uncond": "2d"}}) == (4.0, "2d")
     before = request.resolve({**CHAIR, "recipe": "mvdream-solid"}).to_dict()  # a run goes on as it was begun
-    assert sampled({}, before | {"model": asked["model"]}) == (2.5, "2d")
+    assert sampled({}, before | {"model": asked["model"]}) == (3.5, "2d")
     config = sampled_as(resolve_config("mini", recipe="mvdream-solid"), guidance)
     assert (config.sampled.sampled_scale, config.sampled.sampled_uncond) == (4.0, "3d")
     plain = resolve_config("mini", recipe="mvdream")  # which samples none

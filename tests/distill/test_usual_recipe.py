@@ -86,7 +86,7 @@ def test_its_surface_is_smoothed_first_and_corners_come_back(size, steps, last):
 
 
 @pytest.mark.parametrize(
-    ("flags", "guidance"), [({}, SamplingGuidance(2.5, "2d")), ({"method": "sds"}, SamplingGuidance(7.5, "3d"))]
+    ("flags", "guidance"), [({}, SamplingGuidance(3.5, "2d")), ({"method": "sds"}, SamplingGuidance(7.5, "3d"))]
 )
 def test_the_first_views_are_guided_as_those_that_are_fitted(flags, guidance, tmp_path):
     pipeline = MVDreamPipeline(random_model(), "cpu", torch.float32)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_batches import make_sample
 
+from mvdream_fast.checkpoints.manifest import build
 from mvdream_fast.core.errors import DivergedError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import Batch, ImageSource, Shards
 from mvdream_fast.data.shards import write_shard
-from mvdream_fast.models.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from mvdream_fast.models.config import NAMED, ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import Flags
 from mvdream_fast.training import runs
@@ -50,7 +51,7 @@ TINY = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(runs.NAMED, "mini", TINY)  # the flags' default
+    monkeypatch.setitem(NAMED, "mini", TINY)  # the flags' default
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def vae_trainer(data, steps=4):
 
 def test_an_encoder_in_16_bits_is_trained_in_float32(data):
     shards = Shards(data)
-    vae = runs.build("vae", TINY)
+    vae = build("vae", TINY)
     vae.encode_in(torch.bfloat16)  # as a pipeline leaves it on a GPU
     trainer = VAETrainer(TINY, vae, ImageSource(shards), VAEOptions(steps=1, batch_size=4, warmup=1))
     trainer.train_step()
@@ -309,7 +310,7 @@ def test_the_linear_start_is_the_best_linear_autoencoder():
     images = pictures()
     linear = Linear.fit(images, 4)
     bound = linear.bound(images, 4)
-    vae = runs.build("vae", TINY)
+    vae = build("vae", TINY)
     linear_start(vae, linear)
     assert bound - 1.0 < reconstruction(vae, images) < bound + 0.5
     torch.testing.assert_close(measure_scale(vae, images), 1.0, rtol=0.1, atol=0)
@@ -325,13 +326,13 @@ def test_the_linear_bound_against_svd():
 
 
 def test_the_latent_scale_makes_unit_variance():
-    vae, images = runs.build("vae", TINY), pictures()
+    vae, images = build("vae", TINY), pictures()
     scale = measure_scale(vae, images)
     assert (vae.encode(images) * scale).std().item() == pytest.approx(1, rel=1e-4)
 
 
 def test_a_settled_posterior_is_its_mean():
-    vae, images = runs.build("vae", TINY), pictures(2)
+    vae, images = build("vae", TINY), pictures(2)
     mean, noise = vae.encode(images), torch.ones(2, 4, 4, 4)
     settle(vae)
     assert torch.equal(vae.encode(images), mean)

@@ -19,7 +19,7 @@ from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
-from mvdream_fast.models.config import with_settings
+from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import Flags, main
 from mvdream_fast.training import runs
@@ -43,7 +43,7 @@ def vae_model(data, tmp_path_factory):
     """The first stage's output, through the command's main."""
     folder = tmp_path_factory.mktemp("vae")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(runs.NAMED, "mini", TINY)
+        patch.setitem(NAMED, "mini", TINY)
         main(flags(data, folder, stage="vae", steps=3, batch_size=4))
     return folder / "model"
 
