@@ -147,12 +147,10 @@ def check_memory(n_views: int, pipe: "MVDreamPipeline") -> None:
     Raises: OutOfMemoryError.
     """
     from mvdream_fast.core import memory
-    from mvdream_fast.distill.run_memory import UNET_FACTOR
+    from mvdream_fast.distill.run_memory import unet_bytes
 
-    config = pipe.config
-    level = 4 * config.latent_size**2 * config.unet.model_channels * config.unet.channel_mult[0]
-    images = 4 * config.vae.image_size**2 * 3
-    need = n_views * (2 * level * UNET_FACTOR + IMAGE_FACTOR * images)
+    image = 4 * pipe.config.vae.image_size**2 * 3
+    need = unet_bytes(pipe.config, 2 * n_views) + n_views * IMAGE_FACTOR * image
     memory.check(f"drawing {n_views} views at once", need, str(pipe.device), "take a smaller --n-views")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_v
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
 HELD_OUT, PICTURES = "held_out", "pictures"  # splits beside "train"
-PICTURE_SHARE = 0.25  # of a 2D batch, where there are pictures
 FILLED_AT_ONCE = 8  # orbits that `LatentSource.fill` encodes together
 SIDE_SHARE = 0.5
 Side = Callable[[Tensor], list[str]]
@@ -326,44 +325,6 @@ class LatentSource:
             self.latents[i, kind] = latents.cpu().numpy()
             self.filled[i, kind] = 1
         return torch.from_numpy(self.latents[i, kind, which].astype(np.float32))
-
-
-class WithPictures:
-    """A source whose 2D batches are pictures to PICTURE_SHARE, and single views of renders for the rest.
-
-    MVDream (arXiv 2308.16512, section 3.2) trains its 2D mode on pictures of another data set.
-    """
-
-    def __init__(self, renders: Source, pictures: Source):
-        self.renders, self.pictures = renders, pictures
-
-    def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
-        """As ImageSource.batch; pictures stand anywhere among the renders."""
-        total = n_scenes * n_views
-        n = int(PICTURE_SHARE * total)
-        if multi_view or not n:
-            return self.renders.batch(stream, n_scenes, n_views, multi_view, ranks)
-        order = stream.permutation(total).tolist()  # the renders' places in the batch, then the pictures'
-        own = ranks.part(list(range(total)))
-        seeds, found = stream.integers(0, 2**31, 2).tolist(), dict[int, tuple[Tensor, str]]()
-        for source, seed, places in zip((self.renders, self.pictures), seeds, (order[:-n], order[-n:]), strict=True):
-            rows = [row for row, place in enumerate(places) if place in own]
-            if rows:
-                part = source.batch(Stream(seed, 0, "part of a batch"), len(places), 1, False, _Rows(rows))
-                found |= zip((places[row] for row in rows), zip(part.images, part.captions, strict=True), strict=True)
-        images, captions = zip(*(found[place] for place in own), strict=True)
-        return Batch(torch.stack(images), None, list(captions), 1, encoded=part.encoded)
-
-
-class _Rows(Ranks):
-    """A process whose share of a batch is these rows of it."""
-
-    def __init__(self, rows: list[int]):
-        super().__init__()
-        self._rows = rows
-
-    def part(self, rows: Any) -> Any:
-        return [rows[i] for i in self._rows]
 
 
 def _groups(

@@ -172,10 +172,9 @@ class Loop:
         state.event = f"{happened}: back to the values of step {saved[0]}"
 
     def _save(self, state: RunState, step: int, about: dict[str, Any]) -> None:
-        if self.checkpoints is None:
-            return
-        self._report(state, state.settle())
-        run_folder.save_checkpoint(self.checkpoints, state.before + step, state.state(), about)
+        """Of a state that is settled."""
+        if self.checkpoints is not None:
+            run_folder.save_checkpoint(self.checkpoints, state.before + step, state.state(), about)
 
 
 def _about(config: SDSConfig, seed: int, prompt: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def estimate(
     parts = {memory.PROGRAM: memory.PROGRAM_BYTES, WEIGHTS: weights, **renderer}
     images = _distilled(config) // _prompts(config)
     if model is not None:
-        parts["the UNet"] = max(_distilled(config), _sampled(config)) * _level(model) * UNET_FACTOR
+        parts["the UNet"] = unet_bytes(model, max(_distilled(config), _sampled(config)))
     if model is not None and images:
         side = model.vae.image_size // model.vae.patch_size
         maps = images * side**2 * (model.vae.block_out_channels or (0,))[0] * VAE_FACTOR
@@ -80,6 +80,11 @@ def estimate(
         if graphs:
             parts[memory.GRAPHS] = kernels * memory.KERNEL_BYTES
     return parts
+
+
+def unet_bytes(model: ModelConfig, n_images: int) -> int:
+    """What a call without graph takes of so many images, each of them counted once for every prompt."""
+    return n_images * _level(model) * UNET_FACTOR
 
 
 def _level(model: ModelConfig) -> int:

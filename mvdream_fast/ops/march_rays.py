@@ -312,9 +312,7 @@ def _empty_samples(op: str, counts: torch.Tensor, n_samples: int) -> Samples:
 
 def _registered(rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples) -> Samples:
     """The march by its registered form, for graphs: numbers and tensors apart, and nothing else checked beforehand."""
-    foreign = {"jitter": jitter} if jitter is not None else {}
-    foreign |= {name: x for name, x in (("near", near), ("far", far)) if not isinstance(x, Real)}
-    check_tensors("march_rays", **foreign)
+    check_tensors("march_rays", **_of_rays(jitter, near, far))
     shared = [0.0 if isinstance(x, torch.Tensor) else float(x) for x in (near, far)]
     per_ray = [x if isinstance(x, torch.Tensor) else None for x in (jitter, near, far)]
     grid = ([float(x) for x in aabb], list(_triple(resolution)), step_size)
@@ -413,6 +411,12 @@ def _triple(resolution: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(n if isinstance(n, int) else operator.index(n) for n in resolution)
 
 
+def _of_rays(jitter, near, far) -> dict:
+    """What must be tensors: a jitter that is given, and bounds that are no numbers."""
+    bounds = {name: x for name, x in (("near", near), ("far", far)) if not isinstance(x, Real)}
+    return bounds if jitter is None else {"jitter": jitter, **bounds}
+
+
 def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, near, far, max_samples=None):
     """The box as six floats and the resolution as three; raises what `march_rays` says."""
     check_shaped(op, "rays_o", rays_o, (None, 3))
@@ -439,8 +443,7 @@ def check_march(op, rays_o, rays_d, aabb, bits, resolution, step_size, jitter, n
     step = number(op, "step_size", step_size, "pass a length in scene units")
     positive = math.isfinite(step) and step > 0
     require(positive, op, "step_size", "positive and finite", step_size, "pass a length in scene units")
-    tensors = {} if jitter is None else {"jitter": jitter}
-    tensors |= {name: value for name, value in (("near", near), ("far", far)) if not isinstance(value, Real)}
+    tensors = _of_rays(jitter, near, far)
     for name, value in tensors.items():
         if name == "jitter" or not isinstance(value, torch.Tensor) or value.ndim > 0:
             check_shaped(op, name, value, (rays_o.shape[0],))

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Side, Source, WithPictures
+from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, Side, Source
+from mvdream_fast.data.pictures import WithPictures
 from mvdream_fast.guidance.prompts import VIEW_WORDS, view_words
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.pixels import Codec

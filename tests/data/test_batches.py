@@ -13,6 +13,7 @@ from mvdream_fast.core.processes import Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data import batches
 from mvdream_fast.data.batches import ImageSource, LatentSource, Shards, view_group
+from mvdream_fast.data.pictures import WithPictures
 from mvdream_fast.data.shards import Sample, _add, encode_views, write_shard
 from mvdream_fast.rendering.orbits import PRESETS, orbit
 
@@ -227,7 +228,7 @@ def picture(i: int) -> Sample:
 @pytest.fixture
 def with_pictures(folder):
     write_shard(folder / "pictures-00000.tar", [picture(i) for i in range(8)])
-    return batches.WithPictures(ImageSource(Shards(folder)), ImageSource(Shards(folder, batches.PICTURES)))
+    return WithPictures(ImageSource(Shards(folder)), ImageSource(Shards(folder, batches.PICTURES)))
 
 
 def test_a_quarter_of_a_2d_batch_is_pictures(with_pictures):
