@@ -24,7 +24,11 @@ def _check(args: Flags) -> None:
         raise ArgumentError(f"--stage {args.stage} must come with --init: it is a part of a whole model's decoder")
     if not 0 <= args.decay <= args.steps:
         raise ArgumentError(f"--decay must be from 0 to --steps, got {args.decay}")
-    cli.check_from_to(args, 0, 1, "multi_view_share", "wide_share", "caption_dropout")
+    cli.check_from_to(args, 0, 1, "multi_view_share", "wide_share", "caption_dropout", "balance")
+    if args.balance and (args.stage != "unet" or args.data_order == "epochs"):
+        raise ArgumentError(
+            "--balance must come with --stage unet and --data-order random: epochs hold each orbit once"
+        )
     if not 0 < args.timestep_shift <= 100:
         raise ArgumentError(f"--timestep-shift must be over 0 and at most 100, got {args.timestep_shift}")
     if args.lr is not None and not args.lr > 0:

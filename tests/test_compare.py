@@ -206,8 +206,8 @@ def test_a_child_counts_its_own_memory(tmp_path, monkeypatch):
 REQUEST = resolve({"prompt": CHAIR, "recipe": "mvdream"})
 SCORES = {
     "top1": 1.0, "similarity": 0.5, "janus": 0.0, "shows_front": 1.0, "azimuth_error_deg": 30.0, "turn_overlap": 0.5,
-    "turn_colour_spread": 0.1, "fog": 0.2, "gradient": 0.1, "views_gradient": 0.2, "sharpness": 0.5, "named": None,
-    "views_named": None, "agreement": None, "mesh_psnr": None, "mesh_overlap": 0.9,
+    "turn_colour_spread": 0.1, "colours_kept": 1.0, "fog": 0.2, "gradient": 0.1, "views_gradient": 0.2,
+    "sharpness": 0.5, "named": None, "views_named": None, "agreement": None, "mesh_psnr": None, "mesh_overlap": 0.9,
 }  # fmt: skip
 
 

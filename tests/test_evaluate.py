@@ -91,10 +91,13 @@ def test_models_and_runs_in_one_report(place, capsys):
     assert model["held_out"].keys() >= both | {"frechet", "diversity", "azimuth_error_deg"}
     assert model["prompts"].keys() >= both | {"gradient", "named", "classifier_frechet", "classifier_kernel"}
     assert model["held_out"]["scenes"] == 2 * N_HELD_OUT
+    assert model["prompts"]["colours_of"] == len(PROMPTS)
+    assert 0 <= model["prompts"]["colours_kept"] <= 1
     assert model["real"] == report["evaluator"]["held_out"]
     (run,) = report["runs"]
     assert run["prompt"] == "a red car"
     assert run["candidates"] == 3
+    assert run["colours_kept"] in (0.0, 1.0)
     assert run["janus"] is None  # nobody knows the front of a car here
     assert report["runs_mean"]["top1"] == run["top1"]
     assert "figures that owe nothing to the evaluator" in out

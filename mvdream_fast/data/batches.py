@@ -8,6 +8,7 @@ Writing shards is shards.py's.
 import copy
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,7 +25,7 @@ from mvdream_fast.core.processes import ALONE, Ranks
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.backgrounds import BACKGROUND_SHARES, background, draw_background, on_background
-from mvdream_fast.data.captions import clean
+from mvdream_fast.data.captions import clean, head_noun, without_colors
 from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_views, shrunk
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
@@ -100,6 +101,7 @@ class Shards:
         strip = first.n_views * first.meta["size"] ** 2 * 4
         self.views = lru_cache(maxsize=max(8, DECODED_BYTES // strip))(self._views)
         self.size = int(first.meta["size"])
+        self.chances: np.ndarray | None = None  # running sums [n] of what `balanced` gives each record
 
     def at(self, size: int) -> "Shards":
         """The same with images of `size` pixels, made from these where they are a multiple of it.
@@ -116,8 +118,36 @@ class Shards:
         small.views = lru_cache(maxsize=max(8, DECODED_BYTES // strip))(small._views)
         return small
 
+    def balanced(self, power: float) -> "Shards":
+        """The same, drawn so that rare things are seen more often: an orbit's chance is its noun's count to -power.
+
+        0: all orbits alike; 1: all nouns alike.
+        """
+        if power == 0:
+            return self
+        nouns = [_noun(record.meta) for record in self.records]
+        counts = Counter(nouns)
+        out = copy.copy(self)
+        out.chances = np.cumsum([counts[noun] ** -power for noun in nouns])
+        return out
+
     def __len__(self) -> int:
         return len(self.records)
+
+    def pick(self, n: int, stream: Stream) -> list[int]:
+        """n records in random order, without repeats where they are at most half of all.
+
+        Of balanced ones, one from each n-th of all chances: none but what is likelier than that comes twice.
+        """
+        if isinstance(stream, Turns):
+            return stream.turn(len(self), n)
+        if self.chances is not None:
+            places = (np.arange(n) + stream.uniform(1).item()) / n * self.chances[-1]
+            picks = np.searchsorted(self.chances, places, side="right").clip(max=len(self) - 1)
+            return picks[stream.permutation(n).numpy()].tolist()
+        if n <= len(self) // 2:
+            return stream.permutation(len(self))[:n].tolist()
+        return stream.integers(0, len(self), n).tolist()
 
     def _views(self, i: int) -> np.ndarray:
         """All views of record i, [V, s, s, 4] uint8 straight-alpha RGBA."""
@@ -146,6 +176,11 @@ class Shards:
         texts = meta["variants"]
         text = meta["caption"] if full < 0.5 or not texts else texts[int(variant * len(texts))]
         return text + SUFFIX if suffix < 0.25 and "3d" not in text.lower() else text
+
+
+def _noun(meta: dict) -> str:
+    """What a record's thing is called: as its source says, or the last word of its name before what it is or has."""
+    return meta.get("kind") or head_noun(without_colors(meta.get("name") or meta["caption"]))
 
 
 def _index(path: Path) -> list[Record]:
@@ -237,7 +272,7 @@ class ImageSource:
 
     def images(self, stream: Stream, n: int) -> Tensor:
         """Single images for the autoencoder, [n, 3, s, s]: backgrounds of any colour, a third each grey and white."""
-        picks = _pick(len(self.shards), n, stream)
+        picks = self.shards.pick(n, stream)
         kinds, views = stream.integers(0, 3, n).tolist(), stream.uniform(n).tolist()
         rows = []
         for i, kind, u in zip(picks, kinds, views):
@@ -332,7 +367,7 @@ def _groups(
 ) -> tuple[list[tuple[int, list[int]]], int]:
     """(record, views) of each scene, and V."""
     n, v = (n_scenes, n_views) if multi_view else (n_scenes * n_views, 1)
-    picks = _pick(len(shards), n, stream)
+    picks = shards.pick(n, stream)
     return [(i, view_group(shards.records[i].n_views, v, stream)) for i in picks], v
 
 
@@ -366,15 +401,6 @@ class Turns(Stream):
 @lru_cache(maxsize=2)
 def _epoch(seed: int, number: int, total: int) -> Tensor:
     return Stream(seed, number, "epoch").permutation(total)
-
-
-def _pick(total: int, n: int, stream: Stream) -> list[int]:
-    """n indices below total in random order, without repeats where they are at most half of them."""
-    if isinstance(stream, Turns):
-        return stream.turn(total, n)
-    if n <= total // 2:
-        return stream.permutation(total)[:n].tolist()
-    return stream.integers(0, total, n).tolist()
 
 
 def _cameras(shards: Shards, groups: list[tuple[int, list[int]]]) -> Tensor:

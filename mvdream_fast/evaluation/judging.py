@@ -20,8 +20,8 @@ from mvdream_fast.checkpoints.folder import read_json
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import read_lines
 from mvdream_fast.data.batches import Shards
+from mvdream_fast.evaluation import colours, runs
 from mvdream_fast.evaluation import measures as ev
-from mvdream_fast.evaluation import runs
 from mvdream_fast.evaluation.classifier import MISSING, Classifier, is_installed, load_classifier
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator, load_evaluator
 from mvdream_fast.evaluation.independent import distances, look, naming
@@ -38,7 +38,8 @@ PROMPTS_AT_A_TIME = 4
 EMPTY_OPACITY = 1e-3  # a turntable that never covers more than this share of an image shows nothing
 AVERAGED = (
     "top1", "similarity", "janus", "shows_front", "azimuth_error_deg", "turn_overlap", "turn_colour_spread", "fog",
-    "gradient", "views_gradient", "sharpness", "named", "views_named", "agreement", "mesh_psnr", "mesh_overlap",
+    "gradient", "views_gradient", "sharpness", "colours_kept", "named", "views_named", "agreement", "mesh_psnr",
+    "mesh_overlap",
 )  # fmt: skip
 SEED_STRIDE = 1000  # so that no two (prompt, seed) share their noise
 Say = Callable[[str], None]
@@ -177,6 +178,9 @@ def _views(judge: Judge, views: Tensor, texts: list[str]) -> dict[str, float]:
     masks = [ev.silhouettes(scene) for scene in views.flatten(0, 1)]
     scores["hull_support"] = _mean([ev.hull_support(mask, cameras) for mask in masks])
     scores["colour_spread"] = _mean([ev.color_spread(v, m) for v, m in zip(views.flatten(0, 1), masks)])
+    found = [colours.kept(v, m, text) for v, m, text in zip(views.flatten(0, 1), masks, texts[:n] * n_seeds)]
+    kept = [share for share in found if share is not None]
+    scores |= {"colours_kept": _mean(kept), "colours_of": len(kept)} if kept else {}
     return scores | {"scenes": n_seeds * n, "scenes_with_front": n_seeds * int(fronts.sum())}
 
 
@@ -263,6 +267,7 @@ def turntable(rgb: Tensor, opacity: Tensor, azimuth_deg: Tensor, prompt: str, ju
         "azimuth_error_deg": float(error) if has_front else None,
         "turn_overlap": ev.neighbour_overlap(masks),
         "turn_colour_spread": ev.color_spread(rgb, masks),
+        "colours_kept": colours.kept(rgb, masks, meant),
         "predicted_deg": [round(x, 1) for x in headings.azimuth_deg.tolist()],
     }
 

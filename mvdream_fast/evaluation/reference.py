@@ -24,6 +24,7 @@ from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.backgrounds import on_background
 from mvdream_fast.data.batches import Record, Shards
+from mvdream_fast.evaluation import colours
 from mvdream_fast.evaluation import measures as ev
 from mvdream_fast.evaluation.classifier import Classifier
 from mvdream_fast.evaluation.evaluator import EVALUATOR_FOLDER, Evaluator
@@ -229,7 +230,7 @@ def _sides(evaluator: Evaluator, orbits: list[Orbit]) -> dict[str, float]:
 
 def _consistency(orbits: list[Orbit]) -> dict[str, float]:
     """Of four views, segmented as generated ones must be; and of the whole turn, with the renders' own silhouettes."""
-    hull, color, overlap, turn = [], [], [], []
+    hull, color, overlap, turn, kept = [], [], [], [], []
     for o in orbits:
         views = o.images[o.four]
         masks = ev.silhouettes(views)
@@ -237,8 +238,10 @@ def _consistency(orbits: list[Orbit]) -> dict[str, float]:
         color.append(ev.color_spread(views, masks))
         overlap.append(ev.neighbour_overlap(o.masks))
         turn.append(ev.color_spread(o.images, o.masks))
-    names = ("hull_support", "colour_spread", "turn_overlap", "turn_colour_spread")
-    return {name: sum(x) / len(x) for name, x in zip(names, (hull, color, overlap, turn))}
+        share = colours.kept(views, masks, o.record.meta["caption"])
+        kept += [] if share is None else [share]
+    names = ("hull_support", "colour_spread", "turn_overlap", "turn_colour_spread", "colours_kept")
+    return {name: sum(x) / len(x) for name, x in zip(names, (hull, color, overlap, turn, kept)) if x}
 
 
 def _others(evaluator: Evaluator, train: Shards, n: int) -> tuple[Tensor, Tensor]:

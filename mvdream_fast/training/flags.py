@@ -73,6 +73,9 @@ class Flags:
     data_order: Literal["random", "epochs"] = "random"
     """epochs: in multi-view steps every orbit comes once before one comes again, however many processes there are and
     however often the run was stopped; multi-view and 2D steps then take turns instead of being drawn"""
+    balance: float = 0.0
+    """over 0: rare things are drawn more often; an orbit's chance is its noun's count to minus that (1: all nouns come
+    equally often, however many assets and orbits each has)"""
     timestep_shift: float = 1.0
     """over 1: more of the noisy timesteps, where text and camera decide; the median is at s / (s + 1)"""
     accumulate: int = 1

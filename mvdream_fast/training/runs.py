@@ -240,7 +240,7 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
     workers = _workers(args, device)
     for turn in range(2):  # the first process makes the cache's files, then the others open them
         if ranks.first == (turn == 0):
-            source = mixed_source(cache, parts, shards, pictures, workers, args.view_words)
+            source = mixed_source(cache, parts, shards.balanced(args.balance), pictures, workers, args.view_words)
         ranks.wait()
     trainer = Trainer(parts, source, _options(args), ranks, share_group(args, ranks.world), workers, args.graphs)
     validation = ImageSource((held_out or shards).at(parts.config.vae.image_size))

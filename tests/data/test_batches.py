@@ -112,6 +112,43 @@ def test_a_batch_is_a_function_of_its_key(folder):
     assert one.captions != other.captions or not torch.equal(one.images, other.images)
 
 
+def named(tmp_path, *nouns):
+    """Shards of one orbit of each of these nouns."""
+    samples = [make_sample(i) for i in range(len(nouns))]
+    for sample, noun in zip(samples, nouns):
+        sample.meta.update(noun if isinstance(noun, dict) else {"kind": noun})
+    write_shard(tmp_path / "train-00000.tar", samples)
+    return Shards(tmp_path)
+
+
+@pytest.mark.parametrize(("power", "share"), [(0.0, 27 / 30), (0.5, 27**0.5 / (27**0.5 + 3**0.5)), (1.0, 0.5)])
+def test_balanced_shards_draw_rare_nouns_more_often(tmp_path, power, share):
+    shards = named(tmp_path, *["chair"] * 27, *["cello"] * 3).balanced(power)
+    picks = [k for step in range(200) for k in shards.pick(10, Stream(0, step, "x"))]
+    counts = np.bincount(picks, minlength=30)
+    assert counts[:27].sum() / 2000 == pytest.approx(share, abs=0.02)
+    for same in (counts[:27], counts[27:]):
+        assert same == pytest.approx(np.full(len(same), same.mean()), rel=0.35)  # those of a noun are all alike
+
+
+def test_a_balanced_batch_has_what_its_chances_say_and_no_order(tmp_path):
+    shards = named(tmp_path, *"abcdefgh").balanced(1.0)
+    batches = [shards.pick(8, Stream(0, step, "x")) for step in range(8)]
+    assert all(sorted(batch) == list(range(8)) for batch in batches)
+    assert len(set(map(tuple, batches))) > 6
+    assert batches[3] == shards.at(8).pick(8, Stream(0, 3, "x"))
+    source = ImageSource(shards)
+    assert source.batch(Stream(0, 3, "x"), 8, 4, True).captions == source.batch(Stream(0, 3, "x"), 8, 4, True).captions
+
+
+def test_nouns_of_shards_without_kinds_are_their_names_heads(tmp_path):
+    names = [{"name": "red house with a green roof"}, {"name": "old house"}, {"caption": "a blue house"}, "hut"]
+    counts = np.bincount(
+        [k for step in range(100) for k in named(tmp_path, *names).balanced(1.0).pick(4, Stream(0, step, "x"))]
+    )
+    assert counts[3] == pytest.approx(counts[:3].sum(), rel=0.05)
+
+
 def test_views_must_divide_the_orbit():
     with pytest.raises(ArgumentError, match="must divide the 16 views"):
         view_group(16, 5, Stream(0, 0, "v"))
