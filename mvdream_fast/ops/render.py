@@ -21,17 +21,16 @@ from mvdream_fast.ops._edges import (
     thread_count,
     vmap_error,
 )
+from mvdream_fast.ops._march_checks import check_march, raise_for
 from mvdream_fast.ops.composite import composite_ref, composite_samples
 from mvdream_fast.ops.field import HashGridField, native_of
 from mvdream_fast.ops.march_rays import (
     Samples,
-    check_march,
     march_args,
     march_rays,
     march_rays_ref,
     optical_depth,
     positions_ref,
-    raise_for,
     visible_ref,
 )
 

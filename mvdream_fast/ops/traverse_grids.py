@@ -22,7 +22,7 @@ from mvdream_fast.ops._edges import (
     queue_of,
     require,
 )
-from mvdream_fast.ops.march_rays import raise_for
+from mvdream_fast.ops._march_checks import raise_for
 
 MAX_GRIDS = 16
 

@@ -26,7 +26,7 @@ HOST = (
     "camera.py:<listcomp>",
     "state.py:_are_finite",
     "sds.py:timestep",
-    "march_rays.py:check_march",
+    "_march_checks.py:check_march",
 )
 
 

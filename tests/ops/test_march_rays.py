@@ -416,7 +416,7 @@ def test_positions_are_of_the_rays_that_were_marched():
 
 def test_samples_of_our_own_are_not_read_again():
     rays, bits = random_rays(50), pack_bits(random_grid(8, 0.5))
-    with Waits(host=("march_rays.py:check_march",)) as waits:
+    with Waits(host=("_march_checks.py:check_march",)) as waits:
         marched = march_rays(*rays, BOX, bits, 8, 0.05)
         positions = marched.positions(*rays)
         kept = prune_samples(marched, positions.norm(dim=-1))
