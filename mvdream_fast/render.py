@@ -98,8 +98,8 @@ def main(args: Flags) -> None:
     _report(out, result)
     if entries and not result.shards:
         raise InputFileError(f"none of the {len(entries)} assets of {args.source} can be rendered; reasons above")
-    if args.sheet and result.shards:
-        print(f"sheet: {sheet.write_sheet(out)}")
+    if args.sheet and result.shards and (written := sheet.write_sheet(out)):
+        print(f"sheet: {written}")
 
 
 def _render_parts(args: Flags, n: int) -> None:
@@ -140,7 +140,10 @@ def _entries(args: Flags):
         held_out = plan.held_out_ids()
     else:
         entries = catalogue.read_folder(Path(args.source))
-        held_out = plan.random_held_out(entries, 0.05 if args.held_out is None else args.held_out)
+        share = 0.05 if args.held_out is None else args.held_out
+        held_out = plan.random_held_out(entries, share)
+        if int(share * len(entries)) and not plan.own_captions(entries):
+            print("nothing is held out of training: each asset has a caption that another has, too")
     if args.limit and args.limit < len(entries):
         entries = [entries[k * len(entries) // args.limit] for k in range(args.limit)]
     entries = Part.read(args.shard).of(entries) if args.shard else entries

@@ -12,6 +12,7 @@ from mvdream_fast.checkpoints.manifest import PARTS, printable
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.core.files import read_text
 from mvdream_fast.core.run_folder import LATEST
+from mvdream_fast.core.schema import is_object
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 EMBEDDED = {"embedded": "mini", "mini": "mini", "pixels": "pixels"}  # names of models that ship -> folders of WEIGHTS
@@ -68,7 +69,7 @@ def find_model(path_or_name: str | Path) -> Path:
 
 def stored_config(path_or_name: str | Path) -> dict:
     """config.json of the model of ours that a user names; of DeepFloyd IF's folders, what it would say of cameras and
-    sizes; empty where there is none, or another layout."""
+    sizes; empty where there is none, or another layout. Raises: ModelError where it cannot be one."""
     try:
         place = find_model(path_or_name)
         if is_deepfloyd(place):
@@ -76,7 +77,11 @@ def stored_config(path_or_name: str | Path) -> dict:
             return {"unet": {"camera_in": "none", "view_mixing": "2d"}, "vae": {"image_size": size}}
     except ModelError:
         return {}
-    return read_json(place / "config.json") if is_own(place) else {}
+    config = read_json(place / "config.json") if is_own(place) else {}
+    for part in PARTS:
+        if not is_object(config.get(part, {})):
+            raise ModelError(f"{place / 'config.json'}: {part} must be an object, got {config[part]!r:.300}")
+    return config
 
 
 def draws_single_images(path_or_name: str | Path) -> bool:

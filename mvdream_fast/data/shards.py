@@ -5,6 +5,7 @@ A picture that is no render has a JSON without c2w and fovy: it is one view with
 Writing is atomic; reading accepts nothing but these two members, and never uses a member's name as a path.
 """
 
+import contextlib
 import io
 import json
 import tarfile
@@ -131,30 +132,34 @@ def shrunk(views: np.ndarray, factor: int) -> np.ndarray:
     return np.concatenate([rgb / np.maximum(alpha, 1), alpha / factor**2], -1).round().astype(np.uint8)
 
 
+@contextlib.contextmanager
+def reading_shard(path: Path) -> Iterator[None]:
+    """Within it, what a truncated or foreign shard does to its reader becomes an InputFileError naming the file."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"a record has no {error}" if isinstance(error, KeyError) else error
+        raise InputFileError(f"{path}: not a whole shard of renders ({reason}); render it again") from None
+
+
 def read_metas(path: Path) -> Iterator[dict]:
     """The JSON of a shard's records, without their images. Raises InputFileError naming the file."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                file = tar.extractfile(info) if info.isfile() and info.name.endswith(".json") else None
-                if file is not None:
-                    yield json.loads(file.read())
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
+    with reading_shard(path), tarfile.open(path, "r:") as tar:
+        for info in tar:
+            file = tar.extractfile(info) if info.isfile() and info.name.endswith(".json") else None
+            if file is not None:
+                yield json.loads(file.read())
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
     """The samples of a shard in order. Raises InputFileError naming the file where it is truncated or foreign."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            meta = None
-            for info in tar:
-                file = tar.extractfile(info) if info.isfile() else None
-                content = b"" if file is None else file.read()
-                if info.name.endswith(".json"):
-                    meta = json.loads(content)
-                elif info.name.endswith(".webp") and meta is not None:
-                    yield Sample(meta, decode_views(content, n_views(meta), meta["columns"], meta["size"]))
-                    meta = None
-    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
+    with reading_shard(path), tarfile.open(path, "r:") as tar:
+        meta = None
+        for info in tar:
+            file = tar.extractfile(info) if info.isfile() else None
+            content = b"" if file is None else file.read()
+            if info.name.endswith(".json"):
+                meta = json.loads(content)
+            elif info.name.endswith(".webp") and meta is not None:
+                yield Sample(meta, decode_views(content, n_views(meta), meta["columns"], meta["size"]))
+                meta = None

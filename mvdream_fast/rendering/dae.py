@@ -6,6 +6,7 @@ take them (three.js, MeshLab): the format is silent.
 
 import io
 from collections.abc import Callable, Iterator
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from mvdream_fast.rendering import images
 from mvdream_fast.rendering.images import mirrored, with_alpha
 from mvdream_fast.rendering.mesh import HOLE, MeshError, Part, Texture
 from mvdream_fast.rendering.mtl import UNSAID
-from mvdream_fast.rendering.polygons import part, triangulated
-from mvdream_fast.rendering.reading import Reading
+from mvdream_fast.rendering.polygons import joined, part, triangulated
+from mvdream_fast.rendering.reading import Reading, check_archive
 
 # The document's axes to right, up and backwards.
 Y_UP_FROM = {
@@ -33,6 +34,7 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
     from collada.common import DaeBrokenRefError, DaeUnsupportedError
     from collada.lineset import LineSet
 
+    check_archive(content)  # the parser would unpack one
     document = Collada(io.BytesIO(content), ignore=[DaeBrokenRefError, DaeUnsupportedError])
     up = None if document.assetInfo is None else document.assetInfo.upaxis
     turn = Y_UP_FROM[up or "Y_UP"]
@@ -74,7 +76,7 @@ def _part(primitive, matrix: np.ndarray, node, reading: Reading) -> Part:
     corner = triangulated(points, counts)
     reading.count_faces(len(corner) // 3)
     index, points = index[corner], points[corner] @ matrix[:, :3].T + matrix[:, 3]
-    positions, rows = np.unique(points, axis=0, return_inverse=True)  # smooth where no normals are given
+    positions, rows = joined(points)  # smooth where no normals are given
     normals, colors = (_input(primitive, kind, index) for kind in ("NORMAL", "COLOR"))
     if normals is not None:
         linear = matrix[:, :3]
@@ -160,6 +162,8 @@ class _Effect:
     def _pixels(self, texture) -> np.ndarray | None:
         path = texture.sampler.surface.image.path
         content = self.reading.file(path)
+        if content is None:  # it is a URI, which not every exporter knows
+            content = self.reading.file(unquote(path))
         if content is None:
             self.reading.note(f"the texture {path} is not there and is not drawn")
             return None

@@ -110,6 +110,7 @@ def render_dataset(
     limits = limits or Limits(SECONDS, half_the_memory())
     begin = functools.partial(_begin, options.renderer)
     with contextlib.suppress(Stopped), locked(folder), Workers(workers, begin, limits, stop) as pool:
+        remove_stale(folder)  # in the lock: before, they may be of a run on another machine
         quarantine = Quarantine(folder, retry)
         surveys, contents = _surveys(entries, folder, pool, quarantine, report)
         selection = select(entries, surveys, part is None)
@@ -204,7 +205,6 @@ def _claim(folder: Path, entries: list[Entry], options: Options, held_out: set[s
     if found is not None and found != settings:
         different = sorted(k for k in settings | found if found.get(k) != settings.get(k))
         raise OutputError(f"{folder} was begun with another {', '.join(different)}; name another folder with -o")
-    remove_stale(folder)
     if found is None:
         atomic_write(folder / SETTINGS, json.dumps(settings))
 
@@ -218,7 +218,9 @@ def _surveys(
     """
     stored, known = _read_json(folder / SURVEYS), {}
     for entry in entries:
-        files = sources.unchanged(stored[entry.id]["files"]) if entry.id in stored else None
+        files = stored[entry.id]["files"] if entry.id in stored else {}
+        # Another source may call a file of its own the same.
+        files = sources.unchanged(files) if str(sources.place(entry.archive)) in files else None
         if files is not None:
             known[entry.id] = stored[entry.id] | {"files": files}
     unknown = deque(entry for entry in entries if entry.id not in known and not quarantine.holds(entry))
@@ -301,7 +303,7 @@ def survey_entry(entry: Entry) -> dict | Lost:
 
     def look() -> dict:
         mesh = entry.load().normalised()
-        files = sources.stamps([str(entry.archive.resolve()), *mesh.sources])
+        files = sources.stamps([str(sources.place(entry.archive)), *mesh.sources])
         return {"survey": dataclasses.asdict(survey(mesh, _renderer)), "files": files}
 
     return _tried(entry, look)

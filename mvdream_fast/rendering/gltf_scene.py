@@ -8,7 +8,7 @@ from mvdream_fast.rendering.gltf import COMPRESSED, MAX_NODES, Document, needs
 from mvdream_fast.rendering.gltf_material import look
 from mvdream_fast.rendering.mesh import MeshError, Part
 from mvdream_fast.rendering.polygons import face_normals, unit
-from mvdream_fast.rendering.reading import Reading
+from mvdream_fast.rendering.reading import MAX_FACES, Reading
 
 POINTS_AND_LINES = {0: "points", 1: "lines", 2: "lines", 3: "lines"}
 TRIANGLES, STRIP, FAN = 4, 5, 6
@@ -96,12 +96,14 @@ def _drawn(document: Document, worlds: list[np.ndarray]) -> Iterator[tuple[dict,
 def _instances(document: Document, node: dict, world: np.ndarray) -> np.ndarray:
     """[K, 4, 4]: one, or those of EXT_mesh_gpu_instancing."""
     attributes = node.get("extensions", {}).get("EXT_mesh_gpu_instancing", {}).get("attributes", {})
-    given = {k: document.accessor(attributes[k]).astype(float) for k in ("TRANSLATION", "ROTATION", "SCALE")
-             if k in attributes}  # fmt: skip
-    if not given:
-        return world[None]
-    n = len(next(iter(given.values())))
     default = {"TRANSLATION": [0.0] * 3, "ROTATION": [0.0, 0, 0, 1], "SCALE": [1.0] * 3}
+    named = {key: attributes[key] for key in default if key in attributes}
+    if not named:
+        return world[None]
+    n = max(document.get("accessors", index)["count"] for index in named.values())
+    if n > MAX_FACES:
+        raise MeshError(f"a node has {n} instances, at most {MAX_FACES} are taken")
+    given = {key: document.accessor(index).astype(float) for key, index in named.items()}
     return world @ _trs(*(given.get(key, np.tile(value, (n, 1))) for key, value in default.items()))
 
 
@@ -131,6 +133,7 @@ def _part(document, primitive: dict, weights: list, matrices: np.ndarray, joints
     document.reading.count_faces(len(faces) * len(matrices))
     normals = attribute("NORMAL")
     matrices = matrices if joints is None else matrices[:1]
+    document.reading.count_vertices(len(positions) * len(matrices))
     positions, normals = _placed(attribute, positions, normals, matrices, joints)
     n, k = len(positions) // len(matrices), len(matrices)
     mirrored = np.linalg.det(matrices[:, :3, :3]) < 0

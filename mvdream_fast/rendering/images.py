@@ -9,18 +9,23 @@ from mvdream_fast.core.color import to_linear, to_srgb
 from mvdream_fast.core.images import to_bytes
 from mvdream_fast.rendering.mesh import MeshError, Texture
 
+# Of Pillow's formats those of textures whose size is known before they are decoded: an EPS it hands to Ghostscript, a
+# program, and in an ICO lie further images.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "TGA", "DDS", "JPEG2000", "PPM", "PCX", "PSD", "SGI",
+)  # fmt: skip
 MAX_TEXTURE_PIXELS = 8192 * 8192
 TEXTURE_SIZE = 512
 
 
-def decode(content: bytes, formats: tuple[str, ...] | None = None) -> np.ndarray:
+def decode(content: bytes, formats: tuple[str, ...] = FORMATS) -> np.ndarray:
     """[h, w, 4] uint8 with sides of at most TEXTURE_SIZE; colour profiles and EXIF rotations are not applied (glTF).
 
     `formats` are Pillow's names of those that are taken. Raises: MeshError for what is too large or no such image.
     """
     from PIL import Image
 
-    known = None if formats is None else [kind for kind in formats if readable(kind)]
+    known = [kind for kind in formats if readable(kind)]
     # Pillow's own limit would come first, as a warning or with another sentence.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -29,8 +34,7 @@ def decode(content: bytes, formats: tuple[str, ...] | None = None) -> np.ndarray
                 raise MeshError(f"a texture has {image.width} x {image.height} pixels; make it smaller")
             return _shrunk(_rgba(image))
     except (OSError, ValueError, SyntaxError) as error:
-        kinds = ", ".join(formats) if formats else "an image"
-        raise MeshError(f"a texture is damaged, or not {kinds} ({error})") from None
+        raise MeshError(f"a texture is damaged, or not {', '.join(formats)} ({error})") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

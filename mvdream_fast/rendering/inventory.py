@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.captions import head_noun
-from mvdream_fast.data.shards import find_shards, n_views, read_metas
+from mvdream_fast.data.shards import find_shards, n_views, read_metas, reading_shard
 from mvdream_fast.rendering.catalogue import Entry, read_folder, read_sweethome3d
 from mvdream_fast.rendering.metadata import NAME
 
@@ -65,9 +65,10 @@ def counted(folder: Path, *sums: Count) -> Count:
     own, files = Count(), [path for split in SPLITS for path in find_shards(folder, split)]
     counts = (own, *sums)
     for path in files:
-        for meta in read_metas(path):
-            for count in counts:
-                count.add(meta)
+        with reading_shard(path):
+            for meta in read_metas(path):
+                for count in counts:
+                    count.add(meta)
     if files:
         return own
     for entry in undrawn(folder):

@@ -12,8 +12,8 @@ import numpy as np
 
 from mvdream_fast.rendering import dae, gltf_scene, obj, off, ply
 from mvdream_fast.rendering.mesh import Mesh, MeshError, Part
-from mvdream_fast.rendering.polygons import part
-from mvdream_fast.rendering.reading import Folder, Reading, check_archive, read_bytes
+from mvdream_fast.rendering.polygons import joined, part
+from mvdream_fast.rendering.reading import Folder, Reading, has_colors, read_bytes
 
 FOREIGN = ("fbx", "blend", "usd", "usdz", "3ds", "max", "wrl", "x3d")  # meshes that cannot be read: said so by name
 # The files' frames (y up, front +Z, as glTF) to the world's (z up, front -Y).
@@ -65,7 +65,7 @@ def _through_trimesh(file_type: str):
     def read(content: bytes, reading: Reading) -> Iterator[Part]:
         import trimesh
 
-        if check_archive(content):
+        if has_colors(content):
             reading.note("the colours of a 3MF file are not drawn; convert it to GLB")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -76,7 +76,8 @@ def _through_trimesh(file_type: str):
             if len(getattr(geometry, "faces", ())):
                 reading.count_faces(len(geometry.faces))
                 positions = np.asarray(geometry.vertices, np.float64) @ transform[:3, :3].T + transform[:3, 3]
-                yield part(positions, geometry.faces)
+                positions, rows = joined(positions)  # STL repeats them in each face: all edges would be sharp
+                yield part(positions, rows[geometry.faces])
 
     return read
 

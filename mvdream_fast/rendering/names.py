@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.data.captions import MATERIALS, NAMES
-from mvdream_fast.data.shards import find_shards, read_metas
+from mvdream_fast.data.shards import find_shards, read_metas, reading_shard
 from mvdream_fast.data.synonyms import synonyms
 from mvdream_fast.rendering.furniture import usable_tags
 from mvdream_fast.rendering.inventory import undrawn
@@ -29,14 +29,10 @@ def names(folders: list[Path]) -> dict[str, int]:
     held_out = held_out_ids()
     for folder in folders:
         shards = [path for split in ("train", "pictures") for path in find_shards(folder, split)]
-        metas = [meta for path in shards for meta in read_metas(path)]
-        for meta in metas:
-            texts = [meta["caption"], *meta["variants"]]
-            said = re.findall(r"[a-z']+", " ".join(texts))
-            words.update(said)
-            for name in dict.fromkeys((meta["noun"], meta.get("kind") or meta["noun"], *synonyms(meta["noun"]))):
-                if any(f" {name}" in f" {text}" for text in texts):  # older shards have no synonyms
-                    things[name].add(meta["id"])
+        for path in shards:
+            with reading_shard(path):
+                for meta in read_metas(path):
+                    _add(meta, things, words)
         if not shards:
             words.update(NAMES, (word for _, word in MATERIALS))
             for entry in undrawn(folder):
@@ -45,6 +41,14 @@ def names(folders: list[Path]) -> dict[str, int]:
                     words.update(usable_tags(entry.tags, entry.category))
     counts = Counter({name: len(ids) for name, ids in things.items()})
     return dict(counts.most_common()) | dict.fromkeys(sorted(words - set(counts)), 0)
+
+
+def _add(meta: dict, things: dict[str, set[str]], words: set[str]) -> None:
+    texts = [meta["caption"], *meta["variants"]]
+    words.update(re.findall(r"[a-z']+", " ".join(texts)))
+    for name in (meta["noun"], meta.get("kind") or meta["noun"], *synonyms(meta["noun"])):
+        if any(f" {name}" in f" {text}" for text in texts):  # older shards have no synonyms
+            things[name].add(meta["id"])
 
 
 def main(places: list[str]) -> None:

@@ -15,13 +15,16 @@ MAX_CORNERS = 6_000_000
 
 
 def read(content: bytes, reading: Reading) -> Iterator[Part]:
-    """One part for each material, and for its faces with and without normals. Raises: MeshError, ValueError."""
+    """One part for each material, and for its faces with and without normals and coordinates.
+
+    Raises: MeshError, ValueError.
+    """
     file = _Statements(text_of(content), reading)
     positions, colors = _vertices(file.rows["v"])
     uvs = np.array([(*row, "0")[:2] for row in file.rows["vt"]], float).reshape(-1, 2)
     normals = np.array([row[:3] for row in file.rows["vn"]], float).reshape(-1, 3)
     tables = (positions, uvs, normals)
-    for (name, _), polygons in file.polygons.items():
+    for (name, *_), polygons in file.polygons.items():
         counts = np.array([len(polygon) for polygon in polygons])
         corners = np.array([corner for polygon in polygons for corner in polygon], np.int64).reshape(-1, 3)
         for table, column in zip(tables, corners.T):
@@ -61,7 +64,8 @@ class _Statements:
     def __init__(self, text: str, reading: Reading):
         self.reading, self.materials = reading, {}
         self.rows: dict[str, list[list[str]]] = {"v": [], "vt": [], "vn": []}
-        self.polygons: dict[tuple[str | None, bool], list] = {}  # (material, has normals) -> corners (v, vt, vn)
+        # (material, has coordinates, has normals) -> corners (v, vt, vn)
+        self.polygons: dict[tuple[str | None, bool, bool], list] = {}
         name, n_corners = None, 0
         for line in lines(text.replace("\\\r\n", " ").replace("\\\n", " ")):
             words = line.split("#", 1)[0].split() if "mtl" not in line else line.split()
@@ -75,7 +79,8 @@ class _Statements:
                 n_corners += len(corners)
                 if n_corners > MAX_CORNERS:
                     raise MeshError(f"its faces have more than {MAX_CORNERS} corners; decimate it first")
-                self.polygons.setdefault((name, corners[0][2] >= 0 if corners else False), []).append(corners)
+                has_uv, has_normals = (all(corner[i] >= 0 for corner in corners) for i in (1, 2))
+                self.polygons.setdefault((name, has_uv, has_normals), []).append(corners)
             elif key == "usemtl":
                 name = line.strip()[len(key) :].strip()
             elif key == "mtllib":

@@ -77,18 +77,26 @@ def held_out_ids() -> set[str]:
     return {line.split("\t")[0] for line in rows if line and not line.startswith("#")}
 
 
+def own_captions(entries: list[Entry]) -> set[str]:
+    """The ids of the assets whose words from the user no other asset has; those without such words, too."""
+    repeats = Counter(e.caption for e in entries)
+    return {e.id for e in entries if e.caption is None or repeats[e.caption] == 1}
+
+
 def random_held_out(entries: list[Entry], share: float) -> set[str]:
     """The ids of a random share of a user's assets; none where that is less than one. The same for every --seed.
 
-    Of a kind that metadata.csv names two assets stay in training.
+    Of a kind that metadata.csv names two assets stay in training. An asset whose caption another has, too, is never
+    among them: training leaves out all that say a held-out caption.
     """
     from mvdream_fast.core.rng import Stream
 
-    left = Counter(e.kind for e in entries)
+    left, alone = Counter(e.kind for e in entries), own_captions(entries)
     chosen: set[str] = set()
     for i in Stream(0, 0, "held_out").permutation(len(entries)).tolist():
         entry = entries[i]
-        if len(chosen) < int(share * len(entries)) and (not entry.kind or left[entry.kind] > KIND_STAYS):
+        stays = not entry.kind or left[entry.kind] > KIND_STAYS
+        if len(chosen) < int(share * len(entries)) and stays and entry.id in alone:
             chosen.add(entry.id)
             left[entry.kind] -= 1
     return chosen

@@ -51,9 +51,10 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
     reading.count_faces(len(corner) // 3)
     owner = np.repeat(np.arange(len(counts)), counts)[corner]  # the face of each corner
     v = index[corner]
-    normals, colors, uv = _attributes(vertex, face, v, corner, owner)
+    normals, colors, uv, has_uv = _attributes(vertex, face, v, corner, owner, counts)
     alpha = colors is not None and colors[:, 3].min() < 1
     numbers = face["texnumber"][owner[::3]].astype(int) if "texnumber" in face else np.zeros(len(v) // 3, int)
+    numbers = np.where(has_uv[::3], numbers, -1) if names else numbers  # only faces without any go without
     for number in np.unique(numbers):
         rows_of = np.repeat(numbers == number, 3)
         chosen = [None if a is None else a[rows_of] for a in (normals, colors, uv)]
@@ -63,15 +64,22 @@ def read(content: bytes, reading: Reading) -> Iterator[Part]:
         yield part(positions, v[rows_of].reshape(-1, 3), *chosen, texture=place, blend=bool(alpha), cutoff=HOLE)
 
 
-def _attributes(vertex: dict, face: dict, v: np.ndarray, corner: np.ndarray, owner: np.ndarray):
-    """Normals, colours and coordinates of the corners, each None where the file has none."""
+def _attributes(vertex: dict, face: dict, v: np.ndarray, corner: np.ndarray, owner: np.ndarray, counts: np.ndarray):
+    """Normals, colours and coordinates of the corners, each None where the file has none; which have coordinates."""
     normals = _matrix(vertex, ("nx", "ny", "nz"))
     colors = _colors(vertex, v)
     colors = _colors(face, owner) if colors is None else colors
     uv = next((m[v] for m in (_matrix(vertex, pair) for pair in COORDINATES) if m is not None), None)
-    if "texcoord" in face and len(face["texcoord"][0]) == 2 * (corner.max(initial=-1) + 1):
-        uv = face["texcoord"][0].reshape(-1, 2)[corner]
-    return None if normals is None else normals[v], colors, uv
+    has_uv = np.full(len(v), uv is not None)
+    if "texcoord" in face and len(face["texcoord"][1]) == len(counts):
+        values, lengths = face["texcoord"][0], face["texcoord"][1].astype(np.int64)
+        own = ((lengths == 2 * counts) & (counts > 0))[owner]
+        first = np.cumsum(lengths) - lengths - 2 * (np.cumsum(counts) - counts)
+        at = (first[owner] + 2 * corner)[own]
+        uv = np.zeros((len(v), 2)) if uv is None else uv
+        uv[own] = np.stack([values[at], values[at + 1]], 1)
+        has_uv |= own
+    return None if normals is None else normals[v], colors, uv, has_uv
 
 
 def _matrix(columns: dict, names: tuple[str, ...]) -> np.ndarray | None:

@@ -9,11 +9,13 @@ import json
 import os
 from pathlib import Path
 
-from mvdream_fast.core.files import atomic_write, read_lines
+from mvdream_fast.core.errors import InputFileError
+from mvdream_fast.core.files import atomic_write, parse_json, read_lines
 from mvdream_fast.rendering.catalogue import Entry
 
 NAME = "quarantine.jsonl"
 REFUSED = "refused"  # by its reader, in a sentence
+READ = {"id": str, "kind": str, "reason": str, "size": int, "mtime_ns": int}  # of a record, by a later run
 
 
 class Quarantine:
@@ -25,9 +27,8 @@ class Quarantine:
         self.path, self.records = folder / NAME, dict[str, dict]()
         if retry:
             self.path.unlink(missing_ok=True)
-        if self.path.exists():
-            found = [json.loads(line) for line in read_lines(self.path)]
-            self.records = {record["id"]: record for record in found}
+        elif self.path.exists():
+            self.records = _read(self.path)
 
     def holds(self, entry: Entry) -> bool:
         """Whether the asset is not to be tried."""
@@ -59,6 +60,22 @@ class Quarantine:
             self.path.unlink(missing_ok=True)
             return
         atomic_write(self.path, "".join(json.dumps(self.records[id_]) + "\n" for id_ in sorted(self.records)))
+
+
+def _read(path: Path) -> dict[str, dict]:
+    """The records by id. Raises: InputFileError for a line that is none."""
+    records = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        record = parse_json(line, f"line {number} of {path}")
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), of) for key, of in READ.items()):
+            raise InputFileError(
+                f"line {number} of {path} is no record of an asset, with {', '.join(READ)}; delete the line, and the "
+                "asset is tried again"
+            )
+        records[record["id"]] = record
+    return records
 
 
 def _of(entry: Entry) -> tuple[int, int]:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mvdream_fast.rendering.mesh import MeshError
+from mvdream_fast.rendering.sources import place
 
 MAX_FILE_BYTES = 256 << 20
 MAX_FACES = 1_000_000
+MAX_VERTICES = 20_000_000
 
 
 class Reading:
@@ -18,7 +20,7 @@ class Reading:
     def __init__(self, siblings: Mapping[str, bytes]):
         self.siblings = siblings
         self.notes: dict[str, None] = {}  # in order, each once
-        self.n_faces = 0
+        self.n_faces = self.n_vertices = 0
 
     def file(self, name: str) -> bytes | None:
         """The file of that name, else of its last path component: exporters leave their own absolute paths."""
@@ -40,18 +42,27 @@ class Reading:
         if self.n_faces > MAX_FACES:
             raise MeshError(f"the mesh has {self.n_faces} faces, at most {MAX_FACES} are taken; decimate it first")
 
+    def count_vertices(self, n: int) -> None:
+        """As count_faces, where vertices may be many that no face uses."""
+        self.n_vertices += n
+        if self.n_vertices > MAX_VERTICES:
+            raise MeshError(f"the mesh has {self.n_vertices} vertices, at most {MAX_VERTICES} are taken")
+
 
 class Folder(Mapping):
-    """The files beside a mesh as name -> bytes; names that lead out of the folder do not exist."""
+    """The files beside a mesh as name -> bytes; names that lead out of the folder do not exist.
+
+    Links in the folder are followed, wherever they lead: the user put them there, and no mesh file can.
+    """
 
     def __init__(self, source: Path | bytes):
-        self.root = source.resolve().parent if isinstance(source, Path) else None
+        self.root = place(source).parent if isinstance(source, Path) else None
         self.asked: dict[str, None] = {}  # paths that were looked for, found or not
 
     def __getitem__(self, name: str) -> bytes:
         if self.root is None or "\0" in name:
             raise KeyError(name)
-        path = (self.root / name).resolve()
+        path = Path(os.path.normpath(self.root / name))
         if not path.is_relative_to(self.root):
             raise KeyError(name)
         self.asked[str(path)] = None
@@ -75,15 +86,25 @@ def read_bytes(source: Path | bytes, name: str) -> bytes:
 
 
 def check_archive(content: bytes) -> bool:
-    """Whether a 3MF has colours. It is a zip, and its unpacked size is capped as well."""
-    if content[:4] != b"PK\x03\x04":
+    """Whether it is a zip, as 3MF is and a .dae may be. Raises: MeshError where it unpacks to more than MAX_FILE_BYTES.
+
+    Judged as the readers judge, by a zip's end: it may begin with anything.
+    """
+    if not zipfile.is_zipfile(io.BytesIO(content)):
         return False
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         total = sum(info.file_size for info in archive.infolist())
-        if total > MAX_FILE_BYTES:
-            raise MeshError(f"unpacks to {total >> 20} MB, at most {MAX_FILE_BYTES >> 20} are taken")
-        models = [archive.read(name) for name in archive.namelist() if name.lower().endswith(".model")]
-    return any(b' pid="' in model for model in models)
+    if total > MAX_FILE_BYTES:
+        raise MeshError(f"unpacks to {total >> 20} MB, at most {MAX_FILE_BYTES >> 20} are taken")
+    return True
+
+
+def has_colors(content: bytes) -> bool:
+    """Whether a 3MF has colours. Raises: MeshError, as check_archive."""
+    if not check_archive(content):
+        return False
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return any(b' pid="' in archive.read(name) for name in archive.namelist() if name.lower().endswith(".model"))
 
 
 def text_of(content: bytes) -> str:

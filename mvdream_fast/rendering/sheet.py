@@ -6,17 +6,23 @@ import numpy as np
 
 from mvdream_fast.core.files import atomic_write
 from mvdream_fast.core.images import png_bytes
-from mvdream_fast.data.shards import Sample, list_shards, read_shard
+from mvdream_fast.data.shards import Sample, find_shards, list_shards, read_shard
 
 COLUMNS, ROWS, CELL = 4, 15, 64
 BACKGROUND = (120, 150, 180)
 
 
-def write_sheet(folder: Path, split: str = "train") -> Path:
-    """Writes `sheet.png` into a folder of shards: up to 60 objects, evenly spread. Returns its path."""
+def write_sheet(folder: Path) -> Path | None:
+    """Writes `sheet.png` into a folder of shards: up to 60 objects of training, evenly spread, else of those held out.
+
+    Returns its path, or None where the shards hold nothing. Raises: InputFileError where there are no shards.
+    """
     from PIL import Image
 
+    split = "train" if find_shards(folder) else "held_out"
     samples = _some(list_shards(folder, split), COLUMNS * ROWS)
+    if not samples:
+        return None
     cells = [_cell(sample) for sample in samples]
     cells += [np.zeros_like(cells[0])] * (-len(cells) % COLUMNS)
     rows = [np.hstack(cells[k : k + COLUMNS]) for k in range(0, len(cells), COLUMNS)]

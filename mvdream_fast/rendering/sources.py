@@ -9,6 +9,12 @@ from pathlib import Path
 Stamp = tuple[int, int, str] | None  # size, time of change in ns, SHA-256; None for a file that was not there
 
 
+def place(path: Path) -> Path:
+    """Where a file lies: links to folders are followed. Not a link in the file's own place (the hub's cache, DVC and
+    git-annex put one there): what belongs to the file lies beside it."""
+    return path.parent.resolve() / path.name
+
+
 def stamps(paths: Iterable[str]) -> dict[str, Stamp]:
     """The stamp of each file."""
     return {path: _stamp(path) for path in paths}

@@ -14,7 +14,7 @@ from reference.tiny_model import TINY, write_tiny
 
 from mvdream_fast import evaluate
 from mvdream_fast.checkpoints.open import load_model, open_source
-from mvdream_fast.checkpoints.places import find_model, stored_config
+from mvdream_fast.checkpoints.places import draws_single_images, find_model, stored_config
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import ModelError
 from mvdream_fast.distill import request
@@ -85,6 +85,16 @@ def test_every_command_takes_a_run(tmp_path, monkeypatch):
     line = [sys.executable, "-m", "mvdream_fast.convert", str(run), str(tmp_path / "converted")]
     assert subprocess.run(line, capture_output=True, check=False).returncode == 0
     assert open_source(tmp_path / "converted").config == TINY
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text"])
+@pytest.mark.parametrize("value", [3, None, "x", []])
+def test_a_part_s_configuration_must_be_an_object(tmp_path, part, value):
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "model", part: value}))
+    sentence = f"{tmp_path}/config.json: {part} must be an object, got {value!r}"
+    for ask in (draws_single_images, lambda path: request.resolve({"prompt": "a chair", "model": str(path)}, None)):
+        with pytest.raises(ModelError, match=f"^{re.escape(sentence)}$"):
+            ask(tmp_path)
 
 
 def in_cache(cache: Path, files: dict[str, Path], revision: str = "f" * 40) -> Path:

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,18 @@ def test_two_of_a_kind_stay_in_training():
     assert "f" not in held
     plain = [Entry(f"e{k}", f"thing {k}", Path("x.glb")) for k in range(10)]
     assert len(planning.random_held_out(plain, 0.3)) == 3
+
+
+def test_captions_of_several_are_never_held_out():
+    """And where each is its own asset's alone, the choice is the one that it was before that was asked."""
+    entries = [Entry(f"e{k}", f"thing {k}", Path("x.glb"), caption=f"a thing {k}") for k in range(40)]
+    before = ["e11", "e22", "e23", "e26"]
+    assert sorted(planning.random_held_out(entries, 0.1), key=lambda e: int(e[1:])) == before
+    assert planning.random_held_out([replace(e, caption=None) for e in entries], 0.1) == set(before)
+    said = [replace(e, caption="a thing") if int(e.id[1:]) < 37 else e for e in entries]
+    assert planning.random_held_out(said, 0.1) == {"e37", "e38", "e39"}
+    assert planning.own_captions(said) == {"e37", "e38", "e39"}
+    assert planning.random_held_out(said[:37], 0.1) == set()
 
 
 def test_choosing_what_is_held_out(tmp_path):

@@ -129,6 +129,23 @@ def test_a_texture_and_its_set(renderer):
 
 
 @pytest.mark.parametrize(
+    ("named", "there"),
+    [
+        ("my%20four.png", "my four.png"),
+        ("my%20four.png", "my%20four.png"),
+        ("./tex/f%C3%BCr%231.png", "tex/für#1.png"),
+        ("file:///C:/models/my%20four.png", "my four.png"),
+        ("my four.png", "my four.png"),
+        ("100%.png", "100%.png"),
+    ],
+)
+def test_names_of_images_are_uris(named, there):
+    mesh = load_mesh(dae(TEXTURE).replace(b">four.png<", f">{named}<".encode()), "dae", {there: encoded(FOUR)})
+    assert mesh.parts[0].texture is not None
+    assert mesh.notes == ()
+
+
+@pytest.mark.parametrize(
     ("wrap", "expected"),
     [("", [RED, GREEN]), ("WRAP", [RED, GREEN]), ("MIRROR", [GREEN, RED]), ("CLAMP", [GREEN, GREEN])],
 )

@@ -1,12 +1,13 @@
 """Which extensions a glTF may need, and damaged files: one sentence, never a crash or a huge allocation."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from gltf_builder import SQUARE, SQUARE_FACES, Builder, corners, skinned, sparse, two_scenes
 
-from mvdream_fast.rendering import gltf
+from mvdream_fast.rendering import gltf, reading
 from mvdream_fast.rendering.mesh import MeshError
 from mvdream_fast.rendering.mesh_file import load_mesh
 
@@ -148,10 +149,33 @@ def test_nodes_with_two_parents():
 
 def test_instances_are_counted_before_they_are_made():
     builder = Builder()
-    many = builder.add("accessors", {"componentType": 5126, "count": 6_000_000, "type": "VEC3"})
+    many = builder.add("accessors", {"componentType": 5126, "count": 600_000, "type": "VEC3"})
     extension = {"EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": many}}}
-    with pytest.raises(MeshError, match="the mesh has 12000000 faces, at most 1000000 are taken"):
+    with pytest.raises(MeshError, match="the mesh has 1200000 faces, at most 1000000 are taken"):
         builder.show(builder.square(), extensions=extension).load()
+    builder.tree["accessors"][many]["count"] = 6_000_000
+    with pytest.raises(MeshError, match="a node has 6000000 instances, at most 1000000 are taken"):
+        builder.load()
+
+
+@pytest.mark.parametrize(("n_instances", "n_nodes"), [(2_000, 1), (1, 100), (40, 50)])
+def test_vertices_of_instances_are_counted_before_they_are_made(monkeypatch, n_instances, n_nodes):
+    """One face of many vertices, in many places: 2 kB of a file would be gigabytes of positions."""
+    monkeypatch.setattr(reading, "MAX_VERTICES", 1_000_000)
+    builder = Builder()
+    vertices = builder.add("accessors", {"componentType": 5126, "count": 20_000, "type": "VEC3"})
+    places = builder.add("accessors", {"componentType": 5126, "count": n_instances, "type": "VEC3"})
+    extension = {"EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": places}}}
+    builder.show({"attributes": {"POSITION": vertices}, "indices": builder.accessor([0, 1, 2], "u2")})
+    builder.tree["nodes"] = [{"mesh": 0, "extensions": extension}] * n_nodes
+    builder.tree["scenes"] = [{"nodes": list(range(n_nodes))}]
+    content = builder.glb()
+    tracemalloc.start()
+    with pytest.raises(MeshError, match="the mesh has .* vertices, at most 1000000 are taken"):
+        load_mesh(content, "glb")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 << 20
 
 
 def test_a_file_that_is_cut_anywhere():

@@ -1,5 +1,8 @@
 """Counts of shards, and the credits of folders: what may ship, and what may not."""
 
+import io
+import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +44,26 @@ def test_a_table_of_what_there_is(tmp_path, capsys):
     (two / "train-00000.tar").write_bytes(b"no tar")
     with pytest.raises(InputFileError, match="train-00000.tar: not a whole shard"):
         inventory.main([str(two)])
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [
+        ({"url": "x"}, "a record has no '(caption|noun)'"),
+        (["x"], "list"),
+        ({"id": "a", "noun": "car", "caption": ["red"], "variants": [], "fovy": 3}, ""),
+    ],
+)
+@pytest.mark.parametrize("reader", [inventory.main, naming.main])
+def test_shards_of_something_else_are_named(tmp_path, reader, meta, reason):
+    """img2dataset and others call theirs so, too."""
+    content = json.dumps(meta).encode()
+    info = tarfile.TarInfo("0.json")
+    info.size = len(content)
+    with tarfile.open(tmp_path / "train-00000.tar", "w") as tar:
+        tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(InputFileError, match=f"train-00000.tar: not a whole shard of renders .*{reason}"):
+        reader([str(tmp_path)])
 
 
 def test_sources_that_are_not_drawn_yet_are_counted_too(tmp_path, capsys):

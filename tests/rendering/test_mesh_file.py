@@ -52,9 +52,11 @@ def test_normals_of_a_box_are_its_faces(tmp_path):
     np.testing.assert_allclose(largest, 1, atol=1e-5)
 
 
-def test_normals_of_a_sphere_stay_smooth(tmp_path):
-    trimesh.creation.icosphere(subdivisions=3).export(tmp_path / "ball.obj", include_normals=False)
-    part = load_mesh(tmp_path / "ball.obj").parts[0]
+@pytest.mark.parametrize(("suffix", "more"), [("obj", {"include_normals": False}), ("stl", {}), ("3mf", {})])
+def test_normals_of_a_sphere_stay_smooth(tmp_path, suffix, more):
+    trimesh.creation.icosphere(subdivisions=3).export(tmp_path / f"ball.{suffix}", **more)
+    part = load_mesh(tmp_path / f"ball.{suffix}").parts[0]
+    assert len(part.positions) == 642
     cosine = (part.normals * part.positions).sum(1)
     assert cosine.min() > 0.999
 
@@ -155,12 +157,19 @@ def test_a_16k_texture_is_refused_before_it_is_decoded(tmp_path):
         load_mesh(tmp_path / "thing.obj")
 
 
-def test_an_archive_bomb_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "member"), [("bomb.3mf", "3D/3dmodel.model"), ("bomb.dae", "bomb.dae"), ("bomb.dae", "doc.kml")]
+)
+@pytest.mark.parametrize("before", [b"", b"\0", b"not PK"])
+def test_an_archive_bomb_is_refused(tmp_path, monkeypatch, name, member, before):
+    """The readers find a zip by its end, whatever it begins with."""
     monkeypatch.setattr(reading, "MAX_FILE_BYTES", 1 << 20)
-    with zipfile.ZipFile(tmp_path / "bomb.3mf", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("3D/3dmodel.model", b" " * (2 << 20))
-    with pytest.raises(MeshError, match="bomb.3mf: unpacks to 2 MB"):
-        load_mesh(tmp_path / "bomb.3mf")
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, b" " * (2 << 20))
+    (tmp_path / name).write_bytes(before + content.getvalue())
+    with pytest.raises(MeshError, match=f"{name}: unpacks to 2 MB"):
+        load_mesh(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +319,13 @@ def test_ids_are_short_and_unique(tmp_path):
     ids = [e.id for e in read_folder(tmp_path)]
     assert len(set(ids)) == 3
     assert all(len(i) <= 64 for i in ids)
+
+
+def test_a_long_name_that_is_no_utf_8_has_an_id(tmp_path):
+    (tmp_path / os.fsdecode(b"Stuhl f\xfcr die K\xfcche " * 4 + b".stl")).write_bytes(b"not read")
+    (entry,) = read_folder(tmp_path)
+    assert len(entry.id) == 64
+    assert entry.id.startswith("stuhl-f-r-die-k-che-stuhl")
 
 
 def test_a_store_is_not_asked_for_each_file(tmp_path, monkeypatch):

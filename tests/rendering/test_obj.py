@@ -1,8 +1,11 @@
 """OBJ and MTL: every statement that decides a picture, against colours and corners worked by hand."""
 
+import io
+
 import numpy as np
 import pytest
 from gltf_builder import corners, encoded, quarters
+from PIL import Image
 
 from mvdream_fast.core.color import to_srgb
 from mvdream_fast.rendering.mesh import Mesh, MeshError
@@ -204,7 +207,57 @@ def test_emission(renderer):
     assert quarters(renderer, with_mtl("Kd 0 0 0\nmap_Ke four.png"))[1] == (*GREEN, 255)
 
 
+@pytest.mark.parametrize("without", ["f 1 2 3\n", "f 1/1 2 3/3\n"])
+def test_faces_without_coordinates_go_without_the_map_alone(without):
+    mesh = with_mtl("Kd 1 1 1\nmap_Kd four.png", FACE + without)
+    assert [(part.texture is not None, len(part.faces)) for part in mesh.parts] == [(True, 2), (False, 1)]
+    np.testing.assert_allclose(np.unique(mesh.parts[0].texture.uv, axis=0), [(0, 0), (0, 1), (1, 0), (1, 1)])
+
+
+def test_no_program_reads_a_map(tmp_path, monkeypatch):
+    """Pillow knows an EPS by its content, whatever its name, and hands it to Ghostscript."""
+    script, log = tmp_path / "gs", tmp_path / "log"
+    script.write_text(f"#!/bin/sh\necho called >> {log}\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    eps = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) run\n%%EOF\n"
+    with pytest.raises(MeshError, match="a texture is damaged, or not PNG, JPEG, WEBP"):
+        with_mtl("map_Kd four.png", four_dot_png=eps)
+    assert not log.exists()
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "TGA", "DDS", "PPM", "PCX", "SGI", "JPEG2000", "WEBP"])
+def test_kinds_of_maps(renderer, kind):
+    content = io.BytesIO()
+    Image.fromarray(FOUR).save(content, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    assert quarters(renderer, with_mtl("map_Kd four.png", four_dot_png=content.getvalue()))[1] == (*GREEN, 255)
+
+
 # Files beside
+
+
+@pytest.mark.parametrize("linked", [{"a.obj", "a.mtl", "four.png"}, {"a.obj"}, {"a.mtl", "four.png"}])
+def test_links_in_the_folder_are_followed(tmp_path, linked):
+    """The hub's cache, DVC and git-annex keep files elsewhere, under names that are hashes."""
+    store, folder = tmp_path / "blobs", tmp_path / "snapshot"
+    store.mkdir()
+    folder.mkdir()
+    files = {"a.obj": f"mtllib a.mtl\n{SQUARE}usemtl m\n{FACE}".encode(), "four.png": encoded(FOUR),
+             "a.mtl": b"newmtl m\nmap_Kd four.png\n"}  # fmt: skip
+    for name, content in files.items():
+        place = store / f"hash of {name[::3]}" if name in linked else folder / name
+        place.write_bytes(content)
+        if name in linked:
+            (folder / name).symlink_to(f"../blobs/{place.name}")
+    mesh = load_mesh(folder / "a.obj")
+    assert mesh.parts[0].texture is not None
+    assert mesh.notes == ()
+    assert set(mesh.sources) == {str(folder / "a.mtl"), str(folder / "four.png")}
+    (folder / "a.obj").unlink()
+    (folder / "a.obj").write_bytes(files["a.obj"].replace(b"mtllib a.mtl", b"mtllib ../blobs/hash"))
+    (store / "hash").write_bytes(files["a.mtl"])
+    assert "the material file ../blobs/hash is not there" in load_mesh(folder / "a.obj").notes
 
 
 @pytest.mark.parametrize("lines", ["mtllib a.mtl\nmtllib b.mtl", "mtllib a.mtl b.mtl"])

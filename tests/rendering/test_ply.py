@@ -138,6 +138,23 @@ def test_textures_on_coordinates_of_faces(form, renderer):
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_faces_without_coordinates_go_without_the_texture_alone(form, renderer):
+    """Also beside a face of two corners at the end, and with lists of mixed length."""
+    kinds = ["list uchar int vertex_indices", "list uchar float texcoord"]
+    rows = [((0, 1, 2), ()), ((0, 2, 3), (0, 0, 1, 1, 0, 1)), ((0, 1), (0, 0, 0, 0))]
+    content = ply(form, ("vertex", XYZ, SQUARE), ("face", kinds, rows), comments=("TextureFile a.png",))
+    mesh = load(content, a_dot_png=encoded(FOUR))
+    assert [part.texture is not None for part in mesh.parts] == [False, True]
+    found = quarters(renderer, mesh)
+    assert (found[0], found[3]) == ((*RED, 255), (204, 204, 204, 255))
+    rows = [((0, 1, 2, 3), tuple(float(x) for uv in UV for x in uv)), rows[1]]
+    both = load(content := ply(form, ("vertex", XYZ, SQUARE), ("face", kinds, rows), comments=("TextureFile a.png",)),
+                a_dot_png=encoded(FOUR))  # fmt: skip
+    assert quarters(renderer, both) == [(*RED, 255), (*GREEN, 255), (*BLUE, 255), (*WHITE, 255)]
+    assert len(both.parts) == len(load(content).parts) == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_strips(form):
     strips = ("tristrips", ["list int int vertex_indices"], [((0, 1, 3, 2, -1, 0, 1, 2),)])
     found = corners(load(ply(form, ("vertex", XYZ, SQUARE), strips)))

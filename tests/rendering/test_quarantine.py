@@ -10,7 +10,7 @@ import trimesh
 from bad_work import BadEntry
 
 from mvdream_fast import render
-from mvdream_fast.core.errors import ArgumentError
+from mvdream_fast.core.errors import ArgumentError, InputFileError
 from mvdream_fast.data.shards import list_shards, read_shard
 from mvdream_fast.rendering import dataset
 from mvdream_fast.rendering.catalogue import Entry, read_folder
@@ -104,6 +104,27 @@ def test_a_file_that_has_changed_is_free(meshes, tmp_path):
     os.utime(first.archive, ns=(0, 0))
     assert not again.holds(first)
     assert again.reasons().keys() == {first.id, second.id}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 3 of .*quarantine.jsonl is not JSON: "),
+        ("[]", r"line 3 of .*quarantine.jsonl is no record of an asset, with id, kind, reason, size, mtime_ns; delete"),
+        ('{"id": "a"}', r"line 3 of .*quarantine.jsonl is no record of an asset"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(meshes, tmp_path, line, message):
+    first, *_ = read_folder(meshes)
+    Quarantine(tmp_path).add(first, "died", "its process was ended by SIGSEGV")
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text(f"\n{path.read_text()}{line}\n")
+    with pytest.raises(InputFileError, match=message):
+        Quarantine(tmp_path)
+    assert not Quarantine(tmp_path, retry=True).records
+    Quarantine(tmp_path).add(first, "died", "its process was ended by SIGSEGV")
+    path.write_text(f"\n{path.read_text()}\n  \n")
+    assert Quarantine(tmp_path).holds(first)
 
 
 def flags(source, out, **more):

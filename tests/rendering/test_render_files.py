@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ from gltf_builder import LINEAR, SQUARE_UV, Builder, encoded
 from threads import by_threads
 
 from mvdream_fast import render
-from mvdream_fast.core.errors import InputFileError
-from mvdream_fast.data.shards import list_shards, read_shard
+from mvdream_fast.core.errors import InputFileError, OutputError
+from mvdream_fast.data.batches import Shards
+from mvdream_fast.data.shards import find_shards, list_shards, read_shard, write_shard
 from mvdream_fast.rendering import dataset, sources
 from mvdream_fast.rendering.catalogue import read_folder
+from mvdream_fast.rendering.plan import random_held_out
+from mvdream_fast.rendering.sheet import write_sheet
 
 CORNERS = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
 # The six sides of a cube, seen from outside counter-clockwise.
@@ -278,6 +283,108 @@ def test_a_repaired_mesh_joins_and_a_broken_one_leaves(meshes, tmp_path, looked_
     render.main(flags(meshes, out))
     assert set(views(out)) == {"wall-glb"}
     assert "skipped box-obj: box.obj: the mesh has no triangles" in capsys.readouterr().out
+
+
+def test_another_source_of_the_same_names_is_looked_at_and_drawn(tmp_path, looked_at):
+    """v2/meshes/box.obj is not v1/meshes/box.obj, though ids, names and settings are all the same."""
+    out = tmp_path / "out"
+    for version, color in (("v1", "Kd 1 0 0"), ("v2", "Kd 0 0 1")):
+        folder = tmp_path / version / "meshes"
+        folder.mkdir(parents=True)
+        write_obj(folder, color)
+        looked_at.clear()
+        render.main(flags(folder, out))
+        assert looked_at == ["box"]
+        assert captions(out) == {"box-obj": "a red box" if version == "v1" else "a blue box"}
+    times = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+    moved = (tmp_path / "v2").rename(tmp_path / "v3")
+    render.main(flags(moved / "meshes", out))
+    assert looked_at == ["box", "box"]
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")} == times  # the files are the same
+
+
+def test_links_to_one_mesh_are_told_apart_by_their_folders(tmp_path, looked_at):
+    """Two snapshots of the hub's cache: the same mesh beside another material."""
+    store, out = tmp_path / "blobs", tmp_path / "out"
+    store.mkdir()
+    write_obj(store, "Kd 1 0 0")
+    for version, color in (("v1", "red"), ("v2", "blue")):
+        folder = tmp_path / version / "meshes"
+        folder.mkdir(parents=True)
+        write_obj(folder, "Kd 1 0 0" if color == "red" else "Kd 0 0 1")
+        (folder / "box.obj").unlink()
+        (folder / "box.obj").symlink_to("../../blobs/box.obj")
+        render.main(flags(folder, out))
+        assert captions(out) == {"box-obj": f"a {color} box"}
+    looked_at.clear()
+    (tmp_path / "link").symlink_to(tmp_path / "v2")
+    render.main(flags(tmp_path / "link" / "meshes", out))  # the same folder by another name
+    assert looked_at == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mvdream_fast.core import run_folder
+with run_folder.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_leaves_the_shard_that_is_being_written(meshes, tmp_path):
+    """Its writer may be on another machine, whose processes are unknown here: only the lock tells."""
+    out = tmp_path / "out"
+    render.main(flags(meshes, out))
+    first = subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        half = out / "train-00001.tar.tmp-999999999"
+        half.write_bytes(b"half a shard")
+        with pytest.raises(OutputError, match=f"is in use by process {first.pid}"):
+            render.main(flags(meshes, out))
+        assert half.read_bytes() == b"half a shard"
+    finally:
+        first.kill()
+        first.communicate()
+    render.main(flags(meshes, out))
+    assert not half.exists()
+
+
+# Which are held out, and the sheet
+
+
+def test_a_part_of_held_out_assets_alone_has_a_sheet_of_them(meshes, tmp_path, capsys):
+    held = random_held_out(read_folder(meshes), 0.5)
+    (i,) = (k + 1 for k, entry in enumerate(read_folder(meshes)) if entry.id in held)
+    for k in (i, 3 - i):
+        render.main(flags(meshes, tmp_path / "out", shard=f"{k}/2", held_out=0.5, sheet=True))
+        place = tmp_path / "out" / f"shard-0000{k}-of-00002" / "sheet.png"
+        assert f"sheet: {place}" in capsys.readouterr().out
+        assert place.stat().st_size > 1000
+    assert [len(find_shards(tmp_path / "out", split)) for split in ("train", "held_out")] == [1, 1]
+
+
+def test_shards_of_nothing_have_no_sheet(tmp_path):
+    write_shard(tmp_path / "held_out-00000.tar", [])
+    assert write_sheet(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["held_out-00000.tar"]
+
+
+@pytest.mark.parametrize(("own", "held"), [([], 0), (["a wall"], 1)])
+def test_captions_of_several_are_not_held_out(meshes, tmp_path, capsys, own, held):
+    """Nothing that says a held-out caption is trained on: of 'a box' four would be lost."""
+    for k in range(3):
+        shutil.copy(meshes / "wall.glb", meshes / f"wall{k}.glb")
+    words = {path.name: "a box" for path in meshes.iterdir() if path.suffix in (".glb", ".obj")}
+    words |= {"wall.glb": own[0]} if own else {}
+    (meshes / "captions.json").write_text(json.dumps(words))
+    render.main(flags(meshes, tmp_path / "out", held_out=0.4, shard="1/1"))
+    line = "nothing is held out of training: each asset has a caption that another has, too\n"
+    assert capsys.readouterr().out.count(line) == 1 - held
+    place = tmp_path / "out" / "shard-00001-of-00001"
+    assert len(find_shards(place, "held_out")) == held
+    assert len(Shards(place)) == 5 - held
 
 
 def test_stamps(tmp_path):
