@@ -88,11 +88,13 @@ def check_flags(flags: Flags) -> str | None:
 def address(flags: Flags, port: int, token: str | None) -> str:
     """Where the page is, and how to reach it."""
     if flags.host in loopback.NAMES:
-        where = f"page: http://{loopback.HOST}:{port} (this machine only; from another one: {loopback.tunnel(port)})"
+        own = loopback.HOST if flags.host == "localhost" else flags.host
+        where = f"http://{loopback.in_url(own)}:{port} (this machine only; from another one: "
+        where += f"{loopback.tunnel(port, own)})"
     else:
-        where = (
-            f"page: http://{flags.host}:{port} (unencrypted: for networks that you trust, or behind a proxy with TLS)"
-        )
+        where = f"http://{loopback.in_url(flags.host)}:{port} (unencrypted: for networks that you trust, or behind a "
+        where += "proxy with TLS)"
+    where = f"page: {where}"
     return f"{where}\ntoken: {token}" if flags.token == "random" else where
 
 

@@ -1,9 +1,11 @@
 """The command behind the page: what its flags refuse; a server with its workers from start to end, killed between."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +78,61 @@ def test_the_address_says_who_can_open_it():
     assert "unencrypted" in others
     assert others.endswith("\ntoken: word")
     assert "word" not in address(Flags(host="0.0.0.0", token="a-word-of-their-own"), 7008, "a-word-of-their-own")
+
+
+def test_ipv6_is_served_too():
+    assert check_flags(Flags(host="::1")) is None
+    own = address(Flags(host="::1"), 7009, None)
+    assert "http://[::1]:7009 (this machine only" in own
+    assert "ssh -L 7009:[::1]:7009 " in own
+    assert "http://[::]:7008 (unencrypted" in address(Flags(host="::", token="random"), 7008, "word")
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_ports_of_ipv6_addresses(host):
+    with socket.socket(socket.AF_INET6) as taken:
+        try:
+            taken.bind(("::1", 0))
+        except OSError as error:
+            pytest.skip(f"no IPv6 here: {error}")
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port < loopback.free_port(port, "--port", host) < port + loopback.PORTS_TRIED
+
+
+@pytest.mark.parametrize(
+    ("host", "sentence"),
+    [
+        ("192.0.2.7", "--host 192.0.2.7 is no address of this machine"),
+        ("2001:db8::7", "--host 2001:db8::7 is no address of this machine"),
+        ("no name", "--host no name is no name or address that can be found"),
+        ("a" * 70 + ".example", "is no name or address that can be found"),
+    ],
+)
+def test_hosts_that_are_not_this_machine_are_one_sentence(host, sentence, monkeypatch):
+    looked_up, look_up = [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: looked_up.append(args) or look_up(*args, **more))
+    with pytest.raises(ArgumentError) as error:
+        loopback.free_port(7008, "--port", host)
+    assert sentence in str(error.value)
+    assert "leave it out" in str(error.value)
+    assert len(looked_up) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EADDRINUSE, errno.EACCES])
+def test_only_ports_that_are_taken_are_passed_over(number, monkeypatch):
+    tried = []
+
+    class Probe(socket.socket):
+        def bind(self, at):
+            tried.append(at)
+            if at[1] < 7010:
+                raise OSError(number, "taken")
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert loopback.free_port(7008, "--port") == 7010
+    assert tried == [("127.0.0.1", port) for port in (7008, 7009, 7010)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@
 
 #include "cpu/scatter.h"
 #include "cpu/shapes.h"
+#include "cpu/thrown.h"
 
 namespace mvdream_fast {
 namespace MVDREAM_FAST_ISA {
@@ -30,14 +31,18 @@ int keep_nearest(const Outlines& image, int32_t* crossings, int n_threads) {
   const int64_t n_chunks = (image.n_faces + kFacesPerChunk - 1) / kFacesPerChunk;
   std::vector<std::vector<Hit>> of_chunks(n_chunks);
   int any_bad = 0;
+  Thrown thrown;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) reduction(| : any_bad)
   for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
     const int64_t end = std::min(image.n_faces, (chunk + 1) * kFacesPerChunk);
     const auto add = [&](int64_t pair, uint64_t key) { of_chunks[chunk].push_back({pair, key}); };
     int bad = 0;
-    for (int64_t face = chunk * kFacesPerChunk; face < end; ++face) visit_outlines(image, face, &bad, add);
+    thrown.keep([&] {
+      for (int64_t face = chunk * kFacesPerChunk; face < end; ++face) visit_outlines(image, face, &bad, add);
+    });
     any_bad |= bad;
   }
+  thrown.rethrow();
   std::fill(crossings, crossings + 2 * int64_t(image.height) * image.width, 0);
   std::vector<Hit> hits;
   for (const std::vector<Hit>& chunk : of_chunks) hits.insert(hits.end(), chunk.begin(), chunk.end());
@@ -50,6 +55,21 @@ int keep_nearest(const Outlines& image, int32_t* crossings, int n_threads) {
     if (nearest == -1 - int32_t(i)) nearest = kept_of(hits[i].key);
   }
   return any_bad;
+}
+
+// What the pairs of a row of pixels [B * H] have to add.
+void row_gradients(const Outlines& outlines, int64_t row, int channels, const float* color, const int32_t* crossings,
+                   const float* d_out, std::vector<EdgeGradient>* out) {
+  const int64_t image = row / outlines.height * outlines.height * outlines.width;
+  const auto add = [&](int32_t corner, const double* d) { out->push_back({corner, {d[0], d[1], d[2]}}); };
+  for (int x = 0; x < outlines.width; ++x) {
+    for (int axis = 0; axis < 2; ++axis) {
+      const int32_t crossing = crossings[2 * (row * outlines.width + x) + axis];
+      if (crossing == 0) continue;
+      pair_gradients(outlines, color + image * channels, d_out + image * channels, channels, x,
+                     int(row % outlines.height), axis, crossing, add);
+    }
+  }
 }
 
 }  // namespace
@@ -92,6 +112,7 @@ void antialias_backward(const Silhouettes& args, const float* color, const int32
   const int64_t n_sums = d_pos ? 3 * args.meshes.n_vertices : 0;
   std::vector<std::vector<EdgeGradient>> of_rows(n_rows);
   std::vector<double> sums(n_images * n_sums);
+  Thrown thrown;
 #pragma omp parallel num_threads(n_threads)
   {
     const Owner owner;
@@ -111,16 +132,8 @@ void antialias_backward(const Silhouettes& args, const float* color, const int32
           };
           visit_pairs(outlines, crossings + 2 * image, x, int(row % height), add);
         }
-        for (int axis = 0; axis < (d_pos ? 2 : 0); ++axis) {
-          const int32_t crossing = crossings[2 * pixel + axis];
-          if (crossing == 0) continue;
-          const auto add = [&](int32_t corner, const double* d) {
-            of_rows[row].push_back({corner, {d[0], d[1], d[2]}});
-          };
-          pair_gradients(outlines, color + image * channels, d_out + image * channels, channels, x, int(row % height),
-                         axis, crossing, add);
-        }
       }
+      if (d_pos) thrown.keep([&] { row_gradients(outlines, row, channels, color, crossings, d_out, &of_rows[row]); });
     }
     for (int64_t row = 0; row < n_rows; ++row) {
       double* of_image = sums.data() + row / height * n_sums;
@@ -136,6 +149,7 @@ void antialias_backward(const Silhouettes& args, const float* color, const int32
       std::copy(row, row + 4, d_pos + 4 * v);
     }
   }
+  thrown.rethrow();
 }
 
 }  // namespace MVDREAM_FAST_ISA

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu/thrown.h"
 #include "cpu/walks.h"
 
 namespace mvdream_fast {
@@ -12,22 +13,26 @@ namespace MVDREAM_FAST_ISA {
 template <typename Body>
 static void for_chunks(const Packed& samples, const float* sigmas, Body body) {
   const int64_t n_chunks = (samples.n_rays + kRaysPerChunk - 1) / kRaysPerChunk;
+  Thrown thrown;
 #pragma omp parallel num_threads(samples.n_threads)
   {
     std::vector<float> alphas;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) {
-      const int64_t ray = chunk * kRaysPerChunk;
-      const int64_t end = ray + kRaysPerChunk < samples.n_rays ? ray + kRaysPerChunk : samples.n_rays;
-      const int64_t first = samples.packed_info[2 * ray];
-      const int64_t last = samples.packed_info[2 * end - 2] + samples.packed_info[2 * end - 1];
-      alphas.resize(last - first);
-      float* alpha = alphas.data();
-      const float *sigma = sigmas + first, *t0 = samples.t_starts + first, *t1 = samples.t_ends + first;
-      for (int64_t i = 0; i < last - first; ++i) alpha[i] = alpha_of(sigma[i] * (t1[i] - t0[i]));
-      body(ray, end, first, alpha);
+      thrown.keep([&] {
+        const int64_t ray = chunk * kRaysPerChunk;
+        const int64_t end = ray + kRaysPerChunk < samples.n_rays ? ray + kRaysPerChunk : samples.n_rays;
+        const int64_t first = samples.packed_info[2 * ray];
+        const int64_t last = samples.packed_info[2 * end - 2] + samples.packed_info[2 * end - 1];
+        alphas.resize(last - first);
+        float* alpha = alphas.data();
+        const float *sigma = sigmas + first, *t0 = samples.t_starts + first, *t1 = samples.t_ends + first;
+        for (int64_t i = 0; i < last - first; ++i) alpha[i] = alpha_of(sigma[i] * (t1[i] - t0[i]));
+        body(ray, end, first, alpha);
+      });
     }
   }
+  thrown.rethrow();
 }
 
 static inline float mid(const Packed& samples, int64_t i) { return 0.5f * (samples.t_starts[i] + samples.t_ends[i]); }

@@ -8,6 +8,7 @@
 
 #include "cpu/scatter.h"
 #include "cpu/shapes.h"
+#include "cpu/thrown.h"
 #include "simd.h"
 
 namespace mvdream_fast {
@@ -131,15 +132,18 @@ bool has_vertices(const Drawing& drawing, int64_t chunk) {
 int sort_into_tiles(Drawing* drawing, int n_threads) {
   int n_bad = 0;
   const int64_t n_tiles = drawing->n_tiles;
+  Thrown thrown;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) reduction(+ : n_bad)
   for (int64_t chunk = 0; chunk < drawing->n_chunks; ++chunk) {
     int64_t* counts = drawing->starts.data() + chunk * n_tiles;
     std::fill(counts, counts + n_tiles, 0);
     drawing->pieces[chunk].clear();
-    const bool there = has_vertices(*drawing, chunk);
-    n_bad += !there;
-    if (there) visit_chunk(drawing, chunk, true, [&](int tile, int64_t) { ++counts[tile]; });
+    if (has_vertices(*drawing, chunk))
+      thrown.keep([&] { visit_chunk(drawing, chunk, true, [&](int tile, int64_t) { ++counts[tile]; }); });
+    else
+      ++n_bad;
   }
+  thrown.rethrow();
   if (n_bad) return n_bad;
   int64_t total = 0;
   for (int64_t tile = 0; tile < n_tiles; ++tile) {

@@ -5,6 +5,7 @@ Where to read a tensor's numbers is to wait for them, on CUDA, they are not read
 rays is then found by the traversal, and wrong packings give wrong results, which torch's indexing refuses at best.
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import SupportsIndex
@@ -67,13 +68,21 @@ def check_rays(op: str, rays_o: Tensor, rays_d: Tensor) -> int:
 
 
 def check_bound(op: str, name: str, bound: Tensor, rays_o: Tensor, least: bool) -> None:
-    """One distance a ray, [R]: finite where it is the least one, a number or infinity where it is the largest."""
+    """One distance a ray, [R]: a number or infinity, which as the least one says that the ray misses; -infinity is
+    refused there."""
     check_fits(op, name, bound, rays_o.shape[:1], rays_o)
     if reads.reads_wait(bound.device):
         return
-    fine = bool((torch.isfinite(bound) if least else ~bound.isnan()).all())
-    wanted, got = ("finite", "NaN or infinity") if least else ("a number", "NaN")
-    require(fine, op, name, wanted, got, "look at what computes it")
+    refused = bound.isnan() | (bound == -math.inf) if least else bound.isnan()
+    wanted, got = ("a number or infinity", "NaN or -infinity") if least else ("a number", "NaN")
+    require(not bool(refused.any()), op, name, wanted, got, "look at what computes it")
+
+
+def without_misses(near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds that the traversals take, and which rays [R] miss: those that begin at infinity, where
+    ray_aabb_intersect puts the boxes that are missed. They end where they begin, at 0, and have no samples."""
+    misses = near.float() == math.inf
+    return near.masked_fill(misses, 0.0), far.masked_fill(misses, 0.0), misses
 
 
 def packing(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvdream_fast import ops
-from mvdream_fast.nerfacc_compat._inputs import check_bound, check_rays, widened
+from mvdream_fast.nerfacc_compat._inputs import check_bound, check_rays, widened, without_misses
 from mvdream_fast.nerfacc_compat.data_specs import RayIntervals, RaySamples
 from mvdream_fast.ops._edges import FLOATS, check_same_device, check_shaped, require
 from mvdream_fast.ops._packing import rows_of
@@ -68,7 +68,8 @@ def traverse_grids(
     """Intervals of rays [R, 3] inside the occupied cells of grids binaries [m, x, y, z] in boxes aabbs [m, 6].
 
     Steps of max(step_size, t * cone_angle) from the near plane on; step_size <= 0 gives one interval per cell. Where
-    boxes overlap, the first in the list decides. `traverse_steps_limit` bounds the samples of a ray. Results are always
+    boxes overlap, the first in the list decides. A near plane of infinity, as ray_aabb_intersect gives it for a box
+    that is missed, is a ray without samples. `traverse_steps_limit` bounds the samples of a ray. Results are always
     allocated exactly: `over_allocate` changes nothing, every sample is valid; `t_sorted`, `t_indices` and `hits` are
     accepted and not needed.
 
@@ -85,7 +86,7 @@ def traverse_grids(
     if over_allocate and limit is None:
         raise ValueError("traverse_grids: traverse_steps_limit must be given with over_allocate, got None; pass it")
     rays_o, rays_d, aabbs = map(widened, (rays_o, rays_d, aabbs))
-    near, far = (widened(x).expand(n_rays) for x in (near, far))
+    near, far, misses = without_misses(*(widened(x).expand(n_rays) for x in (near, far)))
     out = ops.traverse_grids(
         *(rays_o, rays_d, binaries, aabbs, near, far, step_size or 0.0, cone_angle or 0.0, limit, rays_mask)
     )
@@ -94,12 +95,13 @@ def traverse_grids(
     )
     intervals = RayIntervals(out.edges, out.edge_info, edge_rays, out.is_left, out.is_right)
     samples = RaySamples(out.mids, out.sample_info, sample_rays, torch.ones_like(sample_rays, dtype=torch.bool))
-    return intervals, samples, out.t_last
+    return intervals, samples, out.t_last.masked_fill(misses, math.inf)
 
 
 def sample_grids(rays_o, rays_d, binaries, aabbs, near, far, step_size, cone_angle) -> tuple[Tensor, Tensor, Tensor]:
     """(ray_indices, t_starts, t_ends) of a traversal; one grid with a fixed step takes the fast way."""
     if binaries.shape[0] == 1 and cone_angle == 0 and step_size > 0:
+        near, far, _ = without_misses(near, far)
         samples = march_rays(
             *(rays_o, rays_d, aabbs[0], pack_bits(binaries), tuple(binaries.shape[1:]), step_size, None, near, far)
         )

@@ -57,7 +57,8 @@ def traverse_grids(
 ) -> Traversed:
     """Intervals of the rays inside occupied cells, with steps of max(step_size, t * cone_angle).
 
-    Where several boxes hold a point, the first in the list decides. A step_size of 0 or less gives one interval per
+    Where several boxes hold a point, the first in the list decides. Boxes are nested: between two that are apart, an
+    interval goes on through the gap, as nerfacc's does. A step_size of 0 or less gives one interval per
     occupied cell. Rays outside rays_mask have none. Not differentiable; the result's size, and whether the rays are
     fine, needs one synchronisation on a GPU.
 

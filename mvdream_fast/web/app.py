@@ -15,14 +15,16 @@ from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mvdream_fast.core.errors import ArgumentError, InputFileError, UserError
 from mvdream_fast.web.board import Board, Busy, Unknown
-from mvdream_fast.web.guard import App, Guard
+from mvdream_fast.web.guard import MAX_PHOTO, App, Guard
 
 PAGE = {"": "text/html", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 PAGE |= dict.fromkeys(("page.js", "base.js", "turner.js"), "text/javascript")
 PHOTOS_AT_ONCE = 4
+MOST_HELD = 8 * MAX_PHOTO  # bytes of photos in memory, whoever sends them
 FOR_A_DAY = {"cache-control": "private, max-age=86400, immutable"}  # of addresses that change with their content
 
 Asked = Annotated[dict[str, Any], Body()]
@@ -39,6 +41,7 @@ def make_app(board: Board, token: str | None = None) -> App:
     _add_page(app)
     _add_errors(app)
     _add_questions(app, board)
+    _add_photos(app, board)
     _add_files(app, board)
     return Guard(app, token, page_file("signin.html"))
 
@@ -103,12 +106,29 @@ def _add_questions(app: FastAPI, board: Board) -> None:
     def subjects(asked: Asked) -> dict[str, str]:
         return {"id": board.teach(asked)}
 
-    at_once = asyncio.Semaphore(PHOTOS_AT_ONCE)  # a photo is held in memory until it is decoded
+
+def _add_photos(app: FastAPI, board: Board) -> None:
+    at_once = asyncio.Semaphore(PHOTOS_AT_ONCE)
+    n_held = 0
 
     @app.post("/api/photos")
     async def photos(request: Request) -> dict[str, str]:
-        async with at_once:
-            name = await asyncio.to_thread(board.uploads.add, await request.body())
+        """A photo is held in memory until it is decoded. Its turn comes once all of it is here: who sends slowly, or
+        stops, is waited for by nobody."""
+        nonlocal n_held
+        parts: list[bytes] = []
+        try:
+            async for part in request.stream():
+                parts.append(part)
+                n_held += len(part)
+                if n_held > MOST_HELD:
+                    raise Busy("many photos are being sent; try again in a minute")
+            async with at_once:
+                name = await asyncio.to_thread(board.uploads.add, b"".join(parts))
+        except ClientDisconnect:
+            raise HTTPException(400) from None
+        finally:
+            n_held -= sum(map(len, parts))
         return {"id": name, "url": f"photos/{name}.png"}
 
 

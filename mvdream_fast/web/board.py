@@ -138,7 +138,8 @@ class Board:
         how, (job, _) = checked(Grow, asked, "", ArgumentError), self._job(job_id)
         if job.kind != GENERATE:
             raise ArgumentError("only four views can be grown; draw them first")
-        flags = {name: job.request[name] for name in ("prompt", "seed", "model", "negative_prompt")}
+        names = ("prompt", "seed", "model", "negative_prompt")  # which a job that another program made need not have
+        flags = {name: job.request[name] for name in names if name in job.request}
         wanted = request.resolve(flags)
         if how.pace == "fast":
             small = wanted.config.preset == "mini"  # which has a preset of half the work

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -24,7 +23,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_BODY = 64 << 10
 MAX_PHOTO = 32 << 20
 MAX_URL = 16 << 10
+MAX_DIGITS = 20  # of a length
 LARGE = {"/api/photos": MAX_PHOTO}
+BODY_S = 20.0  # in which a body must be here, and what SLOWEST takes of it on top
+SLOWEST = 128 << 10  # bytes a second
 OPEN = {"/style.css", "/icon.svg"}  # what the page that asks for the token is made of
 COOKIE = "mvdream_fast"
 WRONG_TOKEN_S = 1.0  # an answer to a wrong token, or to a wrong cookie, takes so long
@@ -56,8 +58,10 @@ class Guard:
             return
         headers = _headers(scope)
         status, why = _refusal(scope, headers, self.token is not None)
+        exchange = _Exchange(receive, send, LARGE.get(scope["path"], MAX_BODY), headers.get("content-length", []))
+        receive, send = exchange.receive, exchange.send
         if why:
-            await _answer(send, status, json.dumps({"error": why}).encode())
+            await _answer_error(send, status, why)
         elif self.token is None or scope["path"] in OPEN or self._knows(headers):
             await self.app(scope, receive, _with_headers(send))
         else:
@@ -102,7 +106,43 @@ class Guard:
             page = self.sign_in.replace(b" hidden>", b">") if signs_in else self.sign_in  # where it says what is wrong
             await _answer(send, 401, page, {"content-type": "text/html; charset=utf-8"})
         else:
-            await _answer(send, 401, json.dumps({"error": "Sign in with the server's token first."}).encode())
+            await _answer_error(send, 401, "Sign in with the server's token first.")
+
+
+class _Exchange:
+    """A request while it is answered. Where its body is longer than `limit` bytes, or takes too long to come, the
+    client is told so here, and whoever reads it that the client has gone."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int, lengths: list[str]):
+        self._receive, self._send, self._limit = receive, send, limit
+        self._n_bytes, self._more, self._started, self._refused = 0, True, False, False
+        said = int(lengths[0]) if lengths and _is_count(lengths[0]) else 0
+        self._due = asyncio.get_running_loop().time() + BODY_S + min(said, limit) / SLOWEST
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """The next part of the body; after the last, until the client leaves, as long as that takes."""
+        if self._refused:
+            return {"type": "http.disconnect"}
+        try:
+            async with asyncio.timeout_at(self._due if self._more else None):
+                message = await self._receive()
+        except TimeoutError:
+            return await self._refuse(408, "What was sent took too long to arrive; send it again.")
+        self._more = message.get("more_body", False)
+        self._n_bytes += len(message.get("body", b""))
+        return await self._refuse(*_too_large(self._limit)) if self._n_bytes > self._limit else message
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """What the application answers, unless the client has been answered here."""
+        if not self._refused:
+            self._started = True
+            await self._send(message)
+
+    async def _refuse(self, status: int, why: str) -> MutableMapping[str, Any]:
+        self._refused = True
+        if not self._started:
+            await _answer_error(self._send, status, why)
+        return {"type": "http.disconnect"}
 
 
 def _refusal(scope: Scope, headers: dict[str, list[str]], has_token: bool) -> tuple[int, str]:
@@ -116,6 +156,8 @@ def _refusal(scope: Scope, headers: dict[str, list[str]], has_token: bool) -> tu
         return 414, "The address is too long."
     if method not in ("GET", "HEAD", "POST"):
         return 405, f"{method} is no way to ask for anything here."
+    if "transfer-encoding" in headers:  # it would make any length a lie
+        return 411, "A request must say how long it is."
     if method == "POST":
         return _refused_body(headers.get("content-length", []), LARGE.get(scope["path"], MAX_BODY))
     return 0, ""
@@ -123,11 +165,17 @@ def _refusal(scope: Scope, headers: dict[str, list[str]], has_token: bool) -> tu
 
 def _refused_body(lengths: list[str], limit: int) -> tuple[int, str]:
     """A body must say how long it is (the server holds it to that), and not be longer than the limit."""
-    if len(lengths) != 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
+    if len(lengths) != 1 or not _is_count(lengths[0]):
         return 411, "A request must say how long it is."
-    if int(lengths[0]) > limit:
-        return 413, f"At most {limit >> 20} MB can be sent at once." if limit >> 20 else "That is too much text."
-    return 0, ""
+    return _too_large(limit) if int(lengths[0]) > limit else (0, "")
+
+
+def _too_large(limit: int) -> tuple[int, str]:
+    return 413, f"At most {limit >> 20} MB can be sent at once." if limit >> 20 else "That is too much text."
+
+
+def _is_count(length: str) -> bool:
+    return length.isascii() and length.isdigit() and len(length) < MAX_DIGITS
 
 
 def _is_foreign(scope: Scope, headers: dict[str, list[str]]) -> bool:
@@ -152,11 +200,10 @@ def _headers(scope: Scope) -> dict[str, list[str]]:
 
 
 def _cookies(headers: dict[str, list[str]]) -> list[str]:
-    try:
-        jars = [SimpleCookie(line) for line in headers.get("cookie", [])]
-    except CookieError:
-        return []
-    return [jar[COOKIE].value for jar in jars if COOKIE in jar]
+    """The values of every cookie of our name. Cookies of other servers of this host, which lie beside it, may look
+    like nothing that the standard knows: http.cookies drops ours along with them."""
+    pairs = [pair.partition("=") for line in headers.get("cookie", []) for pair in line.split(";")]
+    return [value.strip() for name, _, value in pairs if name.strip() == COOKIE]
 
 
 def _same(word: str, secret: str) -> bool:
@@ -172,7 +219,7 @@ def _form(body: bytes) -> dict[str, list[str]]:
 
 
 async def _body(receive: Receive) -> bytes:
-    """All of a body, whose length has been checked."""
+    """All of a body; what has come of it where the client has gone."""
     parts, more = [], True
     while more:
         message = await receive()
@@ -188,6 +235,10 @@ async def _leaves(receive: Receive) -> None:
         message = await receive()
     if message["type"] == "http.request":
         await receive()
+
+
+async def _answer_error(send: Send, status: int, why: str) -> None:
+    await _answer(send, status, json.dumps({"error": why}).encode())
 
 
 async def _answer(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

@@ -8,11 +8,11 @@ import uvicorn
 
 from mvdream_fast.core.errors import UserError
 from mvdream_fast.jobs.local import Workers
+from mvdream_fast.web.connection import AT_ONCE, Connection
 from mvdream_fast.web.guard import App
 
 TEND_S = 1.0
 GRACE_S = 60.0  # for workers to save what is at work
-AT_ONCE = 100  # requests; more are told to come back
 
 
 def run(app: App, host: str, port: int, staff: Sequence[Workers], say: Callable[[str], None]) -> None:
@@ -20,11 +20,7 @@ def run(app: App, host: str, port: int, staff: Sequence[Workers], say: Callable[
 
     Raises: UserError where workers die again and again.
     """
-    config = uvicorn.Config(
-        app, host, port, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
-        http="h11", loop="asyncio", limit_concurrency=AT_ONCE, timeout_graceful_shutdown=2,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config_of(app, host, port))
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job of a shell: it would end with code 0
         signal.signal(signal.SIGINT, signal.default_int_handler)
     tender = _Tender(staff, server)
@@ -41,6 +37,14 @@ def run(app: App, host: str, port: int, staff: Sequence[Workers], say: Callable[
             workers.stop(GRACE_S)
     if tender.error is not None:
         raise tender.error
+
+
+def config_of(app: App, host: str, port: int) -> uvicorn.Config:
+    """How the page is served."""
+    return uvicorn.Config(
+        app, host, port, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
+        http=Connection, loop="asyncio", limit_concurrency=AT_ONCE, timeout_graceful_shutdown=2,
+    )  # fmt: skip
 
 
 class _Tender(threading.Thread):

@@ -109,7 +109,7 @@ def test_a_packing_that_is_none_touches_nothing_else(as_on_a_gpu):
 TOO_FINE = "rays_d must be of a length that crosses the box in at most"
 BAD_RAYS = [
     ({"far": torch.tensor([9, 9, math.nan, 9])}, "far must be a number, got NaN"),
-    ({"near": torch.tensor([0, math.inf, 0, 0])}, "rays_o, rays_d and near must be finite"),
+    ({"near": torch.tensor([0, -math.inf, 0, 0])}, "rays_o, rays_d and near must be finite"),
     ({"rays_o": torch.full((4, 3), math.nan)}, "rays_o, rays_d and near must be finite"),
     ({"rays_d": torch.full((4, 3), 9e-31)}, "rays_d must be non-zero"),
     (

@@ -79,6 +79,29 @@ def test_the_fast_way_and_the_general_one_find_the_same():
     close(t_ends, intervals.vals[intervals.is_right], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(("levels", "cone_angle"), [(1, 0.0), (1, 0.1), (2, 0.0)])  # the fast way, the general one
+def test_rays_that_miss_the_box_have_no_samples(levels, cone_angle, dtype):
+    """What ray_aabb_intersect says of them, infinity, is taken by the traversals."""
+    grid = nerfacc.OccGridEstimator([-1, -1, -1, 1, 1, 1], resolution=4, levels=levels)
+    grid.binaries[:] = True
+    rays_o = torch.tensor([[-3.0, 0.1, 0.1], [-3, 9, 9], [-3, 0.1, 0.2]], dtype=dtype)
+    rays_d = torch.tensor([[1.0, 0, 0]], dtype=dtype).expand(3, 3)
+    t_min, t_max, hits = (x[:, 0] for x in nerfacc.ray_aabb_intersect(rays_o, rays_d, grid.aabbs.to(dtype)))
+    assert hits.tolist() == [True, False, True]
+    assert t_min.tolist() == [2, math.inf, 2]
+    options = {"render_step_size": 0.5, "cone_angle": cone_angle}
+    found = grid.sampling(rays_o, rays_d, t_min=t_min, t_max=t_max, **options)
+    wanted = grid.sampling(rays_o, rays_d, t_min=t_min.nan_to_num(posinf=1e4), t_max=t_max, **options)
+    assert found[0].unique().tolist() == [0, 2]
+    assert all(map(torch.equal, found, wanted))
+    _, samples, ends = nerfacc.traverse_grids(rays_o, rays_d, grid.binaries, grid.aabbs, t_min, t_max, 0.5, cone_angle)
+    assert torch.equal(samples.ray_indices, found[0])
+    assert samples.packed_info[1, 1] == 0
+    assert ends[1] == math.inf
+    assert bool(ends[[0, 2]].isfinite().all())
+
+
 def test_growing_steps():
     # All cells occupied: steps of max(0.1, t / 4) from t = 0.1, in the box from 1 to 3.
     binaries, aabbs = torch.ones(1, 4, 4, 4, dtype=torch.bool), torch.tensor([[-1.0, -1, -1, 1, 1, 1]])
@@ -116,7 +139,8 @@ def test_cell_by_cell_and_the_limit():
         ({"rays_mask": torch.ones(4)}, TypeError, "rays_mask must be a bool tensor, got torch.float32"),
         ({"rays_mask": [True] * 4}, TypeError, "rays_mask must be a tensor, got list; pass a tensor"),
         ({"far_planes": torch.tensor([9, 9, math.nan, 9])}, ValueError, "far_planes must be a number, got NaN"),
-        ({"near_planes": torch.tensor([0, math.nan, 0, 0])}, ValueError, "near_planes must be finite, got NaN"),
+        ({"near_planes": torch.tensor([0, math.nan, 0, 0])}, ValueError, "near_planes must be a number or infinity"),
+        ({"near_planes": torch.tensor([0, -math.inf, 0, 0])}, ValueError, "near_planes must be a number or infinity"),
         ({"rays_o": torch.full((4, 3), math.nan)}, ValueError, "rays_o must be finite"),
         ({"rays_d": torch.tensor([[1, 0, math.nan]] * 4)}, ValueError, "rays_d must be finite"),
         ({"step_size": math.nan}, ValueError, "step_size must be a number, got NaN"),

@@ -17,7 +17,8 @@ def test_rays_that_are_no_numbers_are_refused_by_sampling(cone_angle, broken):
     rays_o, rays_d = rays_around(4)
     arguments = {"rays_o": rays_o, "rays_d": rays_d, "t_min": torch.zeros(4), "t_max": torch.full((4,), 9.0)}
     arguments[broken][2] = math.nan
-    wanted = "t_max must be a number, got NaN" if broken == "t_max" else f"{broken} must be finite"
+    wanted = {"t_max": "t_max must be a number, got NaN", "t_min": "t_min must be a number or infinity, got NaN"}
+    wanted = wanted.get(broken, f"{broken} must be finite")
     with pytest.raises(ValueError, match=f"^sampling: {wanted}"):
         grid.sampling(**arguments, render_step_size=0.1, cone_angle=cone_angle)
 

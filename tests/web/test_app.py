@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from mvdream_fast.core.errors import ArgumentError, OutputError
 from mvdream_fast.core.schema import checked
 from mvdream_fast.distill.request import run_of
+from mvdream_fast.jobs.job import Job
 from mvdream_fast.tuning.photos import list_photos
 from mvdream_fast.web import board as boards
 from mvdream_fast.web.app import make_app
@@ -95,6 +96,17 @@ def test_from_a_prompt_to_a_mesh(client, painter):
     # The views are part of the asset now: one thing on the shelf, by either id.
     assert [thing["id"] for thing in client.get("/api/state").json()["shelf"]] == [asset]
     assert chosen(client, views) == made
+
+
+def test_views_that_another_program_asked_for_are_grown(client, painter):
+    job = Job("generate", {"prompt": "a red cup"})  # the worker's defaults are all the rest
+    painter.queue.add(job)
+    painter.take()
+    painter.views()
+    painter.finish()
+    post(client, f"/api/jobs/{job.id}/grow")
+    request = painter.take().request
+    assert (request["prompt"], request["seed"], request["sds"]["preset"]) == ("a red cup", 0, "mini")
 
 
 def test_the_workers_know_what_the_page_asks_for(client, painter):

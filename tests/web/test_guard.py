@@ -116,9 +116,76 @@ def test_bodies_have_a_limit():
         ("²".encode("latin-1"), 411),
     ):
         assert raw([own, (b"content-length", length)], "POST", "/api/photos") == status
-    assert raw([own, (b"transfer-encoding", b"chunked")], "POST", "/api/photos") == 411
+    chunked = (b"transfer-encoding", b"chunked")
+    for headers in ([own, chunked], [own, (b"content-length", b"5"), chunked]):  # the length is not what is sent
+        for method, path in (("POST", "/api/photos"), ("POST", "/sign-in"), ("GET", "/")):
+            assert raw(headers, method, path) == 411
+    assert raw([own, (b"content-length", b"9" * 5000)], "POST", "/") == 411
     assert raw([own, (b"content-length", b"1"), (b"content-length", b"2")], "POST", "/") == 411
     assert client().get("/?" + "x" * guard.MAX_URL).status_code == 414
+
+
+async def sends(app, path: str, parts: list[bytes], stalls: bool = False) -> list[dict]:
+    """What comes back to a client that says it sends 5 bytes, and sends these parts: all of its body, or it stalls."""
+    sent, left = [], list(parts)
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        if not left:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or stalls}
+
+    headers = [(b"host", OWN.encode()), (b"content-length", b"5")]
+    await app({"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize(("token", "path"), [(None, "/api/views"), (TOKEN, "/sign-in")])
+def test_a_body_is_counted_as_it_comes(token, path):
+    """Whatever its length was said to be; who reads it is told that the client has gone, and answers to nobody."""
+    read = []
+
+    async def reads(scope, receive, send):
+        message = {"type": "http.request", "more_body": True}
+        while message.get("more_body"):
+            read.append(message := await receive())
+        await echo(scope, receive, send)
+
+    sent = asyncio.run(sends(Guard(reads, token), path, [b"x" * 1000] * 1000))
+    assert [message.get("status") for message in sent] == [413, None]
+    assert json.loads(sent[1]["body"]) == {"error": "That is too much text."}
+    if token is None:
+        assert sum(len(message.get("body", b"")) for message in read) == guard.MAX_BODY // 1000 * 1000
+        assert read[-1] == {"type": "http.disconnect"}
+
+
+@pytest.mark.parametrize(("token", "path"), [(None, "/api/views"), (TOKEN, "/sign-in"), (TOKEN, "/api/views")])
+def test_a_body_that_stalls_is_waited_for_so_long(token, path, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_S", 0.05)
+
+    async def ask():
+        return await asyncio.wait_for(sends(Guard(echo, token), path, [b"x"], stalls=True), 60)
+
+    sent = asyncio.run(ask())
+    if path == "/api/views" and token:  # nobody reads what a stranger sends
+        assert sent[0]["status"] == 401
+    else:
+        assert [message.get("status") for message in sent] == [408, None]
+        assert json.loads(sent[1]["body"]) == {"error": "What was sent took too long to arrive; send it again."}
+
+
+def test_an_answer_may_take_longer_than_a_body(monkeypatch):
+    monkeypatch.setattr(guard, "BODY_S", 0.0)
+
+    async def slow(scope, receive, send):
+        body = await guard._body(receive)
+        await asyncio.wait({asyncio.ensure_future(receive())}, timeout=0.1)  # until the client leaves
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    assert asyncio.run(sends(Guard(slow), "/", [b"12345"]))[1]["body"] == b"12345"
 
 
 def test_every_answer_says_what_a_browser_must_not_do():
@@ -160,6 +227,19 @@ def test_the_token_is_exchanged_for_a_cookie():
     assert (
         client("another-token-than-that").get("/api/state", headers={"cookie": cookie.split(";")[0]}).status_code == 401
     )
+
+
+def test_cookies_of_other_servers_of_this_host_do_not_hide_ours():
+    page = client(TOKEN)
+    page.post("/sign-in", data={"token": TOKEN})
+    ours = f"{guard.COOKIE}={page.cookies[guard.COOKIE]}"
+    page.cookies.clear()
+    wrong = f"{guard.COOKIE}={'0' * 64}"
+    for foreign in ("a", 'a="', "a=b c", "a={1,2}", "a@b=1", "=;", "é=ü", wrong):
+        for line in (f"{foreign}; {ours}", f"{ours}; {foreign}", f"{foreign};{ours} ; x=y"):
+            assert page.get("/api/state", headers={"cookie": line.encode()}).status_code == 200, line
+    for line in (f"x{ours}", f"a={ours}", f"{ours}0", f'{guard.COOKIE}"={ours}', wrong):
+        assert page.get("/api/state", headers={"cookie": line}).status_code == 401, line
 
 
 def test_a_wrong_token_takes_its_time(monkeypatch):
