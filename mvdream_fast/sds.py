@@ -121,7 +121,7 @@ class Flags:
     """At most this many triangles in the mesh; 0: as many as the surface has (default: 30000, and 0 where the mesh
     itself was optimised)."""
     mesh_resolution: int | None = None
-    """Cells a side that the surface is taken from. Default: 128."""
+    """Points a side of the grid that the surface is taken from. Default: 128."""
     texture: int | None = None
     """The colours of mesh.glb are a texture of this many pixels a side; 0 colours its vertices (default: 1024 where the
     mesh itself was optimised, else 0)."""

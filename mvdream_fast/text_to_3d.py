@@ -14,7 +14,8 @@ import torch
 from mvdream_fast.core import run_folder
 from mvdream_fast.core.arguments import is_a, user_path, whole
 from mvdream_fast.core.errors import ArgumentError, DivergedError
-from mvdream_fast.distill.config import SETTINGS, SDSConfig, check_stages, typed, written
+from mvdream_fast.distill.checks import check_config
+from mvdream_fast.distill.config import SETTINGS, SDSConfig, typed, written
 from mvdream_fast.distill.loop import Loop, Progress, new_guidance
 from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, sampled_as, usual_recipe
 from mvdream_fast.distill.sampled import Sampler
@@ -80,8 +81,9 @@ class TextTo3D:
             GrownAsset: an Asset, of the last stage, that also knows the records of this call's steps.
 
         Raises:
-            ArgumentError: unknown preset, setting or an unusable prompt; stages that can't follow one another.
-            ModelError: a checkpoint of another configuration, or a model of another kind than the recipe needs.
+            ArgumentError: unknown preset, setting or an unusable prompt; settings that no run can use together.
+            ModelError: a checkpoint of another configuration, seed or prompt, or a model of another kind than the
+                recipe needs.
             OutOfMemoryError: a step that does not fit, even with half of the samples.
             DivergedError: numbers that are not finite, or nothing to see, after one recovery.
         """
@@ -93,9 +95,9 @@ class TextTo3D:
         checkpoint_every = whole("TextTo3D", "checkpoint_every", checkpoint_every, "100 is the default")
         checkpoints = None if checkpoints is None else user_path(checkpoints)
         config = self._config(preset, config, overrides, representation is None)
-        check_stages(config, representation is not None)
+        check_config(config, given=representation is not None)
         begin = _Stages(self, config, prompt, seed, representation)
-        return Loop(callback, checkpoints, checkpoint_every, interrupt).run(config, seed, begin)
+        return Loop(callback, checkpoints, checkpoint_every, interrupt).run(config, seed, begin, prompt)
 
     @property
     def device(self) -> torch.device:

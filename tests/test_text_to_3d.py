@@ -245,6 +245,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         Studio()("x", config=TINY, seed=1, checkpoints=tmp_path)
     with pytest.raises(ModelError, match="another configuration or seed"):
         Studio()("x", config=replaced(TINY, guidance_scale=3.0), checkpoints=tmp_path)
+    with pytest.raises(ModelError, match="is of another prompt, 'x'; start a new run in a folder of its own"):
+        Studio()("a red car", config=TINY, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"milestones": (2,)}, r"render_size must have one entry more than milestones \(2,\), got \(8,\)"),
+        ({"render_size": ()}, r"render_size must have one entry more than milestones \(\), got \(\)"),
+        ({"lambda_orient": (0, 1.0, 1.0, 0)}, "lambda_orient must be 0 throughout without shading"),
+        ({"fovy_range_deg": (50.0, 30.0)}, "fovy_range_deg must be low, then high, got 50.0 and 30.0"),
+    ],
+)
+def test_the_library_refuses_what_the_command_refuses(settings, message):
+    with pytest.raises(ArgumentError, match=message):
+        Studio()("x", config=replaced(TINY, steps=1, **settings))
+    with pytest.raises(ArgumentError, match=message):
+        Studio()("x", "mini", **{"render_size": (8,), "steps": 1} | settings)
 
 
 def test_optimiser_groups_are_the_papers():

@@ -29,7 +29,7 @@ RecipeName = Literal[
 # Settings that older runs on a disk lack; as they are by default they have no effect.
 NEWER = (
     "deviation_least", "sampled_views", "sampled_scale", "sampled_uncond", "sampled_steps", "lambda_sampled",
-    "sampled_hull", "sampled_between", "lambda_silhouette",
+    "sampled_hull", "sampled_between", "lambda_silhouette", "view_words_deg",
 )  # fmt: skip
 VSD_ALONE = ("lora_rank", "lora_lr", "camera_dropout", "particles")  # settings that plain distillation has not
 Momentum = Annotated[float, Interval(ge=0, lt=1)]

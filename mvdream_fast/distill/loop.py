@@ -62,18 +62,19 @@ class Loop:
     checkpoint_every: int = 100
     interrupt: run_folder.Interrupt | None = None
 
-    def run(self, config: SDSConfig, seed: int, begin: Begin) -> GrownAsset:
-        """The remaining steps of all stages, each of which `begin` begins.
+    def run(self, config: SDSConfig, seed: int, begin: Begin, prompt: str | None = None) -> GrownAsset:
+        """The remaining steps of all stages, each of which `begin` begins. prompt: that a checkpoint must be of; None:
+        any.
 
         A stage that has ended is saved before the next one begins, so that a run that is killed in between hands over
         once more. What it held, its guidance and model too, is let go of by then.
 
         Raises:
-            ModelError: a checkpoint of another configuration.
+            ModelError: a checkpoint of another configuration, seed or prompt.
             OutOfMemoryError: a step that does not fit, even with half of the samples.
             DivergedError: numbers that are not finite, or nothing to see, after one recovery; nothing to hand over.
         """
-        done, tensors = self._resume(config, seed)
+        done, tensors = self._resume(config, seed, prompt)
         number = config.at_work(done)
         state = begin(number, None)
         if tensors is not None:
@@ -106,7 +107,7 @@ class Loop:
         else:
             step = config.steps
         self._report(state, state.settle())
-        if first < config.steps:
+        if step > first:  # else the stage has nothing of its own yet, and its step would be the end of the one before
             self._save(state, step, about)
 
     @property
@@ -140,7 +141,7 @@ class Loop:
     def _latest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         return run_folder.load_latest(self.checkpoints) if self.checkpoints is not None else None
 
-    def _resume(self, config: SDSConfig, seed: int) -> tuple[int, dict[str, torch.Tensor] | None]:
+    def _resume(self, config: SDSConfig, seed: int, prompt: str | None) -> tuple[int, dict[str, torch.Tensor] | None]:
         """How many of the run's steps are done, and the state of the stage at work."""
         saved = self._latest()
         if saved is None:
@@ -151,6 +152,11 @@ class Loop:
         if of_run != about["config"] or meta.get("seed") != about["seed"]:
             raise ModelError(
                 f"the checkpoint in {self.checkpoints} is of another configuration or seed; start a new run"
+            )
+        if prompt is not None and meta.get("prompt", prompt) != prompt:
+            raise ModelError(
+                f"the checkpoint in {self.checkpoints} is of another prompt, {meta['prompt']!r:.60}; start a new run "
+                "in a folder of its own"
             )
         return step, tensors
 
@@ -251,5 +257,6 @@ def _ending(guidance: Guidance, pipeline: "MVDreamPipeline", text: TextCond, con
         return guidance
     unet, vae = needed(pipeline.model.unet, "unet"), needed(pipeline.model.vae, "vae")
     single = config.mode == "2d"
-    painter = Painter(unet, vae, pipeline.schedule, text, config.repaint, single, pipeline.graphs)
+    how = config.repaint, single, pipeline.graphs, config.guidance.view_words_deg
+    painter = Painter(unet, vae, pipeline.schedule, text, *how)
     return Repaint(guidance, painter, config.cameras, config.repaint, config.repaint_step, config.steps)

@@ -63,12 +63,12 @@ def usual_recipe(preset: str, given: Iterable[str] = (), multi_view: bool = True
 
 def shaded(config: SDSConfig) -> SDSConfig:
     """The shading variant of a recipe: a point light in the second half of each stage; where it has the weight,
-    orientation loss. Stages that are lit already stay as they are."""
+    orientation loss. Stages that are lit already, and those that show normals, stay as they are."""
     return joined(_shaded(stage) for stage in config.stages)
 
 
 def _shaded(stage: SDSConfig) -> SDSConfig:
-    if stage.shading:
+    if stage.shading or settings_of(stage).get("shows") == "normals":
         return stage
     half = stage.steps // 2
     losses = {"lambda_orient": (0.0, 10.0, 1000.0, float(half))} if "lambda_orient" in settings_of(stage) else {}

@@ -13,21 +13,17 @@ from typing import TYPE_CHECKING, Any
 from mvdream_fast.checkpoints.places import EMBEDDED, draws_single_images, stored_config
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.core.files import lines, read_text
-from mvdream_fast.core.ramp import is_ever_on
 from mvdream_fast.core.schema import checked, is_object
+from mvdream_fast.distill.checks import check_config
 from mvdream_fast.distill.config import (
     MVDREAM,
     SETTINGS,
-    VSD_ALONE,
     ExportConfig,
     SDSConfig,
-    check_learning,
-    check_stages,
     completed,
     joined,
     replaced,
     settings_of,
-    typed,
     written,
 )
 from mvdream_fast.distill.recipes import RECIPES, preset_for, resolve_config, sampled_as, shaded, usual_recipe
@@ -242,60 +238,6 @@ def _seed(seed: str | int) -> int:
     if not str(seed).isascii() or not str(seed).isdigit() or len(digits) > 19 or int(digits) >= 2**63:
         raise ArgumentError(f'--seed must be a number from 0 to 2**63 - 1 or "random", got {seed!r:.60}')
     return int(digits)
-
-
-def check_config(config: SDSConfig, names: Mapping[str, str] | None = None) -> None:
-    """Raises ArgumentError for numbers that no run can use. names: what the user wrote for a setting, as a flag."""
-    check_stages(config)
-    names, learns = names or {}, any(stage.guidance.kind == "vsd" for stage in config.stages)
-    for stage in config.stages:
-        of_others = VSD_ALONE if learns and stage.guidance.kind != "vsd" else ()
-        _check_stage(stage, {name: flag for name, flag in names.items() if name not in of_others})
-
-
-def _check_stage(config: SDSConfig, names: Mapping[str, str]) -> None:
-    settings = settings_of(config)
-    typed(settings, "", ArgumentError, names)
-    if config.mode == "2d" and config.method == "reconstruct":
-        raise ArgumentError("--mode must be 3d with --method reconstruct, whose views are sampled together, got 2d")
-    check_learning(config, names)
-    for name in ("render_size", "n_groups"):
-        if len(settings[name]) != len(config.milestones) + 1:
-            raise ArgumentError(
-                f"{name} must have one entry more than milestones {config.milestones}, got {settings[name]}"
-            )
-    if list(config.milestones) != sorted(config.milestones):
-        raise ArgumentError(f"milestones must grow, got {config.milestones}")
-    for name in ("distance_range", "fovy_range_deg", "elevation_range_deg"):
-        low, high = settings[name]
-        if low > high:
-            raise ArgumentError(f"{names.get(name, name)} must be low, then high, got {low} and {high}")
-    weight = settings.get("lambda_orient", (0.0, 0.0, 0.0, 0.0))
-    if is_ever_on(weight) and not config.shading:
-        raise ArgumentError(
-            f"lambda_orient must be 0 throughout without shading, which alone makes the normals that it is a loss of, "
-            f"got {tuple(weight)}; add --shading (with a weight of its own), or shading = true to the settings file"
-        )
-    check_guidance(config)
-    check_prompt(config.negative_prompt, allow_empty=True)
-    check_prompt(config.suffix, allow_empty=True)
-
-
-def check_guidance(config: SDSConfig) -> None:
-    """Raises ArgumentError for settings of guidance that have no meaning together."""
-    guidance, mode = config.guidance, config.mode
-    if guidance.weighting != "sds" and guidance.kind == "sds" and guidance.loss == "x0":
-        raise ArgumentError(
-            f"--weighting {guidance.weighting} is of the loss sds, got --loss x0, which has no weight; add --loss sds"
-        )
-    if guidance.perp_neg and not (mode == "2d" and guidance.tells_sides(mode)):
-        got = f"--mode {mode}" if mode != "2d" else "--no-view-words"
-        raise ArgumentError(
-            "--perp-neg leads each view away from the words of its other sides, so it needs --mode 2d and --view-words,"
-            f" got {got}"
-        )
-    if guidance.view_words and config.method == "reconstruct":
-        raise ArgumentError("--view-words can't be told to the views of --method reconstruct, which share one prompt")
 
 
 def check_export(export: ExportConfig, names: Mapping[str, str] | None = None) -> None:

@@ -20,13 +20,13 @@ from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError
 from mvdream_fast.core.machine import choose_device
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.distill.config import SDSConfig, settings_of
-from mvdream_fast.guidance.base import Guidance, opacity_loss
+from mvdream_fast.guidance.base import Guidance, n_fitted, opacity_loss
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.scene.asset import Asset, Settings
 from mvdream_fast.scene.base import Lighting, Rendered, Representation, Statistic
 from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.particles import Particles, seed_of
-from mvdream_fast.scene.shading import draw_light_positions, draw_shading
+from mvdream_fast.scene.shading import ALBEDO, draw_light_positions, draw_shading
 
 MAX_SKIPPED = 10  # consecutive steps with numbers that are not finite before the last good state is restored
 EMPTY_STEPS = 50  # consecutive steps without anything to see before the representation is started again
@@ -176,17 +176,33 @@ class RunState:
 
     def _render(self, cameras: Cameras, step: int) -> tuple[Rays, Rendered, Tensor]:
         """Rays, what they met, and their colours as images [B*V, 3, Hp, Wp]."""
-        config, lighting = self.config, None
-        size = config.render_size[config.phase(step)]
+        size = self.config.render_size[self.config.phase(step)]
         cameras = cameras.to(self.representation.device)
-        if config.shading:
-            stream = Stream(self.seed, step, "light")
-            shading = draw_shading(stream, step, config.shading_from, soft=config.soft_shading)
-            lights = draw_light_positions(stream, cameras.c2w[:, :3, 3], config.cameras.n_views)
-            lighting = Lighting(shading, lights.repeat_interleave(size * size, 0))
+        lighting = self._lighting(cameras, size, step)
         rays = generate_rays(cameras, size, size)
         rendered = self.representation.render(rays, Stream(self.seed, step, "render"), True, lighting)
         return rays, rendered, rendered.rgb.reshape(len(cameras), size, size, 3).permute(0, 3, 1, 2)
+
+    def _lighting(self, cameras: Cameras, size: int, step: int) -> Lighting | None:
+        """The light on a step's views, of so many pixels a side, and what is behind them.
+
+        Both are those of the step whose answer is used: else that answer would hold for other images. Views that are
+        compared with images have neither light nor a random background, which the images don't show.
+        """
+        config, asked, n_views = self.config, self.config.asked(step), len(cameras)
+        fitted, shading, lights, plain = n_fitted(self.guidance, n_views, asked), ALBEDO, None, None
+        behind = Stream(self.seed, asked, "behind") if config.updates_per_guidance > 1 else None
+        if config.shading and fitted < n_views:
+            stream = Stream(self.seed, asked, "light")
+            shading = draw_shading(stream, asked, config.shading_from, soft=config.soft_shading)
+            lights = draw_light_positions(stream, cameras.c2w[:, :3, 3], config.cameras.n_views)
+            lights = lights.repeat_interleave(size * size, 0)
+        if fitted:
+            pixels = torch.arange(n_views * size * size, device=cameras.c2w.device)
+            plain = pixels >= (n_views - fitted) * size * size
+        if lights is plain is behind is None:
+            return None
+        return Lighting(shading, lights, plain, behind)
 
     def _watch(self, record: Record) -> None:
         """Starts an empty representation again, once; raises DivergedError the second time."""

@@ -219,13 +219,16 @@ def prolificdreamer(size: str = "paper") -> SDSConfig:
         milestones=(5000,),
         guidance=GuidanceConfig(
             kind="vsd", loss="sds", guidance_scale=7.5, rescale=0.0, min_step=constant(0.02),
-            max_step=(5000.0, 0.98, 0.50, 5001.0), timesteps="each", weighting="sds", view_words=True, lora_lr=1e-4,
+            max_step=(5000.0, 0.98, 0.50, 5001.0), timesteps="each", weighting="sds", view_words=True,
+            view_words_deg=30.0, lora_lr=1e-4,
         ),
         negative_prompt="",
         representation=NerfConfig(lambda_sparsity=constant(10.0), lambda_opaque=(10_000.0, 0.0, 1000.0, 10_001.0)),
     )  # fmt: skip
     on_mesh = dataclasses.replace(volume, n_groups=(1,), render_size=(512,), milestones=())
-    plain = dataclasses.replace(volume.guidance, kind="sds", guidance_scale=100.0, guided_from="cond")
+    plain = dataclasses.replace(
+        volume.guidance, kind="sds", guidance_scale=100.0, guided_from="cond", view_words_deg=45.0
+    )  # fmt: skip
     rate = 0.005
     normals = TetsConfig(
         shows="normals", lambda_laplacian=constant(1e4), lr_geometry=rate, lr_encoding=rate, lr_mlp=rate,
@@ -234,7 +237,7 @@ def prolificdreamer(size: str = "paper") -> SDSConfig:
     geometry = dataclasses.replace(
         on_mesh, steps=15_000, guidance=plain, representation=normals, weight_decay=0.0
     )  # Adam
-    texture = dataclasses.replace(on_mesh, steps=30_000, representation=TexturedMeshConfig())
+    texture = dataclasses.replace(on_mesh, steps=30_000, representation=TexturedMeshConfig(background_aug_prob=0.0))
     paper = joined([volume, geometry, texture])
     if size == "paper":
         return paper

@@ -60,6 +60,21 @@ def opacity_loss(guidance: Guidance, opacity: Tensor, step: int) -> Tensor:
     return guidance.opacity_loss(opacity, step) if isinstance(guidance, Outlined) else opacity.new_zeros(())
 
 
+@runtime_checkable
+class Fitting(Protocol):
+    """What a guidance has besides that compares views with images as they are: sampled, redrawn or photographed."""
+
+    def n_fitted(self, n_views: int, step: int) -> int:
+        """How many of the n_views that a step renders, the last ones. They are shown unlit, and before the background
+        itself where others have a random one."""
+        ...
+
+
+def n_fitted(guidance: Guidance, n_views: int, step: int) -> int:
+    """A guidance's `Fitting.n_fitted`; 0 of one that fits no images."""
+    return guidance.n_fitted(n_views, step) if isinstance(guidance, Fitting) else 0
+
+
 class Stateless:
     """For a guidance that learns nothing itself and remembers nothing."""
 

@@ -32,6 +32,8 @@ class GuidanceConfig(Checked):
     view_words: bool | None = (
         None  # "front view" and its like in the prompt, by where the camera stands; None: in 2D mode
     )
+    # "front view" and "back view" are said within so many degrees of the front and of the back.
+    view_words_deg: Annotated[float, Interval(ge=0, le=90)] = 45.0
     perp_neg: bool = False  # leads each view away from the words of its other sides
     # VSD alone.
     lora_rank: Annotated[int, Interval(ge=1, le=1024)] = 4

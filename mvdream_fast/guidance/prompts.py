@@ -16,8 +16,8 @@ from mvdream_fast.diffusion.denoiser import TextCond
 
 VIEW_WORDS = ("front view", "side view", "back view", "overhead view")
 FRONT, SIDE, BACK, OVERHEAD = range(4)
-# Within 45 degrees of the front and of the back, and higher than 60 over the horizon.
-FRONT_DEG, BACK_DEG, OVERHEAD_DEG = 45.0, 45.0, 60.0
+# From the front and from the back, and over the horizon.
+WITHIN_DEG, OVERHEAD_DEG = 45.0, 60.0
 
 
 class Falling(NamedTuple):
@@ -58,10 +58,11 @@ def is_overhead(c2w: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(z, torch.hypot(x, y))) > OVERHEAD_DEG
 
 
-def view_words(c2w: Tensor) -> Tensor:
-    """Which of VIEW_WORDS each view is, [V] for c2w [V, 4, 4]: by where around the object it stands, or above it."""
+def view_words(c2w: Tensor, within_deg: float = WITHIN_DEG) -> Tensor:
+    """Which of VIEW_WORDS each view is, [V] for c2w [V, 4, 4]: by where around the object it stands, or above it; front
+    and back are within so many degrees."""
     azimuth = azimuth_deg(c2w)
-    row = torch.where(azimuth < FRONT_DEG, FRONT, torch.where(azimuth <= 180 - BACK_DEG, SIDE, BACK))
+    row = torch.where(azimuth < within_deg, FRONT, torch.where(azimuth <= 180 - within_deg, SIDE, BACK))
     return torch.where(is_overhead(c2w), OVERHEAD, row)
 
 
@@ -84,18 +85,21 @@ def perp_neg(c2w: Tensor) -> PerpNeg:
     return PerpNeg(shares, rows, torch.where(above, 0.0, weights))
 
 
-def tell(sides: TextCond, c2w: Tensor, with_perp_neg: bool = False) -> tuple[TextCond, Tensor | None]:
+def tell(
+    sides: TextCond, c2w: Tensor, with_perp_neg: bool = False, within_deg: float = WITHIN_DEG
+) -> tuple[TextCond, Tensor | None]:
     """What each of V views is told in words.
 
     Args:
         sides: the prompt with each of VIEW_WORDS, B = 4. c2w: [V, 4, 4].
         with_perp_neg: mixes the sides' embeddings, and adds the sides to be led away from.
+        within_deg: as in `view_words`; Perp-Neg has no such steps.
 
     Returns:
         The text, B = V; and with Perp-Neg the weights of its `away`, [K, V] on the text's device, else None.
     """
     device = sides.cond.device
-    rows = to_device(view_words(c2w), device)
+    rows = to_device(view_words(c2w, within_deg), device)
     if not with_perp_neg:
         return TextCond(sides.cond[rows], sides.uncond[rows]), None
     shares, others, weights = (to_device(x, device) for x in perp_neg(c2w))

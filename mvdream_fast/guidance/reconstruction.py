@@ -8,7 +8,7 @@ from mvdream_fast.camera import Cameras
 from mvdream_fast.core.border import off_border
 from mvdream_fast.core.ramp import Ramp, is_ever_on, ramp
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.guidance.base import Guidance, Stateless, Timing, no_timing, opacity_loss
+from mvdream_fast.guidance.base import Guidance, Stateless, Timing, n_fitted, no_timing, opacity_loss
 
 Outlines = tuple[Tensor, Cameras]  # silhouettes [V, 1, Hp, Wp] in [0, 1], and where they are seen from
 NOTHING: Ramp = (0.0, 0.0, 0.0, 0.0)
@@ -53,6 +53,10 @@ class Reconstruction(Stateless):
         if self.shown is None:
             return opacity.new_zeros(())
         return ramp(self.silhouette_weight, step) * squared_error(opacity[:, None], self.shown)
+
+    def n_fitted(self, n_views: int, step: int) -> int:
+        """All."""
+        return n_views
 
 
 class Anchored:
@@ -105,6 +109,11 @@ class Anchored:
         if self.shown is None:
             return loss
         return loss + ramp(self.silhouette_weight, step) * squared_error(opacity[n:, None], self.shown[self._group])
+
+    def n_fitted(self, n_views: int, step: int) -> int:
+        """The known ones, and those of the other guidance."""
+        known = self.images.shape[1]
+        return known + n_fitted(self.free, n_views - known, step)
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The other guidance's."""

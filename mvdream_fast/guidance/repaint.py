@@ -19,9 +19,9 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.diffusion.denoiser import Denoiser, TextCond, guided_call
 from mvdream_fast.diffusion.sampler import ModelFn, translate
 from mvdream_fast.diffusion.schedule import NoiseSchedule
-from mvdream_fast.guidance.base import Guidance, Timing, no_timing, opacity_loss
+from mvdream_fast.guidance.base import Guidance, Timing, n_fitted, no_timing, opacity_loss
 from mvdream_fast.guidance.config import RepaintConfig
-from mvdream_fast.guidance.prompts import tell
+from mvdream_fast.guidance.prompts import WITHIN_DEG, tell
 from mvdream_fast.guidance.reconstruction import squared_error
 from mvdream_fast.models.deepfloyd import UNet
 from mvdream_fast.models.pixels import Codec
@@ -36,15 +36,16 @@ class Painter:
         told its side.
         single: asks the model in 2D mode: each view by itself, without its camera.
         graphs: False makes no CUDA graphs.
+        within_deg: of the front and of the back, where a view is told so.
     Raises: ArgumentError for a number of steps that leaves the schedule.
     """
 
     def __init__(
         self, unet: UNet, vae: Codec, schedule: NoiseSchedule, text: TextCond, config: RepaintConfig,
-        single: bool = False, graphs: bool = True,
+        single: bool = False, graphs: bool = True, within_deg: float = WITHIN_DEG,
     ):  # fmt: skip
         self.unet, self.vae, self.schedule, self.text, self.config = unet, vae, schedule, text, config
-        self.single = single
+        self.single, self.within_deg = single, within_deg
         self._guided_call = guided_call(graphs)
         try:
             schedule.timesteps(config.repaint_steps)
@@ -67,7 +68,7 @@ class Painter:
     def _denoise(self, cameras: Cameras) -> ModelFn:
         guided, text = self.config.repaint_scale != 1, self.text
         if len(text.cond) > 1:
-            text, _ = tell(text, cameras.c2w)
+            text, _ = tell(text, cameras.c2w, within_deg=self.within_deg)
         elif self.single:
             text = text.repeat(len(cameras))
         if self.single:
@@ -132,6 +133,10 @@ class Repaint:
     def opacity_loss(self, opacity: Tensor, step: int) -> Tensor:
         """The other guidance's; of redrawn views only colours are known."""
         return opacity_loss(self.before, opacity, step) if step < self.first else opacity.new_zeros(())
+
+    def n_fitted(self, n_views: int, step: int) -> int:
+        """The other guidance's; then all."""
+        return n_fitted(self.before, n_views, step) if step < self.first else n_views
 
     def after_step(self, step: int, stream: Stream) -> None:
         """The other guidance's; then keeps what was redrawn, unless it has numbers that are not finite."""

@@ -237,6 +237,7 @@ class SDS:
         self.distillation, self.cameras, self.n_groups, self.every, self.match = score, cameras, n_groups, every, match
         self.sides = sides
         self._target: Tensor | None = None  # of the last answer; held only while it is to be used again
+        self._usable: reads.Later | None = None  # whether all of that is finite
 
     def views(self, step: int, stream: Stream) -> Cameras:
         """Random cameras, as many groups as the step has."""
@@ -245,8 +246,9 @@ class SDS:
     def score(
         self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing = no_timing
     ) -> tuple[Tensor, int]:
-        """See `Guidance`; asks the model, or goes on from its last answer."""
-        if step % self.every == 0:
+        """See `Guidance`; asks the model, or goes on from its last answer. One with numbers that are not finite spoils
+        one step, not all that it was for: the next one asks again."""
+        if step % self.every == 0 or (self._usable is not None and not all(self._usable.get())):
             return self._ask(rgb, views, step, stream, timing)
         if self._target is None:
             raise ModelError(f"the checkpoint does not hold the model's answer that step {step} goes on from")
@@ -264,8 +266,12 @@ class SDS:
             target = self.distillation.decode(target)
             timing("vae")
             loss = distance(_resized(rgb, target), target)
-        self._target = target if self.every > 1 else None
+        self._hold(target if self.every > 1 else None)
         return loss, out.t
+
+    def _hold(self, target: Tensor | None) -> None:
+        self._target = target
+        self._usable = None if target is None else reads.Later(target.isfinite().all()[None])
 
     def _answer(self, rgb: Tensor, views: Cameras, step: int, stream: Stream, timing: Timing) -> SDSLoss:
         return self.distillation(rgb, views.c2w, self.cameras.n_views, step, stream, timing, *self._told(views))
@@ -274,7 +280,8 @@ class SDS:
         """What a question to the model ends with: the text, whether it's for a target alone, and Perp-Neg's weights."""
         text, weights = None, None
         if self.sides is not None:
-            text, weights = tell(self.sides, views.c2w, self.distillation.config.perp_neg)
+            config = self.distillation.config
+            text, weights = tell(self.sides, views.c2w, config.perp_neg, config.view_words_deg)
         return text, self.match == "pixels", weights
 
     def after_step(self, step: int, stream: Stream) -> None:
@@ -287,7 +294,7 @@ class SDS:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the answer in use."""
         target = tensors.get("target")
-        self._target = None if target is None else target.to(self.distillation.schedule.alphas_cumprod.device)
+        self._hold(None if target is None else target.to(self.distillation.schedule.alphas_cumprod.device))
 
 
 class SingleViewSDS(SDS):

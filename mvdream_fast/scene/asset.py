@@ -76,9 +76,10 @@ class Asset:
     def mesh(self, resolution: int = 128, max_faces: int | None = None, texture: int | None = None) -> Mesh:
         """Its surface as triangles.
 
-        resolution: cells a side that the surface is taken from. max_faces: at most this many triangles; None: as many
-        as is usual for what it is, 30,000 of a volume or a surface, all of a mesh that was optimised itself; 0: all of
-        any. texture: pixels a side of a texture to bake the colours into; None colours the vertices.
+        resolution: points a side of the grid that the surface is taken from. max_faces: at most this many triangles,
+        or where the shape allows no so few, as few as there can be; None: as many as is usual for what it is, 30,000 of
+        a volume or a surface, all of a mesh that was optimised itself; 0: all of any. texture: pixels a side of a
+        texture to bake the colours into; None colours the vertices.
         Raises DivergedError when there is no surface.
         """
         op = "Asset.mesh"

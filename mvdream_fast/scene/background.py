@@ -9,6 +9,7 @@ from torch import nn
 from mvdream_fast.core.images import GREY
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
+from mvdream_fast.scene.base import Lighting
 
 FLAT_COLORS = {"grey": GREY, "white": 1.0}
 
@@ -21,6 +22,12 @@ def new_background(
         return EnvironmentMap(augment_prob=augment_prob, stream=stream)
     level = FLAT_COLORS[kind]
     return FixedBackground((level, level, level))
+
+
+def seen_behind(background: nn.Module, rays_d: torch.Tensor, stream: Stream | None, lighting: Lighting) -> torch.Tensor:
+    """What a training render has behind the scene, [R, 3]: `background`, random where it is, but for plain rays."""
+    colors = background(rays_d, lighting.behind or stream, True)
+    return colors if lighting.plain is None else torch.where(lighting.plain[:, None], background(rays_d), colors)
 
 
 def spherical_harmonics(directions: torch.Tensor) -> torch.Tensor:

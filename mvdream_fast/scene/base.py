@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mvdream_fast.scene.shading import Shading
+from mvdream_fast.scene.shading import ALBEDO, Shading
 
 if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
@@ -34,10 +34,18 @@ class Rendered:
 
 
 class Lighting(NamedTuple):
-    """One point light for each ray: how it shades, and where it stands, lights [R, 3]."""
+    """What a training render shows besides the scene's own colours: light, and a background that is drawn at random.
 
-    shading: Shading
-    lights: Tensor
+    shading, lights: one point light for each ray: how it shades, and where it stands, [R, 3].
+    plain: [R] bool, rays that are compared with images as they are: neither lit nor before a random background. None:
+        none are.
+    behind: what a random background is drawn from; None: the render's own stream.
+    """
+
+    shading: Shading = ALBEDO
+    lights: Tensor | None = None
+    plain: Tensor | None = None
+    behind: "Stream | None" = None
 
 
 class RepresentationConfig(Protocol):
@@ -53,7 +61,7 @@ class HasMesh(Protocol):
     """What another representation can begin from."""
 
     def mesh(self, resolution: int = 128) -> "Mesh":
-        """Its surface, from `resolution` cells a side."""
+        """Its surface, from a grid of about `resolution` points a side."""
         ...
 
 
@@ -80,7 +88,8 @@ class Representation(Protocol):
     def render(
         self, rays: "Rays", stream: "Stream | None" = None, training: bool = False, lighting: Lighting | None = None
     ) -> Rendered:
-        """Rays [R] in front of a background. Training needs a stream; lighting is for training alone."""
+        """Rays [R] in front of a background. Training needs a stream; lighting is for training alone, and what shows
+        no colours that light could change need not heed it."""
         ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -92,9 +92,11 @@ def compose(
     Silhouettes are anti-aliased, in all that is returned: opacity and depth are blended with 0, so that depth, as in a
     volume, is the distance along the ray times the opacity.
     """
-    if lighting is not None and lighting.shading is not ALBEDO:
+    if lighting is not None and lighting.shading is not ALBEDO and lighting.lights is not None:
         lights = lighting.lights.index_select(0, seen.pixel)
-        colors = shade(colors, seen.normals, seen.positions, lights, lighting.shading)
+        lit = shade(colors, seen.normals, seen.positions, lights, lighting.shading)
+        plain = lighting.plain
+        colors = lit if plain is None else torch.where(plain.index_select(0, seen.pixel)[:, None], colors, lit)
     distance = torch.linalg.vector_norm(seen.positions - rays.rays_o.index_select(0, seen.pixel), dim=1, keepdim=True)
     there = torch.cat([colors, torch.ones_like(distance), distance], 1)  # [K, 5]
     behind = torch.cat([background, background.new_zeros(len(background), 2)], 1)

@@ -59,12 +59,13 @@ def draw_light_positions(
 ) -> torch.Tensor:
     """A light near each camera's direction, its offset and distance shared by the views of a scene: [B*V, 3].
 
-    camera_positions: [B*V, 3], views fastest.
+    camera_positions: [B*V, 3], views fastest; the last scene may have fewer.
     """
-    n_scenes, device = camera_positions.shape[0] // n_views, camera_positions.device
-    offset = (stream.normal(n_scenes, 3, device=device) * perturb).repeat_interleave(n_views, 0)
+    n, device = camera_positions.shape[0], camera_positions.device
+    n_scenes = -(-n // n_views)
+    offset = (stream.normal(n_scenes, 3, device=device) * perturb).repeat_interleave(n_views, 0)[:n]
     distance = stream.uniform(n_scenes, 1, low=distance_range[0], high=distance_range[1], device=device)
-    return normalize(camera_positions + offset, dim=-1) * distance.repeat_interleave(n_views, 0)
+    return normalize(camera_positions + offset, dim=-1) * distance.repeat_interleave(n_views, 0)[:n]
 
 
 def shade(

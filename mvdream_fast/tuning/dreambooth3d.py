@@ -168,7 +168,7 @@ class Stages:
 
         with run_folder.Interrupt() as interrupt:
             loop = Loop(tell, folder / "ckpt", interrupt=interrupt)
-            asset = loop.run(config, seed, lambda *_: state)
+            asset = loop.run(config, seed, lambda *_: state, self.prompt)
             if interrupt.requested is not None:
                 return interrupt.exit_code
         asset.turntable(folder / "turntable.webp", n_frames=60)

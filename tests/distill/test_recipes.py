@@ -112,6 +112,7 @@ DREAMFUSION_IF = {
     "min_step": (0, 0.02, 0.02, 0),
     "max_step": (0, 0.98, 0.98, 0),
     "view_words": True,
+    "view_words_deg": 45,
     "negative_prompt": "",
     "steps": 10_000,
     "n_views": 1,
@@ -156,6 +157,7 @@ PROLIFICDREAMER = {
     "camera_dropout": 0.1,
     "particles": 1,
     "view_words": True,
+    "view_words_deg": 30,
     "negative_prompt": "",
     "steps": 25_000,
     "n_views": 1,
@@ -227,6 +229,7 @@ PROLIFIC_TEXTURE = without(PROLIFICDREAMER, *OF_VOLUMES) | {
     "milestones": (),
     "shape": "textured-mesh",
     "mesh_colors": "field",
+    "background_aug_prob": 0,
 }
 PROLIFIC_GEOMETRY = PROLIFIC_TEXTURE | {
     "kind": "sds",
@@ -236,13 +239,14 @@ PROLIFIC_GEOMETRY = PROLIFIC_TEXTURE | {
     "steps": 15_000,
     "shape": "tets",
     "shows": "normals",
+    "view_words_deg": 45,
     "tets_resolution": 128,
     "lambda_normal_consistency": (0, 1e4, 1e4, 0),
     "lambda_laplacian": (0, 1e4, 1e4, 0),
     "weight_decay": 0,
     **dict.fromkeys(("lr_geometry", "lr_encoding", "lr_mlp", "lr_background"), 0.005),
 }
-del PROLIFIC_GEOMETRY["mesh_colors"]
+del PROLIFIC_GEOMETRY["mesh_colors"], PROLIFIC_GEOMETRY["background_aug_prob"]  # its background is black
 MVDREAM_MESH = {
     "mode": "3d",
     "steps": 5000,

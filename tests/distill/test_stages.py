@@ -11,6 +11,7 @@ from reference.random_model import TINY as TINY_MODEL
 from reference.random_model import TINY_PIXELS, random_model
 from reference.studio import Painter, Studio, same
 
+from mvdream_fast import text_to_3d
 from mvdream_fast.checkpoints.open import save_model
 from mvdream_fast.core.errors import ArgumentError, InputFileError, ModelError
 from mvdream_fast.distill import request, run_memory, settings_file
@@ -106,6 +107,23 @@ def test_a_run_that_died_after_the_hand_over_hands_over_again(tmp_path):
     assert same(Studio()("a chair", config=THREE).state(), resumed.state())
     with pytest.raises(ModelError, match="of another configuration or seed"):
         Studio()("a chair", config=resolve_config(THREE, lr_geometry=0.02), checkpoints=tmp_path)
+
+
+def test_a_run_that_is_stopped_while_a_stage_begins_hands_over_again(tmp_path, monkeypatch):
+    """What a stage begins with is no step of it, so what is saved stays the end of the one before."""
+    stop = Stop(-1)
+
+    def handed(*arguments):
+        stop.requested = 2
+        return handed_over(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_to_3d, "handed_over", handed)
+        asset = Studio()("a chair", config=THREE, checkpoints=tmp_path, interrupt=stop)
+    assert [record["step"] for record in asset.records] == [0, 1]
+    resumed = Studio()("a chair", config=THREE, checkpoints=tmp_path)
+    assert [record["step"] for record in resumed.records] == [2, 3, 4, 5]
+    assert same(Studio()("a chair", config=THREE).state(), resumed.state())
 
 
 def handed_state():

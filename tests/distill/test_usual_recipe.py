@@ -162,3 +162,5 @@ def test_what_is_lit_already_is_not_lit_later(recipe):
     assert [stage.shading_from for stage in shaded(lit).stages] == [stage.shading_from for stage in lit.stages]
     dark = resolve_config("paper")
     assert (shaded(dark).shading, shaded(dark).shading_from) == (True, dark.steps // 2)
+    normals = resolve_config("paper", recipe="prolificdreamer")  # of its second stage
+    assert [stage.shading for stage in shaded(normals).stages] == [True, False, True]

@@ -17,9 +17,11 @@ from mvdream_fast.distill.config import replaced
 from mvdream_fast.distill.loop import new_guidance
 from mvdream_fast.distill.state import RunState
 from mvdream_fast.guidance.prompts import VIEW_WORDS, view_words
+from mvdream_fast.guidance.reconstruction import Anchored
 from mvdream_fast.guidance.sds import SDS, SingleViewSDS
 from mvdream_fast.models.config import ScheduleConfig, VAEConfig
 from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.scene.background import seen_behind
 
 REUSING = replaced(TINY, steps=7, updates_per_guidance=3)
 
@@ -136,6 +138,46 @@ def test_a_run_resumed_between_answers_has_the_same_bytes(tmp_path, stop_at):
     Studio(taught(REUSING))("x", config=REUSING, checkpoints=tmp_path, callback=callback, interrupt=stop)
     assert run_folder.load_latest(tmp_path)[0] == stop_at
     assert same(whole.state(), Studio(taught(REUSING))("x", config=REUSING, checkpoints=tmp_path).state())
+
+
+@pytest.mark.parametrize("match", ["latents", "pixels"])
+def test_an_answer_that_is_not_finite_spoils_one_step(match):
+    """The next step asks again, rather than going on from it."""
+
+    class Overflowing(CountingUNet):
+        def __call__(self, *arguments):
+            return super().__call__(*arguments) * (float("inf") if self.n_calls == 2 else 1.0)
+
+    pipeline = Stub()
+    pipeline.model.unet, config = Overflowing(), replaced(REUSING, match=match)
+    records = []
+    Studio(taught(config, pipeline))("x", config=config, callback=lambda p: records.append(p.record))
+    assert [r.skipped for r in records] == [False, False, False, True, False, False, False]
+    assert [r.t > 0 for r in records] == [True, False, False, True, True, False, True]
+
+
+def test_light_and_background_are_those_of_the_answer():
+    """What it said holds for images of that light, before that background."""
+    wild = {"background": "learned", "shading": True, "shading_from": 0, "lambda_orient": (0, 0.0, 0.0, 0)}
+    state, seen = RunState(replaced(REUSING, steps=30, **wild), "x", 0, taught(REUSING)), []
+    cameras, rays_d = orbit_cameras(4), torch.nn.functional.normalize(torch.ones(1, 3), dim=1)
+    for step in range(30):
+        light = state._lighting(cameras, 8, step)
+        behind = seen_behind(state.representation.background, rays_d, Stream(0, step, "render"), light)
+        seen.append((light.shading, light.lights[0].tolist(), behind[0].tolist()))
+    assert all(seen[step] == seen[step - step % 3] for step in range(30))
+    assert len({repr(one) for one in seen}) == 10
+    once = RunState(replaced(TINY, **wild), "x", 0, taught(TINY))._lighting(cameras, 8, 1)
+    assert once.behind is None  # then a step's own streams, as ever
+    assert RunState(TINY, "x", 0, taught(TINY))._lighting(cameras, 8, 1) is None
+
+
+def test_known_views_beside_others_are_unlit():
+    config = replaced(TINY, shading=True, shading_from=0, lambda_orient=(0, 0.0, 0.0, 0))
+    known = Anchored(taught(config), torch.zeros(1, 4, 3, 8, 8), [orbit_cameras(4)], (0.0, 1.0, 1.0, 0.0))
+    light = RunState(config, "x", 0, known)._lighting(orbit_cameras(8), 8, 0)
+    assert light.lights.shape == (8 * 8 * 8, 3)
+    assert light.plain.view(8, -1).tolist() == [[False] * 64] * 4 + [[True] * 64] * 4
 
 
 def test_an_answer_that_is_missing_is_told():

@@ -27,6 +27,13 @@ def test_words_by_the_thresholds(azimuth, elevation, row):
     assert view_words(at(azimuth, elevation=elevation)).tolist() == [row]
 
 
+@pytest.mark.parametrize(("azimuth", "row"), [(29.9, FRONT), (40, SIDE), (-149.9, SIDE), (150.1, BACK)])
+def test_words_by_thresholds_of_a_recipe(azimuth, row):
+    c2w, states = at(azimuth), torch.arange(4.0)[:, None, None].expand(4, 2, 3)
+    assert view_words(c2w, 30.0).tolist() == [row]
+    assert tell(TextCond(states, -states), c2w, within_deg=30.0)[0].cond[0, 0, 0] == row
+
+
 # By hand, with exp(-1/2) = 0.606531 and exp(-1/4) = 0.778801: the front's and the side's weight.
 # azimuth 0, all front: -(4 * 0.606531 - 2.426) = -0.000123, and of no share of the side -(4 - 2.426) = -1.574
 # azimuth 45, half and half: both -(4 * 0.778801 - 2.426) = -0.689203

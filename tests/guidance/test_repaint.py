@@ -25,6 +25,7 @@ from mvdream_fast.guidance.repaint import Painter, Repaint
 from mvdream_fast.models.config import MINI, ScheduleConfig, VAEConfig
 from mvdream_fast.models.pixels import Pixels
 from mvdream_fast.pipeline import MVDreamPipeline
+from mvdream_fast.scene.shading import ALBEDO
 from mvdream_fast.text_to_3d import TextTo3D
 
 ENDING = replaced(TINY, steps=10, repaint_from=0.4, repaint_every=3, repaint_groups=2, repaint_steps=4)
@@ -83,6 +84,28 @@ def one_step(guidance, step):
 
 def shades(guidance):
     return [round(100 * group.images.mean().item()) for group in guidance.groups]
+
+
+def test_views_are_fitted_as_they_were_redrawn():
+    """Without light and before their own background, whatever the steps of distillation show."""
+    losses = {"lambda_orient": (0, 0.0, 0.0, 0)}
+    wild = {"background": "learned", "background_aug_prob": 1.0, "shading": True, "shading_from": 0, **losses}
+    config = replaced(ENDING, steps=6, repaint_from=0.5, weight_decay=0.0, **wild)
+    guidance = Repaint(Before(), lambda rgb, *_: (rgb.clone(), 5), config.cameras, config.repaint, 3, config.steps)
+    state, seen = RunState(config, "x", 0, guidance), []
+    for group in state.optimizer.param_groups:
+        group["initial_lr"] = 0.0  # what was redrawn is what there is
+    plain = state.representation.render
+
+    def render(rays, stream, training, lighting):
+        seen.append(lighting)
+        return plain(rays, stream, training, lighting)
+
+    state.representation.render = render
+    losses = [state.step(step).loss for step in range(config.steps)]
+    assert max(losses[3:]) < 1  # of 4 x 64 pixels, whose colours differ by their samples alone; else some hundreds
+    assert all(lighting.plain is None and lighting.lights is not None for lighting in seen[:3])
+    assert all(lighting.plain.all() and lighting.shading is ALBEDO for lighting in seen[3:])
 
 
 def test_the_strength_falls_over_what_is_left_of_the_run():

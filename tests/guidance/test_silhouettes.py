@@ -5,7 +5,7 @@ import torch
 
 from mvdream_fast.camera import orbit_cameras
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.guidance.base import Outlined, Stateless, opacity_loss
+from mvdream_fast.guidance.base import Fitting, Outlined, Stateless, n_fitted, opacity_loss
 from mvdream_fast.guidance.reconstruction import Anchored, Reconstruction, shown, squared_error
 
 GREY = 0.5
@@ -103,3 +103,15 @@ def test_renders_and_images_are_compared_at_the_smaller_size(size, of):
     small = min(size, of)
     a, b = (torch.nn.functional.avg_pool2d(x, x.shape[-1] // small) for x in (rgb, images))
     assert squared_error(rgb, images).item() == pytest.approx((a - b).square().sum().item() / 2, rel=1e-5)
+
+
+def test_known_views_are_told_from_those_that_are_distilled_from():
+    """They are a step's last ones, which stay unlit; of a guidance that fits all or nothing, all or none."""
+    known, cameras = torch.zeros(2, 4, 3, 8, 8), [orbit_cameras(4)] * 2
+    free = Stateless()
+    assert not isinstance(free, Fitting)
+    assert n_fitted(free, 8, 0) == 0
+    assert n_fitted(Anchored(free, known, cameras, (0.0, 1.0, 1.0, 0.0)), 8, 0) == 4
+    whole = Reconstruction(known[0], cameras[0])
+    assert n_fitted(whole, 4, 0) == 4
+    assert n_fitted(Anchored(whole, known, cameras, (0.0, 1.0, 1.0, 0.0)), 8, 0) == 8

@@ -127,9 +127,32 @@ def test_grid_updates_every_16_steps_and_probes_half_the_cells_later():
     assert grid.update(256, sigma_fn, Stream(0, 256, "occupancy"))
     assert len(calls[-1]) == 1024 + min(n_occupied, 1024)
     grid.fill()
+    grid.ema.fill_(1.0)  # all are occupied, as has been found
     grid.update(272, sigma_fn, Stream(0, 272, "occupancy"))
     assert len(calls[-1]) == 2048
     assert all(bool((c.abs() <= 1).all()) for c in calls)
+
+
+@pytest.mark.parametrize(
+    "again", [OccupancyGrid.fill, lambda grid: grid.load_state_dict(OccupancyGrid(16).state_dict())]
+)
+def test_a_grid_that_begins_again_late_probes_every_cell_first(again):
+    """Those that it passed over would be empty from then on."""
+    calls, grid = [], OccupancyGrid(resolution=16)
+
+    def sigma_fn(positions):
+        calls.append(len(positions))
+        return ball(positions)
+
+    grid.update(0, sigma_fn, Stream(0, 0, "occupancy"))
+    n_occupied = int(grid.occupied.sum())
+    again(grid)
+    assert grid.fraction == 1
+    for step in (320, 336):
+        grid.update(step, sigma_fn, Stream(0, step, "occupancy"))
+    assert calls[1] == 4096
+    assert calls[2] < 4096
+    assert int(grid.occupied.sum()) == pytest.approx(n_occupied, rel=0.2)
 
 
 def test_grid_probes_each_cell_inside_itself():

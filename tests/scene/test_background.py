@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.scene.background import EnvironmentMap, FixedBackground, spherical_harmonics
+from mvdream_fast.scene.background import EnvironmentMap, FixedBackground, seen_behind, spherical_harmonics
+from mvdream_fast.scene.base import Lighting
 
 
 def directions(n, seed=0):
@@ -61,6 +62,17 @@ def test_random_colors_leave_a_zero_gradient():
     background = EnvironmentMap(augment_prob=1.0)
     background(directions(8).float(), Stream(0, 0, "background"), training=True).sum().backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) == 0 for p in background.parameters())
+
+
+def test_plain_rays_have_the_background_itself_and_others_a_stream_of_its_own():
+    background, d = EnvironmentMap(augment_prob=1.0), directions(8).float()
+    plain = torch.arange(8) >= 5
+    behind = Stream(0, 7, "behind")
+    out = seen_behind(background, d, Stream(0, 0, "render"), Lighting(plain=plain, behind=behind))
+    assert torch.equal(out[5:], background(d)[5:])
+    assert torch.equal(out[:5], background(d, Stream(0, 7, "behind"), training=True)[:5])
+    out.sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in background.parameters())
 
 
 def test_training_needs_a_stream():

@@ -102,6 +102,22 @@ def test_a_light_shades_by_the_cosine():
     assert ((got - expected).abs()[solid] < 1e-5).float().mean() > 0.85
 
 
+def test_plain_rays_are_unlit():
+    rays = generate_rays(evaluation_cameras(2, elevation_deg=0.0), 33, 33)
+    plain = torch.arange(2 * 33 * 33) >= 33 * 33
+    out, dark, unlit = (
+        rendered(body_of(ball_distances()), rays, lighting=lighting).rgb.reshape(2, -1)
+        for lighting in (
+            Lighting(Shading(0.8, 0.2), rays.rays_o, plain),
+            Lighting(Shading(0.8, 0.2), rays.rays_o),
+            None,
+        )
+    )
+    assert torch.equal(out[0], dark[0])
+    assert torch.equal(out[1], unlit[1])
+    assert not torch.equal(dark[1], unlit[1])
+
+
 def test_a_camera_in_the_middle_of_the_mesh_draws_what_is_before_it():
     c2w = torch.eye(4)[None]
     rays = generate_rays(Cameras(c2w, torch.tensor([1.0])), 8, 8)

@@ -15,6 +15,9 @@ DensityFn = Callable[[torch.Tensor], torch.Tensor]  # [P, 3] -> [P]
 ColorFn = Callable[[torch.Tensor], torch.Tensor]  # [P, 3] -> [P, 3] in [0, 1], sRGB
 
 CHUNK = 1 << 17
+# How fast the loss that an edge may cost grows from pass to pass; the first is the simplifier's own, with which it may
+# give up before very small numbers.
+AGGRESSIONS = (7, 10, 14)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Mesh:
 
 
 def sample_grid(density_fn: DensityFn, resolution: int, radius: float) -> np.ndarray:
-    """Densities on a regular grid over [-radius, radius]^3 that includes its borders: [G, G, G] float32, axes xyz."""
+    """Densities on a regular grid over [-radius, radius]^3 that includes its borders, G = `resolution` points a side
+    and so one cell fewer: [G, G, G] float32, axes xyz."""
     axis = torch.linspace(-radius, radius, resolution)
     points = torch.cartesian_prod(axis, axis, axis)  # [G^3, 3]
     with torch.no_grad():
@@ -121,8 +125,8 @@ def extract_mesh(
 
 
 def colored_mesh(vertices: np.ndarray, faces: np.ndarray, color_fn: ColorFn, max_faces: int | None = None) -> Mesh:
-    """Triangles with colours and normals there. vertices: [n, 3]; faces: [m, 3], simplified to at most `max_faces`;
-    None and 0 keep them all."""
+    """Triangles with colours and normals there. vertices: [n, 3]; faces: [m, 3], simplified to at most `max_faces`, or
+    where the shape allows no so few, as few as there can be; None and 0 keep them all."""
     if max_faces and len(faces) > max_faces:
         vertices, faces = _decimate(vertices, faces, max_faces)
     with torch.no_grad():
@@ -178,5 +182,9 @@ def _drop_small_parts(vertices: np.ndarray, faces: np.ndarray, min_part: float) 
 def _decimate(vertices: np.ndarray, faces: np.ndarray, max_faces: int) -> tuple[np.ndarray, np.ndarray]:
     from fast_simplification import simplify
 
-    vertices, faces, *_ = simplify(vertices, faces, target_count=max_faces)
-    return np.ascontiguousarray(vertices, dtype=np.float32), np.ascontiguousarray(faces, dtype=np.int32)
+    fewer = vertices, faces
+    for aggression in AGGRESSIONS:
+        fewer = simplify(vertices, faces, target_count=max_faces, agg=aggression)
+        if len(fewer[1]) <= max_faces:
+            break
+    return np.ascontiguousarray(fewer[0], dtype=np.float32), np.ascontiguousarray(fewer[1], dtype=np.int32)

@@ -18,7 +18,6 @@ from mvdream_fast.scene.nerf.occupancy import OccupancyGrid
 from mvdream_fast.scene.nerf.renderer import Renderer, VolumeRendered
 from mvdream_fast.scene.nerf.volume import Volume
 from mvdream_fast.scene.saved import check_state
-from mvdream_fast.scene.shading import ALBEDO
 
 if TYPE_CHECKING:
     from mvdream_fast.camera import Rays
@@ -65,7 +64,7 @@ class Nerf(Renderer):
         self, rays: "Rays", stream: Stream | None = None, training: bool = False, lighting: Lighting | None = None
     ) -> VolumeRendered:
         """Rays [R] in front of the background; see `Renderer`."""
-        rendered = self(rays, stream, training, *(lighting or (ALBEDO, None)))
+        rendered = self(rays, stream, training, *(lighting or Lighting()))
         self.n_samples = rendered.n_samples
         return rendered
 

@@ -103,15 +103,22 @@ class OccupancyGrid(nn.Module):
     def update(self, step: int, sigma_fn: Callable[[torch.Tensor], torch.Tensor], stream: Stream) -> bool:
         """Probe the density at one random point of each chosen cell; does nothing between multiples of update_every.
 
-        All cells before step `warmup_steps`; afterwards a quarter of them drawn uniformly, and occupied ones up to
-        another quarter. sigma_fn: positions [P, 3] in scene units -> [P]. Returns: whether the grid was updated.
+        All cells before step `warmup_steps`, and in a grid's first update whenever that is; afterwards a quarter of
+        them drawn uniformly, and occupied ones up to another quarter. sigma_fn: positions [P, 3] in scene units ->
+        [P]. Returns: whether the grid was updated.
         """
         if step % self.update_every:
             return False
-        cells = None if step < self.warmup_steps else self._draw_cells(stream)
+        probes_all = step < self.warmup_steps or self._is_unprobed
+        cells = None if probes_all else self._draw_cells(stream)
         sigmas = sigma_fn(self._points(cells, stream)).float()
         self._store(*run_update(self.ema, sigmas * self.step_size, cells, self.decay, self.threshold))
         return True
+
+    @property
+    def _is_unprobed(self) -> bool:
+        """Whether it is as at the start: an update that found nothing anywhere would have left no cell occupied."""
+        return self.fraction == 1 and self.mean == 0
 
     def _store(self, ema: torch.Tensor, bits: torch.Tensor) -> None:
         self.ema.copy_(ema)

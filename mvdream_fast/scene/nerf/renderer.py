@@ -16,7 +16,8 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops.composite import composite_samples
 from mvdream_fast.ops.march_rays import Samples, join_samples, march_rays, prune_samples
 from mvdream_fast.ops.render import render
-from mvdream_fast.scene.base import Rendered
+from mvdream_fast.scene.background import seen_behind
+from mvdream_fast.scene.base import Lighting, Rendered
 from mvdream_fast.scene.nerf.config import rays_at_once
 from mvdream_fast.scene.nerf.occupancy import OccupancyGrid, default_step_size
 from mvdream_fast.scene.shading import ALBEDO, Shading, analytic_normals, finite_difference_normals, shade
@@ -89,10 +90,13 @@ class Renderer(nn.Module):
         training: bool = False,
         shading: Shading = ALBEDO,
         lights: torch.Tensor | None = None,
+        plain: torch.Tensor | None = None,
+        behind: Stream | None = None,
     ) -> VolumeRendered:
-        """Render rays [R]. Training needs a stream (jitter, background); shading needs lights, [R, 3] or [3].
+        """Render rays [R]. Training needs a stream (jitter, background); shading needs lights, [R, 3] or [3]; the rest
+        is as in `Lighting`.
 
-        Evaluation shows the albedo in front of the learned background: shading is ignored there.
+        Evaluation shows the albedo in front of the learned background: all of `Lighting` is ignored there.
         """
         if not training:
             return self._evaluate(rays)
@@ -103,7 +107,7 @@ class Renderer(nn.Module):
                 f"Renderer: shading must be plain albedo without normals or lights, got {shading}; "
                 "build the renderer with normals and pass lights"
             )
-        return self._train(rays, stream, shading, lights)
+        return self._train(rays, stream, Lighting(shading, lights, plain, behind))
 
     def density(self, positions: torch.Tensor) -> torch.Tensor:
         """Densities of positions [P, 3] in scene units, [P]."""
@@ -120,16 +124,16 @@ class Renderer(nn.Module):
         )
         return VolumeRendered(out.rgb, out.opacity, out.depth, out.n_samples)
 
-    def _train(self, rays: "Rays", stream: Stream, shading: Shading, lights: torch.Tensor | None) -> VolumeRendered:
+    def _train(self, rays: "Rays", stream: Stream, lighting: Lighting) -> VolumeRendered:
         jitter = stream.uniform(rays.rays_o.shape[0], device=rays.rays_o.device)
         samples, n_marched, step_scale = self._sample(rays, jitter)
         positions = samples.positions(rays.rays_o, rays.rays_d).detach()
         positions.requires_grad_(self.normals == "analytic")
         sigmas, rgb = self.volume(positions)
         normals = self._normals(sigmas, positions)
-        if shading is not ALBEDO:
-            rgb = self._shade(rgb, normals, positions, samples, lights, shading)
-        background = self.background(rays.rays_d, stream, True)
+        if lighting.shading is not ALBEDO:
+            rgb = self._shade(rgb, normals, positions, samples, lighting)
+        background = seen_behind(self.background, rays.rays_d, stream, lighting)
         out = composite_samples(sigmas, rgb, samples, background)
         return VolumeRendered(
             *(out.rgb, out.opacity, out.depth, samples.n_samples, out.z_variance, out.weights),
@@ -186,8 +190,10 @@ class Renderer(nn.Module):
             return finite_difference_normals(self.density, positions, self.normal_eps)
         return None
 
-    def _shade(self, rgb, normals, positions, samples, lights, shading) -> torch.Tensor:
-        if not shading.needs_normals:
+    def _shade(self, rgb, normals, positions, samples: Samples, lighting: Lighting) -> torch.Tensor:
+        lights = lighting.lights
+        if not lighting.shading.needs_normals or lights is None:
             normals, lights = torch.zeros_like(positions), torch.zeros(3, device=positions.device)
         lights = lights.expand(samples.n_rays, 3)[samples.ray_indices]
-        return shade(rgb, normals, positions.detach(), lights, shading)
+        lit = shade(rgb, normals, positions.detach(), lights, lighting.shading)
+        return lit if lighting.plain is None else torch.where(lighting.plain[samples.ray_indices][:, None], rgb, lit)

@@ -15,13 +15,14 @@ from mvdream_fast.core.ramp import ramp
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.ops.composite import composite_samples
 from mvdream_fast.ops.march_rays import Samples
-from mvdream_fast.scene.base import Rendered, Statistic
+from mvdream_fast.scene.background import seen_behind
+from mvdream_fast.scene.base import Lighting, Rendered, Statistic
 from mvdream_fast.scene.losses import eikonal_loss
 from mvdream_fast.scene.mesh.mesh import Mesh, extract_mesh
 from mvdream_fast.scene.mesh.texture import bake_texture
 from mvdream_fast.scene.nerf.nerf import Nerf
 from mvdream_fast.scene.nerf.renderer import VolumeRendered
-from mvdream_fast.scene.shading import ALBEDO, Shading
+from mvdream_fast.scene.shading import ALBEDO
 from mvdream_fast.scene.surface.config import SurfaceConfig
 from mvdream_fast.scene.surface.distance import SignedDistance
 from mvdream_fast.scene.surface.opacity import Nodes, density_of, nodes_of, optical_depths
@@ -154,7 +155,7 @@ class Surface(Nerf):
         whole = [torch.cat([getattr(out, name) for out, _ in parts]) for name in ("rgb", "opacity", "depth")]
         return VolumeRendered(*whole, n_samples=sum(n for _, n in parts))
 
-    def _train(self, rays: Rays, stream: Stream, shading: Shading, lights: Tensor | None) -> SurfaceRendered:
+    def _train(self, rays: Rays, stream: Stream, lighting: Lighting) -> SurfaceRendered:
         jitter = stream.uniform(rays.rays_o.shape[0], device=rays.rays_o.device)
         samples, n_marched, step_scale = self._sample(rays, jitter)
         nodes = nodes_of(samples)
@@ -163,9 +164,9 @@ class Surface(Nerf):
         normals = None
         if self.normals != "none":
             normals = normalize(self.volume.gradients(positions, self.normals), dim=-1)
-        if shading is not ALBEDO:
-            rgb = self._shade(rgb, normals, positions, nodes.points, lights, shading)
-        background = self.background(rays.rays_d, stream, True)
+        if lighting.shading is not ALBEDO:
+            rgb = self._shade(rgb, normals, positions, nodes.points, lighting)
+        background = seen_behind(self.background, rays.rays_d, stream, lighting)
         out = composite_samples(self._sigmas(distances, nodes, samples), nodes.means(rgb), samples, background)
         return SurfaceRendered(
             *(out.rgb, out.opacity, out.depth, len(positions), out.z_variance, out.weights, samples, positions),

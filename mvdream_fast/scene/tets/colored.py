@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mvdream_fast.core.rng import Stream
-from mvdream_fast.scene.background import new_background
+from mvdream_fast.scene.background import new_background, seen_behind
 from mvdream_fast.scene.base import HasMesh, Lighting, Rendered
 from mvdream_fast.scene.mesh.mesh import Mesh
 from mvdream_fast.scene.nerf.volume import Volume
@@ -78,8 +78,11 @@ class ColoredMesh(nn.Module):
         """
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
             seen = see(self.body(), rays, self.reach)
-            background = self.background(rays.rays_d, stream, training)
-            return compose(seen, self.seen_colors(seen), rays, background, lighting if training else None)
+            if not training:
+                return compose(seen, self.seen_colors(seen), rays, self.background(rays.rays_d))
+            lighting = lighting or Lighting()
+            background = seen_behind(self.background, rays.rays_d, stream, lighting)
+            return compose(seen, self.seen_colors(seen), rays, background, lighting)
 
     def seen_colors(self, seen: Seen) -> Tensor:
         """Colours [K, 3] of the pixels that show the mesh."""

@@ -91,7 +91,9 @@ class Tets(ColoredMesh):
     def render(
         self, rays: "Rays", stream: Stream | None = None, training: bool = False, lighting: Lighting | None = None
     ) -> MeshRendered:
-        """Rays [R] of whole images in front of the background; see `ColoredMesh`."""
+        """Rays [R] of whole images in front of the background; see `ColoredMesh`. Normals are not lit."""
+        if self.config.shows == "normals":
+            lighting = None
         rendered = super().render(rays, stream, training, lighting)
         self._rendered = rendered.body
         return rendered

@@ -97,6 +97,18 @@ def test_decimation_keeps_the_shape():
     assert np.linalg.norm(mesh.vertices, axis=1) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("max_faces", [500, 4])
+def test_decimation_reaches_very_small_numbers(max_faces):
+    """Also of a large scene, where each edge costs the simplifier more than it allows at first."""
+
+    def bumpy(points):
+        x, y, z = (points / 100).unbind(1)
+        return 10 * (1 - points.norm(dim=1) / 50) + 1.5 * torch.sin(9 * x) * torch.sin(9 * y) * torch.sin(11 * z)
+
+    mesh = extract_mesh(bumpy, axis_colors, radius=100.0, threshold=0.0, resolution=32, max_faces=max_faces)
+    assert 0 < len(mesh.faces) <= max_faces
+
+
 @pytest.mark.parametrize("density", [0.0, 7.0])
 def test_a_field_without_surface_says_so(density):
     with pytest.raises(DivergedError, match="no surface at 5"):

@@ -291,6 +291,9 @@ def test_lights_stand_near_their_cameras():
     torch.testing.assert_close(distance.reshape(2, 4), distance.reshape(2, 4)[:, :1].expand(2, 4))
     on_axis = draw_light_positions(Stream(0, 0, "light"), cameras, n_views=4, perturb=0.0)
     torch.testing.assert_close(on_axis / on_axis.norm(dim=-1, keepdim=True), cameras / 3)
+    # The last group need not be whole.
+    assert torch.equal(draw_light_positions(Stream(0, 0, "light"), cameras[:6], n_views=4), lights[:6])
+    assert draw_light_positions(Stream(0, 0, "light"), cameras[:1], n_views=4).shape == (1, 3)
 
 
 def test_shaded_training_and_its_refusals():
@@ -302,6 +305,9 @@ def test_shaded_training_and_its_refusals():
     assert not torch.allclose(out.rgb, plain.rgb, atol=1e-2)
     out.rgb.sum().backward()
     assert torch.isfinite(renderer.volume.sharpness.grad)
+    as_it_is = torch.arange(50) >= 20
+    mixed = train(renderer, rays, shading=lit, lights=rays.rays_o, plain=as_it_is)
+    assert torch.equal(mixed.rgb, torch.where(as_it_is[:, None], plain.rgb, out.rgb))
     dark = train(renderer, rays, shading=Shading(0.0, 1.0, textureless=True))
     torch.testing.assert_close(
         dark.rgb, dark.opacity[:, None] + (1 - dark.opacity[:, None]) * torch.tensor([0.2, 0.5, 0.8])

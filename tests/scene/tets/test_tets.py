@@ -13,9 +13,10 @@ from mvdream_fast.distill.run_memory import FLAGS
 from mvdream_fast.distill.systems import mini
 from mvdream_fast.guidance.base import Stateless, no_timing
 from mvdream_fast.scene.asset import Asset
-from mvdream_fast.scene.base import Rendered
+from mvdream_fast.scene.base import Lighting, Rendered
 from mvdream_fast.scene.kinds import new_representation
 from mvdream_fast.scene.nerf.config import NerfConfig
+from mvdream_fast.scene.shading import Shading
 from mvdream_fast.scene.tets.config import TetsConfig, TexturedMeshConfig
 from mvdream_fast.scene.tets.tets import Tets
 from mvdream_fast.text_to_3d import TextTo3D
@@ -107,6 +108,14 @@ def test_normals_are_shown_as_colours_before_black():
     middle = out.rgb.view(33, 33, 3)[16, 16]
     torch.testing.assert_close(middle, torch.tensor([0.5, 0.0, 0.5]), atol=0.05, rtol=0)  # towards -y
     assert out.rgb[0].tolist() == [0.0] * 3
+
+
+def test_normals_are_not_lit():
+    tets = Tets(TetsConfig(volume="mini", tets_resolution=32, shows="normals"))
+    rays = generate_rays(evaluation_cameras(1, 0.0), 9, 9)
+    light = Lighting(Shading(0.9, 0.1, textureless=True), rays.rays_o)
+    lit, plain = (tets.render(rays, Stream(0, 0, "render"), True, lighting).rgb for lighting in (light, None))
+    assert torch.equal(lit, plain)
 
 
 def test_losses_have_their_weights():
