@@ -30,6 +30,9 @@ HALVED = 1.75  # times the time: a measure of 2 with its error; at 2 itself ever
 MOVED = 1.1  # times the time that is worth a word
 TURNS, TURN_S, BUDGET_S = 15, 0.03, 5.0  # pairs of turns, the least that a turn takes, and all turns of one work
 TOTAL_S = 100  # after which nothing more is begun, on a machine that is busy
+# Of both sides. Who waits for a turn leaves the cores to the other. Memory that is free again stays a process's own:
+# else it hangs on how a heap happens to lie whether the next call gets its pages anew, which takes as long as the work.
+QUIET = {"GOMP_SPINCOUNT": "5000", "MALLOC_TRIM_THRESHOLD_": str(1 << 28), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
 NATIVE = ("csrc", "CMakeLists.txt", "setup.py")  # what the extension is made of
 
 
@@ -179,7 +182,8 @@ class Side:
     def __init__(self, tree: Path, work: Path):
         paths = [str(tree), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        environment.setdefault("GOMP_SPINCOUNT", "5000")  # who waits for a turn leaves the cores to the other
+        for name, value in QUIET.items():
+            environment.setdefault(name, value)
         line = [sys.executable, str(HERE), "--serve", str(work)]
         self.process = subprocess.Popen(
             line, env=environment, cwd=tree, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
