@@ -26,7 +26,7 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.backgrounds import BACKGROUND_SHARES, background, draw_background, on_background
 from mvdream_fast.data.captions import clean, head_noun, without_colors
-from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_views, shrunk
+from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_views, reading_shard, shrunk
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
@@ -186,7 +186,7 @@ def _noun(meta: dict) -> str:
 def _index(path: Path) -> list[Record]:
     """The records of one tar file; the end-of-archive blocks must be there, or the file was cut."""
     records, meta, end = [], None, 0
-    try:
+    with reading_shard(path):
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 end = info.offset_data + (info.size + 511) // 512 * 512
@@ -202,8 +202,6 @@ def _index(path: Path) -> list[Record]:
             file.seek(end)
             if file.read(512) != bytes(512):
                 raise ValueError("its end is missing")
-    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputFileError(f"{path}: not a whole shard of renders ({error}); render it again") from None
     return records
 
 

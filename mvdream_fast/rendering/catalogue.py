@@ -128,11 +128,10 @@ def _described(entry_id: str, path: Path, known: Metadata, library: str) -> Entr
 def _safe_id(text: str) -> str:
     """Letters, digits and dashes, at most 64: it names shard members, which must fit a tar header."""
     plain = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "asset"
-    return (
-        plain
-        if len(plain) <= 64
-        else f"{plain[:55]}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:8]}"
-    )
+    if len(plain) <= 64:
+        return plain
+    digest = hashlib.sha256(text.encode(errors="surrogateescape"))  # a name on a disk need not be UTF-8
+    return f"{plain[:55]}-{digest.hexdigest()[:8]}"
 
 
 def _read_library(path: Path) -> list[Entry]:
