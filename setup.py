@@ -10,6 +10,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# The tree is kept, and with it what an earlier build was told: these hold unless CMAKE_ARGS says otherwise now.
+OPTIONS = ("-DMVDREAM_FAST_CUDA=OFF", "-DMVDREAM_FAST_SANITIZE=OFF")
 
 
 def version() -> str:
@@ -42,6 +44,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMVDREAM_FAST_OUTPUT={out}",
+            *OPTIONS,
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)

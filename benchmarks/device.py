@@ -1,13 +1,16 @@
 """Everything that only a GPU can tell, in one run of at most eight minutes: `python benchmarks/device.py -o RESULTS`.
 
 Each part (device_parts.py) runs in a process of its own with a time limit, so that one that fails, hangs or loses the
-device costs its own figures only; what it finds is written at once, a line of RESULTS/device.jsonl each. The parts come
-in the order of their value. `--cpu` rehearses every line at toy sizes; `--parts` runs some, to do it in two halves.
+device costs its own figures only; nothing that it has started goes on beside the next. What it finds is written at
+once, a line of RESULTS/device.jsonl each. The parts come in the order of their value. `--cpu` rehearses every line at
+toy sizes; `--parts` runs some, to do it in two halves.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 TOTAL_S = 480
 RESERVE_S = 5  # of the total, so that the last part's results are written
+KILL_S = 2  # at most, until what a part has started is gone
 PARTS = {  # name: seconds that it may take
     "versions": 20,
     "parity": 150,
@@ -44,6 +48,7 @@ def main() -> int:
     flags.output.mkdir(parents=True, exist_ok=True)
     if flags.here:
         return run_here(flags.parts[0], flags.output)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part ends with this process
     end, failed = time.monotonic() + flags.seconds - RESERVE_S, []
     for name in flags.parts:
         left = end - time.monotonic()
@@ -57,7 +62,7 @@ def main() -> int:
 
 
 def run_part(name: str, flags: argparse.Namespace, seconds: float) -> str:
-    """One part in its own process. Returns what went wrong, in a line, or nothing."""
+    """One part in a process group of its own, which ends with it. Returns what went wrong, in a line, or nothing."""
     line = [
         sys.executable,
         str(Path(__file__).absolute()),
@@ -71,14 +76,29 @@ def run_part(name: str, flags: argparse.Namespace, seconds: float) -> str:
     log = flags.output / f"{name}.log"
     print(f"{name}: at most {seconds:.0f} s, its output in {log}", flush=True)
     with open(log, "wb") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
         try:
-            done = subprocess.run(line, stdout=file, stderr=file, timeout=seconds, env=environment, cwd=ROOT)
+            code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"its {seconds:.0f} s were over"
-    if done.returncode:
+        finally:
+            end_group(process)
+    if code:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
-        return f"exit code {done.returncode}: {last[0][:200]}"
+        return f"exit code {code}: {last[0][:200]}"
     return ""
+
+
+def end_group(leader: subprocess.Popen) -> None:
+    """Kills a process and what is left of its group (the tests that a part runs keep the GPU), and waits for them."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
+    end = time.monotonic() + KILL_S
+    with contextlib.suppress(ProcessLookupError):  # raised once the group is empty
+        while time.monotonic() < end:
+            os.killpg(leader.pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def run_here(name: str, output: Path) -> int:

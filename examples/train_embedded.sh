@@ -13,7 +13,7 @@
 #   any other folder with metadata.csv, such as CC0 models of Quaternius, Kenney and KayKit
 # With a GPU the settings are those of the first training of the weights that ship: 5 minutes of an H100 and its 16
 # cores. Without one the batches are small: 0.25 to 0.5 s a step on 2 cores, so a night and more for as many images.
-# docs/embedded_model.md ("Where it stands") has the commands of the second training, and of a third that does not ship.
+# docs/embedded_model.md ("Where it stands") has the commands of the second training, and of three more that do not ship.
 # STEPS and DECAY: the diffusion model's updates, and how many of them its learning rate falls over.
 # INIT=embedded goes on from the weights that ship, instead of a new model.
 # PIXEL_STEPS: updates of the pixel-space prior.
@@ -62,8 +62,9 @@ draw() {
 }
 
 # All assets, twice 2 orbits each in their own colours and 3 in others: half an hour a thousand on 2 cores.
+HOME_LIBRARIES=$(find -L "$ASSETS" -name '*.sh3f')
 for SEED in 0 1; do
-    draw home sweethome3d "$SEED" --orbits 2 --recolours 3
+    [ -z "$HOME_LIBRARIES" ] || draw home sweethome3d "$SEED" --orbits 2 --recolours 3
     for TABLE in "$ASSETS"/*/metadata.csv; do
         [ -e "$TABLE" ] || continue
         FOLDER=$(dirname "$TABLE")

@@ -55,7 +55,7 @@ class Flags:
     retries: int = 0
     """How often a prompt that failed is tried again, from its checkpoint."""
     workers: int | None = None
-    """Processes. Default: one a GPU; without GPUs as many as cores and memory allow."""
+    """Processes. Default: one for each GPU that --device names; without GPUs as many as cores and memory allow."""
     threads: int | None = None
     """CPU threads of each. Default: the cores shared out. An asset's bytes may depend on it."""
     ray: str | None = None
@@ -112,6 +112,13 @@ def check_flags(flags: Flags) -> None:
     """What is wrong with the flags by themselves. Raises ArgumentError."""
     if flags.output is None:
         raise ArgumentError("-o must name the folder of the assets, new or one to go on with, or a URL")
+    from mvdream_fast.jobs.store import is_shared
+
+    if not is_shared(flags.output):
+        raise ArgumentError(
+            f"-o must be a place that all workers reach, got {flags.output}, which each process has for itself; name a "
+            "folder, or a URL such as s3://bucket/name"
+        )
     cli.check_at_least(flags, 1, "steps", "workers", "threads", "checkpoint_every", "expiry")
     cli.check_at_least(flags, 0, "retries")
     if flags.ray is not None:

@@ -6,13 +6,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro import conf
 
 import mvdream_fast
 from mvdream_fast.core import cli
-from mvdream_fast.core.errors import ArgumentError, InputFileError
+from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError
+
+if TYPE_CHECKING:
+    from mvdream_fast.benchmarking.results import Results
 
 DOCUMENTS = ("README.md", "docs/*.md")
 FAILED = 1  # the exit code of pytest, and ours, where a benchmark failed or something is slower than it may be
@@ -28,7 +31,7 @@ class Run:
     only: Annotated[str | None, conf.arg(aliases=["-k"], metavar="EXPRESSION")] = None
     """Only the benchmarks that pytest -k would take; needs -o, so that a part does not replace the whole."""
     output: Annotated[Path | None, conf.arg(aliases=["-o"])] = None
-    """The results file, instead of this machine's. No document is written then."""
+    """The results file (.json), instead of this machine's. No document is written then."""
     name: str | None = None
     """What the machine is called, instead of by processor, cores and instruction set."""
     slow: bool = False
@@ -114,14 +117,14 @@ def run(flags: Run) -> None:
     if flags.name is not None and not re.fullmatch(r"[\w.-]*\w", flags.name):
         raise ArgumentError(f"--name must be a file's name without a folder, of letters and digits, got {flags.name!r}")
     root = checkout()
-    with tempfile.TemporaryDirectory() as folder:
-        journal, code = measure(_pytest(flags), root, Path(folder) / "journal.jsonl")
+    folder = check_output(flags.output, root / "benchmarks" / "results")
+    with tempfile.TemporaryDirectory() as place:
+        journal, code = measure(_pytest(flags), root, Path(place) / "journal.jsonl")
     if code == INTERRUPTED or not journal.begun:
         raise InputFileError(f"the benchmarks left no figures: pytest ended with {code}, its lines are above")
     found = results.from_pytest(journal.benchmarks(), command(flags), flags.name)
-    path = flags.output or root / "benchmarks" / "results" / f"{found.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results.save(found, path)
+    path = flags.output or folder / f"{found.name}.json"
+    save(found, path)
     print(f"wrote {path}")
     write_pages((path,))
     if flags.output is None:
@@ -130,6 +133,36 @@ def run(flags: Run) -> None:
         told = "".join(f"\n  {case} {why}" for case, why in journal.failed.items())
         count = f"{len(journal.failed)} of {len(journal.cases)} benchmarks failed"
         cli.fail("benchmark", f"{count}; the others' figures are written:{told}", FAILED)
+
+
+def check_output(output: Path | None, folder: Path) -> Path:
+    """The folder that the figures go to, made where it is missing: of `output`, else `folder`. It is asked for before
+    a quarter of an hour is measured. Raises ArgumentError, OutputError."""
+    from mvdream_fast.core.files import make_folder
+
+    if output is not None and output.suffix != ".json":
+        raise ArgumentError(f"-o must be a file that ends in .json, got {output}; its page is put beside it as .html")
+    for path in [] if output is None else [output, output.with_suffix(".html")]:
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is not a regular file; name another by -o")
+    folder = make_folder(folder if output is None else output.parent)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError(f"the folder {folder} must be one that can be written; name another place by -o") from error
+    return folder
+
+
+def save(found: "Results", path: Path) -> None:
+    """Writes the results file; to a temporary folder where that fails, which the error names. Raises OutputError."""
+    from mvdream_fast.benchmarking import results
+
+    try:
+        results.save(found, path)
+    except OutputError as error:
+        kept = Path(tempfile.mkdtemp(prefix="benchmark-")) / path.name
+        results.save(found, kept)
+        raise OutputError(f"{error}; what was measured is in {kept}") from error
 
 
 def command(flags: Run) -> str:

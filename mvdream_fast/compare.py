@@ -40,9 +40,10 @@ class Flags:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The folder of the comparison, new or one to go on with. Needed."""
     seed: int = 0
-    """Of every run."""
+    """Of every run. Default: the settings file's, else 0."""
     size: Literal["mini", "fast", "paper"] = "mini"
-    """The preset of every run: at mini and fast all recipes ask the model about as many views."""
+    """The preset of every run: at mini and fast all recipes ask the model about as many views. Default: the settings
+    file's, else mini."""
     models: tuple[str, ...] = ()
     """Other models than the package's own, each as RECIPE=MODEL; as RECIPE=MODEL,MODEL where later stages ask
     another."""
@@ -131,18 +132,42 @@ def plan(flags: Flags) -> list[Job]:
     from mvdream_fast.core.run_folder import slugify
     from mvdream_fast.distill import request, settings_file
 
-    file = settings_file.read_settings(flags.config) if flags.config else None
+    file = settings_file.read_settings(flags.config) if flags.config else {}
+    every = for_every_run(flags, file)
     named, root, jobs = models(flags), Path(flags.output or ""), []
     for prompt in prompts(flags):
         for recipe in flags.recipes:
-            asked: dict[str, Any] = {"recipe": recipe, "preset": flags.size, "seed": flags.seed}
-            asked |= {"steps": flags.steps} if flags.steps else {}
-            asked |= dict(zip(("model", "refine_model"), named.get(recipe, [])))
-            begin = [f"--{name.replace('_', '-')}={value}" for name, value in {"prompt": prompt, **asked}.items()]
+            asked = {"recipe": recipe, **every, **dict(zip(("model", "refine_model"), named.get(recipe, [])))}
+            begin = [f"{cli.option(name)}={value}" for name, value in {"prompt": prompt, **asked}.items()]
             begin += [f"--config={flags.config}"] if flags.config else []
             wanted = request.resolve({"prompt": prompt, **asked}, file)
             jobs.append(Job(dataclasses.replace(wanted, why=""), root / "runs" / slugify(prompt) / recipe, begin))
     return jobs
+
+
+def for_every_run(flags: Flags, file: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `sds` that all runs have in common: those that were given, and mini where nothing names a preset.
+
+    file: what `read_settings` found. Raises ArgumentError where a flag contradicts it.
+    """
+    from mvdream_fast.distill.settings_file import tables
+
+    recipe, preset = (tables(file)[0].get(name, file.get(name, "auto")) for name in ("recipe", "preset"))
+    others = [name for name in flags.recipes if recipe not in ("auto", name)]
+    if others:
+        raise ArgumentError(
+            f"--recipes must be {recipe} with this file of --config, which is for it, got {' '.join(flags.recipes)}"
+        )
+    given = {"preset" if name == "size" else name: value for name, value in cli.given(flags).items()}
+    if preset not in ("auto", given.get("preset", preset)):
+        raise ArgumentError(f"--size {flags.size} contradicts the file of --config, which is for {preset}; name one")
+    if "seed" not in given and file.get("seed") == "random":
+        raise ArgumentError(
+            f"the seed in {flags.config} must be a number, so that the same command goes on with its runs, got random; "
+            "give one with --seed"
+        )
+    asked = {name: given[name] for name in ("preset", "seed", "steps") if name in given}
+    return asked if preset != "auto" else {"preset": flags.size} | asked
 
 
 def run_all(jobs: list[Job], flags: Flags, say: Say) -> None:

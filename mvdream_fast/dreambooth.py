@@ -70,9 +70,10 @@ class Flags:
     checkpointing_steps: int = 200
     resume_from_checkpoint: Annotated[cli.Run | None, tyro.conf.arg(aliases=["--resume"])] = None
     """go on with a run: its folder, or "latest" (of -o, or of outputs/). What the run is stays as it was begun;
-    --max-train-steps may raise the number of steps, and the flags of checkpoints and sample sheets count"""
+    --max-train-steps may raise the number of steps (with dreambooth3d, until 3-full/model is there), and the flags of
+    checkpoints and sample sheets count"""
     partial_steps: int | None = None
-    """dreambooth3d: updates of the partial tuning (default: 150; small models: a quarter of --max-train-steps)"""
+    """dreambooth3d: updates of the partial tuning (default: a quarter of --max-train-steps)"""
     sds_steps: int | None = None
     """dreambooth3d: steps of each volume (default: the preset's)"""
     sds_preset: str = "auto"
@@ -101,14 +102,8 @@ class Flags:
 
 AT_LEAST_ONE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "threads",
                 "partial_steps", "sds_steps", "pseudo_groups", "resolution")  # fmt: skip
-NOT_NEGATIVE = (
-    "lambda_preserve",
-    "lr_warmup_steps",
-    "adam_weight_decay",
-    "lora_rank",
-    "validation_steps",
-    "lambda_recon",
-)
+NOT_NEGATIVE = ("lr_warmup_steps", "adam_weight_decay", "lora_rank", "validation_steps", "lambda_recon")
+MOST_PRESERVED = 1e9  # far above any use; float32 gradients and the square of their norm stay finite
 
 
 def check_flags(flags: Flags) -> None:
@@ -123,6 +118,7 @@ def check_flags(flags: Flags) -> None:
         check_prompt(flags.validation_prompt)
     cli.check_at_least(flags, 1, *AT_LEAST_ONE)
     cli.check_at_least(flags, 0, *NOT_NEGATIVE)
+    cli.check_from_to(flags, 0, MOST_PRESERVED, "lambda_preserve")
     for name, low, high in (("learning_rate", 0, 1), ("adam_epsilon", 0, 1), ("max_grad_norm", 0, float("inf")),
                             ("pseudo_strength", 0, 1), ("pseudo_share", 0, 1)):  # fmt: skip
         value = getattr(flags, name)

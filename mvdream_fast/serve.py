@@ -37,7 +37,7 @@ class Flags:
     token: str | None = None
     """A word of at least 16 characters that browsers must be told first, or "random", which is printed."""
     workers: int | None = None
-    """Processes that grow assets; one more draws views. Default: one for each GPU, one on a CPU."""
+    """Processes that grow assets; one more draws views. Default: one for each GPU that --device names, one on a CPU."""
     threads: int | None = None
     """CPU threads of each. Default: the cores shared out."""
     device: str = "auto"
@@ -115,7 +115,7 @@ def hired(flags: Flags) -> "list[Workers]":
         [resolve({"prompt": "a chair", "model": flags.model})]
     )
     n_gpus = torch.cuda.device_count() if machine.choose_device(flags.device).type == "cuda" else 0
-    slots, threads = share_out(flags.device, n_gpus, flags.workers or n_gpus or 1, flags.threads)
+    slots, threads = share_out(flags.device, n_gpus, flags.workers, flags.threads, most=1)
     desk = Desk(
         str(flags.output.absolute()), device=flags.device, dtype=flags.dtype, graphs=flags.graphs, threads=threads,
         checkpoint_every=flags.checkpoint_every, forever=True, model=flags.model,

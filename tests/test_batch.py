@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import threading
 import time
@@ -15,11 +16,12 @@ from reference.painter import png, strip
 from reference.quick_jobs import QUICK_RUN, RUNNERS, command, digests, undisturbed, undone
 
 from mvdream_fast import batch
-from mvdream_fast.core.errors import UserError
+from mvdream_fast.core.errors import ArgumentError, UserError
 from mvdream_fast.core.images import png_bytes
 from mvdream_fast.core.run_folder import Interrupt
 from mvdream_fast.distill.request import run_of
 from mvdream_fast.jobs import local
+from mvdream_fast.jobs.job import Job
 from mvdream_fast.jobs.local import Slot, Workers, share_out
 from mvdream_fast.jobs.plan import read_jobs
 from mvdream_fast.jobs.queue import Queue
@@ -158,6 +160,9 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(asked, tmp_path,
     assert command(*asked(["a chair"]), "--workers", "0") == 2
     assert command(asked(["a chair"])[0]) == 2
     assert "-o must name the folder" in capsys.readouterr().err
+    for place in ("memory://x", "simplecache::memory://x"):
+        assert command(asked(["a chair"])[0], "-o", place) == 2
+        assert f"-o must be a place that all workers reach, got {place}" in capsys.readouterr().err
     assert command(*asked(["a chair"]), "--model", str(tmp_path)) == 3
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
@@ -165,6 +170,19 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(asked, tmp_path,
     assert command(*asked(["a chair"])) == 7
     assert "holds something else than jobs" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_seed_is_a_number(tmp_path):
+    """One that is drawn at every call would make another job of the same line."""
+    (tmp_path / "p.jsonl").write_text('"a car"\n{"prompt": "a chair", "seed": "random"}\n')
+    with pytest.raises(ArgumentError, match=r'p.jsonl, line 2: seed must be a number, got "random"'):
+        read_jobs(tmp_path / "p.jsonl", {}, None)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a chair", "seed": 3}\n"a car"\n')
+    with pytest.raises(ArgumentError, match=r'p.jsonl, line 2: seed must be a number, got "random"'):
+        read_jobs(tmp_path / "p.jsonl", {}, {"seed": "random"})
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a chair", "seed": 3}\n')
+    (job,) = read_jobs(tmp_path / "p.jsonl", {}, {"seed": "random"})
+    assert job.request["seed"] == 3
 
 
 def test_a_model_is_named_by_its_whole_path_and_the_package_s_by_its_name(tmp_path, tiny_model, monkeypatch):
@@ -188,11 +206,11 @@ def test_the_same_command_asks_again_for_what_was_cancelled(tmp_path, tiny_model
     line = [str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--model", tiny_model, *QUICK_RUN]
     monkeypatch.setattr(batch, "_crew", lambda flags, *_: (Setup(str(tmp_path / "out")), None))
     monkeypatch.setattr(Watch, "tend", lambda *_: None)
-    assert command(*line) == 0
+    assert command(*line) == 1, "nobody has made them"
     queue = Queue(open_store(tmp_path / "out"))
     chair, car = (job for job, _ in queue.jobs())
     queue.cancel(chair.id)
-    assert command(*line, "--retries", "2") == 0
+    assert command(*line, "--retries", "2") == 1
     assert {str(status.state) for _, status in queue.jobs()} == {"queued"}
     assert (queue.job(car.id).retries, len(queue.jobs())) == (2, 2)
 
@@ -271,6 +289,19 @@ def test_a_worker_that_cannot_live_is_not_started_for_ever(tmp_path):
     workers.stop()
 
 
+def test_a_worker_that_others_tell_to_leave_is_started_again(tmp_path):
+    """It saves and gives its job back, and the work is not done by that."""
+    setup = Setup(str(tmp_path / "out"), runners="reference.quick_jobs:leaving", quiet=True)
+    setup.queue().add(Job("leave", {"prompt": "twice"}))
+    said: list[str] = []
+    workers = Workers(setup, [Slot("cpu")], said.append)
+    workers.start()
+    _tend(workers)
+    workers.stop()
+    assert said == [f"the worker {platform.node()}-0 died (SIGTERM); it is started again"]
+    assert rows(tmp_path / "out") == {"twice": ("done", 2)}
+
+
 def _tend(workers: Workers) -> None:
     while workers.tend():
         time.sleep(0.01)
@@ -282,6 +313,8 @@ def _tend(workers: Workers) -> None:
         (("auto", 4, None, None, None), 4, 2, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]),
         (("auto", 2, 3, 1, None), 3, 1, ["cuda:0", "cuda:1", "cuda:0"]),
         (("cuda:1", 2, 2, None, None), 2, 4, ["cuda:1", "cuda:1"]),
+        (("cuda:1", 8, None, None, None), 1, 8, ["cuda:1"]),
+        (("cuda", 8, None, None, 1), 8, 1, [f"cuda:{i}" for i in range(8)]),
         (("cpu", 0, None, None, None), 8, 1, ["cpu"]),
         (("cpu", 0, None, 3, None), 2, 3, ["cpu"]),
         (("cpu", 0, None, None, 3), 3, 2, ["cpu"]),

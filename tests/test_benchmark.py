@@ -5,13 +5,14 @@ import dataclasses
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from sample_results import GEGLU, RESULTS
 
 from mvdream_fast import benchmark
-from mvdream_fast.benchmarking import results
+from mvdream_fast.benchmarking import journal, results
 from mvdream_fast.core import cli
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,42 @@ def test_a_part_goes_to_a_file_of_its_own(checkout, tmp_path):
 def test_a_part_does_not_replace_the_whole(checkout, capsys):
     assert command("run", "-k", "nothing") == 2
     assert "-o must name a file for a part of the benchmarks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "message"),
+    [
+        ("figures.html", 2, "-o must be a file that ends in .json, got figures.html"),
+        ("figures", 2, "-o must be a file that ends in .json, got figures"),
+        ("folder.json", 7, "cannot write folder.json: it is not a regular file"),
+        ("page.json", 7, "cannot write page.html: it is not a regular file"),
+        ("README.md/figures.json", 7, "the folder README.md cannot be made: a file is in the way"),
+        ("/proc/nothing/figures.json", 7, "the folder /proc/nothing cannot be made"),
+        ("/proc/figures.json", 7, "the folder /proc must be one that can be written"),
+    ],
+)
+def test_an_output_that_cannot_be_is_said_before_anything_is_measured(
+    output, code, message, checkout, monkeypatch, capsys
+):
+    monkeypatch.chdir(checkout)
+    for folder in ("folder.json", "page.html"):
+        (checkout / folder).mkdir()
+    monkeypatch.setattr(journal, "measure", lambda *_: pytest.fail("it was measured"))
+    assert command("run", "-o", output) == code
+    assert message in capsys.readouterr().err
+
+
+def test_figures_that_cannot_be_written_are_kept(checkout, tmp_path, monkeypatch, capfd):
+    """The output's folder is gone when everything was measured."""
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "kept"))
+    bench, out = checkout / "benchmarks/bench_nothing.py", tmp_path / "out" / "figures.json"
+    bench.write_text(BENCH + f"def bench_last(benchmark):\n    import os\n    os.rmdir({str(out.parent)!r})\n")
+    assert command("run", "-o", out) == 7
+    (kept,) = (tmp_path / "kept").rglob("figures.json")
+    assert f"cannot write {out} (" in (said := capfd.readouterr().err)
+    assert f"; what was measured is in {kept}" in said
+    assert results.load(kept).contests[0].name == "nothing forward"
 
 
 def test_a_benchmark_that_ends_its_process_costs_one_case(checkout, capfd):

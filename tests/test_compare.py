@@ -189,6 +189,46 @@ def test_every_prompt_of_a_file_gets_every_recipe(tmp_path):
     assert jobs[1].begin == ["--prompt=a red car", "--recipe=dreamfusion-if", "--preset=fast", "--seed=7"]
 
 
+def planned(*argv: str) -> list[compare.Job]:
+    """The runs that a command line asks for."""
+    plans = []
+    cli.run(lambda flags: plans.append(compare.plan(flags)), compare.Flags, prog="compare", argv=[CHAIR, *argv])
+    return plans[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "preset", "seed", "begin"),
+    [
+        ('preset = "fast"\nseed = 3', [], "fast", 3, []),
+        ('[sds]\npreset = "fast"', [], "fast", 0, []),
+        ('preset = "auto"\nseed = 3', ["--seed", "0"], "mini", 0, ["--preset=mini", "--seed=0"]),
+        ('preset = "fast"\nseed = "random"', ["--seed", "4"], "fast", 4, ["--seed=4"]),
+        ('preset = "fast"', ["--size", "fast"], "fast", 0, ["--preset=fast"]),
+    ],
+)
+def test_the_settings_file_holds_where_no_flag_was_given(settings, more, preset, seed, begin, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text(settings)
+    (job,) = planned("--recipes", "mvdream", "-o", str(tmp_path / "out"), "--config", str(file), *more)
+    assert (job.request.config.preset, job.request.seed) == (preset, seed)
+    assert job.begin == [f"--prompt={CHAIR}", "--recipe=mvdream", *begin, f"--config={file}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "message"),
+    [
+        ('preset = "fast"', ["--size", "mini"], "--size mini contradicts the file of --config, which is for fast"),
+        ('seed = "random"', [], "must be a number, so that the same command goes on with its runs, got random; give"),
+        ('recipe = "textmesh-if"', ["--recipes", "mvdream"], "--recipes must be textmesh-if with this file"),
+    ],
+)
+def test_flags_that_contradict_the_settings_file_are_named(settings, more, message, tmp_path, capsys):
+    (tmp_path / "settings.toml").write_text(settings)
+    assert command(CHAIR, "-o", str(tmp_path / "out"), "--config", str(tmp_path / "settings.toml"), *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_child_counts_its_own_memory(tmp_path, monkeypatch):
     """300 MiB that a child touches are in its peak, and a signal that kills it is its exit code."""
     code = "import os, sys; x = b'x' * (300 << 20); print('out of paper', file=sys.stderr); os.kill(os.getpid(), 9)"

@@ -1,10 +1,16 @@
 """benchmarks/device.py: what it writes, and that one part's end is not another's. Its parts run here at toy sizes."""
 
+import argparse
 import ast
+import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "device.py"
@@ -40,3 +46,50 @@ def test_a_part_that_is_out_of_time_is_said_and_the_run_fails(tmp_path):
         {"part": "guided_step", "what": "failed", "error": "its 2 s were over"},
         {"part": "attention", "what": "failed", "error": "no time was left"},
     ]
+
+
+# A part that, like `parity`, starts a process of its own; then it lasts too long, or ends before that.
+STARTING = """
+import pathlib, subprocess, sys, time
+process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+pathlib.Path(sys.argv[-1], "pid").write_text(str(process.pid))
+time.sleep(float(sys.argv[3] == "long") * 100)
+"""
+
+
+@pytest.fixture
+def device(tmp_path, monkeypatch):
+    """benchmarks/device.py as a module, whose parts are STARTING."""
+    spec = importlib.util.spec_from_file_location("device_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "starting.py").write_text(STARTING)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "starting.py"))
+    return module
+
+
+def goes_on(pid: int) -> bool:
+    """Whether a process is there and no zombie, which is one that nobody has asked for its exit code."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(("name", "problem"), [("long", "its 2 s were over"), ("short", "")])
+def test_what_a_part_has_started_does_not_go_on(name, problem, device, tmp_path):
+    assert device.run_part(name, argparse.Namespace(output=tmp_path, cpu=True), 2) == problem
+    assert not goes_on(int((tmp_path / "pid").read_text()))
+
+
+def test_a_run_that_is_ended_ends_its_part(tmp_path):
+    """By SIGTERM, as `timeout` does it; the part has a session of its own, which gets no signal of the run's."""
+    line = [sys.executable, str(SCRIPT), "-o", str(tmp_path), "--cpu", "--parts", "guided_step"]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        end = time.monotonic() + 60
+        while not (parts := children.read_text().split()) and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(1)  # until the run waits for it
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert parts
+    assert not goes_on(int(parts[0]))

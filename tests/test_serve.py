@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import httpx2
 import psutil
 import pytest
+import torch
 from reference.batches import environment
 from reference.painter import png, strip
 from reference.until import until
@@ -155,6 +157,31 @@ def test_wrong_use_is_one_sentence_and_a_code(arguments, code, sentence, capsys,
     assert printed.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "workers", "growers"),
+    [
+        ("cuda:1", None, ["cuda:1"]),
+        ("cuda:1", 2, ["cuda:1", "cuda:1"]),
+        ("auto", None, ["cuda:0", "cuda:1", "cuda:2"]),
+        ("cpu", None, ["cpu"]),
+    ],
+)
+def test_growers_have_the_gpus_that_the_flag_names(monkeypatch, tmp_path, device, workers, growers):
+    """On a machine of three, one each unless more are asked for; one on a CPU."""
+    from mvdream_fast.core import machine
+    from mvdream_fast.jobs.asset import Device
+    from mvdream_fast.web import staff
+
+    asked = []
+    chosen = torch.device("cpu" if device == "cpu" else "cuda:1")
+    monkeypatch.setattr(machine, "choose_device", lambda _: chosen)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(Device, "refuse_what_does_not_fit", lambda *_: 0)
+    monkeypatch.setattr(staff, "hire", lambda desk, slots, say: asked.extend(slot.device for slot in slots))
+    serve.hired(Flags(output=tmp_path, device=device, workers=workers))
+    assert asked == growers
+
+
 class Staff:
     """Workers that die as often as they are started."""
 
@@ -182,6 +209,18 @@ def test_workers_that_cannot_live_end_the_server(monkeypatch):
         server.run(None, "127.0.0.1", loopback.free_port(7108, "--port"), [well, ill], lambda _: None)
     assert well.told == ["start", "tend", "stop"]
     assert ill.told == ["start", "tend", "stop"]
+
+
+def test_workers_that_leave_with_the_server_are_not_started_again(monkeypatch):
+    """Ctrl+C reaches them by the terminal; the server may still be answering."""
+    from mvdream_fast.web import server
+
+    monkeypatch.setattr(server, "TEND_S", 0.01)
+    staff = Staff()
+    tender = server._Tender([staff], types.SimpleNamespace(should_exit=True))
+    tender.start()
+    tender.join(10)
+    assert (tender.is_alive(), staff.told) == (False, [])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 
 from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import atomic_write, read_json
@@ -67,7 +67,7 @@ class Scaling(Checked):
     """Seconds against an amount of work: contestant -> [[x, seconds], ...]."""
 
     x: str
-    points: dict[str, tuple[tuple[Positive, Positive], ...]]
+    points: Annotated[dict[str, Annotated[tuple[tuple[Positive, Positive], ...], MinLen(1)]], MinLen(1)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Contest(Checked):
     group: str
     what: str
     file: str
-    rows: tuple[Row, ...]
+    rows: Annotated[tuple[Row, ...], MinLen(1)]
     work: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     skipped: tuple[Skipped, ...] = ()
     goals: tuple[Goal, ...] = ()

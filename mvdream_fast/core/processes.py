@@ -161,6 +161,8 @@ class _Sharded(Protocol):
 
     def full_tensor(self) -> "Tensor": ...
 
+    def to_local(self) -> "Tensor": ...
+
 
 def is_sharded(x: "Tensor") -> TypeGuard[_Sharded]:
     """Whether a tensor is spread over several processes."""
@@ -185,6 +187,11 @@ def placed(full: "Tensor", like: "Tensor") -> "Tensor":
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def local(x: "Tensor") -> "Tensor":
+    """This process' own share of a sharded tensor, detached; any other tensor itself."""
+    return x.detach().to_local() if is_sharded(x) else x
 
 
 def number(x: "Tensor") -> float:

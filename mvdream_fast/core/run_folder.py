@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +83,13 @@ def make_run_folder(root: Path | str, prompt: str, seed: int, now: datetime.date
     raise OutputError(f"cannot create a run folder under {root}: too many runs of this second")
 
 
-def make_output_folder(folder: Path | str) -> Path:
-    """Creates the folder a user named with -o; one that exists and holds anything is refused (OutputError)."""
+def make_output_folder(folder: Path | str, but: Collection[str] = ()) -> Path:
+    """Creates the folder a user named with -o; one that exists and holds anything `but` these names is refused
+    (OutputError)."""
     folder = user_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_empty(folder)
+        _check_empty(folder, but)
     except (FileExistsError, NotADirectoryError):
         raise OutputError(f"the output folder {folder} cannot be made: a file is in the way") from None
     except OSError as error:
@@ -98,8 +99,8 @@ def make_output_folder(folder: Path | str) -> Path:
     return folder
 
 
-def _check_empty(folder: Path) -> None:
-    if any(folder.iterdir()):
+def _check_empty(folder: Path, but: Collection[str] = ()) -> None:
+    if any(path.name not in but for path in folder.iterdir()):
         runs = f", or --root {folder} to put it beside the runs there" if (folder / "latest").is_dir() else ""
         raise OutputError(f"the output folder {folder} exists and is not empty; name another with -o{runs}")
 
@@ -172,21 +173,23 @@ def _unwritable(folder: Path, error: OSError) -> OutputError:
 
 
 def write_record(
-    folder: Path, verb: str, record: dict[str, Any], checkpoints: str, argv: Sequence[str] | None = None, **where: Any
-) -> None:
+    folder: Path, verb: str, record: dict[str, Any], checkpoints: str, argv: Sequence[str] | None = None,
+    anew: bool = False, **where: Any,
+) -> None:  # fmt: skip
     """cmd.txt, env.json and, last, config.json, which makes a folder a run to go on with.
 
     config.json says what the run is and where it was begun; in `resumed` the step and place of each time it went on,
     and under `before` what of the record was otherwise until then.
 
-    Args: checkpoints, their folder's name. argv, the verb's words for cmd.txt (default: this program's). where, what
-    counts beside the processor and the threads: device, dtype.
+    Args: checkpoints, their folder's name. argv, the verb's words for cmd.txt (default: this program's). anew: a run
+    begins, and what another one left there is written over. where, what counts beside the processor and the threads:
+    device, dtype.
     """
     import torch
 
     about = machine.about()
     here = {"version": __version__, "machine": about | where | {"threads": torch.get_num_threads()}}
-    record, old = json.loads(json.dumps(record, default=str)), read_record(folder)
+    record, old = json.loads(json.dumps(record, default=str)), None if anew else read_record(folder)
     if old is None:
         words = sys.argv[1:] if argv is None else argv
         atomic_write(folder / "cmd.txt", shlex.join(["python", "-m", f"mvdream_fast.{verb}", *words]) + "\n")
@@ -218,9 +221,20 @@ def _before(old: dict, new: dict) -> dict:
 def latest_step(folder: Path) -> int:
     """The step of a folder's newest checkpoint by its name, 0 where there is none."""
     pointer = folder / LATEST
-    name = read_text(pointer, ModelError).strip() if pointer.exists() else ""
+    return _step(read_text(pointer, ModelError).strip()) or 0 if pointer.exists() else 0
+
+
+def older_checkpoint(folder: Path) -> str | None:
+    """The file name of the newest checkpoint of a step before the latest one's; None where there is none."""
+    steps = {path.name: _step(path.name) for path in folder.iterdir()}
+    before = {name: step for name, step in steps.items() if step is not None and step < latest_step(folder)}
+    return max(before, key=lambda name: before[name], default=None)
+
+
+def _step(name: str) -> int | None:
+    """The step of a checkpoint by its file's or folder's name; None for another name."""
     found = re.fullmatch(r"(\d+)\.safetensors", name) or sharded_checkpoint.NAME.fullmatch(name)
-    return int(found[1]) if found else 0
+    return int(found[1]) if found else None
 
 
 def save_checkpoint(
@@ -274,7 +288,7 @@ def _latest(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     name = read_text(pointer, ModelError).strip()
-    if not (re.fullmatch(r"\d+\.safetensors", name) or sharded_checkpoint.NAME.fullmatch(name)):
+    if _step(name) is None:
         raise ModelError(f"{pointer} must hold a checkpoint's file name, got {name[:80]!r}")
     return folder / name
 

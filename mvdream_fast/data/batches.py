@@ -6,7 +6,6 @@ Writing shards is shards.py's.
 """
 
 import copy
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +25,8 @@ from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.backgrounds import BACKGROUND_SHARES, background, draw_background, on_background
 from mvdream_fast.data.captions import clean, head_noun, without_colors
-from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_views, reading_shard, shrunk
+from mvdream_fast.data.latent_cache import LatentCache
+from mvdream_fast.data.shards import decode_views, find_shards, list_shards, n_views, pairs, reading_shard, shrunk
 
 DECODED_BYTES = 1 << 30  # of decoded strips that are kept in memory
 SUFFIX = ", 3d asset"
@@ -185,19 +185,10 @@ def _noun(meta: dict) -> str:
 
 def _index(path: Path) -> list[Record]:
     """The records of one tar file; the end-of-archive blocks must be there, or the file was cut."""
-    records, meta, end = [], None, 0
     with reading_shard(path):
         with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                end = info.offset_data + (info.size + 511) // 512 * 512
-                if info.name.endswith(".json"):
-                    content = tar.extractfile(info)
-                    if content is None:
-                        raise ValueError(f"{info.name} is no file")
-                    meta = json.loads(content.read())
-                elif info.name.endswith(".webp") and meta is not None:
-                    records.append(Record(_checked(meta), path, info.offset_data, info.size))
-                    meta = None
+            records = [Record(_checked(meta), path, image.offset_data, image.size) for meta, image in pairs(tar)]
+            end = max((info.offset_data + (info.size + 511) // 512 * 512 for info in tar.getmembers()), default=0)
         with open(path, "rb") as file:
             file.seek(end)
             if file.read(512) != bytes(512):
@@ -217,15 +208,29 @@ def _without(captions: set[str], records: list[Record]) -> list[Record]:
 
 def _checked(meta: dict) -> dict:
     """A record's JSON with all that is read later; its words as the tokenizer takes them. Raises ValueError."""
-    cameras = np.shape(meta["c2w"]) if "fovy" in meta else (1, 16)
-    if cameras != (n_views(meta), 16) or not all(type(meta[k]) is int and meta[k] > 0 for k in ("size", "columns")):
-        raise ValueError("its cameras or sizes are no numbers")
+    if not all(type(meta[k]) is int and meta[k] > 0 for k in ("size", "columns")):
+        raise ValueError("its sizes are no positive whole numbers")
+    if not isinstance(meta["variants"], list):
+        raise ValueError("its variants are no list")
     words = [meta["caption"], *meta["variants"]]
     if not all(isinstance(text, str) for text in words):
         raise ValueError("its captions are no text")
+    for name in ("name", "kind"):  # what `_noun` asks, if they are there
+        if not isinstance(meta.get(name), str | None):
+            raise ValueError(f"its {name} is no text")
     caption, *variants = map(clean, words)
-    poses = {"c2w": np.asarray(meta["c2w"], np.float32)} if "fovy" in meta else {}  # lists take eight times the memory
-    return {**meta, **poses, "key": str(meta["key"]), "caption": caption, "variants": variants}
+    return {**meta, **_poses_of(meta), "key": str(meta["key"]), "caption": caption, "variants": variants}
+
+
+def _poses_of(meta: dict) -> dict[str, np.ndarray]:
+    """A record's c2w as float32 [V, 16], which takes an eighth of a list's memory. Raises ValueError."""
+    if "fovy" not in meta:
+        return {}
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        c2w, fovy = (np.asarray(meta[name], np.float32) for name in ("c2w", "fovy"))
+    if c2w.shape != (len(fovy), 16) or fovy.ndim != 1 or not (np.isfinite(c2w).all() and np.isfinite(fovy).all()):
+        raise ValueError("its cameras are not 16 finite numbers and a field of view for each view")
+    return {"c2w": c2w}
 
 
 def view_group(n_total: int, n_views: int, stream: Stream) -> list[int]:
@@ -288,10 +293,11 @@ class LatentSource:
     Args:
         shards: the split.
         encode: images [V, 3, s, s] -> scaled latents [V, C, h, w].
-        file: `<file>.npy` and `<file>.filled.npy` are made or continued.
+        file: the cache's name; its files are made or continued, as LatentCache's.
         shape: (C, h, w).
         key: names shards and autoencoder; a cache made under another key is made again.
         side: as ImageSource's.
+    Raises: OutputError, as LatentCache.
     """
 
     def __init__(
@@ -304,18 +310,9 @@ class LatentSource:
         side: Side | None = None,
     ):
         self.shards, self.encode, self.side = shards, encode, side
-        n_views = shards.records[0].n_views
-        note, full = file.with_suffix(".key"), (len(shards), len(BACKGROUND_SHARES), n_views, *shape)
-        made_of = f"{key} {full}".encode()
-        fresh = not note.exists() or note.read_bytes() != made_of
-        mode = "w+" if fresh else "r+"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            note.unlink(missing_ok=True)
-        self.latents = np.lib.format.open_memmap(file.with_suffix(".npy"), mode, np.float16, full)
-        self.filled = np.lib.format.open_memmap(file.with_suffix(".filled.npy"), mode, np.uint8, full[:2])
-        if fresh:
-            note.write_bytes(made_of)
+        shape = (len(shards), len(BACKGROUND_SHARES), shards.records[0].n_views, *shape)
+        self._cache = LatentCache(file, key, shape)  # held: its lock goes with it
+        self.latents, self.filled = self._cache.latents, self._cache.filled
 
     def batch(self, stream: Stream, n_scenes: int, n_views: int, multi_view: bool, ranks: Ranks = ALONE) -> Batch:
         """As ImageSource.batch, but encoded."""

@@ -1,4 +1,4 @@
-"""Webdataset shards of multi-view renders: plain tar files with `KEY.json` and `KEY.webp` for each object.
+"""Webdataset shards of multi-view renders: plain tar files with `KEY.json` and `KEY.webp` beside it for each object.
 
 The WebP is lossless RGBA, the views side by side (row-major in `columns`); the JSON holds cameras, words and credits.
 A picture that is no render has a JSON without c2w and fovy: it is one view without a camera, in `pictures-*.tar`.
@@ -19,6 +19,7 @@ from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.files import replace_file
 
 MAX_SIDE = 16383  # of a WebP
+ENDINGS = ("json", "webp")  # of a record's members
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,30 @@ def reading_shard(path: Path) -> Iterator[None]:
         raise InputFileError(f"{path}: not a whole shard of renders ({reason}); render it again") from None
 
 
+def pairs(tar: tarfile.TarFile) -> Iterator[tuple[dict, tarfile.TarInfo]]:
+    """The JSON of each record of a shard and its image, in order; members of other endings are left out.
+
+    The two stand side by side, whichever is first. Raises: ValueError for one without the other, or what is no JSON.
+    """
+    stem, halves = "", dict[str, tarfile.TarInfo]()
+    for info in tar:
+        name, _, ending = info.name.rpartition(".")
+        if ending not in ENDINGS:
+            continue
+        if not info.isfile():
+            raise ValueError(f"{info.name} is no file")
+        if halves and (name != stem or ending in halves):
+            break
+        stem, halves = name, halves | {ending: info}
+        if len(halves) == len(ENDINGS):
+            file = tar.extractfile(halves["json"])
+            yield json.loads(b"" if file is None else file.read()), halves["webp"]
+            halves = {}
+    for there in halves:
+        missing = next(ending for ending in ENDINGS if ending != there)
+        raise ValueError(f"{stem}.{there} has no {stem}.{missing} beside it")
+
+
 def read_metas(path: Path) -> Iterator[dict]:
     """The JSON of a shard's records, without their images. Raises InputFileError naming the file."""
     with reading_shard(path), tarfile.open(path, "r:") as tar:
@@ -154,12 +179,7 @@ def read_metas(path: Path) -> Iterator[dict]:
 def read_shard(path: Path) -> Iterator[Sample]:
     """The samples of a shard in order. Raises InputFileError naming the file where it is truncated or foreign."""
     with reading_shard(path), tarfile.open(path, "r:") as tar:
-        meta = None
-        for info in tar:
-            file = tar.extractfile(info) if info.isfile() else None
+        for meta, image in pairs(tar):
+            file = tar.extractfile(image)
             content = b"" if file is None else file.read()
-            if info.name.endswith(".json"):
-                meta = json.loads(content)
-            elif info.name.endswith(".webp") and meta is not None:
-                yield Sample(meta, decode_views(content, n_views(meta), meta["columns"], meta["size"]))
-                meta = None
+            yield Sample(meta, decode_views(content, n_views(meta), meta["columns"], meta["size"]))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,14 +36,17 @@ def share_out(
     """The slots of this machine and the threads of each: a worker for each GPU, else for each core, or as asked.
 
     Args:
-        device: as the flag says; a single one ("cuda:1") gets all workers. n_gpus: 0 on a machine without.
-        most: as many as the memory allows, on a CPU.
+        device: as the flag says; a single one ("cuda:1") gets all workers, one unless more are asked for. n_gpus: of
+            the machine, 0 where there is none.
+        most: workers on a CPU where none are asked for, at most; None for as many as it has cores for.
     """
     cores = available_cores()
-    n = workers or n_gpus or max(1, min(cores // (threads or 1), most or cores))
+    names = [f"cuda:{i}" for i in range(n_gpus)]
+    if names and ":" in device:
+        names = [device]
+    n = workers or len(names) or max(1, min(cores // (threads or 1), most or cores))
     threads = threads or max(1, cores // n)
-    if n_gpus:
-        names = [device] if ":" in device else [f"cuda:{i}" for i in range(n_gpus)]
+    if names:
         return [Slot(names[i % len(names)]) for i in range(n)], threads
     mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if n * threads != len(mine):  # others may be at work on the rest
@@ -110,17 +114,20 @@ class Workers:
 
 
 def _reason(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    number = -code if code < 0 else code - 128  # that ended it, or that it was told to leave by
+    return signal.Signals(number).name if number in [*signal.Signals] else f"exit code {code}"
 
 
 def _worker(setup: Setup, name: str, cores: tuple[int, ...]) -> None:
-    """The process of a worker."""
+    """The process of a worker. Ends with 0 only where no work is left for it: one that was told to leave says so, and
+    is started again by whoever has not told it."""
     share_cores()
     if cores:
         os.sched_setaffinity(0, cores)
     with Interrupt() as stop:
         threading.Thread(target=_leave_with_parent, args=(stop,), daemon=True).start()
         run_worker(setup, name, stop)
+    sys.exit(stop.exit_code)
 
 
 def _leave_with_parent(stop: Interrupt) -> None:

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ AGAIN_S = 5.0  # between two tries to reach the cluster
 GRACE_S = 120.0  # for actors that were asked to save and to leave
 ROUND_S = 1.0
 LOOK_S = 5.0  # between two looks at the queue and at the cluster's size
+ROOM_S = 300.0  # for a machine to join that can hold a worker, where none ever could
+UNKNOWN, ROOM = -2, -1  # in place of the most cores that a machine has: not looked at yet; one can hold a worker
 
 
 def check_installed() -> None:
@@ -47,6 +50,9 @@ class Cluster:
         self._context = multiprocessing.get_context("spawn")
         self._heard: Synchronized[float] = self._context.Value("d", 0.0)
         self._reached: Synchronized[int] = self._context.Value("i", 0)
+        self._most: Synchronized[int] = self._context.Value("i", UNKNOWN)
+        self._waits: float | None = None  # since when for a machine that can hold a worker
+        self._had_room = False
         self._process: SpawnProcess | None = None
         self._next, self._tries = 0.0, 0
 
@@ -54,14 +60,14 @@ class Cluster:
         """Begins to talk to Ray."""
         self._heard.value = time.monotonic()
         self._tries += 1
-        args = self._setup, self._address, self._n, self._heard, self._reached
+        args = self._setup, self._address, self._n, self._heard, self._reached, self._most
         self._process = self._context.Process(target=_drive, args=args, name="ray driver")
         self._process.start()
 
     def tend(self) -> bool:
         """Reaches for the cluster again where it was lost. False once all workers have ended as they should.
 
-        Raises: UserError where none was ever reached.
+        Raises: UserError where none was ever reached, or none of its machines could ever hold a worker.
         """
         process = self._process
         if process is None:
@@ -69,6 +75,7 @@ class Cluster:
                 self.start()
             return True
         if process.exitcode is None and time.monotonic() - self._heard.value < SILENT_S:
+            self._look_for_room()
             return True
         if process.exitcode == 0:
             return False
@@ -81,6 +88,22 @@ class Cluster:
         self._say(f"the Ray cluster {self._address} was lost; trying to reach it again")
         self._process, self._next = None, time.monotonic() + AGAIN_S
         return True
+
+    def _look_for_room(self) -> None:
+        """Says once that no machine can hold a worker. Raises UserError where that stays so from the start."""
+        most = self._most.value
+        if most in (UNKNOWN, ROOM):
+            self._had_room, self._waits = self._had_room or most == ROOM, None
+            return
+        lacks = (
+            f"the Ray cluster {self._address} must have a machine with {self._setup.threads} cores for a worker, "
+            f"got at most {most}"
+        )
+        if self._waits is None:
+            self._waits = time.monotonic()
+            self._say(f"{lacks}; waiting for one")
+        elif not self._had_room and time.monotonic() - self._waits > ROOM_S:
+            raise UserError(f"{lacks}; give workers fewer (batch --threads, render --workers), or add a machine")
 
     def stop(self, grace: float = GRACE_S) -> None:
         """Asks all workers to save and to leave."""
@@ -114,16 +137,20 @@ class Crew:
         self.ray, self.setup, self.n_made = ray, setup, 0
         self.at_work: dict[Any, Any] = {}  # what `work` will return -> its actor
 
-    def hire(self, workers: int | None) -> None:
-        """Makes actors until there are as many as asked, or as the cluster has room for."""
-        room = self.ray.cluster_resources()
-        n_gpus = int(room.get("GPU", 0)) if self.setup.device != "cpu" else 0
-        n = workers or n_gpus or int(room.get("CPU", 0)) // self.setup.threads
+    def hire(self, workers: int | None) -> int:
+        """Makes actors until there are as many as asked, or as the machines have room for. Returns ROOM, or the most
+        cores that a machine has where none has enough for a worker."""
+        machines: list[dict[str, float]] = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        cores = [int(room.get("CPU", 0)) for room in machines]
+        n_gpus = int(sum(room.get("GPU", 0) for room in machines)) if self.setup.device != "cpu" else 0
+        n = workers or n_gpus or sum(found // self.setup.threads for found in cores)
         needs = {"num_gpus": min(1.0, n_gpus / n)} if n_gpus and n else {"num_cpus": self.setup.threads}
         while len(self.at_work) < n:
             actor = self.ray.remote(Actor).options(max_concurrency=2, **needs).remote()
             self.at_work[actor.work.remote(self.setup, str(self.n_made))] = actor
             self.n_made += 1
+        most = max(cores, default=0)
+        return ROOM if n_gpus or most >= self.setup.threads else most
 
     def release(self, seconds: float) -> None:
         """Forgets who has ended within so many seconds, in whatever way."""
@@ -148,9 +175,11 @@ class Crew:
 
 
 def _drive(
-    setup: Setup, address: str, workers: int | None, heard: "Synchronized[float]", reached: "Synchronized[int]"
-) -> None:
-    """The process that talks to Ray: hires until nothing is left to do, or until a signal."""
+    setup: Setup, address: str, workers: int | None, heard: "Synchronized[float]", reached: "Synchronized[int]",
+    most: "Synchronized[int]",
+) -> None:  # fmt: skip
+    """The process that talks to Ray: hires until nothing is left to do, or until a signal. Ends with 0 only where no
+    work is left, as local.py's workers do. most: becomes what `Crew.hire` returns."""
     import ray
 
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -167,11 +196,12 @@ def _drive(
                 queue.look()
                 looking.begin()
                 if setup.forever or queue.unfinished():
-                    crew.hire(workers)
+                    most.value = crew.hire(workers)
                 elif not crew.at_work:
                     return
             crew.release(ROUND_S)
         crew.stop()
+    sys.exit(stop.exit_code)
 
 
 def _leave_with_parent() -> None:

@@ -65,7 +65,10 @@ def _of_line(text: str, root: Path, flags: dict[str, Any], file: dict[str, Any] 
     about = {key: value for key, value in data.items() if key in SUBJECT} if is_object(data) else {}
     if about:
         text = json.dumps({key: value for key, value in data.items() if key not in SUBJECT})
-    wanted = request.resolve({**flags, **settings_file.read_line(text)}, file)
+    asked = {**flags, **settings_file.read_line(text)}
+    if {**(file or {}), **asked}.get("seed") == "random":  # drawn anew, it would make every call's job another one
+        raise ArgumentError('seed must be a number, got "random"; name one, so that the same command goes on with it')
+    wanted = request.resolve(asked, file)
     if not about:
         return [sds_job(wanted, retries)]
     tuning = _tuning(checked(Subject, about, "", ArgumentError), wanted, root, retries)

@@ -70,6 +70,12 @@ def absolute(place: str) -> str:
     return place if "://" in place else str(user_path(place).absolute())
 
 
+def is_shared(place: str) -> bool:
+    """Whether other processes find there what this one writes; memory:// is each one's own, by itself or under another
+    filesystem."""
+    return not any(link.startswith("memory://") for link in place.split("::"))
+
+
 def lacks_space(error: BaseException | None) -> bool:
     """Whether an error says, or was raised from one that says, that the disk is full."""
     while error is not None:

@@ -16,6 +16,11 @@ from mvdream_fast.jobs.workspace import prune
 TEND_S = 0.2
 PAGE_S = 2.0  # between two looks at all jobs; longer where such a look takes more than SHARE of the time
 SHARE = 0.01
+REASONS = {
+    State.CANCELLED: "cancelled",
+    State.QUEUED: "no worker is left to make it; the same command goes on",
+    State.RUNNING: "a worker that is gone has begun it; the same command goes on",
+}
 LINE_S = 10.0  # between two lines where there is no terminal
 
 
@@ -80,9 +85,10 @@ class Watch:
 
 def failures(queue: Queue, ids: Collection[str], verb: str) -> int:
     """Says on stderr, as the command `verb`, which of these jobs were not made, and why. Returns the exit code of the
-    first, 0 for none."""
-    missing = [(j, s) for j, s in queue.jobs() if j.id in ids and s.state in (State.FAILED, State.CANCELLED)]
+    first that failed or was cancelled; 1 where all others only wait or run, 0 where all are done."""
+    missing = [(job, status) for job, status in queue.jobs() if job.id in ids and status.state != State.DONE]
     for job, status in missing:
-        reason = status.message if status.state == State.FAILED else "cancelled"
+        reason = status.message if status.state == State.FAILED else REASONS[status.state]
         print(f"{verb}: {job.title!r}: {reason}", file=sys.stderr)
-    return (missing[0][1].exit_code or UserError.exit_code) if missing else 0
+    codes = [status.exit_code for _, status in missing if status.state in (State.FAILED, State.CANCELLED)]
+    return (codes[0] if codes else 0) or (UserError.exit_code if missing else 0)

@@ -5,6 +5,7 @@ The loop that calls it (checkpoints, log, signals) is loop.py; what the evaluato
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvdream_fast.core.errors import InputFileError
 from mvdream_fast.core.images import GREY
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
 from mvdream_fast.data.backgrounds import on_background
-from mvdream_fast.data.batches import SUFFIX, Shards, view_group
+from mvdream_fast.data.batches import SUFFIX, Record, Shards, view_group
 from mvdream_fast.evaluation.evaluator import Evaluator
 from mvdream_fast.evaluation.measures import opposite_difference
 from mvdream_fast.evaluation.reference import HAS_FRONT, Orbit
@@ -59,10 +61,46 @@ class EvaluatorBatch:
     also_true: Tensor
 
 
+def check_renders(shards: Shards) -> None:
+    """Refuses what is no render of objects by their ids: pictures, and shards of other programs.
+
+    Raises: InputFileError naming the shard and what its JSON lacks of all that is learned from or measured.
+    """
+    for record in shards.records:
+        for name, (kind, holds) in _NEEDED.items():
+            if not holds(record):
+                raise InputFileError(
+                    f"{record.path}: {name} of {record.meta['key']} must be {kind}, got "
+                    f"{repr(record.meta.get(name))[:80]}; render it again"
+                )
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and -math.inf < x < math.inf
+
+
+def _has_azimuths(record: Record) -> bool:
+    azimuths = record.meta.get("azimuth_deg")
+    return isinstance(azimuths, list) and len(azimuths) == record.n_views and all(map(_is_number, azimuths))
+
+
+_NEEDED: dict[str, tuple[str, Callable[[Record], bool]]] = {  # of a record's JSON
+    "id": ("a text", lambda record: isinstance(record.meta.get("id"), str)),
+    "azimuth_deg": ("a finite number for each view", _has_azimuths),
+    "elevation_deg": ("a finite number", lambda record: _is_number(record.meta.get("elevation_deg"))),
+    "painted": ("true or false", lambda record: isinstance(record.meta.get("painted"), bool)),
+    "name": ("a text", lambda record: isinstance(record.meta.get("noun") or record.meta.get("name"), str)),
+}
+
+
 class EvaluatorSource:
-    """Batches from shards. Scenes come in pairs of one asset, in other colours: what tells a chair from a red chair."""
+    """Batches from shards. Scenes come in pairs of one asset, in other colours: what tells a chair from a red chair.
+
+    Raises: InputFileError, as check_renders.
+    """
 
     def __init__(self, shards: Shards):
+        check_renders(shards)
         self.shards = shards
         self.true = [frozenset((r.meta["caption"], *r.meta["variants"])) for r in shards.records]
         by_asset: dict[str, list[int]] = defaultdict(list)

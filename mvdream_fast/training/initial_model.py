@@ -101,7 +101,8 @@ def adjusted(model: Model, settings: Sequence[str], seed: int) -> Model:
     """
     config = with_settings(model.config, settings)
     for part in PARTS if settings else ():
-        module = getattr(model, part)
+        if (module := getattr(model, part)) is None:
+            continue
         trained, wanted = owner(part, module).state_dict(), manifest(part, config)
         fixed = [name for name in trained.keys() | wanted.keys() if not ADDED.search(name)]
         if any(name not in trained or trained[name].shape != wanted.get(name) for name in fixed):

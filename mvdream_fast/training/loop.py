@@ -3,14 +3,16 @@
 The optimisations themselves are unet.py, vae.py, evaluator.py and tuning/dreambooth.py.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from mvdream_fast.core import run_folder, sharded_checkpoint
+from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.images import png_bytes, sheet
 from mvdream_fast.core.processes import ALONE, Ranks, is_sharded
 from mvdream_fast.core.progress import Every
@@ -20,7 +22,10 @@ Report = Callable[[], dict[str, float]]  # validates, draws sheets; the figures 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """When the loop stops, and what it writes on the way (minutes of wall time, or steps; 0 = never)."""
+    """When the loop stops, and what it writes on the way (minutes of wall time, or steps; 0 = never).
+
+    rate_flag: by which a run that goes on may be given another learning rate; "" where the rate stays as it was begun.
+    """
 
     steps: int
     checkpoint_minutes: float = 5.0
@@ -28,13 +33,14 @@ class LoopOptions:
     log_every: int = 10
     checkpoint_steps: int = 0
     report_steps: int = 0
+    rate_flag: str = ""
 
 
 class Loop:
     """Runs a trainer to a number of steps: log lines, checkpoints, and `report` every so often.
 
-    Works on anything with `step`, `train_step()`, `ahead`, `state()`, `like()` and `meta()`. Of several processes the
-    first one's clock counts, and it alone writes, but for sharded checkpoints.
+    Works on anything with `step`, `train_step()`, `check_weights()`, `ahead`, `state()`, `like()` and `meta()`. Of
+    several processes the first one's clock counts, and it alone writes, but for sharded checkpoints.
     """
 
     def __init__(self, trainer, folder: Path, options: LoopOptions, report: Report | None = None, ranks: Ranks = ALONE):
@@ -53,7 +59,11 @@ class Loop:
         return True
 
     def save(self) -> None:
-        """Writes a checkpoint of the trainer as it is: a file, or each process its share of a sharded one."""
+        """Writes a checkpoint of the trainer as it is: a file, or each process its share of a sharded one.
+
+        Raises DivergedError for weights that are not finite: the checkpoint before stays the latest.
+        """
+        self.trainer.check_weights()
         step, state, meta = self.trainer.step, self.trainer.state(), self.trainer.meta()
         if any(map(is_sharded, state.values())):
             sharded_checkpoint.save(self.checkpoints, run_folder.LATEST, step, state, meta, self.ranks)
@@ -61,7 +71,16 @@ class Loop:
             run_folder.save_checkpoint(self.checkpoints, step, state, meta)
 
     def run(self) -> int:
-        """Trains until `steps` or until a signal asks to stop; always leaves a checkpoint. Returns the exit code."""
+        """Trains until `steps` or until a signal asks to stop; leaves a checkpoint then. Returns the exit code.
+
+        Raises DivergedError where loss, gradients, weights or a figure of the log are not finite; it says what to do.
+        """
+        try:
+            return self._run()
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {self._remedy()}") from error
+
+    def _run(self) -> int:
         options, window, since, stopped = self.options, [], time.monotonic(), 0
         saving, reporting = Every(60 * options.checkpoint_minutes), Every(60 * options.sheet_minutes)
         with run_folder.Interrupt() as interrupt:
@@ -103,13 +122,36 @@ class Loop:
 
     def _report(self) -> None:
         if self.report is not None:
+            self.trainer.check_weights()
             self._say(self.report())
 
     def _say(self, record: dict[str, float]) -> None:
         if not self.ranks.first:
             return
+        check_figures(self.trainer.step, record)
         self.log.write({"step": self.trainer.step, **record})
         print(f"step {self.trainer.step}: " + " ".join(f"{k} {x:.4g}" for k, x in record.items()), flush=True)
+
+    def _remedy(self) -> str:
+        """What to do about a run that has diverged, so that it works: from which checkpoint, or anew."""
+        flag, folder = self.options.rate_flag, self.checkpoints
+        if not flag:
+            return "begin again with a smaller learning rate"
+        if not (folder / run_folder.LATEST).exists():
+            return f"begin again with a smaller {flag}"
+        if (step := run_folder.latest_step(folder)) < self.trainer.step:
+            return f"go on from step {step} by --resume with a smaller {flag}"
+        # The same weights would fail in the same way: a step's batch doesn't depend on the rate.
+        if older := run_folder.older_checkpoint(folder):
+            return f"write '{older}' into {folder / run_folder.LATEST} and go on by --resume with a smaller {flag}"
+        return f"begin again in another folder with a smaller {flag}"
+
+
+def check_figures(step: int, figures: Mapping[str, float]) -> None:
+    """Raises DivergedError, naming the first of the figures that is not finite."""
+    for name, x in figures.items():
+        if not math.isfinite(x):
+            raise DivergedError(f"{name} is {x} at step {step}")
 
 
 def save_samples(folder: Path, step: int, images: Tensor) -> None:

@@ -5,16 +5,17 @@ The optimisations themselves are unet.py and vae.py.
 
 import copy
 import dataclasses
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvdream_fast.checkpoints.open import Model, load_model, needed, save_model
-from mvdream_fast.core import cli, machine, run_folder
-from mvdream_fast.core.errors import ArgumentError, InputFileError, OutputError
+from mvdream_fast.core import machine, run_folder
+from mvdream_fast.core.errors import ArgumentError, DivergedError, InputFileError
 from mvdream_fast.core.process_watch import watched
 from mvdream_fast.core.processes import ALONE, Ranks, is_first, join, launched, leave, meeting_place
 from mvdream_fast.core.rng import Stream
@@ -26,15 +27,24 @@ from mvdream_fast.evaluation.reference import measure
 from mvdream_fast.guidance.prompts import VIEW_WORDS
 from mvdream_fast.models.vae import VAE
 from mvdream_fast.training.cleaner import CLEANER_WIDTH, CleanerTrainer
-from mvdream_fast.training.evaluator import PATCH, Degradation, EvaluatorOptions, EvaluatorSource, EvaluatorTrainer
+from mvdream_fast.training.evaluator import (
+    PATCH,
+    Degradation,
+    EvaluatorOptions,
+    EvaluatorSource,
+    EvaluatorTrainer,
+    check_renders,
+)
 from mvdream_fast.training.flags import Flags
-from mvdream_fast.training.initial_model import initial_model, new_model, vocabulary_rows
-from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
+from mvdream_fast.training.initial_model import adjusted, initial_model, new_model, vocabulary_rows
+from mvdream_fast.training.loop import Loop, LoopOptions, check_figures, save_samples
 from mvdream_fast.training.matting import MATTING_WIDTH, MattingTrainer
+from mvdream_fast.training.request import check_views, output_folder
 from mvdream_fast.training.sharing import check_ranks, share_group
 from mvdream_fast.training.sources import mixed_source
 from mvdream_fast.training.touched import TouchedOptions, with_network
 from mvdream_fast.training.unet import Parts, Trainer, TrainOptions
+from mvdream_fast.training.update import check_same_kind
 from mvdream_fast.training.vae import (
     Linear,
     VAEOptions,
@@ -47,37 +57,37 @@ from mvdream_fast.training.vae import (
 
 N_FIT, N_CHECK = 512, 256  # images for the linear bound and the latent scale; held-out images for the PSNR
 SHEET_PROMPTS = 8
+HALF_MAX = torch.finfo(torch.float16).max
 
 NETWORKS = {"cleaner": (CleanerTrainer, CLEANER_WIDTH), "matting": (MattingTrainer, MATTING_WIDTH)}
-FIXED = (
-    "stage", "config", "settings", "init", "vae", "text", "vocabulary", "stand_ins", "decoder_only", "freeze_text",
-    "seed",
-)  # fmt: skip
 PASSING = ("output", "resume", "device", "graphs", "threads", "workers", "given")  # not what a run is
 
 
 def run_stage(args: Flags) -> int:
-    """Trains as the flags say and writes `output/model`; returns the exit code."""
-    args = _settled(args)
+    """Trains as the flags say, once they are settled (request.py), and writes `output/model`; returns the exit code."""
     shards = Shards(args.data)
     check_ranks(args, launched()[0], shards)
     held_out = _beside(args.data, HELD_OUT)
-    folder = _output(args)
+    check_views(args, shards, held_out)
+    folder = output_folder(args)
+    if args.resume:  # before the record says that the run is of this stage
+        check_same_kind(run_folder.load_latest_meta(folder / "checkpoints") or {}, f"train-{args.stage}")
     if not is_first():
         return _train(args, folder, shards, held_out)
     with run_folder.locked(folder):
+        if not args.resume:
+            _forget(folder)
         settings = {name: x for name, x in dataclasses.asdict(args).items() if name not in PASSING}
         record, where = {"kind": "training", "settings": settings}, {"device": str(_device(args))}
-        run_folder.write_record(folder, "train", record, "checkpoints", **where, processes=launched()[0])
+        run_folder.write_record(folder, "train", record, "checkpoints", anew=not args.resume, **where,
+                                processes=launched()[0])  # fmt: skip
         return _train(args, folder, shards, held_out)
 
 
-def _settled(args: Flags) -> Flags:
-    """The flags of a run that goes on: what is not given is as it was, what made the model cannot change."""
-    record = run_folder.read_record(Path(args.output)) if args.resume else None
-    if record is None or record.get("kind") != "training":
-        return args  # a new run, or one from before there was a record
-    return cli.settled(args, record["settings"], FIXED)
+def _forget(folder: Path) -> None:
+    """Removes what a run that died before its first checkpoint has logged: another one begins in its folder."""
+    shutil.rmtree(folder / "samples", ignore_errors=True)
+    (folder / "log.jsonl").unlink(missing_ok=True)
 
 
 def _train(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
@@ -89,20 +99,6 @@ def _train(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -
         code = _train_unet(args, folder, shards, held_out, ranks)
     leave(ranks)
     return code
-
-
-def _output(args: Flags) -> Path:
-    """The output folder. A run that is there already is only continued on request, and only a run is continued."""
-    folder, there = Path(args.output), (Path(args.output) / "checkpoints" / run_folder.LATEST).exists()
-    if there and not args.resume:
-        raise OutputError(f"{folder} holds a training run already; continue it with --resume, or name another with -o")
-    if args.resume and not there:
-        raise ArgumentError(f"--resume must find a checkpoint in {folder}, got none; leave it out to begin a run")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the output folder {folder} cannot be made: {error.strerror}") from error
-    return folder
 
 
 def _beside(data: Path, split: str) -> Shards | None:
@@ -154,9 +150,9 @@ def _checked_images(shards: Shards, held_out: Shards | None, size: int) -> Tenso
 
 def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | None) -> int:
     if args.init:
-        model = load_model(args.init, torch.float32)
+        model = adjusted(load_model(args.init, torch.float32), args.settings, args.seed)
     else:
-        model = new_model(args.config, vocabulary_rows(args, folder, shards.captions()), args.seed)
+        model = new_model(args.config, vocabulary_rows(args, folder, shards.captions()), args.seed, args.settings)
     vae = needed(model.vae, "vae")
     if not isinstance(vae, VAE):
         raise ArgumentError(f"--stage vae needs a model with an autoencoder, got {model.config.name}")
@@ -167,7 +163,10 @@ def _train_vae(args: Flags, folder: Path, shards: Shards, held_out: Shards | Non
     linear = Linear.fit(fit, model.config.vae.downsampling)
     bound = linear.bound(check, model.config.vae.latent_channels)
     if not args.init and len(model.config.vae.block_out_channels) == 1:
-        linear_start(vae, linear)
+        try:
+            linear_start(vae, linear)
+        except ValueError as error:
+            raise ArgumentError(f"--set must leave the autoencoder room to begin: {error}") from error
     device = _device(args)
     vae.to(device).train()
     options = VAEOptions(steps=args.steps, seed=args.seed, decoder_only=args.decoder_only, **_given(args))
@@ -250,16 +249,19 @@ def _train_unet(args: Flags, folder: Path, shards: Shards, held_out: Shards | No
         with trainer.averaged():
             if not ranks.first:
                 return {}
+            figures = trainer.validate(validation)
+            check_figures(trainer.step, figures)
             images = trainer.sample(prompts, args.n_views, args.sheet_guidance)
             save_samples(folder, trainer.step, images)
             (folder / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
             _export(model, folder / "model")
-            return trainer.validate(validation)
+            return figures
 
     code = _run(trainer, folder, args, report, ranks)
-    with trainer.averaged():
-        if ranks.first:
-            _export(model, folder / "model")
+    if code:  # stopped without a last report
+        with trainer.averaged():
+            if ranks.first:
+                _export(model, folder / "model")
     return code
 
 
@@ -267,6 +269,7 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
     """The evaluator, and what real renders score in its eyes: all of weights/evaluator but the prompts."""
     if held_out is None:
         raise InputFileError(f"no held-out shards in {args.data}; the evaluator's accuracy is measured on them")
+    check_renders(held_out)
     vocabulary = vocabulary_rows(args, folder, shards.captions())
     torch.manual_seed(args.seed)
     config = EvaluatorConfig(vocabulary_size=len(vocabulary))
@@ -280,10 +283,12 @@ def _train_evaluator(args: Flags, folder: Path, shards: Shards, held_out: Shards
 
     def report() -> dict[str, float]:
         with trainer.averaged():
+            _check_halves("evaluator", evaluator)
             save_evaluator(evaluator, folder / "model")
         saved = load_evaluator(folder / "model")  # measured as it ships: in half precision
         reference = measure(saved, shards, held_out, load_classifier() if is_installed() else None)
         saved.about = {"steps": trainer.step, "seed": args.seed, "orbits": len(shards), "held_out": reference.scores}
+        check_figures(trainer.step, reference.scores)
         save_evaluator(saved, folder / "model")
         reference.save(folder / "model")
         return reference.scores
@@ -311,7 +316,7 @@ def _options(args: Flags) -> TrainOptions:
 
 
 def _loop_options(args: Flags) -> LoopOptions:
-    return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes)
+    return LoopOptions(args.steps, args.checkpoint_minutes, args.sheet_minutes, rate_flag="--lr")
 
 
 def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:
@@ -324,6 +329,15 @@ def _sheet_prompts(shards: Shards, held_out: Shards | None) -> list[str]:
 
 
 def _export(model: Model, folder: Path) -> None:
-    """Writes the weights as a model folder in fp16."""
+    """Writes the weights as a model folder in fp16. Raises DivergedError where that cannot hold them."""
     halves = {part: copy.deepcopy(getattr(model, part)).cpu().half() for part in ("unet", "vae", "text")}
+    for part, module in halves.items():
+        _check_halves(part, module)
     save_model(Model(model.config, tokenizer=model.tokenizer, **halves), folder, overwrite=True)
+
+
+def _check_halves(part: str, module: nn.Module) -> None:
+    """Raises DivergedError, naming the first of a module's weights that is too large for half precision."""
+    for name, weight in module.state_dict().items():
+        if not weight.half().isfinite().all():
+            raise DivergedError(f"{name} of the {part} is beyond half precision's {HALF_MAX:g}")

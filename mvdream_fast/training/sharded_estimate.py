@@ -3,17 +3,18 @@ bytes that pass its link in a step. Told on the meta device for any number of pr
 `python -m mvdream_fast.training.sharded_estimate 1 8 64` prints it.
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Annotated
 
 import torch
+import tyro
 from torch import nn
 
 from mvdream_fast.checkpoints.manifest import build
-from mvdream_fast.core import memory
+from mvdream_fast.core import cli, memory
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.memory import gb
 from mvdream_fast.models.config import SD21, ModelConfig
@@ -162,23 +163,37 @@ def _unit(parameters: list[nn.Parameter], group: int, itemsize: int) -> _Unit:
     return _Unit(group, sum(shares), trained, itemsize)
 
 
-def main(worlds: list[str]) -> None:
-    """Prints a Markdown table: the full-size model, 8 scenes of 4 views a process, for each number of processes."""
-    plans = {world: estimate_sharded(SD21, 8, int(world)) for world in worlds}
+@dataclass(frozen=True)
+class Flags:
+    """Prints a Markdown table of what each process needs and sends: the full-size model, 8 scenes of 4 views a process,
+    bf16 and gradient checkpointing, on the meta device.
+    """
+
+    worlds: Annotated[tuple[int, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROCESSES ...")] = (1, 8, 64)
+    """numbers of processes, each a column of the table"""
+
+
+def main(flags: Flags) -> None:
+    """Prints the table. Raises ArgumentError for a number of processes below 1."""
+    worlds = flags.worlds
+    for world in worlds:
+        if world < 1:
+            raise ArgumentError(f"PROCESSES must be at least 1, got {world}; name as many as will train")
+    plans = {world: estimate_sharded(SD21, 8, world) for world in worlds}
     names = [name for name in next(iter(plans.values())).memory if name != memory.PROGRAM]
     rows = {name: [gb(plan.memory[name]) for plan in plans.values()] for name in names}
     rows["all, with the program"] = [gb(plan.total) for plan in plans.values()]
-    without = [estimate_sharded(SD21, 8, int(world), checkpointing=False) for world in worlds]
+    without = [estimate_sharded(SD21, 8, world, checkpointing=False) for world in worlds]
     rows["activations without gradient checkpointing"] = [gb(plan.memory["activations"]) for plan in without]
     rows["received in a step"] = [gb(plan.all_gather) for plan in plans.values()]
     rows["sent in a step"] = [gb(plan.reduce_scatter) for plan in plans.values()]
     rows["collective calls in a step"] = [str(plan.n_collectives) for plan in plans.values()]
     rows["its part of a checkpoint"] = [gb(plan.checkpoint) for plan in plans.values()]
-    print("| processes | " + " | ".join(worlds) + " |")
+    print("| processes | " + " | ".join(map(str, worlds)) + " |")
     print("|---" * (1 + len(worlds)) + "|")
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["1", "8", "64"])
+    cli.run(main, Flags, prog="training.sharded_estimate")

@@ -59,15 +59,31 @@ class BaseTrainer:
         self._averaged = False
 
     def check_finite(self, loss: float) -> None:
-        """Raises DivergedError for a loss that is no number."""
+        """Raises DivergedError for a loss that is no number; what to do about it the loop adds (loop.py)."""
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {self.step}; resume with a smaller learning rate")
+            raise DivergedError(f"the loss is {loss} at step {self.step}")
+
+    @torch.no_grad()
+    def check_weights(self) -> None:
+        """Raises DivergedError, on all processes, where a weight or its average is not finite.
+
+        The device is waited for, so this is for what writes weights, not for every step.
+        """
+        shares = (processes.local(x) for x in (*self.parameters, *self.ema))
+        finite = torch.stack([share.isfinite().all() for share in shares]).all().item()
+        if self.ranks.largest(int(not finite))[0]:
+            raise DivergedError(f"a weight is no longer finite at step {self.step}")
 
     def update(self) -> float:
-        """Takes one step down the gradients that backward left; returns their norm."""
+        """Takes one step down the gradients that backward left; returns their norm.
+
+        Raises DivergedError for a norm that is not finite, before a weight is touched; a scaler leaves such a step out.
+        """
         self.scaler.unscale_(self.optimizer)
         self.add_gradients()
         norm = processes.number(nn.utils.clip_grad_norm_(self.parameters, self.options.clip))
+        if not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise DivergedError(f"the norm of the gradients is {norm} at step {self.step}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * self.lr_share()
         self.scaler.step(self.optimizer)
@@ -82,7 +98,7 @@ class BaseTrainer:
                 torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                     self.ema, [p.float() for p in self.parameters], 1 - decay
                 )
-        return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0  # a step that the scaler left out
+        return norm if math.isfinite(norm) else 0.0  # a step that the scaler left out
 
     def scale(self) -> Tensor:
         """What a loss is multiplied by before its backward, a scalar on the device; 1 but for float16."""
@@ -171,12 +187,15 @@ def _fill(parameters: Sequence[Tensor], values: list[Tensor]) -> None:
         torch._foreach_copy_([*parameters], values)  # pyright: ignore[reportPrivateImportUsage] # as above
 
 
+def check_same_kind(found: dict, kind: str) -> None:
+    """Raises ModelError where a checkpoint's meta is of another kind of trainer."""
+    if found.get("kind") != kind:
+        raise ModelError(f"the checkpoint is of {found.get('kind')}, not of {kind}; name another folder with -o")
+
+
 def check_same_model(found: dict, wanted: dict) -> None:
     """Raises ModelError naming what differs between a checkpoint's meta and the run's."""
-    if found.get("kind") != wanted["kind"]:
-        raise ModelError(
-            f"the checkpoint is of {found.get('kind')}, not of {wanted['kind']}; name another folder with -o"
-        )
+    check_same_kind(found, wanted["kind"])
     for part, value in wanted["config"].items():
         other = found["config"].get(part, value if part == "guidance" else None)  # which no weight depends on
         if isinstance(value, dict) and other:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvdream_fast.core import reads
+from mvdream_fast.core.errors import DivergedError
 from mvdream_fast.core.pinned import to_device
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.ahead import Ahead
@@ -111,9 +112,15 @@ def reconstruction(vae: VAE, images: Tensor) -> float:
 
 @torch.no_grad()
 def measure_scale(vae: VAE, images: Tensor) -> float:
-    """One factor for all latent components that gives them unit variance together; their spectrum stays natural."""
+    """One factor for all latent components that gives them unit variance together; their spectrum stays natural.
+
+    Raises DivergedError where the latents are not finite, or all one number.
+    """
     latents = torch.cat([vae.encode(x) for x in images.split(32)]) / vae.config.scale_factor
-    return float(1 / latents.std())
+    scale = float(1 / latents.std())
+    if not math.isfinite(scale):
+        raise DivergedError("the latents are all one number, or not finite; begin again with a smaller --lr")
+    return scale
 
 
 @torch.no_grad()

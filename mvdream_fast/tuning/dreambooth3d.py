@@ -41,6 +41,8 @@ from mvdream_fast.tuning.dreambooth import DreamBoothTrainer
 from mvdream_fast.tuning.photos import PhotoSource, draw
 from mvdream_fast.tuning.tune import Plan, encoded, latest, load_parts, photo_source, tune
 
+TUNINGS = ("1-partial", "3-full", "5-final")  # the stages that leave checkpoints
+FULL_MODEL = "3-full/model"
 N_STEPS = 50  # of DDIM, over the whole schedule
 PROGRESS_S = 10.0
 
@@ -51,7 +53,7 @@ def run_stages(plan: Plan, photos: np.ndarray, folder: Path, device: torch.devic
     work = (
         ("1-partial/model", stages.partial),
         ("2-volume/asset.safetensors", stages.first_volume),
-        ("3-full/model", stages.full),
+        (FULL_MODEL, stages.full),
         ("4-pseudo/views.safetensors", stages.pseudo),
         ("model", stages.final),
         ("6-volume/mesh.glb", stages.last_volume),
@@ -110,7 +112,7 @@ class Stages:
     def pseudo(self) -> int:
         """All groups, or none: it takes a minute, not hours."""
         asset = Asset.load(self.folder / "2-volume/asset.safetensors").to(self.device)
-        pipeline = self._pipeline(self.folder / "3-full/model")
+        pipeline = self._pipeline(self.folder / FULL_MODEL)
         s, views = self.plan.settings, []
         for group in range(s["pseudo_groups"]):
             stream = Stream(s["seed"], group, "pseudo views")

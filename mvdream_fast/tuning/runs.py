@@ -23,13 +23,13 @@ from mvdream_fast.core.images import png_bytes
 from mvdream_fast.distill.recipes import preset_for, resolve_config
 from mvdream_fast.models.config import NAMED, ModelConfig
 from mvdream_fast.training import step_estimate
-from mvdream_fast.tuning.dreambooth3d import run_stages
+from mvdream_fast.tuning.dreambooth3d import FULL_MODEL, TUNINGS, run_stages
 from mvdream_fast.tuning.photos import list_photos, load_photo
 from mvdream_fast.tuning.tune import Plan, load_parts, photo_source, tune
 
 RECIPES = {
-    "paper": {"max_train_steps": 600, "learning_rate": 2e-6, "lambda_preserve": 1.0, "partial_steps": 150},
-    "mini": {"max_train_steps": 400, "learning_rate": 2e-4, "lambda_preserve": 1000.0, "partial_steps": 100},
+    "paper": {"max_train_steps": 600, "learning_rate": 2e-6, "lambda_preserve": 1.0},
+    "mini": {"max_train_steps": 400, "learning_rate": 2e-4, "lambda_preserve": 1000.0},
 }
 # not what a run is
 PASSING = ("output", "resume_from_checkpoint", "dry_run", "device", "graphs", "threads", "quiet", "given")
@@ -69,17 +69,15 @@ def _resume(given: dict[str, Any], named: Collection[str]) -> int:
     """What the run is stays as it was begun: of the flags that were named, those that ask for another are refused."""
     folder = run_folder.resolve_resume(given["resume_from_checkpoint"], run_folder.OUTPUTS, given["output"])
     settings = read_run(folder, set(given) - set(PASSING))
+    begun, config = settings["max_train_steps"], open_source(settings["model"]).config
     asked = {name: given[name] for name in named if name in settings}
     settings |= {name: asked.pop(name) for name in OBEYED if name in asked}
     cli.check_resumed(
-        {name: (value, settings[name]) for name, value in asked.items() if _is_other(value, settings[name])}
+        {name: (x, settings[name]) for name, x in asked.items() if _settled(name, x, config) != settings[name]}
     )
-    done = run_folder.latest_step(folder / "checkpoints")
-    if settings["max_train_steps"] < done:
-        raise ArgumentError(
-            f"--max-train-steps must be at least the {done} that are done, got {settings['max_train_steps']}"
-        )
-    plan = Plan(settings, open_source(settings["model"]).config, given["graphs"])
+    if settings["max_train_steps"] != begun:
+        _check_steps(folder, settings, begun)
+    plan = Plan(settings, config, given["graphs"])
     names = sorted((folder / "photos").glob("*.png"))
     if not names:
         raise InputFileError(f"{folder / 'photos'} holds no photos; start the run again")
@@ -94,9 +92,43 @@ def _resume(given: dict[str, Any], named: Collection[str]) -> int:
         return _go(plan, photos, folder, device)
 
 
-def _is_other(asked: Any, has: Any) -> bool:
-    """Whether a flag differs from a run's setting, which is settled: paths whole, no "auto"."""
-    return asked not in ("auto", has) and not (isinstance(has, str) and str(Path(asked).resolve()) == has)
+def _check_steps(folder: Path, settings: dict[str, Any], begun: int) -> None:
+    """Refuses another number of steps than the `begun` one where the run has gone too far for it. Raises ArgumentError.
+
+    What follows the full tuning of dreambooth3d is made of it, and no stage is repeated.
+    """
+    steps, done = settings["max_train_steps"], run_folder.latest_step(folder / _checkpoints(folder, settings))
+    if steps < done:
+        raise ArgumentError(f"--max-train-steps must be at least the {done} that are done, got {steps}")
+    if settings["stages"] == "dreambooth3d":
+        if (folder / FULL_MODEL).exists():
+            raise ArgumentError(
+                f"--max-train-steps must stay {begun}, as {FULL_MODEL} is there already, got {steps}; leave it out, "
+                "or begin a new run"
+            )
+        _check_partial_steps(settings)
+
+
+def _checkpoints(folder: Path, settings: dict[str, Any]) -> str:
+    """Where in the run's folder the checkpoints are that have come furthest."""
+    if settings["stages"] != "dreambooth3d":
+        return "checkpoints"
+    return max((f"{name}/checkpoints" for name in TUNINGS), key=lambda name: run_folder.latest_step(folder / name))
+
+
+def _check_partial_steps(settings: dict[str, Any]) -> None:
+    partial, steps = settings["partial_steps"], settings["max_train_steps"]
+    if partial > steps:
+        raise ArgumentError(f"--partial-steps must be at most --max-train-steps, {steps}, got {partial}")
+
+
+def _settled(name: str, value: Any, config: ModelConfig) -> Any:
+    """A flag as a run keeps it: folders by their whole paths, and the preset of the volumes by its name."""
+    if name == "sds_preset" and value == "auto":
+        return preset_for(config.vae.image_size)
+    if name == "instance_data_dir" or (name == "model" and Path(value).exists()):
+        return str(Path(value).resolve())
+    return value
 
 
 def _go(plan: Plan, photos: np.ndarray, folder: Path, device: torch.device) -> int:
@@ -131,13 +163,12 @@ def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
     """Settles what was left open. Raises ArgumentError for numbers that do not fit the model or each other."""
     if config.foreign:
         raise not_ours(config)
-    settings = {name: value for name, value in given.items() if name not in PASSING}
+    settings = {name: _settled(name, value, config) for name, value in given.items() if name not in PASSING}
     for name, value in recipe(config).items():
         if settings[name] is None:
             settings[name] = value
     settings["resolution"] = settings["resolution"] or config.vae.image_size
-    if settings["sds_preset"] == "auto":
-        settings["sds_preset"] = preset_for(config.vae.image_size)
+    settings["partial_steps"] = settings["partial_steps"] or max(1, settings["max_train_steps"] // 4)
     resolve_config(settings["sds_preset"])
     factor = config.vae.downsampling * 2 ** (len(config.unet.channel_mult) - 1)
     if settings["resolution"] % factor or settings["resolution"] > 4 * config.vae.image_size:
@@ -145,16 +176,8 @@ def make_plan(given: dict[str, Any], config: ModelConfig) -> Plan:
             f"--resolution must be a multiple of {factor} up to {4 * config.vae.image_size} for this model, "
             f"got {settings['resolution']}; it was trained at {config.vae.image_size}"
         )
-    if settings["partial_steps"] > settings["max_train_steps"]:
-        if settings["stages"] == "dreambooth3d":
-            raise ArgumentError(
-                f"--partial-steps must be at most --max-train-steps, {settings['max_train_steps']}, "
-                f"got {settings['partial_steps']}"
-            )
-        settings["partial_steps"] = settings["max_train_steps"]
-    if Path(settings["model"]).exists():
-        settings["model"] = str(Path(settings["model"]).resolve())
-    settings["instance_data_dir"] = str(Path(settings["instance_data_dir"]).resolve())
+    if settings["stages"] == "dreambooth3d":
+        _check_partial_steps(settings)
     return Plan(settings, config, given["graphs"])
 
 
@@ -195,7 +218,7 @@ def _advice(settings: dict[str, Any]) -> str:
 def disk_bytes(step: step_estimate.Estimate, plan: Plan) -> int:
     """Two checkpoints of weights and moments, a third while it is written, and the model; for every stage."""
     weights = step.memory["UNet weights"] + step.memory["text tower and autoencoder"]
-    n_tunings = 3 if plan.settings["stages"] == "dreambooth3d" else 1
+    n_tunings = len(TUNINGS) if plan.settings["stages"] == "dreambooth3d" else 1
     return n_tunings * (3 * 3 * 4 * step.trained + weights)
 
 
@@ -211,7 +234,7 @@ def write_run(folder: Path, settings: dict[str, Any], photos: np.ndarray, device
 
 def _write_record(folder: Path, settings: dict[str, Any], device: torch.device) -> None:
     record = {"kind": "dreambooth", "settings": settings}
-    run_folder.write_record(folder, "dreambooth", record, "checkpoints", device=str(device))
+    run_folder.write_record(folder, "dreambooth", record, _checkpoints(folder, settings), device=str(device))
 
 
 def read_run(folder: Path, names: set[str]) -> dict[str, Any]:

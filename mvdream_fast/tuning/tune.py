@@ -21,7 +21,7 @@ from mvdream_fast.data.backgrounds import on_background
 from mvdream_fast.data.batches import Source
 from mvdream_fast.models.config import ModelConfig
 from mvdream_fast.models.lora import add_adapters, merged_state
-from mvdream_fast.models.tokenizer import SPECIAL_ROWS
+from mvdream_fast.models.tokenizer import SPECIAL_ROWS, check_prompt
 from mvdream_fast.training.loop import Loop, LoopOptions, save_samples
 from mvdream_fast.training.unet import Parts
 from mvdream_fast.tuning.dreambooth import DreamBoothOptions, DreamBoothTrainer
@@ -81,7 +81,7 @@ def add_token(model: Model, token: str) -> None:
     The row begins as the mean of all rows: it means nothing yet, and the frozen tower can be tuned around it.
     """
     text, tokenizer = model.words()
-    if model.config.text.vocabulary != "subset" or f"<word:{token.lower()}>" in tokenizer.vocabulary:
+    if model.config.text.vocabulary != "subset" or f"<word:{check_prompt(token)}>" in tokenizer.vocabulary:
         return  # a model that was tuned before has it
     text = text.with_token(torch.arange(len(SPECIAL_ROWS), len(tokenizer.vocabulary)))
     model.text = text

@@ -56,8 +56,8 @@ class _Tender(threading.Thread):
         self._staff, self._server = staff, server
 
     def run(self) -> None:
-        """Until `end`."""
-        while not self.end.wait(TEND_S):
+        """Until `end`, or a signal to the server: a terminal sends it to the workers, too, which leave by it."""
+        while not self.end.wait(TEND_S) and not self._server.should_exit:
             try:
                 for workers in self._staff:
                     workers.tend()

@@ -104,6 +104,24 @@ def test_a_time_of_nothing_is_refused(tmp_path):
         results.load(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "emptied", "place"),
+    [
+        ("rows", [], r"rows"),
+        ("scaling", {"x": "samples", "points": {}}, r"scaling\.points"),
+        ("scaling", {"x": "samples", "points": {"ours": []}}, r"scaling\.points\.ours"),
+    ],
+)
+def test_a_contest_that_nobody_ran_is_refused(tmp_path, key, emptied, place):
+    """A page could not draw it."""
+    path = tmp_path / "a.json"
+    data = json.loads(results.dumps(RESULTS))
+    data["contests"][0][key] = emptied
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputFileError, match=rf"contests\[0\]\.{place} must have at least 1 item"):
+        results.load(path)
+
+
 def test_ours_is_held_to_those_who_did_the_same():
     reference, compiled, ours = GEGLU.rows
     assert [GEGLU.lead(row) for row in GEGLU.rows] == [2.0, 1.25, None]

@@ -211,9 +211,21 @@ def test_the_record_says_what_was_done_where_and_what_changed(tmp_path, monkeypa
     assert [entry.get("before") for entry in last["resumed"]] == [{"sds": {"steps": 5}}, None]
     assert (tmp_path / "cmd.txt").read_text() == "python -m mvdream_fast.sds 'a chair' --steps 5\n"  # as it was begun
     assert json.loads((tmp_path / "env.json").read_text())["python"] == sys.version
+    run_folder.write_record(tmp_path, "sds", {"kind": "x"}, "ckpt", ["a table"], anew=True)
+    assert run_folder.read_record(tmp_path).keys() == {"kind", "version", "machine"}
+    assert (tmp_path / "cmd.txt").read_text() == "python -m mvdream_fast.sds 'a table'\n"
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputFileError, match="config.json is not JSON"):
         run_folder.write_record(tmp_path, "sds", {}, "ckpt")
+
+
+def test_the_checkpoint_before_the_latest(tmp_path):
+    for name in ("000009.safetensors", "000010-2.shards", "000100.safetensors", "LATEST", "000020.safetensors.tmp-1"):
+        (tmp_path / name).touch()
+    (tmp_path / "LATEST").write_text("000100.safetensors\n")
+    assert run_folder.older_checkpoint(tmp_path) == "000010-2.shards"
+    (tmp_path / "LATEST").write_text("000009.safetensors\n")
+    assert run_folder.older_checkpoint(tmp_path) is None
 
 
 def test_resume_of_nothing_is_refused(tmp_path):
@@ -224,6 +236,7 @@ def test_resume_of_nothing_is_refused(tmp_path):
 def test_output_folder_must_be_empty(tmp_path):
     assert run_folder.make_output_folder(tmp_path / "a" / "b").is_dir()
     (tmp_path / "a" / "b" / "x").touch()
+    assert run_folder.make_output_folder(tmp_path / "a" / "b", ("x", "y")).is_dir()
     with pytest.raises(OutputError, match="exists and is not empty"):
         run_folder.make_output_folder(tmp_path / "a" / "b")
     with pytest.raises(OutputError, match="a file is in the way"):

@@ -1,6 +1,7 @@
 """Shards to batches: what is in a batch, that it depends on its key alone, and that cut files are refused."""
 
 import json
+import math
 import re
 import tarfile
 
@@ -192,8 +193,13 @@ def test_shards_of_two_kinds_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "change", [{"caption": ["x"]}, {"variants": [1]}, {"c2w": [[1.0]]}, {"size": "16"}, {"columns": 0}]
-)
+    "change",
+    [
+        {"caption": ["x"]}, {"variants": [1]}, {"variants": "abc"}, {"size": "16"}, {"columns": 0},
+        {"name": 5}, {"kind": ["x"]}, {"c2w": [[1.0]]}, {"c2w": [[math.nan] * 16] * N_VIEWS},
+        {"c2w": [[1e39] * 16] * N_VIEWS}, {"fovy": [math.inf] * N_VIEWS}, {"fovy": ["wide"] * N_VIEWS},
+    ],
+)  # fmt: skip
 def test_foreign_words_and_numbers_are_refused(folder, change):
     sample = make_sample(9)
     with tarfile.open(folder / "train-00002.tar", "w") as tar:
@@ -208,6 +214,27 @@ def test_control_characters_of_a_caption_are_left_out(folder):
     sample.meta.update(caption="a \x1b[1mred\x00 thing\n", variants=["\u202ea thing"])
     write_shard(folder / "train-00002.tar", [sample])
     assert Shards(folder).captions()[-3:] == ["a [1mred thing", "a thing", ", 3d asset"]
+
+
+def test_an_image_is_never_read_with_the_words_of_another(folder):
+    """Either half may stand first, but beside its other half: also where a shard was packed again in another order."""
+    path = folder / "train-00000.tar"
+    with tarfile.open(path) as tar:
+        members = {info.name: tar.extractfile(info).read() for info in tar}
+
+    def pack(*names):
+        with tarfile.open(path, "w") as tar:
+            for name in names:
+                _add(tar, name, members[name])
+
+    pack(*(f"thing{i}-o0.{ending}" for i in range(3) for ending in ("webp", "json")))
+    shards = Shards(folder)
+    assert [r.meta["key"] for r in shards.records[:3]] == [f"thing{i}-o0" for i in range(3)]
+    assert [shards.views(i)[0, 0, 0, 0] for i in range(3)] == [0, 1, 2]
+    for half in ("thing1-o0.json", "thing1-o0.webp"):
+        pack("thing0-o0.json", "thing0-o0.webp", half, "thing2-o0.json", "thing2-o0.webp")
+        with pytest.raises(InputFileError, match=rf"train-00000.tar: .* \({half} has no thing1-o0\.\w+ beside it\)"):
+            Shards(folder)
 
 
 def test_a_picture_that_is_damaged_is_named(folder):
@@ -250,6 +277,7 @@ def test_latents_are_encoded_once_and_survive_a_restart(folder):
     assert encoder.calls == calls
     plain = ImageSource(Shards(folder)).batch(Stream(0, 0, "x"), 2, 4, True)
     assert torch.allclose(first[0].images, torch.nn.functional.avg_pool2d(plain.images, 8), atol=1e-3)
+    del source, again
     latents(folder, encoder, "another autoencoder").batch(Stream(0, 0, "x"), 2, 4, True)
     assert encoder.calls > calls
 

@@ -124,6 +124,30 @@ def test_foreign_contents_are_named(tmp_path, meta):
         list(read_shard(tmp_path / "x.tar"))
 
 
+PAIR = {
+    "a.json": b'{"fovy": [1], "columns": 1, "size": 4}',
+    "a.webp": encode_views(np.zeros((1, 4, 4, 4), np.uint8), 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("members", "missing"),
+    [
+        (PAIR | {"b.json": PAIR["a.json"]}, "b.json has no b.webp"),
+        (PAIR | {"b.webp": PAIR["a.webp"]}, "b.webp has no b.json"),
+        ({"b.json": PAIR["a.json"]} | PAIR, "b.json has no b.webp"),
+        ({"b.json": PAIR["a.json"], "a.webp": PAIR["a.webp"]}, "b.json has no b.webp"),
+        ({"a.webp": PAIR["a.webp"], "b.json": PAIR["a.json"]}, "a.webp has no a.json"),
+    ],
+)
+def test_a_half_of_a_record_is_named(tmp_path, members, missing):
+    make_tar(tmp_path / "x.tar", members)
+    with pytest.raises(InputFileError, match=rf"x.tar: not a whole shard of renders \({missing} beside it\)"):
+        list(read_shard(tmp_path / "x.tar"))
+    make_tar(tmp_path / "x.tar", {"a.webp": PAIR["a.webp"], "a.json": PAIR["a.json"], "a.txt": b""})
+    assert len(list(read_shard(tmp_path / "x.tar"))) == 1
+
+
 def test_means_of_pixels_are_those_behind_any_background():
     rng = np.random.default_rng(0)
     views = rng.integers(0, 256, (2, 8, 8, 4), np.uint8)

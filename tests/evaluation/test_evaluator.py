@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_batches import make_sample
 
-from mvdream_fast.core.errors import ModelError
+from mvdream_fast.core.errors import InputFileError, ModelError
 from mvdream_fast.core.rng import Stream
 from mvdream_fast.data.batches import ImageSource, Shards
 from mvdream_fast.data.shards import Sample, write_shard
@@ -210,6 +210,25 @@ def test_what_its_source_calls_frontless_has_no_front(tmp_path):
     write_shard(tmp_path / "train-00000.tar", samples)
     source = EvaluatorSource(Shards(tmp_path))
     assert [source.has_front(i) for i in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("id", None), ("id", 5), ("azimuth_deg", None), ("azimuth_deg", [0.0] * 15), ("azimuth_deg", [math.nan] * 16),
+        ("azimuth_deg", ["0"] * 16), ("elevation_deg", "high"), ("painted", None), ("name", None),
+    ],
+)  # fmt: skip
+def test_renders_without_what_is_learned_from_are_named(tmp_path, name, value):
+    """All is looked at before the first step: what is only measured is read at the first report, minutes later."""
+    sample = render(0, 0)
+    sample.meta[name] = value
+    if value is None:
+        del sample.meta[name]
+    write_shard(tmp_path / "train-00000.tar", [render(1, 0), sample])
+    message = rf"train-00000.tar: {name} of thing0-o0 must be .*, got .*; render it again"
+    with pytest.raises(InputFileError, match=message):
+        EvaluatorSource(Shards(tmp_path))
 
 
 def test_other_true_captions_are_no_negatives(shards):

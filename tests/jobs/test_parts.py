@@ -67,6 +67,20 @@ def test_failures_are_told_as_the_command_s_own_with_their_part(tmp_path, capsys
     assert capsys.readouterr().err == "render: 'part 2/3': no space\nrender: 'part 3/3': no memory\n"
 
 
+def test_what_waits_or_runs_in_the_end_is_a_failure_too(tmp_path, capsys):
+    _, queue = queued(tmp_path / "out", {"source": "meshes"}, 3)
+    queue.claim("w").finish()
+    queue.claim("w")
+    ids = {job.id for job, _ in queue.jobs()}
+    assert failures(queue, ids, "render") == 1
+    running, waiting = capsys.readouterr().err.splitlines()
+    assert running == "render: 'part 2/3': a worker that is gone has begun it; the same command goes on"
+    assert waiting == "render: 'part 3/3': no worker is left to make it; the same command goes on"
+    queue.claim("w").fail("no memory", 4)
+    assert failures(queue, ids, "render") == 4, "the code is that of the first that failed"
+    assert failures(queue, [*ids][:0], "render") == 0
+
+
 def test_the_same_command_makes_what_failed_or_was_cancelled(meshes, tmp_path, monkeypatch):
     flags = {"source": str(meshes)}
     _, queue = queued(tmp_path / "out", flags, 2)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import partialmethod
@@ -54,6 +55,20 @@ def runners(plan: Setup) -> dict[str, Runner]:
 def dying(plan: Setup) -> dict[str, Runner]:
     """A worker that dies right after its start."""
     os._exit(3)
+
+
+def leaving(plan: Setup) -> dict[str, Runner]:
+    """A worker that is told to leave while it makes its first job, as by who looks after a machine's memory."""
+
+    def made(task: Task) -> dict | None:
+        begun = task.folder / "begun"
+        if begun.exists():
+            return {}
+        begun.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None
+
+    return {"leave": made}
 
 
 def digests(place: Path | str) -> dict[str, str]:

@@ -14,9 +14,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvdream_fast.checkpoints.manifest import build
+from mvdream_fast.core import cli
 from mvdream_fast.core.errors import ArgumentError
 from mvdream_fast.core.processes import Ranks
 from mvdream_fast.models.config import SD21
+from mvdream_fast.training import sharded_estimate
 from mvdream_fast.training.sharded_estimate import estimate_sharded
 from mvdream_fast.training.unet import TextAndUNet, shard_model
 
@@ -99,3 +101,25 @@ def test_the_plan_at_full_width():
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ArgumentError, match="group must be a divisor of the 8 processes, got 3"):
         estimate_sharded(SMALL, 1, 8, group=3)
+
+
+def command(*words: str) -> None:
+    cli.run(sharded_estimate.main, sharded_estimate.Flags, prog="training.sharded_estimate", argv=list(words))
+
+
+@pytest.mark.parametrize(("words", "heads"), [((), "1 | 8 | 64"), (("2", "3"), "2 | 3")])
+def test_the_table_has_a_column_for_each_number(words, heads, monkeypatch, capsys):
+    small = lambda _config, _scenes, world, **more: estimate_sharded(SMALL, SCENES, world, n_views=VIEWS, **more)  # noqa: E731
+    monkeypatch.setattr(sharded_estimate, "estimate_sharded", small)
+    command(*words)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"| processes | {heads} |"
+    assert {line.count("|") for line in lines} == {heads.count("|") + 3}
+
+
+@pytest.mark.parametrize(("word", "told"), [("0", "PROCESSES must be at least 1, got 0"), ("abc", "abc")])
+def test_what_is_no_number_of_processes_is_refused(word, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("8", word)
+    assert stop.value.code == ArgumentError.exit_code
+    assert told in capsys.readouterr().err

@@ -329,6 +329,9 @@ def test_the_latent_scale_makes_unit_variance():
     vae, images = build("vae", TINY), pictures()
     scale = measure_scale(vae, images)
     assert (vae.encode(images) * scale).std().item() == pytest.approx(1, rel=1e-4)
+    next(vae.parameters()).data.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="the latents are all one number, or not finite; begin again"):
+        measure_scale(vae, images)
 
 
 def test_a_settled_posterior_is_its_mean():

@@ -16,13 +16,13 @@ from test_train import TINY, data, flags, pictures, tiny
 
 from mvdream_fast.checkpoints.open import load_model
 from mvdream_fast.core import cli
-from mvdream_fast.core.errors import ArgumentError, ModelError, OutputError
+from mvdream_fast.core.errors import ArgumentError, DivergedError, ModelError, OutputError
 from mvdream_fast.data.batches import Shards
 from mvdream_fast.data.shards import write_shard
 from mvdream_fast.models.config import NAMED, with_settings
 from mvdream_fast.models.tokenizer import build_subset_vocabulary
 from mvdream_fast.train import Flags, main
-from mvdream_fast.training import runs
+from mvdream_fast.training import request, runs
 from mvdream_fast.training.initial_model import adjusted, initial_model, new_model
 
 __all__ = ["data", "tiny"]  # fixtures
@@ -140,6 +140,7 @@ def test_output_folders(data, vae_model, tmp_path):
     (tmp_path / "config.json").unlink()  # a run from before there was a record
     with pytest.raises(ModelError, match="is of train-unet, not of train-vae"):
         main(flags(data, tmp_path, stage="vae", resume=True))
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_resume_keeps_what_is_not_given_and_says_what_changed(data, vae_model, tmp_path):
@@ -227,6 +228,20 @@ def command(*arguments):
         (("--data", ".", "-o", "out", "--set", "unet.views=2d"), 2, "--set must be NAME=VALUE, got 'unet.views=2d'"),
         (("--data", ".", "-o", "out", "--steps", "9", "--decay", "10"), 2, "--decay must be from 0 to --steps"),
         (("--data", ".", "-o", "out", "--stage", "vae", "--decoder-only"), 2, "--decoder-only must come with"),
+        (("--data", ".", "-o", "out", "--lr", "inf"), 2, "--lr must be over 0 and finite, got inf"),
+        (
+            ("--data", ".", "-o", "out", "--stage", "cleaner", "--set", "x=1"),
+            2,
+            "--set must be left out with --stage cl",
+        ),
+        (("--data", ".", "-o", "out", "--stage", "vae", "--dtype", "bf16"), 2, "--dtype must be left out with --stage"),
+        (
+            ("--data", ".", "-o", "out", "--stage", "evaluator", "--init", "x"),
+            2,
+            "--init must be left out with --stage",
+        ),
+        (("--data", ".", "-o", "out", "--init", "x", "--text", "y"), 2, "--text must be left out with --init"),
+        (("--data", ".", "-o", "out", "--sheet-prompts", "a \x07"), 2, "--sheet-prompts must be prompts: the prompt h"),
         (("--data", ".", "-o", "out", "--stage", "cleaner"), 2, "--stage cleaner must come with --init"),
     ],
 )
@@ -285,3 +300,113 @@ def shards_file(folder, split):
 def test_wide_steps_need_pairs_of_scenes_at_random(data, tmp_path, change):
     with pytest.raises(ArgumentError, match="--wide-share must come with an even --batch-size"):
         main(flags(data, tmp_path / "out", wide_share=0.5, **change))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_something_else_stays_as_it_is(data, tmp_path, resume):
+    record, out = tmp_path / "out" / "config.json", tmp_path / "out"
+    out.mkdir()
+    for kind, told in (({"kind": "dreambooth"}, "of dreambooth"), ({}, "of something else")):
+        record.write_text(json.dumps(kind))
+        with pytest.raises(OutputError, match=f"must be new or a training run's, its config.json is {told}"):
+            main(flags(data, out, resume=resume))
+        assert json.loads(record.read_text()) == kind
+    record.rename(out / "notes.json")
+    if not resume:
+        with pytest.raises(OutputError, match="exists and is not empty"):
+            main(flags(data, out))
+    assert [path.name for path in out.iterdir()] == ["notes.json"]
+
+
+def test_a_run_begun_anew_keeps_nothing_of_one_that_left_no_checkpoint(data, vae_model, tmp_path, monkeypatch):
+    def died(*_):
+        (tmp_path / "log.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+        (tmp_path / "samples").mkdir()
+        (tmp_path / "samples" / "000010.png").touch()
+        raise DivergedError("that will do")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "initial_model", died)
+        with pytest.raises(DivergedError):
+            main(flags(data, tmp_path, vae=str(vae_model), lr=1e-3))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1e-5"])
+    main(flags(data, tmp_path, vae=str(vae_model), lr=1e-5, steps=1))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1]
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"000001.png", "prompts.txt"}
+    assert (tmp_path / "cmd.txt").read_text() == "python -m mvdream_fast.train --lr 1e-5\n"
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert (record["settings"]["lr"], "resumed" in record) == (1e-5, False)
+    (tmp_path / "checkpoints" / "LATEST").unlink()
+    with pytest.raises(OutputError, match="holds the model of a training run, which a new one would replace"):
+        main(flags(data, tmp_path, vae=str(vae_model)))
+
+
+@pytest.mark.parametrize(
+    ("begun", "given", "told"),
+    [
+        ({"steps": 30000}, {"decay": 25000}, None),
+        ({"steps": 3}, {"decay": 1000}, "--decay must be from 0 to --steps, got 1000"),
+        ({"data_order": "epochs"}, {"balance": 0.5}, "--balance must come with --stage unet and --data-order random"),
+        ({"steps": 9}, {"steps": 2}, "--steps must be at least the 3 that are done, got 2"),
+        ({"steps": 9, "decay": 5}, {"steps": 4}, "--decay must be from 0 to --steps, got 5"),
+        ({"steps": 9}, {"steps": 3}, None),
+        ({"steps": 9}, {"steps": 10}, None),
+        ({"stage": "vae"}, {"dtype": "bf16"}, "--dtype must be left out with --stage vae"),
+    ],
+)
+def test_flags_of_a_resume_are_checked_with_those_it_was_begun_with(begun, given, told, tmp_path):
+    """A relation between two flags, one of which is on record, and the step that is done."""
+    record = {"kind": "training", "settings": begun}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "LATEST").write_text("000003.safetensors\n")
+    asked = Flags(data=tmp_path, output=tmp_path, resume=True, **given)
+    if told is None:
+        args = request.settled(asked)
+        assert all(getattr(args, name) == value for name, value in (begun | given).items())
+    else:
+        with pytest.raises(ArgumentError, match=told):
+            request.settled(asked)
+
+
+def test_an_autoencoder_is_made_as_set(data, tmp_path):
+    sizes = ("vae.layers_per_block=2", "vae.latent_channels=8")
+    main(flags(data, tmp_path / "out", stage="vae", steps=1, settings=sizes))
+    config = load_model(tmp_path / "out" / "model", parts=("vae",)).config.vae
+    assert (config.layers_per_block, config.latent_channels) == (2, 8)
+    smaller = ("vae.layers_per_block=1",)
+    with pytest.raises(ArgumentError, match="--set must leave the widths and depths of --init as they are"):
+        main(flags(data, tmp_path / "no", stage="vae", init=str(tmp_path / "out" / "model"), settings=smaller))
+    with pytest.raises(ArgumentError, match="--set must leave the autoencoder room to begin"):
+        main(flags(data, tmp_path / "no", stage="vae", settings=("vae.latent_channels=40",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_views": 3}, "--n-views must divide the 16 views of a rendered orbit, got 3"),
+        (
+            {"n_views": 16, "wide_share": 0.1},
+            "--wide-share must come with an --n-views whose double divides the 16 views",
+        ),
+        ({"n_views": 3, "stage": "cleaner", "init": "embedded"}, "--n-views must divide the 16 views"),
+    ],
+)
+def test_views_that_orbits_do_not_have_are_refused_at_once(data, tmp_path, change, told):
+    with pytest.raises(ArgumentError, match=told):
+        main(flags(data, tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_half_precision_cannot_hold_are_not_exported(data, vae_model, tmp_path):
+    """At this rate fp32 holds the weights, and the model's fp16 does not; or the validation's loss is no number."""
+    wanted = r"(beyond half precision's 65504|val_\w+ is (nan|inf) at step 1); begin again in another folder"
+    with pytest.raises(DivergedError, match=wanted):
+        main(flags(data, tmp_path, vae=str(vae_model), steps=1, lr=1e5, warmup=0))
+    assert not (tmp_path / "model").exists()
+    model = new_model("mini", build_subset_vocabulary(["a chair"]), seed=0)
+    model.unet.out[2].weight.data.fill_(1e5)
+    with pytest.raises(DivergedError, match=r"out\.2\.weight of the unet is beyond half precision's 65504"):
+        runs._export(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from mvdream_fast.core import run_folder
 from mvdream_fast.core.errors import DivergedError, ModelError
+from mvdream_fast.data.ahead import Ahead
+from mvdream_fast.training.loop import Loop, LoopOptions
 from mvdream_fast.training.update import BaseTrainer
 
 
@@ -77,10 +80,74 @@ def test_without_an_average_the_weights_show():
 @pytest.mark.parametrize("slope", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_touches_no_weight(slope):
     one = trainer()
-    with pytest.raises(DivergedError, match="at step 0; resume with a smaller learning rate"):
+    with pytest.raises(DivergedError, match=r"the loss is \w+ at step 0$"):
         down(one, slope)
     assert one.parameters[0].item() == 1
     assert one.parameters[0].grad is None
+
+
+def test_gradients_that_are_not_finite_touch_no_weight():
+    one = trainer()
+    one.parameters[0].register_hook(lambda _: torch.tensor([[float("nan")]]))
+    with pytest.raises(DivergedError, match="the norm of the gradients is nan at step 0"):
+        down(one, 0.5)
+    assert (one.parameters[0].item(), one.ema[0].item(), one.step) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["parameters", "ema"])
+def test_weights_and_averages_are_looked_at(name):
+    one = trainer()
+    one.check_weights()
+    getattr(one, name)[0].detach().fill_(float("inf"))
+    with pytest.raises(DivergedError, match="a weight is no longer finite at step 0"):
+        one.check_weights()
+
+
+class Falling:
+    """A trainer of one weight whose loss is a number for so many steps, and whose weight for so many."""
+
+    def __init__(self, folder, steps, good=99, whole=99, flag="--lr"):
+        self.one, self.good, self.whole = trainer(), good, whole
+        self.loop = Loop(self, folder, LoopOptions(steps, checkpoint_steps=1, rate_flag=flag))
+
+    def __getattr__(self, name):
+        return getattr(self.one, name)
+
+    def train_step(self):
+        self.check_finite(1.0 if self.step < self.good else float("nan"))
+        norm = down(self.one, 0.5)
+        if self.step >= self.whole:
+            self.parameters[0].detach().fill_(float("nan"))
+        return {"loss": 1.0, "grad_norm": norm}
+
+    ahead = Ahead(lambda step: step)
+
+
+@pytest.mark.parametrize(
+    ("steps", "values", "advice"),
+    [
+        (4, {"good": 0}, "the loss is nan at step 0; begin again with a smaller --lr"),
+        (4, {"good": 1}, "the loss is nan at step 1; begin again in another folder with a smaller --lr"),
+        (4, {"good": 3}, "at step 3; write '000002.safetensors' into .*LATEST and go on by --resume with a smaller"),
+        (4, {"whole": 2}, "a weight is no longer finite at step 2; go on from step 1 by --resume with a smaller --lr"),
+        (1, {"whole": 1}, "a weight is no longer finite at step 1; begin again with a smaller --lr"),
+        (4, {"good": 2, "flag": ""}, "the loss is nan at step 2; begin again with a smaller learning rate"),
+    ],
+)
+def test_a_run_that_diverged_says_what_works(steps, values, advice, tmp_path):
+    """Checkpoints are of finite weights; one whose own step fails is not gone on from."""
+    with pytest.raises(DivergedError, match=advice):
+        Falling(tmp_path, steps, **values).loop.run()
+    for path in tmp_path.glob("checkpoints/*.safetensors"):
+        assert all(x.isfinite().all() for x in run_folder.load_checkpoint(path)[1].values())
+
+
+def test_figures_that_are_not_finite_are_named(tmp_path):
+    falling = Falling(tmp_path, 2)
+    falling.loop.report = lambda: {"val": 1.0, "val_2d": float("inf")}
+    with pytest.raises(DivergedError, match="val_2d is inf at step 2; write '000001.safetensors' into"):
+        falling.loop.run()
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_step_that_the_scaler_leaves_out_has_no_norm():

@@ -332,6 +332,9 @@ def test_the_token_gets_a_row_of_its_own(base):
     assert model.tokenizer.encode("a sks chair").ids[0, 2] == len(rows)
     tune.add_token(model, "SKS")  # a tuned model is tuned again
     assert len(model.tokenizer.vocabulary) == len(rows) + 1
+    for _ in range(2):
+        tune.add_token(model, "\ufb01x")  # a ligature is read as two letters
+    assert model.tokenizer.vocabulary[len(rows) + 1 :] == ["<word:fix>"]
 
 
 def test_clips_own_table_has_the_token():

@@ -1,5 +1,6 @@
 """DreamBooth3D's stages: image to image, mixed batches, the composed guidance, and all six with a tiny model."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +183,34 @@ def test_all_stages_and_a_stop_in_each(arguments, monkeypatch, capsys):
     assert not torch.equal(
         load_model("whole/model").unet.out[2].weight, load_model("whole/3-full/model").unet.out[2].weight
     )
+
+
+@pytest.mark.parametrize("arguments", [()], ids=["float32"], indirect=True)
+def test_another_number_of_steps_at_a_resume(arguments, monkeypatch, capsys):
+    """The full tuning takes it up; what is made of that model is not made again, so it is refused then."""
+    resume = ("--resume", "run", "--threads", "1")
+
+    def stopped_at(stage: str, *words: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(dreambooth3d.Stages, stage, lambda self: 143)
+            return command(*words)
+
+    def refused(steps: int) -> str:
+        before = Path("run/config.json").read_text()
+        assert command(*resume, "--max-train-steps", str(steps)) == 2
+        assert Path("run/config.json").read_text() == before
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(dreambooth3d.Stages, "first_volume", lambda self: 0)
+    assert stopped_at("partial", *arguments, "-o", "run") == 143
+    capsys.readouterr()
+    assert "--partial-steps must be at most --max-train-steps, 1, got 2" in refused(1)
+    assert stopped_at("pseudo", *resume, "--max-train-steps", "5") == 143
+    assert run_folder.latest_step(Path("run/3-full/checkpoints")) == 5
+    capsys.readouterr()
+    assert "--max-train-steps must be at least the 5 that are done, got 3" in refused(3)
+    assert "--max-train-steps must stay 5, as 3-full/model is there already, got 50; leave it out" in refused(50)
+    assert stopped_at("pseudo", *resume, "--max-train-steps", "5") == 143
+    record = json.loads(Path("run/config.json").read_text())
+    assert record["settings"]["max_train_steps"] == 5
+    assert [session["step"] for session in record["resumed"]] == [0, 5]

@@ -14,10 +14,12 @@ from PIL import Image
 from reference.random_model import random_model
 from test_dreambooth import PROMPT, _in_tmp, assert_same, base, checkpoint, command, model, photos, wanted
 
+from mvdream_fast import dreambooth
 from mvdream_fast.checkpoints.open import load_model, save_model
 from mvdream_fast.core import cli, memory, run_folder
 from mvdream_fast.models.unet import MultiViewUNet
 from mvdream_fast.tuning.dreambooth import DreamBoothTrainer
+from mvdream_fast.tuning.runs import make_plan
 
 __all__ = ["_in_tmp", "base", "model", "photos"]  # fixtures
 
@@ -71,13 +73,15 @@ def test_a_resumed_run_has_the_same_bytes(whole, photos, model, tmp_path):
 
 
 def test_a_resume_obeys_or_refuses(photos, model, tmp_path, capsys):
-    assert command(*wanted(photos, model, "-o", "run", "--max-train-steps", 1)) == 0
+    assert command(*wanted(photos, model, "-o", "run", "--max-train-steps", 1, "--fit", "crop")) == 0
     before = json.loads(Path("run/config.json").read_text())
     for flags, told in (
         (("--learning-rate", 1e-3), "got --learning-rate 0.001"),
         (("--seed", 0, "--lr-scheduler", "cosine"), "goes on with --lr-scheduler constant, as the run was begun, got"),
         (("--instance_data_dir", "elsewhere"), "got --instance-data-dir elsewhere"),
         (("--train_batch_size", 2), "--train-batch-size 4, as the run was begun, got --train-batch-size 2"),
+        (("--fit", "auto"), "goes on with --fit crop, as the run was begun, got --fit auto"),
+        (("--instance-token", "auto"), "goes on with --instance-token sks, as the run was begun, got"),
         (("-o", "elsewhere"), "-o must be left out, or be the folder of --resume"),
     ):
         assert command("--resume", "run", "--threads", 1, *flags) == 2
@@ -91,6 +95,12 @@ def test_a_resume_obeys_or_refuses(photos, model, tmp_path, capsys):
     assert after["resumed"][0]["before"] == {"settings": {"max_train_steps": 1}}
     assert command("--resume", "run", "--threads", 1, "--max-train-steps", 1) == 2
     assert "--max-train-steps must be at least the 2 that are done, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "partial"), [({}, 100), ({"max_train_steps": 80}, 20), ({"max_train_steps": 3}, 1)])
+def test_the_partial_tuning_is_a_quarter(base, photos, asked, partial):
+    flags = dreambooth.Flags(instance_data_dir=photos, instance_prompt=PROMPT, stages="dreambooth3d", **asked)
+    assert make_plan(dataclasses.asdict(flags), base.config).settings["partial_steps"] == partial
 
 
 def test_adapters_through_the_command(photos, model):
@@ -163,8 +173,9 @@ def bad_photos(folder: Path) -> None:
         ("good", ("-o", "file.png"), 7, "a file is in the way"),
         ("good", ("--max_train_steps", "0"), 2, "--max-train-steps must be at least 1"),
         ("good", ("--learning_rate", "0"), 2, "--learning-rate must be over 0"),
-        ("good", ("--lambda_preserve", "-1"), 2, "--lambda-preserve must be at least 0"),
-        ("good", ("--lambda_preserve", "nan"), 2, "--lambda-preserve must be at least 0"),
+        ("good", ("--lambda_preserve", "-1"), 2, "--lambda-preserve must be from 0 to 1e+09"),
+        ("good", ("--lambda_preserve", "nan"), 2, "--lambda-preserve must be from 0 to 1e+09"),
+        ("good", ("--lambda_preserve", "1e300"), 2, "--lambda-preserve must be from 0 to 1e+09, got 1e+300"),
         ("good", ("--resolution", "17"), 2, "--resolution must be a multiple of 4"),
         ("good", ("--lora_rank", "2", "--train_text_encoder"), 2, "--lora-rank tunes the UNet alone"),
         ("good", ("--stages", "dreambooth3d", "--partial_steps", "9", "--max_train_steps", "5"), 2, "--partial-steps"),
