@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,13 +83,12 @@ def make_run_folder(root: Path | str, prompt: str, seed: int, now: datetime.date
     raise OutputError(f"cannot create a run folder under {root}: too many runs of this second")
 
 
-def make_output_folder(folder: Path | str, but: Collection[str] = ()) -> Path:
-    """Creates the folder a user named with -o; one that exists and holds anything `but` these names is refused
-    (OutputError)."""
+def make_output_folder(folder: Path | str) -> Path:
+    """Creates the folder a user named with -o; one that exists and holds anything is refused (OutputError)."""
     folder = user_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_empty(folder, but)
+        _check_empty(folder)
     except (FileExistsError, NotADirectoryError):
         raise OutputError(f"the output folder {folder} cannot be made: a file is in the way") from None
     except OSError as error:
@@ -99,8 +98,8 @@ def make_output_folder(folder: Path | str, but: Collection[str] = ()) -> Path:
     return folder
 
 
-def _check_empty(folder: Path, but: Collection[str] = ()) -> None:
-    if any(path.name not in but for path in folder.iterdir()):
+def _check_empty(folder: Path) -> None:
+    if any(folder.iterdir()):
         runs = f", or --root {folder} to put it beside the runs there" if (folder / "latest").is_dir() else ""
         raise OutputError(f"the output folder {folder} exists and is not empty; name another with -o{runs}")
 

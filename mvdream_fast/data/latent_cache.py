@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import weakref
 from collections.abc import Mapping
@@ -62,7 +63,11 @@ def _beside(file: Path, ending: str) -> Path:
 
 def _opened(lock: int, made_of: bytes, parts: Parts) -> list[np.memmap] | None:
     """The files, mapped, and the lock shared; None where they are of another key and not ours to make again."""
-    if _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+    alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not alone:
+        gc.collect()  # a run of this very process that has ended may still hold its lock
+        alone = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if alone:
         if _whole(lock, made_of, parts) is None:
             _make(lock, made_of, parts)
         else:

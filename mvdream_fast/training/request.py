@@ -34,7 +34,7 @@ READ_BY = {  # the stages that read a flag, where it is not all of them
     "init": ("unet", "vae", "cleaner", "matting"),
     "n_views": WITH_VIEWS,
 }  # fmt: skip
-LEFT_OVER = (run_folder.LOCK, "cmd.txt", "env.json")  # by a run that died before it had a record
+WRITTEN = ("model", "checkpoints", "samples", "log.jsonl")  # by a run, beside its record
 
 
 def settled(asked: Flags) -> Flags:
@@ -142,9 +142,12 @@ def output_folder(args: Flags) -> Path:
         raise OutputError(f"{folder} holds a training run already; continue it with --resume, or name another with -o")
     if args.resume and not there:
         raise ArgumentError(f"--resume must find a checkpoint in {folder}, got none; leave it out to begin a run")
-    if record is not None and not there and (folder / "model").exists():
-        raise OutputError(f"{folder} holds the model of a training run, which a new one would replace; name another "
-                          "with -o")  # fmt: skip
-    if record is None and not there and is_first():  # to the others it may be one that the first has made its own
-        return run_folder.make_output_folder(folder, LEFT_OVER)
+    if not there and is_first():  # to the others it may be one that the first has made its own
+        # A run that died before its first checkpoint is begun anew; what else lies there is nobody's to replace.
+        for name in WRITTEN if record is None else ("model",):
+            if (folder / name).exists():
+                raise OutputError(
+                    f"the output folder {folder} holds {name} already, which a new run would replace; name another "
+                    "with -o"
+                )
     return make_folder(folder)

@@ -96,6 +96,13 @@ def test_a_cache_in_use_is_shared_by_its_key_alone(tmp_path):
     assert not cache(tmp_path / "latents", "another autoencoder").filled.any()
 
 
+def test_a_run_of_this_process_that_has_ended_is_in_nobodys_way(tmp_path):
+    ended = cache(tmp_path / "latents", "one", 1)
+    ended.itself = ended  # a circle, as trainers have: it stays until it is collected
+    del ended
+    assert not cache(tmp_path / "latents", "two").filled.any()
+
+
 def test_without_locks_a_run_keeps_what_it_had(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")

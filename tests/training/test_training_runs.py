@@ -311,11 +311,12 @@ def test_a_folder_of_something_else_stays_as_it_is(data, tmp_path, resume):
         with pytest.raises(OutputError, match=f"must be new or a training run's, its config.json is {told}"):
             main(flags(data, out, resume=resume))
         assert json.loads(record.read_text()) == kind
-    record.rename(out / "notes.json")
+    record.unlink()
+    (out / "log.jsonl").write_text("somebody's\n")
     if not resume:
-        with pytest.raises(OutputError, match="exists and is not empty"):
+        with pytest.raises(OutputError, match="holds log.jsonl already, which a new run would replace"):
             main(flags(data, out))
-    assert [path.name for path in out.iterdir()] == ["notes.json"]
+    assert [path.read_text() for path in out.iterdir()] == ["somebody's\n"]
 
 
 def test_a_run_begun_anew_keeps_nothing_of_one_that_left_no_checkpoint(data, vae_model, tmp_path, monkeypatch):
@@ -338,7 +339,7 @@ def test_a_run_begun_anew_keeps_nothing_of_one_that_left_no_checkpoint(data, vae
     record = json.loads((tmp_path / "config.json").read_text())
     assert (record["settings"]["lr"], "resumed" in record) == (1e-5, False)
     (tmp_path / "checkpoints" / "LATEST").unlink()
-    with pytest.raises(OutputError, match="holds the model of a training run, which a new one would replace"):
+    with pytest.raises(OutputError, match="holds model already, which a new run would replace"):
         main(flags(data, tmp_path, vae=str(vae_model)))
 
 
